@@ -1,0 +1,41 @@
+"""Lossless, replayable, fast rollouts for reinforcement learning of language models."""
+
+from er_jax.control import Controller
+from er_jax.decoder import Decoder, DecoderConfig
+from er_jax.drafter import (
+    DrafterConfig,
+    PolicyParams,
+    QuantizedWeight,
+    TiedEmbedding,
+    attach_draft,
+    dot,
+    quantize,
+)
+from er_jax.engine import refresh_draft
+from er_jax.rollout import Rollout, RolloutConfig, rollout
+from er_jax.scheduler import Completion, RolloutError
+from er_jax.stats import RolloutStats
+from er_jax.types import Policy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Completion",
+    "Controller",
+    "Decoder",
+    "DecoderConfig",
+    "DrafterConfig",
+    "Policy",
+    "PolicyParams",
+    "QuantizedWeight",
+    "Rollout",
+    "RolloutConfig",
+    "RolloutError",
+    "RolloutStats",
+    "TiedEmbedding",
+    "attach_draft",
+    "dot",
+    "quantize",
+    "refresh_draft",
+    "rollout",
+]

@@ -1,0 +1,236 @@
+"""Which program next: draft length, batch size and cache length by measured speed.
+
+Three ideas. *Acceptance* is estimated per depth from the histogram of each window.
+*Speed* of a program is expected tokens per round over its seconds per round; gamma = 0
+is one of the choices, so switching speculation off is nothing special. *Rent or buy*
+decides about compiling: time lost by running the best compiled program instead of the
+best one is added up, and the better program is compiled when the sum reaches what its
+compilation takes. In the worst case that loses twice the best possible.
+
+A controller is a host object, kept across RL steps. Left out: the published rule and
+its roofline, acceptance per temperature, probing.
+
+Source: the expected tokens of a round, Leviathan et al. 2023 (arXiv 2211.17192),
+equation 1, here with a chance per depth; rent or buy, Karlin et al. 1988
+("Competitive snoopy caching").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from er_jax.acceptance import expected_tokens
+from er_jax.costs import LatencyTable
+from er_jax.types import Program
+
+DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
+
+# Belief before anything was drafted: int8 drafts of trained policies are kept at well
+# over nine in ten; the weight is small enough that a few dozen rounds outvote it.
+PRIOR_KEEP = 0.95
+PRIOR_ROUNDS = 20.0
+
+# Evidence is forgotten at this rate, because the policy moves: half is left after
+# about fourteen thousand row-rounds.
+FORGET_PER_ROUND = 5e-5
+
+# A change of program must promise this much, so that noise does not move the batch.
+HYSTERESIS = 0.03
+
+
+def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
+    """Return the gammas a control string allows.
+
+    Args:
+      control: "best", "ar" or "fixed:g".
+      gammas: what "best" may choose from.
+    Returns:
+      Sorted gammas.
+    Raises:
+      ValueError: an unknown control, a gamma below 0, or gammas without 0.
+    """
+    remedy = "use 'best', 'ar' or 'fixed:g' with a whole number g >= 0"
+    if control == "ar":
+        return (0,)
+    if control.startswith("fixed:"):
+        digits = control.removeprefix("fixed:")
+        if not digits.isdecimal():
+            raise ValueError(f"control={control!r} names no draft length; {remedy}")
+        return (int(digits),)
+    if control != "best":
+        raise ValueError(f"control={control!r} is unknown; {remedy}")
+    if any(gamma < 0 for gamma in gammas):
+        raise ValueError(f"gammas={tuple(gammas)!r} must all be at least 0")
+    if 0 not in gammas:
+        raise ValueError(
+            f"gammas={tuple(gammas)!r} must contain 0, plain decoding, or a batch for "
+            "which speculation loses could not escape it; add 0, or force one length "
+            "with control='fixed:g'"
+        )
+    return tuple(sorted(set(gammas)))
+
+
+@dataclasses.dataclass
+class AcceptanceEstimate:
+    """Chance that the draft at each depth is kept, given that all before it were.
+
+    tested, kept: decayed counts of row-rounds that reached a depth and kept its draft.
+    """
+
+    tested: np.ndarray
+    kept: np.ndarray
+
+    @classmethod
+    def empty(cls, depth: int) -> AcceptanceEstimate:
+        """Return an estimate that knows only the prior, for drafts up to `depth`."""
+        return cls(tested=np.zeros(depth), kept=np.zeros(depth))
+
+    def observe(self, accepted: np.ndarray) -> None:
+        """Take in a histogram `[G + 1]` of row-rounds by the number of drafts kept."""
+        keep = np.exp(-FORGET_PER_ROUND * accepted.sum())
+        self.tested *= keep
+        self.kept *= keep
+        # at_least[k] counts the row-rounds that kept k drafts or more.
+        at_least = np.cumsum(accepted[::-1])[::-1].astype(float)
+        depth = min(len(accepted) - 1, len(self.tested))
+        self.tested[:depth] += at_least[:depth]
+        self.kept[:depth] += at_least[1 : depth + 1]
+
+    def keep_probs(self, gamma: int) -> np.ndarray:
+        """Return the chances at depths 1 .. gamma, each drawn to the pooled one."""
+        prior_kept, prior_tested = PRIOR_KEEP * PRIOR_ROUNDS, PRIOR_ROUNDS
+        pooled = (self.kept.sum() + prior_kept) / (self.tested.sum() + prior_tested)
+        kept = self.kept[:gamma] + pooled * PRIOR_ROUNDS
+        return kept / (self.tested[:gamma] + PRIOR_ROUNDS)
+
+    def tokens_per_round(self, gamma: int) -> float:
+        """Return the expected tokens of a round of `gamma` drafts, 1 .. gamma + 1."""
+        return expected_tokens(list(self.keep_probs(gamma)))
+
+
+class Controller:
+    """Chooses programs by expected tokens per second; learns from every window.
+
+    Args:
+      control: "best", "ar" or "fixed:g"; the last two leave only batch size and cache
+        length to choose.
+      gammas: draft lengths "best" may use; must contain 0.
+      patience: compile a better program when the time lost without it exceeds this many
+        times its compilation. 0 compiles at once.
+    Raises:
+      ValueError: as `parse_control`, or a negative patience.
+    """
+
+    def __init__(
+        self,
+        control: str = "best",
+        gammas: Sequence[int] = DEFAULT_GAMMAS,
+        *,
+        patience: float = 1.0,
+    ) -> None:
+        self.gammas = parse_control(control, gammas)
+        if patience < 0:
+            raise ValueError(f"patience={patience} must be at least 0")
+        self.control = control
+        self.patience = patience
+        self.table = LatencyTable()
+        self.acceptance = AcceptanceEstimate.empty(max(self.gammas))
+        self._lost_s: dict[Program, float] = {}
+        self._wanted: Program | None = None
+
+    def __repr__(self) -> str:
+        return f"Controller({self.control!r}, gammas={self.gammas})"
+
+    def speed(self, program: Program) -> float | None:
+        """Return expected tokens per second of each live row; None if unknown."""
+        seconds = self.table.round_seconds(program)
+        if seconds is None:
+            return None
+        return self.acceptance.tokens_per_round(program.gamma) / seconds
+
+    def choose(
+        self,
+        options: Sequence[Program],
+        current: Program | None,
+        *,
+        is_compiled: Callable[[Program], bool],
+        compile_s: float,
+    ) -> Program:
+        """Return the program to run next.
+
+        Args:
+          options: the programs that could run now; the last is the one to fall back on
+            and may be compiled without asking.
+          current: the program that ran last, kept unless another is clearly faster.
+          is_compiled: whether a program can run without compiling.
+          compile_s: seconds to compile one more.
+        Returns:
+          One of `options`.
+        """
+        speeds = {program: self.speed(program) or 0.0 for program in options}
+        # Reversed, so that the fall-back wins while nothing is known.
+        ready = [p for p in reversed(options) if is_compiled(p)] or [options[-1]]
+        best_ready = max(ready, key=speeds.__getitem__)
+        best = max(options, key=speeds.__getitem__)
+        self._wanted = None
+        if speeds[best] > speeds[best_ready] * (1 + HYSTERESIS):
+            if self._lost_s.get(best, 0.0) >= self.patience * compile_s:
+                return best
+            self._wanted = best
+        if current in ready and speeds[best_ready] <= speeds[current] * (
+            1 + HYSTERESIS
+        ):
+            return current
+        return best_ready
+
+    def observe(
+        self, program: Program, num_rounds: int, accepted: np.ndarray, seconds: float
+    ) -> None:
+        """Learn from a window, and book the time lost against a program not compiled.
+
+        Args:
+          program: what ran. num_rounds: its rounds.
+          accepted: histogram `[G + 1]` of row-rounds by drafts kept.
+          seconds: the window's time on the device, compilation not counted.
+        """
+        self.table.observe(program, seconds, num_rounds)
+        self.acceptance.observe(accepted)
+        used = self.speed(program)
+        wanted = self.speed(self._wanted) if self._wanted else None
+        if self._wanted and used and wanted:
+            lost = seconds * max(0.0, 1 - used / wanted)
+            self._lost_s[self._wanted] = self._lost_s.get(self._wanted, 0.0) + lost
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was learnt as JSON-ready values."""
+        return {
+            "control": self.control,
+            "gammas": list(self.gammas),
+            "seconds": [[*p, s] for p, s in self.table.seconds.items()],
+            "lost_s": [[*p, s] for p, s in self._lost_s.items()],
+            "tested": self.acceptance.tested.tolist(),
+            "kept": self.acceptance.kept.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another controller of the same kind had learnt.
+
+        Raises:
+          ValueError: the state is of another control or other gammas.
+        """
+        mine = (self.control, list(self.gammas))
+        theirs = (state["control"], list(state["gammas"]))
+        if mine != theirs:
+            raise ValueError(
+                f"state is of control, gammas = {theirs}, this controller of {mine}; "
+                "make the controller with the same settings"
+            )
+        self.table = LatencyTable({Program(*p): s for *p, s in state["seconds"]})
+        self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
+        self.acceptance = AcceptanceEstimate(
+            tested=np.array(state["tested"]), kept=np.array(state["kept"])
+        )

@@ -1,0 +1,257 @@
+"""The built-in policy: a decoder of the Llama / Qwen2 / Qwen3 family.
+
+RMSNorm, rotary positions (half rotation), grouped-query attention with optional QKV
+bias and q/k norm, SwiGLU, optionally tied embeddings. Every weight is multiplied with
+`drafter.dot`, so the same `forward` runs the target, the draft and the trainer.
+
+Layers are separate leaves and unrolled: under a scan, a GPU would first copy each
+layer's weights out of the stack, one more read and write of everything per step.
+
+Left out: mixture of experts, sliding windows, partial or scaled rotary positions,
+dropout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from er_jax import kv_cache
+from er_jax.drafter import TiedEmbedding, dot
+from er_jax.types import Cache, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a `Decoder`.
+
+    Args:
+      vocab_size: V, token ids.
+      dim: width of the residual stream.
+      num_layers: L. num_heads: H. num_kv_heads: K, divides H.
+      head_dim: D, even; None is dim / num_heads.
+      hidden_dim: width of the SwiGLU layer.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: added to the mean square in RMSNorm.
+      qkv_bias: biases on the q, k and v projections (Qwen2).
+      qk_norm: RMSNorm over each head's q and k (Qwen3).
+      tied_embeddings: the vocabulary projection is the embedding table.
+      dtype: of parameters, activations and cache: "float32", "bfloat16" or "float64"
+        (the last needs jax_enable_x64).
+    Raises:
+      ValueError: sizes that do not fit together.
+    """
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_dim: int
+    head_dim: int | None = None
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads="
+                f"{self.num_heads}; use one of its divisors"
+            )
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide dim={self.dim}; give "
+                "head_dim explicitly"
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"head_dim={self.head_size} must be even: rotary positions turn pairs"
+            )
+        if self.dtype not in ("float32", "bfloat16", "float64"):
+            raise ValueError(
+                f"dtype={self.dtype!r} is not supported; use 'float32', 'bfloat16' or "
+                "'float64'"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """D, with its default resolved."""
+        return self.head_dim or self.dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A `Policy`: `DecoderConfig` plus the four functions of the protocol.
+
+    Args:
+      config: sizes and switches.
+    """
+
+    config: DecoderConfig
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
+    def init(self, key: jax.Array) -> Params:
+        """Return random parameters: normal, scaled by 1 / sqrt(input size).
+
+        Args:
+          key: a JAX random key.
+        Returns:
+          A dict with `embed`, `layers` (a list of L dicts), `final_norm` and, unless
+          tied, `lm_head`. Weights are `[in, out]` and named as in Hugging Face
+          checkpoints.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        if jnp.zeros((), dtype).dtype != dtype:
+            raise ValueError(
+                f"dtype={c.dtype!r} needs 64-bit mode; set jax.config.update("
+                "'jax_enable_x64', True) first"
+            )
+        keys = iter(jax.random.split(key, 7 * c.num_layers + 2))
+
+        def weight(num_in: int, num_out: int) -> jax.Array:
+            draw = jax.random.normal(next(keys), (num_in, num_out), dtype)
+            return draw * jnp.asarray(num_in**-0.5, dtype)
+
+        def layer() -> Params:
+            q_out, kv_out = c.num_heads * c.head_size, c.num_kv_heads * c.head_size
+            params: dict[str, Any] = {
+                "attn_norm": jnp.ones(c.dim, dtype),
+                "q_proj": weight(c.dim, q_out),
+                "k_proj": weight(c.dim, kv_out),
+                "v_proj": weight(c.dim, kv_out),
+                "o_proj": weight(q_out, c.dim),
+                "mlp_norm": jnp.ones(c.dim, dtype),
+                "gate_proj": weight(c.dim, c.hidden_dim),
+                "up_proj": weight(c.dim, c.hidden_dim),
+                "down_proj": weight(c.hidden_dim, c.dim),
+            }
+            if c.qkv_bias:
+                params["q_bias"] = jnp.zeros(q_out, dtype)
+                params["k_bias"] = jnp.zeros(kv_out, dtype)
+                params["v_bias"] = jnp.zeros(kv_out, dtype)
+            if c.qk_norm:
+                params["q_norm"] = jnp.ones(c.head_size, dtype)
+                params["k_norm"] = jnp.ones(c.head_size, dtype)
+            return params
+
+        params: dict[str, Any] = {
+            "layers": [layer() for _ in range(c.num_layers)],
+            "final_norm": jnp.ones(c.dim, dtype),
+        }
+        if c.tied_embeddings:
+            # Small enough for a projection, and the look-up is scaled by nothing.
+            params["embed"] = TiedEmbedding(table=weight(c.dim, c.vocab_size).T)
+        else:
+            params["embed"] = jax.random.normal(
+                next(keys), (c.vocab_size, c.dim), dtype
+            )
+            params["lm_head"] = weight(c.dim, c.vocab_size)
+        return params
+
+    def init_cache(self, rows: int, length: int) -> Cache:
+        """Return zeroed keys and values: two leaves `[rows, length, K * D]` a layer."""
+        c = self.config
+        shape = (rows, length, c.num_kv_heads * c.head_size)
+        dtype = jnp.dtype(c.dtype)
+        return [
+            {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
+            for _ in range(c.num_layers)
+        ]
+
+    def forward(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Run T new tokens per row; see `Policy.forward`. Hidden is `[B, T, dim]`."""
+        c = self.config
+        embed = params["embed"]
+        table = embed.table if isinstance(embed, TiedEmbedding) else embed
+        x = jnp.take(table, tokens, axis=0)
+        rotation = _rotation(positions, c.head_size, c.rope_theta, x.dtype)
+        new_cache = []
+        for layer, entries in zip(params["layers"], cache, strict=True):
+            attended, entries = self._attention(
+                layer,
+                _rms_norm(x, layer["attn_norm"], c.norm_eps),
+                rotation,
+                positions,
+                entries,
+            )
+            x = x + attended
+            h = _rms_norm(x, layer["mlp_norm"], c.norm_eps)
+            gate = jax.nn.silu(dot(h, layer["gate_proj"]))
+            x = x + dot(gate * dot(h, layer["up_proj"]), layer["down_proj"])
+            new_cache.append(entries)
+        return _rms_norm(x, params["final_norm"], c.norm_eps), new_cache
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Project `[B, T, dim]` to logits `[B, T, V]`, float32 or wider."""
+        head = params["embed"] if self.config.tied_embeddings else params["lm_head"]
+        return dot(hidden, head, out_dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+
+    def _attention(
+        self,
+        layer: Params,
+        x: jax.Array,
+        rotation: Any,
+        positions: jax.Array,
+        entries: dict[str, jax.Array],
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        c = self.config
+        q, k, v = (dot(x, layer[f"{name}_proj"]) for name in "qkv")
+        if c.qkv_bias:
+            # Biases are vectors; under strict rank promotion they are broadcast here.
+            q, k, v = (
+                y + layer[f"{name}_bias"][None, None]
+                for y, name in ((q, "q"), (k, "k"), (v, "v"))
+            )
+        q = q.reshape(*q.shape[:2], c.num_heads, c.head_size)
+        k = k.reshape(*k.shape[:2], c.num_kv_heads, c.head_size)
+        if c.qk_norm:
+            q = _rms_norm(q, layer["q_norm"], c.norm_eps)
+            k = _rms_norm(k, layer["k_norm"], c.norm_eps)
+        q, k = _rotate(q, rotation), _rotate(k, rotation)
+        keys = kv_cache.write(entries["keys"], k.reshape(v.shape), positions)
+        values = kv_cache.write(entries["values"], v, positions)
+        out = kv_cache.attend(q, keys, values, positions)
+        return dot(out, layer["o_proj"]), {"keys": keys, "values": values}
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = x.astype(wide)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _rotation(
+    positions: jax.Array, size: int, theta: float, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[B, T, 1, D/2]` of the rotary angles, in float32 or wider."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    exponent = jnp.arange(0, size, 2, dtype=wide) / size
+    frequency = 1.0 / jnp.asarray(theta, wide) ** exponent
+    angle = positions.astype(wide)[..., None] * frequency[None, None]
+    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+
+def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn the pairs (i, i + D/2) of `[B, T, heads, D]` by their angles."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,356 @@
+"""The drafter: a quantized view of the live policy parameters, and the dot it needs.
+
+The draft is a pure function of the policy, a sibling pytree that is never optimised and
+never saved. AQT's quantizer makes the codes (symmetric, absolute maximum, one scale per
+output channel or per group of input channels); the multiplication is ours, because what
+is fast and what stays small differs by platform:
+
+* TPU, GPU: weight-only. Codes are cast to the activation type *inside* the fused dot
+  and the *output* is scaled, so no dequantized weight ever exists.
+* CPU: int8 x int8 -> int32 with one activation scale per token. A weight-only dot there
+  would be widened once outside the decoding loop, and the loop would read floats.
+
+A stale or broken draft costs acceptance, never correctness.
+
+This is the only module that imports AQT. Left out: calibration data, outlier handling,
+quantized caches.
+
+Source: AQT (github.com/google/aqt); EfficientRollout (arXiv 2606.18967) for drafting
+with the quantized policy itself; the format here is another (see docs/design.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from aqt.jax.v2 import aqt_quantizer, aqt_tensor
+from flax import struct
+from jax import lax
+
+from er_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterConfig:
+    """How the draft is made from the policy.
+
+    Args:
+      bits: 8 or 4, of every quantized weight.
+      group_size: input channels that share a scale; None is one scale per output
+        channel. Must divide the input size of every quantized weight.
+      act_bits: 8 quantizes activations per token, 16 leaves them alone, "auto" takes 8
+        on CPU and 16 elsewhere.
+      skip: a weight stays as it is when one of these occurs in its path; so do all
+        vectors.
+    Raises:
+      ValueError: for any other value.
+    """
+
+    bits: int = 8
+    group_size: int | None = None
+    act_bits: int | Literal["auto"] = "auto"
+    skip: tuple[str, ...] = ("embed", "norm")
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits={self.bits!r} is not supported; use 8 or 4")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(
+                f"group_size={self.group_size!r} must be at least 1; use None for one "
+                "scale per output channel"
+            )
+        if self.act_bits not in (8, 16, "auto"):
+            raise ValueError(
+                f"act_bits={self.act_bits!r} is not supported; use 8, 16 or 'auto'"
+            )
+
+
+@struct.dataclass
+class QuantizedWeight:
+    """An integer weight and its scales; stands where the float weight stood.
+
+    tensor: AQT's container. Codes int8 or int4, `[in, out]`, or `[in/g, g, out]` with
+      groups of g; scales float32 `[1, out]`, or `[in/g, 1, out]`.
+    act_bits: static; see `DrafterConfig`.
+    """
+
+    tensor: aqt_tensor.QTensor
+    act_bits: int | str = struct.field(pytree_node=False)
+
+    @property
+    def codes(self) -> jax.Array:
+        """Integer codes."""
+        return self.tensor.qvalue
+
+    @property
+    def scale(self) -> jax.Array:
+        """float32 scales; weight = codes * scale."""
+        return self.tensor.scale[0]
+
+
+@struct.dataclass
+class TiedEmbedding:
+    """An embedding table that is the vocabulary projection as well.
+
+    table: `[V, d]`, looked up, and projected with where `projection` is None.
+    projection: None in the policy; in a draft the quantized `[d, V]` projection, so
+      that drafting reads the small copy while look-ups stay exact.
+    """
+
+    table: jax.Array
+    projection: Any = None
+
+
+@struct.dataclass
+class PolicyParams:
+    """The policy and its draft in one pytree: two siblings.
+
+    Gradients, optimizer and checkpoints touch `policy` only.
+
+    policy: the live parameters.
+    draft: their quantized view with the same structure. Leaves that are not quantized
+      may be None, which means: the policy's own. `attach_draft` makes it so, and no
+      embedding table is kept twice.
+    """
+
+    policy: Params
+    draft: Params
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedWeight | TiedEmbedding)
+
+
+def _quantize_weight(weight: jax.Array, path: str, config: DrafterConfig) -> Any:
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(
+            f"parameter {path} has dtype {weight.dtype}; only floating-point weights "
+            "can be quantized: name it in DrafterConfig.skip"
+        )
+    axis = weight.ndim - 2
+    if config.group_size is not None:
+        size = weight.shape[axis]
+        if size % config.group_size:
+            raise ValueError(
+                f"group_size={config.group_size} does not divide the input size {size} "
+                f"of {path}; use a divisor of it, or name {path} in DrafterConfig.skip"
+            )
+        groups = (size // config.group_size, config.group_size)
+        weight = weight.reshape(weight.shape[:axis] + groups + weight.shape[axis + 1 :])
+        axis += 1
+    quantizer = aqt_quantizer.quantizer_make(
+        config.bits, preserve_max_val=True, scale_dtype=jnp.float32
+    )
+    # In float32: in bfloat16 the scale, its inverse and the product would all be
+    # rounded before the codes are.
+    tensor, _ = quantizer.quant(weight.astype(jnp.float32), calibration_axes=(axis,))
+    return QuantizedWeight(
+        tensor=tensor.astype(jnp.dtype(jnp.float32)), act_bits=config.act_bits
+    )
+
+
+def _quantized_leaves(params: Params, config: DrafterConfig) -> Params:
+    """Map every quantized leaf to its codes and every other leaf to None."""
+
+    def leaf(path: tuple[Any, ...], value: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if isinstance(value, TiedEmbedding):
+            return TiedEmbedding(
+                table=None,  # type: ignore[arg-type]
+                projection=_quantize_weight(value.table.T, name, config),
+            )
+        if value.ndim < 2 or any(word in name for word in config.skip):
+            return None
+        return _quantize_weight(value, name, config)
+
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=_is_weight)
+
+
+def draft_params(params: PolicyParams) -> Params:
+    """Return the draft with every shared (None) leaf taken from the policy."""
+
+    def fill(policy: Any, draft: Any) -> Any:
+        if draft is None:
+            return policy
+        if isinstance(draft, TiedEmbedding) and draft.table is None:
+            return draft.replace(table=policy.table)  # type: ignore[attr-defined]
+        return draft
+
+    return jax.tree.map(fill, params.policy, params.draft, is_leaf=_is_weight)
+
+
+def attach_draft(params: Params, config: DrafterConfig) -> PolicyParams:
+    """Derive the draft of `params` and return both as one pytree.
+
+    Pure and jittable: call it at the end of the jitted parameter update and the refresh
+    costs one more pass over the weights. The draft holds the quantized leaves only.
+
+    Args:
+      params: the policy's parameters.
+      config: how to quantize them.
+    Returns:
+      `PolicyParams`; `policy` is `params` itself.
+    """
+    return PolicyParams(policy=params, draft=_quantized_leaves(params, config))
+
+
+def quantize(params: Params, config: DrafterConfig) -> Params:
+    """Return draft parameters: `params` with its weight matrices quantized.
+
+    Every leaf of rank 2 or more whose path holds no word of `config.skip` is quantized
+    over its last-but-one axis, the input of `[..., in, out]`; everything else is
+    returned as it is. Shardings propagate: codes keep their weight's spec.
+
+    Args:
+      params: pytree of floating-point arrays.
+      config: bits, groups, activation bits, names to skip.
+    Returns:
+      A tree of the same shape with `QuantizedWeight` in the place of quantized arrays;
+      usable wherever the policy's parameters are.
+    Raises:
+      ValueError: a group size that does not divide an input size, or an integer weight.
+    Accuracy: the codes equal round-to-nearest of weight / (absmax / 127) (or / 7 for 4
+      bits); tests/test_drafter.py compares bit for bit.
+    """
+    return draft_params(attach_draft(params, config))
+
+
+def check_draft(params: PolicyParams) -> None:
+    """Check on the host that a draft can stand in for its policy.
+
+    Args:
+      params: policy and draft, of arrays or of their shapes.
+    Raises:
+      ValueError: another tree or another shape, naming the first such weight.
+    """
+    remedy = "make the draft with er_jax.attach_draft(params, config)"
+    try:
+        merged = draft_params(params)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"params.draft has another structure than params.policy; {remedy}"
+        ) from error
+
+    def weight_shape(leaf: Any) -> tuple[int, ...]:
+        if isinstance(leaf, TiedEmbedding):
+            return tuple(leaf.table.shape)
+        if isinstance(leaf, QuantizedWeight):
+            codes = leaf.codes.shape
+            return (codes[0] * codes[1], codes[2]) if len(codes) == 3 else tuple(codes)
+        return tuple(leaf.shape)
+
+    def compare(path: tuple[Any, ...], policy: Any, draft: Any) -> None:
+        wanted, found = weight_shape(policy), weight_shape(draft)
+        if wanted != found:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"params.draft has shape {found} at {name}, where params.policy has "
+                f"{wanted}; {remedy}"
+            )
+
+    jax.tree_util.tree_map_with_path(compare, params.policy, merged, is_leaf=_is_weight)
+
+
+def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
+    """Multiply activations by a weight of any kind: the one product policies use.
+
+    Args:
+      x: `[..., in]`.
+      w: an array `[in, out]`, a `QuantizedWeight` of one, or a `TiedEmbedding`.
+      out_dtype: dtype of the result; None is the dtype of `x`. Sums are float32 or
+        wider in any case.
+    Returns:
+      `[..., out]`.
+    """
+    if isinstance(w, TiedEmbedding):
+        if w.projection is not None:
+            return dot(x, w.projection, out_dtype=out_dtype)
+        return _float_dot(x, w.table, 1, out_dtype)
+    if isinstance(w, QuantizedWeight):
+        return _quantized_dot(x, w, out_dtype)
+    return _float_dot(x, w, 0, out_dtype)
+
+
+def _float_dot(x: jax.Array, w: jax.Array, axis: int, out_dtype: Any) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    dims = (((x.ndim - 1,), (axis,)), ((), ()))
+
+    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(x, w, dims, preferred_element_type=wide)
+
+    if x.dtype == jnp.bfloat16:
+        product = lax.platform_dependent(x, w, cpu=_two_rows(plain), default=plain)
+    else:
+        product = plain(x, w)
+    return product.astype(out_dtype or x.dtype)
+
+
+def _two_rows(product: Any) -> Any:
+    """Run a product of one row as one of two.
+
+    XLA's CPU backend turns a single row of bfloat16 or int8 into an untuned loop, ten
+    to twenty-five times slower than two rows.
+    """
+
+    def padded(x: jax.Array, *rest: Any) -> jax.Array:
+        if x.size != x.shape[-1]:
+            return product(x, *rest)
+        twice = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
+        return product(twice, *rest)[:1]
+
+    return padded
+
+
+def _quantized_dot(x: jax.Array, w: QuantizedWeight, out_dtype: Any) -> jax.Array:
+    if w.act_bits == 8:
+        product = lax.platform_dependent(
+            x, w, cpu=_two_rows(_integer_dot), default=_integer_dot
+        )
+    elif w.act_bits == 16:
+        product = _weight_only_dot(x, w)
+    else:
+        product = lax.platform_dependent(
+            x, w, cpu=_two_rows(_integer_dot), default=_weight_only_dot
+        )
+    return product.astype(out_dtype or x.dtype)
+
+
+def _weight_only_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    codes, scale = w.codes.astype(x.dtype), w.scale.astype(wide)
+    if w.codes.ndim == 2:
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        return lax.dot_general(x, codes, dims, preferred_element_type=wide) * (
+            scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        )
+    return _sum_groups(x, codes, scale, wide)
+
+
+def _integer_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    x32 = x.astype(jnp.float32)
+    peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
+    step = jnp.where(peak == 0, jnp.ones((), jnp.float32), peak) / 127.0
+    x8 = jnp.round(x32 / step).astype(jnp.int8)
+    # int4 codes must be widened first: a mixed product becomes int32 x int32.
+    codes, scale = w.codes.astype(jnp.int8), w.scale.astype(wide)
+    if w.codes.ndim == 2:
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        total = lax.dot_general(x8, codes, dims, preferred_element_type=jnp.int32)
+        total = total.astype(wide) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    else:
+        total = _sum_groups(x8, codes, scale, wide)
+    return total * step.astype(wide)
+
+
+def _sum_groups(x: jax.Array, codes: jax.Array, scale: jax.Array, wide: Any) -> Any:
+    """Multiply group by group, `[..., in] x [in/g, g, out]`, and sum scaled groups."""
+    grouped = x.reshape(x.shape[:-1] + codes.shape[:2])
+    dims = (((grouped.ndim - 1,), (1,)), ((grouped.ndim - 2,), (0,)))
+    accumulate = jnp.int32 if codes.dtype == jnp.int8 else wide
+    partial = lax.dot_general(grouped, codes, dims, preferred_element_type=accumulate)
+    shape = (scale.shape[0],) + (1,) * (x.ndim - 1) + (scale.shape[-1],)
+    return jnp.sum(partial.astype(wide) * scale.reshape(shape), axis=0)

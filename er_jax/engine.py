@@ -1,0 +1,374 @@
+"""Compiled programs: the only module with `jax.jit` and donation.
+
+A window is a compiled loop of rounds that ends when the host has something to decide:
+few enough rows are live, a round count is reached, or a row would outgrow the cache.
+It is named by `types.Program`: (rows, cache length, gamma). Sampling settings, stop
+ids, limits and keys are traced. The state is donated and aliased; what comes back to
+the host is one `WindowInfo`.
+
+Programs are compiled ahead of time and kept here, so that compile time is known apart
+from run time and the host can ask what is compiled before it decides.
+
+Left out: which program to run (`control`), when (`scheduler`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from er_jax import drafter, steps
+from er_jax.acceptance import AcceptRule
+from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.types import (
+    Admission,
+    DecodeState,
+    Params,
+    Policy,
+    Program,
+    Sampling,
+    WindowInfo,
+)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("policy", "gamma", "accept", "rounds_per_test"),
+    donate_argnames=("state",),
+)
+def run_window(
+    policy: Policy,
+    params: PolicyParams,
+    state: DecodeState,
+    settings: Sampling,
+    exit_live: jax.Array,
+    max_rounds: jax.Array,
+    *,
+    gamma: int,
+    accept: AcceptRule,
+    rounds_per_test: int,
+) -> tuple[DecodeState, WindowInfo]:
+    """Run rounds until `exit_live` or fewer rows are live; at least none, at most max.
+
+    Args:
+      policy, params, state, settings: as in `steps.decode_round`.
+      exit_live: int32 `[]`. max_rounds: int32 `[]`.
+      gamma, accept: static, as in `steps.decode_round`.
+      rounds_per_test: static; rounds between two exit tests. A test reads one number
+        back (and is a collective on a mesh); up to this many rounds minus one run idle
+        at the end.
+    Returns:
+      The state and what the host needs to know.
+    Effects: donates `state`.
+    """
+    reach = rounds_per_test * (gamma + 1)
+
+    def goes_on(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
+        state, num_rounds, _ = carry
+        num_live = jnp.sum(state.live, dtype=jnp.int32)
+        needed = jnp.minimum(state.length + reach, state.limit)
+        fits = jnp.all(~state.live | (needed <= state.cache_length))
+        return (num_live > exit_live) & (num_rounds < max_rounds) & fits
+
+    def one_round(
+        _: Any, carry: tuple[DecodeState, jax.Array]
+    ) -> tuple[DecodeState, jax.Array]:
+        state, accepted = carry
+        state, info = steps.decode_round(
+            policy, params, state, settings, gamma=gamma, accept=accept
+        )
+        kinds = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
+        is_kind = (info.num_accepted[:, None] == kinds) & info.is_live[:, None]
+        return state, accepted + jnp.sum(is_kind, axis=0, dtype=jnp.int32)
+
+    def several(
+        carry: tuple[DecodeState, jax.Array, jax.Array],
+    ) -> tuple[DecodeState, jax.Array, jax.Array]:
+        state, num_rounds, accepted = carry
+        if rounds_per_test == 1:
+            state, accepted = one_round(0, (state, accepted))
+        else:
+            state, accepted = lax.fori_loop(
+                0, rounds_per_test, one_round, (state, accepted)
+            )
+        return state, num_rounds + rounds_per_test, accepted
+
+    start = (state, jnp.int32(0), jnp.zeros(gamma + 1, jnp.int32))
+    state, num_rounds, accepted = lax.while_loop(goes_on, several, start)
+    info = WindowInfo(
+        live=state.live,
+        length=state.length,
+        finish_reason=state.finish_reason,
+        num_rounds=num_rounds,
+        accepted=accepted,
+    )
+    return state, info
+
+
+@functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("state",))
+def run_admission(
+    policy: Policy, params: Params, state: DecodeState, admission: Admission
+) -> DecodeState:
+    """Start sequences in free slots; see `steps.admit`. Donates `state`."""
+    return steps.admit(policy, params, state, admission)
+
+
+@functools.partial(jax.jit, static_argnames=("cache_length",))
+def run_take(state: DecodeState, rows: jax.Array, *, cache_length: int) -> DecodeState:
+    """Move rows to a state of another size; see `steps.take`."""
+    return steps.take(state, rows, cache_length)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "rows", "cache_length"))
+def run_allocation(policy: Policy, rows: int, cache_length: int) -> DecodeState:
+    """Allocate a state of empty slots; see `steps.empty_state`."""
+    return steps.empty_state(policy, rows, cache_length)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def run_attach(params: Params, *, config: DrafterConfig) -> Params:
+    """Derive the draft alone (the policy would be copied if it were returned)."""
+    return drafter.attach_draft(params, config).draft
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config",), donate_argnames=("old",), keep_unused=True
+)
+def run_refresh(params: Params, old: Params, *, config: DrafterConfig) -> Params:
+    """Derive the draft into the buffers of the old one. Donates `old`."""
+    del old  # Unused on purpose: kept as an argument so that its buffers are reused.
+    return drafter.attach_draft(params, config).draft
+
+
+@jax.jit
+def run_finite_check(params: Params) -> list[jax.Array]:
+    """Return, per floating-point leaf, whether all of it is finite."""
+    return [
+        jnp.all(jnp.isfinite(leaf))
+        for leaf in jax.tree.leaves(params)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+
+
+def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
+    """Requantize the policy into the buffers of its old draft.
+
+    For callers whose update is not one jit of its own; inside a jit that donates the
+    old parameters, `attach_draft` does the same.
+
+    Args:
+      params: policy and old draft; the draft is donated and must not be used again.
+      config: how to quantize.
+    Returns:
+      The same policy with its new draft.
+    """
+    draft = run_refresh(params.policy, params.draft, config=config)
+    return PolicyParams(policy=params.policy, draft=draft)
+
+
+@dataclasses.dataclass
+class CompiledProgram:
+    """An executable, what its compilation took, and how often it ran."""
+
+    call: Callable[..., Any]
+    compile_s: float
+
+
+def _abstract(tree: Any) -> Any:
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+
+    return jax.tree.map(leaf, tree)
+
+
+def signature(tree: Any) -> Hashable:
+    """Return a hashable description of a pytree: structure, shapes, dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(x), jnp.dtype(x.dtype).name) for x in leaves)
+
+
+class Engine:
+    """The compiled programs of one policy and one acceptance rule.
+
+    Holds executables only: parameters and states are arguments, so an engine lives
+    across parameter updates. `compiled` maps a program's name to its executable in the
+    order of compilation.
+    """
+
+    def __init__(self, policy: Policy, accept: AcceptRule) -> None:
+        self.policy = policy
+        self.accept: AcceptRule = accept
+        self.compiled: dict[Hashable, CompiledProgram] = {}
+        self.defaults: dict[Hashable, Any] = {}
+        """Objects callers keep per engine, such as the controller of unnamed calls."""
+
+    @property
+    def rounds_per_test(self) -> int:
+        """Rounds between exit tests: each reads a number back on an accelerator."""
+        return 1 if jax.default_backend() == "cpu" else 4
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling so far."""
+        return sum(program.compile_s for program in self.compiled.values())
+
+    def _program(self, name: Hashable, lower: Callable[[], Any]) -> CompiledProgram:
+        if name not in self.compiled:
+            start = time.perf_counter()
+            call = lower().compile()
+            seconds = time.perf_counter() - start
+            self.compiled[name] = CompiledProgram(call=call, compile_s=seconds)
+        return self.compiled[name]
+
+    def allocate(self, rows: int, cache_length: int) -> DecodeState:
+        """Return a state of `rows` empty slots of `cache_length` positions."""
+        program = self._program(
+            ("allocate", rows, cache_length),
+            lambda: run_allocation.lower(self.policy, rows, cache_length),
+        )
+        return program.call()
+
+    def admit(
+        self, params: PolicyParams, state: DecodeState, admission: Admission
+    ) -> DecodeState:
+        """Start sequences in free slots. Donates `state`."""
+        shape = (state.rows, state.cache_length, *admission.tokens.shape)
+        arguments = (params.policy, state, admission)
+        program = self._program(
+            ("admit", *shape, admission.first_row.shape[0]),
+            lambda: run_admission.lower(self.policy, *_abstract(arguments)),
+        )
+        return program.call(*arguments)
+
+    def has_take(self, state: DecodeState, rows: int, length: int) -> bool:
+        """Whether a state can be given this size without compiling anything."""
+        if (state.rows, state.cache_length) == (rows, length):
+            return True
+        name = ("take", state.rows, state.cache_length, rows, length)
+        return name in self.compiled
+
+    def take(self, state: DecodeState, rows: np.ndarray, length: int) -> DecodeState:
+        """Move rows (`NONE` for an empty one) to a state of another size."""
+        rows = np.asarray(rows, np.int32)
+        name = ("take", state.rows, state.cache_length, len(rows), length)
+        program = self._program(
+            name,
+            lambda: run_take.lower(*_abstract((state, rows)), cache_length=length),
+        )
+        return program.call(state, rows)
+
+    def _window_name(self, program: Program, draft: Params) -> Hashable:
+        return ("window", *program, signature(draft) if program.gamma else None)
+
+    def has_window(self, program: Program, params: PolicyParams) -> bool:
+        """Whether this window is compiled for drafts of this kind."""
+        return self._window_name(program, params.draft) in self.compiled
+
+    def window_compile_s(self) -> float:
+        """Return the seconds a further window is expected to take to compile."""
+        known = [
+            program.compile_s
+            for name, program in self.compiled.items()
+            if isinstance(name, tuple) and name[0] == "window"
+        ]
+        return max(known, default=1.0)
+
+    def window(
+        self,
+        params: PolicyParams,
+        state: DecodeState,
+        settings: Sampling,
+        gamma: int,
+        *,
+        exit_live: int,
+        max_rounds: int,
+    ) -> tuple[DecodeState, WindowInfo, float]:
+        """Run one window and wait for it.
+
+        Args:
+          params: target and draft. state: donated. settings: traced sampling settings.
+          gamma: drafts per round. exit_live, max_rounds: see `run_window`.
+        Returns:
+          The state, the info as NumPy arrays, and the seconds the window took on the
+          device, compilation not counted.
+        """
+        program = Program(state.rows, state.cache_length, gamma)
+        if gamma == 0:
+            # AR programs are the same whatever the draft is, or if there is none.
+            params = PolicyParams(policy=params.policy, draft=None)
+        limits = (np.int32(exit_live), np.int32(max_rounds))
+        arguments = (params, state, settings, *limits)
+        compiled = self._program(
+            self._window_name(program, params.draft),
+            lambda: run_window.lower(
+                self.policy,
+                *_abstract(arguments),
+                gamma=gamma,
+                accept=self.accept,
+                rounds_per_test=self.rounds_per_test,
+            ),
+        )
+        start = time.perf_counter()
+        state, info = compiled.call(*arguments)
+        info = jax.device_get(info)
+        return state, info, time.perf_counter() - start
+
+    def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
+        """Derive the draft of bare policy parameters."""
+        program = self._program(
+            ("attach", config),
+            lambda: run_attach.lower(_abstract(params), config=config),
+        )
+        return PolicyParams(policy=params, draft=program.call(params))
+
+    def find_nonfinite(self, params: Params) -> list[str]:
+        """Return the paths of floating-point leaves that hold NaN or infinity."""
+        program = self._program(
+            ("finite",), lambda: run_finite_check.lower(_abstract(params))
+        )
+        flags = jax.device_get(program.call(params))
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+        return [path for path, good in zip(paths, flags, strict=True) if not good]
+
+
+MAX_ENGINES = 16
+_engines: collections.OrderedDict[Hashable, Engine] = collections.OrderedDict()
+
+
+def engine_for(policy: Policy, params: Params, accept: AcceptRule) -> Engine:
+    """Return the engine of this policy, these parameter shapes and this rule.
+
+    Engines are kept, least recently used last out, so that calls of `rollout` share
+    programs without the caller holding anything.
+    """
+    name = (policy, signature(params), accept)
+    engine = _engines.pop(name, None) or Engine(policy, accept)
+    _engines[name] = engine
+    while len(_engines) > MAX_ENGINES:
+        _engines.popitem(last=False)
+    return engine
+
+
+def device_memory_bytes() -> int | None:
+    """Return the memory of the default device in bytes, None where it is unknown."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None

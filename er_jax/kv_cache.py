@@ -1,0 +1,132 @@
+"""The static key/value cache: write, attend, take rows, grow, insert a prefix.
+
+A cache is any pytree whose leaves are `[B, S, ...]`; entry s of a row belongs to the
+token at position s, so a mask is a comparison of two integers and forgetting a rejected
+draft costs nothing. Only `attend` knows what an entry means; the rest moves whole rows.
+
+The built-in decoder keeps one `[B, S, K * D]` leaf for keys and one for values per
+layer. Heads stay merged because both minor axes are then long: nothing is padded to a
+tile and no backend has to transpose the cache to batch over heads (see `attend`).
+
+Left out: paging, a ring, quantized entries.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from er_jax.types import Cache
+
+# Below this many queries per row and head group, reading the cache decides the cost.
+MERGED_QUERIES = 16
+
+
+def write(entries: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """Write one entry per position, in place where the caller's buffer allows it.
+
+    Args:
+      entries: `[B, S, ...]`. new: `[B, T, ...]`. positions: `[B, T]` int32; anything
+        outside 0 .. S-1 is dropped (-1 marks padding).
+    """
+    rows = jnp.arange(entries.shape[0], dtype=positions.dtype)[:, None]
+    # A negative index would wrap around; S is out of bounds and therefore dropped.
+    index = jnp.where(positions < 0, entries.shape[1], positions)
+    return entries.at[rows, index].set(new.astype(entries.dtype), mode="drop")
+
+
+def attend(
+    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Grouped-query attention of new tokens over the cache.
+
+    Entry s is visible to a query at position p when s <= p; the softmax is in float32
+    or wider. With few queries per row
+    the K heads are multiplied as one block-diagonal query against the merged cache:
+    K times the (few) multiplications, and the cache is read once, where it lies. Many
+    queries (prefill, training) are bound by arithmetic and take the usual form.
+
+    Args:
+      query: `[B, T, H, D]`. keys, values: `[B, S, K * D]`. positions: `[B, T]` int32;
+        rows of padding (-1) see nothing and return zeros.
+    Returns:
+      `[B, T, H * D]` in the dtype of `query`.
+    """
+    batch, num_queries, heads, size = query.shape
+    length, kv_heads = keys.shape[1], keys.shape[2] // size
+    group = heads // kv_heads
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    slots = jnp.arange(length, dtype=positions.dtype)[None, None]
+    visible = slots <= positions[..., None]  # [B, T, S], shared by all heads
+    scale = jnp.asarray(size**-0.5, query.dtype)
+    q = (query * scale).reshape(batch, num_queries, kv_heads, group, size)
+
+    def weights(scores: jax.Array, mask: jax.Array) -> jax.Array:
+        # A finite floor, so that a row which sees nothing gives numbers and not NaN.
+        scores = jnp.where(mask, scores, jnp.asarray(-1e30, wide))
+        top = lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+        exp = jnp.where(mask, jnp.exp(scores - top), jnp.zeros((), wide))
+        total = jnp.sum(exp, -1, keepdims=True)
+        return (exp / jnp.maximum(total, jnp.asarray(1e-30, wide))).astype(query.dtype)
+
+    if num_queries > MERGED_QUERIES:
+        k = keys.reshape(batch, length, kv_heads, size)
+        v = values.reshape(batch, length, kv_heads, size)
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
+        probs = weights(scores, visible[:, None, None])
+        out = jnp.einsum("bkgts,bskd->btkgd", probs, v)
+        return out.reshape(batch, num_queries, heads * size)
+
+    # [.., K, 1, K, 1]: head i's query meets only head i's part of an entry.
+    own = jnp.eye(kv_heads, dtype=query.dtype)[None, None, :, None, :, None]
+    merged = (q[..., None, :] * own).reshape(
+        batch, num_queries * heads, kv_heads * size
+    )
+    scores = jnp.einsum("bqf,bsf->bqs", merged, keys, preferred_element_type=wide)
+    scores = scores.reshape(batch, num_queries, heads, length)
+    probs = weights(scores, visible[:, :, None])
+    out = jnp.einsum(
+        "bqs,bsf->bqf", probs.reshape(batch, num_queries * heads, length), values
+    )
+    out = out.reshape(batch, num_queries, kv_heads, group, kv_heads, size)
+    return jnp.sum(out * own, axis=-2).reshape(batch, num_queries, heads * size)
+
+
+def take_rows(cache: Cache, rows: jax.Array) -> Cache:
+    """Gather rows `[R]` into a cache of R rows."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), cache)
+
+
+def resize(cache: Cache, length: int) -> Cache:
+    """Grow (with zeros) or shorten every leaf `[B, S, ...]` to `length` positions."""
+
+    def leaf_of_length(leaf: jax.Array) -> jax.Array:
+        if length <= leaf.shape[1]:
+            return leaf[:, :length]
+        pad = [(0, 0)] * leaf.ndim
+        pad[1] = (0, length - leaf.shape[1])
+        return jnp.pad(leaf, pad)
+
+    return jax.tree.map(leaf_of_length, cache)
+
+
+def insert_row(
+    cache: Cache, prefix: Cache, slot: jax.Array, source: jax.Array
+) -> Cache:
+    """Overwrite one row with row `source` of a shorter cache, zeros behind it.
+
+    The zeros matter: whatever an earlier sequence left behind, a non-finite entry above
+    all, would otherwise be multiplied by the next one's zero attention weights.
+
+    Args:
+      cache: leaves `[B, S, ...]`. prefix: leaves `[P, T, ...]`, T <= S. slot, source:
+        int32 `[]`.
+    """
+
+    def insert(leaf: jax.Array, short: jax.Array) -> jax.Array:
+        row = lax.dynamic_slice_in_dim(short, source, 1, axis=0)
+        row = resize(row, leaf.shape[1])
+        return lax.dynamic_update_slice_in_dim(leaf, row, slot, axis=0)
+
+    return jax.tree.map(insert, cache, prefix)

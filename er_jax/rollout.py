@@ -1,0 +1,458 @@
+"""The call users make: `rollout`, its configuration and its result.
+
+Checks every argument on the host before anything is compiled, turns the request into
+buckets, runs the scheduler, and lays the completions out as arrays.
+
+Left out: text, rewards, meshes of more than one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from er_jax import calibrate, engine, scheduler
+from er_jax.acceptance import ACCEPT_RULES, AcceptRule
+from er_jax.control import DEFAULT_GAMMAS, Controller, parse_control
+from er_jax.drafter import DrafterConfig, PolicyParams, check_draft
+from er_jax.scheduler import Completion, Request
+from er_jax.stats import RolloutStats
+from er_jax.types import NONE, LogprobKind, Params, Policy, Sampling
+
+LOGPROB_KINDS = tuple(kind.name.lower() for kind in LogprobKind)
+
+# Tokens of prompts prefilled at once: enough to be bound by arithmetic, few enough
+# that refilling with one short prompt wastes little.
+PREFILL_TOKENS = 256
+MIN_PROMPT_BUCKET = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How to sample.
+
+    Only `max_new_tokens`, `max_slots`, `accept`, `drafter` and what `control` makes of
+    `gammas` name programs; everything else may change from call to call for free.
+
+    Args:
+      max_new_tokens: limit of each completion in tokens, >= 1.
+      n: completions per prompt, >= 1.
+      temperature: >= 0; 0 is greedy.
+      top_k: keep the k most likely tokens; 0 is off.
+      top_p: keep the most likely tokens that hold this mass, in (0, 1]; 1 is off.
+      min_p: drop tokens less likely than this times the most likely, in [0, 1]; 0 off.
+      stop_token_ids: a completion ends with, and includes, the first of these.
+      pad_id: fills `prompt_ids` and `completion_ids` outside their masks.
+      accept: "coupled" (replayable), "token" or "block"; all are exact.
+      gammas: draft lengths the controller may choose from; must contain 0.
+      control: "best", "ar" or "fixed:g".
+      logprobs: "raw" (the model's own distribution), "temperature" (after temperature,
+        before truncation: what RL trainers recompute) or "processed" (what is sampled).
+      max_slots: rows decoded at once, >= 1.
+      drafter: how a draft is derived where `params` brings none.
+    Raises:
+      ValueError: naming argument, value, limit and remedy.
+    """
+
+    max_new_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    accept: AcceptRule = "coupled"
+    gammas: tuple[int, ...] = DEFAULT_GAMMAS
+    control: str = "best"
+    logprobs: str = "temperature"
+    max_slots: int = 64
+    drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "n", "max_slots"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name, low, high, remedy in (
+            ("temperature", 0.0, math.inf, "use 0 for greedy decoding"),
+            ("top_k", 0, math.inf, "use 0 to switch it off"),
+            ("min_p", 0.0, 1.0, "use 0 to switch it off"),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high or value == math.inf:
+                raise ValueError(
+                    f"{name}={value} must be from {low} to {high}; {remedy}"
+                )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} must be above 0 and at most 1; use 1 to switch it "
+                "off"
+            )
+        for name, known in (("accept", ACCEPT_RULES), ("logprobs", LOGPROB_KINDS)):
+            value = getattr(self, name)
+            if value not in known:
+                names = ", ".join(repr(word) for word in known)
+                raise ValueError(f"{name}={value!r} is unknown; use one of {names}")
+        parse_control(self.control, self.gammas)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Completions of a request, N = len(prompts) * n in prompt order.
+
+    The n completions of a prompt are adjacent. With T the longest prompt:
+
+    prompt_ids: int32 `[N, T]`, left-padded. prompt_mask: bool `[N, T]`.
+    completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token included.
+    completion_mask: bool `[N, max_new_tokens]`, true on sampled tokens.
+    logprobs: float32 `[N, max_new_tokens]`, of the emitted token under the target model
+      by the meaning in the config, 0 where masked.
+    lengths: int32 `[N]`, sampled tokens.
+    finish_reason: list of N words, "stop", "length" or "nonfinite".
+    sequence_ids: int32 `[N]`, the names of the completions for the noise.
+    stats: what the rollout did; see `RolloutStats`.
+    """
+
+    prompt_ids: np.ndarray
+    prompt_mask: np.ndarray
+    completion_ids: np.ndarray
+    completion_mask: np.ndarray
+    logprobs: np.ndarray
+    lengths: np.ndarray
+    finish_reason: np.ndarray
+    sequence_ids: np.ndarray
+    stats: RolloutStats
+
+
+def rollout(
+    policy: Policy,
+    params: Params | PolicyParams,
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: jax.Array,
+    config: RolloutConfig,
+    sequence_ids: Sequence[int] | None = None,
+    controller: Controller | None = None,
+    mesh: Any = None,
+    on_finish: Callable[[int, Completion], None] | None = None,
+    progress: bool = False,
+) -> Rollout:
+    """Sample n completions of every prompt from the policy.
+
+    The tokens follow the policy's distribution after the sampling transform exactly,
+    with speculation or without. With `accept="coupled"` they are a function of
+    (params, prompt, key, sequence id) alone.
+
+    Args:
+      policy: the model; see `Policy`.
+      params: its parameters, or `PolicyParams` with a draft. Bare parameters get a
+        draft at the start of the call (if `control` can use one).
+      prompts: P sequences of token ids, each at least one token.
+      key: a JAX random key, typed or raw; folded with sequence ids and positions, so
+        calls that should differ need different keys.
+      config: how to sample.
+      sequence_ids: N distinct integers in 0 .. 2**31-1, the completions' names for the
+        noise; default 0 .. N-1. Giving one again samples that completion again.
+      controller: learns costs and acceptance; keep it across calls. None uses one
+        that lives as long as the process, per policy, control and drafter.
+      mesh: not supported yet; None runs on the default device.
+      on_finish: called with (sequence id, `Completion`) as rows finish.
+      progress: show a progress bar.
+    Returns:
+      A `Rollout`.
+    Raises:
+      ValueError: a wrong argument, before anything is compiled or allocated.
+      RolloutError: a failure on the way, holding the completions finished so far.
+    Warns:
+      RuntimeWarning: rows ended at a non-finite logit; it names their sequence ids.
+    Example:
+      >>> import jax, er_jax
+      >>> policy = er_jax.Decoder(er_jax.DecoderConfig(
+      ...     vocab_size=32, dim=32, num_layers=1, num_heads=2, num_kv_heads=1,
+      ...     hidden_dim=64))
+      >>> out = er_jax.rollout(
+      ...     policy, policy.init(jax.random.key(0)), [[1, 2, 3]],
+      ...     key=jax.random.key(1),
+      ...     config=er_jax.RolloutConfig(max_new_tokens=4, n=2, control="ar"))
+      >>> out.completion_ids.shape
+      (2, 4)
+    """
+    start_s = time.perf_counter()
+    if mesh is not None:
+        raise ValueError(
+            f"mesh={mesh!r} is not supported yet: rollouts run on the default device; "
+            "use mesh=None"
+        )
+    arrays = _checked_prompts(prompts, policy.vocab_size)
+    ids = _checked_sequence_ids(sequence_ids, len(arrays) * config.n)
+    _check_token_ids(config, policy.vocab_size)
+    request = _plan(arrays, ids, config)
+    bare = params.policy if isinstance(params, PolicyParams) else params
+    programs = engine.engine_for(policy, bare, config.accept)
+    if controller is None:
+        name = (config.control, config.gammas, config.drafter)
+        make = programs.defaults.get(name) or Controller(config.control, config.gammas)
+        controller = programs.defaults.setdefault(name, make)
+    _check_controller(controller, config)
+    if isinstance(params, PolicyParams):
+        check_draft(params)
+    _check_memory(policy, params, request, controller)
+
+    stats = RolloutStats()
+    before = len(programs.compiled)
+    compiled_s = programs.compile_s
+    bad = programs.find_nonfinite(bare)
+    if bad:
+        raise ValueError(
+            f"params holds NaN or infinity in {', '.join(bad[:5])}"
+            f"{' and others' if len(bad) > 5 else ''}; every completion would be "
+            "garbage: go back to the last finite parameters"
+        )
+    pair = _with_draft(programs, params, config, controller, stats)
+    calibrate.measure_draft_cost(programs, pair, controller, request.cache_lengths[-1])
+    completions = scheduler.run(
+        programs,
+        pair,
+        request,
+        _settings(config, key),
+        controller,
+        stats,
+        on_finish=on_finish,
+        progress=progress,
+    )
+    stats.compiled = [
+        (_program_name(name), program.compile_s)
+        for name, program in list(programs.compiled.items())[before:]
+    ]
+    stats.seconds["compile"] = programs.compile_s - compiled_s
+    out = _assemble(arrays, completions, ids, config, stats)
+    stats.seconds["host"] = time.perf_counter() - start_s - stats.total_s
+    bad_ids = out.sequence_ids[out.finish_reason == "nonfinite"]
+    if len(bad_ids):
+        warnings.warn(
+            f"{len(bad_ids)} of {len(ids)} completions ended at a non-finite logit, "
+            f"sequence ids {bad_ids.tolist()[:20]}; their tokens before it are kept",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return out
+
+
+def _checked_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int
+) -> list[np.ndarray]:
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty; give at least one prompt")
+    arrays = []
+    for index, prompt in enumerate(prompts):
+        array = np.asarray(prompt)
+        if array.size == 0:
+            raise ValueError(
+                f"prompts[{index}] is empty; a prompt needs at least one token, a "
+                "beginning-of-sequence id for instance"
+            )
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(
+                f"prompts[{index}] has shape {array.shape} and dtype {array.dtype}; "
+                "give a flat sequence of integer token ids"
+            )
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"prompts[{index}] holds token id {low if low < 0 else high}, outside "
+                f"the vocabulary 0 .. {vocab_size - 1}; use the policy's own tokenizer"
+            )
+        arrays.append(array.astype(np.int32))
+    return arrays
+
+
+def _checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:
+    if ids is None:
+        return np.arange(count)
+    array = np.asarray(ids)
+    if array.shape != (count,):
+        raise ValueError(
+            f"sequence_ids has shape {array.shape}; give one integer for each of the "
+            f"{count} completions (prompts times n)"
+        )
+    if (
+        not np.issubdtype(array.dtype, np.integer)
+        or array.min() < 0
+        or (array.max() >= 2**31)
+    ):
+        raise ValueError(
+            "sequence_ids must be integers from 0 to 2**31 - 1; number the completions"
+        )
+    return array.astype(np.int64)
+
+
+def _check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
+    for token in config.stop_token_ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"stop_token_ids holds {token}, outside the vocabulary 0 .. "
+                f"{vocab_size - 1}; it could never be sampled"
+            )
+
+
+def _check_controller(controller: Controller, config: RolloutConfig) -> None:
+    gammas = parse_control(config.control, config.gammas)
+    if controller.gammas != gammas:
+        raise ValueError(
+            f"controller chooses from gammas {controller.gammas}, but config.control="
+            f"{config.control!r} asks for {gammas}; make it with "
+            "er_jax.Controller(config.control, config.gammas)"
+        )
+
+
+def _power_of_two(size: int, least: int) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def _plan(
+    prompts: list[np.ndarray], sequence_ids: np.ndarray, config: RolloutConfig
+) -> Request:
+    """Round sizes up to buckets, so that other prompts meet the same programs."""
+    distinct: dict[bytes, int] = {}
+    prompt_of = np.repeat(
+        [distinct.setdefault(p.tobytes(), len(distinct)) for p in prompts], config.n
+    )
+    unique = [np.frombuffer(data, np.int32) for data in distinct]
+    bucket = _power_of_two(max(len(p) for p in prompts), MIN_PROMPT_BUCKET)
+    whole = bucket + config.max_new_tokens
+    step = 64 if whole <= 512 else 128
+    lengths = [-(-whole // step) * step]
+    while lengths[-1] // 2 >= max(bucket + 64, 128):
+        lengths.append(-(-lengths[-1] // 2 // step) * step)
+    return Request(
+        prompts=unique,
+        prompt_of=prompt_of,
+        sequence_ids=sequence_ids,
+        max_new_tokens=config.max_new_tokens,
+        slots=min(config.max_slots, _power_of_two(len(sequence_ids), 1)),
+        cache_lengths=tuple(sorted(set(lengths))),
+        prompt_bucket=bucket,
+        chunk=min(max(PREFILL_TOKENS // bucket, 1), 16),
+    )
+
+
+def _check_memory(
+    policy: Policy,
+    params: Params | PolicyParams,
+    request: Request,
+    controller: Controller,
+) -> None:
+    limit = engine.device_memory_bytes()
+    if limit is None:
+        return
+
+    def size(tree: Any) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    pair = isinstance(params, PolicyParams)
+    weights = size(params.policy if pair else params)
+    if pair:
+        draft = size(params.draft)
+    else:
+        draft = weights // 2 if max(controller.gammas) else 0
+    rows, length = request.slots, request.cache_lengths[-1]
+    cache = size(jax.eval_shape(lambda: policy.init_cache(rows, length)))
+    total = weights + draft + cache
+    if total > limit:
+        raise ValueError(
+            f"max_slots={rows} rows of {length} positions need {total / 1e9:.1f} GB "
+            f"(parameters {weights / 1e9:.1f}, draft {draft / 1e9:.1f}, cache "
+            f"{cache / 1e9:.1f}), and the device has {limit / 1e9:.1f} GB; lower "
+            "max_slots or max_new_tokens"
+        )
+
+
+def _with_draft(
+    programs: engine.Engine,
+    params: Params | PolicyParams,
+    config: RolloutConfig,
+    controller: Controller,
+    stats: RolloutStats,
+) -> PolicyParams:
+    if isinstance(params, PolicyParams):
+        return params
+    if not max(controller.gammas):
+        return PolicyParams(policy=params, draft=None)
+    start_s, compiled_s = time.perf_counter(), programs.compile_s
+    pair = programs.attach_draft(params, config.drafter)
+    jax.block_until_ready(pair.draft)
+    stats.seconds["draft refresh"] = (
+        time.perf_counter() - start_s - (programs.compile_s - compiled_s)
+    )
+    return pair
+
+
+def _settings(config: RolloutConfig, key: jax.Array) -> Sampling:
+    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = np.asarray(jax.random.key_data(key) if typed else key)
+    if data.shape != (2,):
+        if not typed or data.ndim != 1:
+            raise ValueError(
+                f"key has shape {key.shape}; give one key, as jax.random.key makes it"
+            )
+        # Another generator's key: two words drawn from it seed the counter noise.
+        data = np.asarray(jax.random.bits(key, (2,), np.uint32))
+    stops = list(dict.fromkeys(config.stop_token_ids))
+    num_stops = _power_of_two(max(len(stops), 1), 8)
+    return Sampling(
+        key=data.astype(np.uint32),
+        temperature=np.float32(config.temperature),
+        top_k=np.int32(min(config.top_k, 2**31 - 1)),
+        top_p=np.float32(config.top_p),
+        min_p=np.float32(config.min_p),
+        stop_ids=np.array(stops + [NONE] * (num_stops - len(stops)), np.int32),
+        logprob_kind=np.int32(LOGPROB_KINDS.index(config.logprobs)),
+    )
+
+
+def _program_name(name: Any) -> str:
+    kind, *sizes = name
+    numbers = [str(size) for size in sizes if isinstance(size, int)]
+    return f"{kind}({', '.join(numbers)})"
+
+
+def _assemble(
+    prompts: list[np.ndarray],
+    completions: list[Completion],
+    sequence_ids: np.ndarray,
+    config: RolloutConfig,
+    stats: RolloutStats,
+) -> Rollout:
+    count, width = len(completions), max(len(p) for p in prompts)
+    prompt_ids = np.full((count, width), config.pad_id, np.int32)
+    prompt_mask = np.zeros((count, width), bool)
+    completion_ids = np.full((count, config.max_new_tokens), config.pad_id, np.int32)
+    completion_mask = np.zeros((count, config.max_new_tokens), bool)
+    logprobs = np.zeros((count, config.max_new_tokens), np.float32)
+    for row, completion in enumerate(completions):
+        prompt = prompts[row // config.n]
+        prompt_ids[row, width - len(prompt) :] = prompt
+        prompt_mask[row, width - len(prompt) :] = True
+        length = len(completion.token_ids)
+        completion_ids[row, :length] = completion.token_ids
+        completion_mask[row, :length] = True
+        logprobs[row, :length] = completion.logprobs
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        logprobs=logprobs,
+        lengths=completion_mask.sum(axis=1).astype(np.int32),
+        finish_reason=np.array([c.finish_reason for c in completions]),
+        sequence_ids=sequence_ids.astype(np.int32),
+        stats=stats,
+    )

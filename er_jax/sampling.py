@@ -1,0 +1,265 @@
+"""From logits to a draw: the target distribution, the noise, log-probabilities.
+
+The transform is the same for target and draft: temperature first, then top-k, top-p and
+min-p. All settings are traced scalars (`types.Sampling`). A draw is the argmax of
+log-probability plus Gumbel noise, and the noise is a counter: a pure function of
+(key, sequence id, position, purpose, token). It never depends on slot, row, round or
+gamma, which is what makes rollouts replayable.
+
+Left out: penalties and logit processors that look at earlier tokens.
+
+Source: the Gumbel-max trick (Maddison, Tarlow, Minka 2014, arXiv 1411.0030); top-p,
+Holtzman et al. 2019 (arXiv 1904.09751); min-p, Nguyen et al. 2024 (arXiv 2407.01082).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from er_jax.types import LogprobKind, Purpose, Sampling
+
+# Log-probability of a token that cannot be drawn. Finite, so that sums and differences
+# of two of them are numbers; exp of it is exactly 0 in every float type.
+NEVER = -1e30
+
+
+def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return (logits - max) / temperature, with temperature 0 read as 1.
+
+    Taking the maximum off first keeps tiny temperatures finite: others go to -inf.
+    """
+    one = jnp.ones((), logits.dtype)
+    temperature = sampling.temperature.astype(logits.dtype)
+    temperature = jnp.where(temperature == 0, one, temperature)
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+
+
+def _log_normalized(scores: jax.Array) -> jax.Array:
+    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    return jnp.maximum(scores - total, jnp.asarray(NEVER, scores.dtype))
+
+
+def _threshold(keys: jax.Array, is_enough: Callable[[jax.Array], jax.Array]) -> Any:
+    """Return the least key `[..., 1]` such that {keys <= it} is enough, by bisection.
+
+    One pass over the vocabulary per bit of the key: fewer than a sort takes, and exact.
+    """
+    low = jnp.zeros_like(keys[..., :1])
+    high = jnp.full_like(low, jnp.iinfo(keys.dtype).max)
+
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> Any:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = is_enough(keys <= middle)
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    return lax.fori_loop(0, 8 * keys.dtype.itemsize - 1, halve, (low, high))[1]
+
+
+def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
+    """Apply top-k, then top-p to what is left; both as thresholds on the score.
+
+    Thresholds keep all tokens that tie with the last one kept, so the kept set is a
+    function of the scores and not of a sort's order among equals.
+    """
+    # Scores are at most 0, and the bits of floats from 0 upwards order as integers do.
+    integer = jnp.int64 if scores.dtype == jnp.float64 else jnp.int32
+    keys = lax.bitcast_convert_type(jnp.abs(scores), integer)
+    vocab = jnp.int32(scores.shape[-1])
+    top_k = jnp.where(sampling.top_k <= 0, vocab, jnp.minimum(sampling.top_k, vocab))
+    last = _threshold(
+        keys, lambda kept: jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32) >= top_k
+    )
+    zero = jnp.zeros((), scores.dtype)
+    mass = jnp.where(keys <= last, jnp.exp(scores), zero)
+    # Where top-p is off no mass is enough, and top-k's threshold is what remains.
+    wanted = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)
+    wanted = wanted.astype(scores.dtype) * jnp.sum(mass, -1, keepdims=True)
+    nucleus = _threshold(
+        keys,
+        lambda kept: jnp.sum(jnp.where(kept, mass, zero), -1, keepdims=True) >= wanted,
+    )
+    is_kept = keys <= jnp.minimum(last, nucleus)
+    return jnp.where(is_kept, scores, jnp.asarray(NEVER, scores.dtype))
+
+
+def target_logprobs(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return the log-probabilities that are sampled from: the target of these logits.
+
+    Temperature, then top-k, then top-p of the rest, then min-p (relative to the most
+    likely token). What top-k and top-p need is computed only when one of them is on.
+
+    Args:
+      logits: `[..., V]` float32 or wider; -inf masks a token.
+      sampling: traced settings.
+    Returns:
+      `[..., V]` natural logarithms in the dtype of `logits`; `NEVER` where the
+      probability is 0. At temperature 0 the first largest logit has probability 1.
+    """
+    scores = _temperature_scaled(logits, sampling)
+    is_cut = (sampling.top_k > 0) | (sampling.top_p < 1)
+    scores = lax.cond(is_cut, _truncated, lambda s, _: s, scores, sampling)
+    # Scores are relative to the maximum, so min-p is a threshold at log(min_p).
+    floor = jnp.log(sampling.min_p.astype(scores.dtype))
+    never = jnp.asarray(NEVER, scores.dtype)
+    logprobs = _log_normalized(jnp.where(scores >= floor, scores, never))
+    best = jnp.argmax(logits, axis=-1)
+    greedy = jnp.where(
+        jax.nn.one_hot(best, logits.shape[-1], dtype=jnp.bool_),
+        jnp.zeros((), scores.dtype),
+        never,
+    )
+    return jnp.where(sampling.temperature == 0, greedy, logprobs)
+
+
+def is_distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Whether logits `[..., V]` can be sampled, bool `[...]`.
+
+    False where one is NaN or +inf, or all are -inf (which, alone, masks a token).
+    """
+    return jnp.isfinite(jax.nn.logsumexp(_temperature_scaled(logits, sampling), -1))
+
+
+def token_logprobs(
+    logits: jax.Array, target: jax.Array, tokens: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """Return the log-probability of given tokens, by the meaning in `sampling`.
+
+    Args:
+      logits: `[..., V]`. target: `[..., V]`, `target_logprobs` of them.
+      tokens: `[...]` int32. sampling: `logprob_kind` picks raw, temperature or
+        processed; temperature 0 counts as 1 for the second.
+    Returns:
+      `[...]` float32.
+    """
+
+    def pick(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
+
+    # Untruncated scores by either meaning; one normalisation serves both.
+    is_raw = sampling.logprob_kind == LogprobKind.RAW
+    scores = jnp.where(is_raw, logits, _temperature_scaled(logits, sampling))
+    full = pick(scores) - jax.nn.logsumexp(scores, axis=-1)
+    is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
+    return jnp.where(is_processed, pick(target), full).astype(jnp.float32)
+
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry(
+    key: tuple[jax.Array, jax.Array], words: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Encrypt two uint32 words with two key words: Threefry-2x32, 20 rounds.
+
+    Written out rather than taken from `jax.random`, so that a token's noise is one
+    fused expression of its counters, and stays the same whatever generator a version
+    of JAX prefers.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    schedule = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    x0, x1 = words[0] + key[0], words[1] + key[1]
+    for block in range(5):
+        for bits in _ROTATIONS[block % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << bits) | (x1 >> (32 - bits)))
+        x0 = x0 + schedule[(block + 1) % 3]
+        x1 = x1 + schedule[(block + 2) % 3] + jnp.uint32(block + 1)
+    return x0, x1
+
+
+def _stream(
+    sampling: Sampling,
+    sequence_id: jax.Array,
+    position: jax.Array,
+    purpose: Purpose,
+    start: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the key words `[...]` of the stream that these counters name."""
+    position = position.astype(jnp.uint32) * jnp.uint32(len(Purpose)) + purpose
+    shape = jnp.broadcast_shapes(sequence_id.shape, position.shape)
+    words = (
+        jnp.broadcast_to(sequence_id.astype(jnp.uint32), shape),
+        jnp.broadcast_to(position, shape),
+    )
+    stream = threefry((sampling.key[0], sampling.key[1]), words)
+    if start is not None:
+        start = jnp.broadcast_to(start.astype(jnp.uint32), shape)
+        stream = threefry(stream, (start, jnp.zeros_like(start)))
+    return stream
+
+
+def _open_unit(bits: jax.Array, dtype: Any) -> jax.Array:
+    """Map words to (0, 1), exact near 0; the largest values are rounded below 1."""
+    unit = (bits.astype(dtype) + 0.5) * 2.0**-32
+    return jnp.minimum(unit, 1 - jnp.finfo(jnp.float32).epsneg)
+
+
+def gumbel(
+    sampling: Sampling,
+    sequence_id: jax.Array,
+    position: jax.Array,
+    vocab_size: int,
+    dtype: Any,
+    *,
+    purpose: Purpose = Purpose.TOKEN,
+    start: jax.Array | None = None,
+) -> jax.Array:
+    """Return the Gumbel noise of a token position: a counter, not a state.
+
+    -log(-log(1 - u)) with u exact near 0, so that the upper tail, which decides rare
+    draws, has the full 32 bits of resolution.
+
+    Args:
+      sampling: its key is folded, never consumed.
+      sequence_id: `[...]` int32. position: `[...]` int32, the absolute index of the
+        token to be drawn; both broadcast against each other.
+      vocab_size: V. dtype: float32 or wider.
+      purpose: which stream. start: an extra counter, for the acceptance rules that
+        look at rejected drafts and may not meet their noise again.
+    Returns:
+      `[..., V]`.
+    """
+    key0, key1 = _stream(sampling, sequence_id, position, purpose, start)
+    token = lax.broadcasted_iota(jnp.uint32, (*key0.shape, vocab_size), key0.ndim)
+    key = (key0[..., None], key1[..., None])
+    bits, _ = threefry(key, (token, jnp.zeros_like(token)))
+    return -jnp.log(-jnp.log1p(-_open_unit(bits, dtype)))
+
+
+def uniform(
+    sampling: Sampling,
+    sequence_id: jax.Array,
+    position: jax.Array,
+    dtype: Any,
+    *,
+    purpose: Purpose,
+    start: jax.Array | None = None,
+) -> jax.Array:
+    """Return one uniform number in (0, 1) per counter; arguments as in `gumbel`."""
+    stream, _ = _stream(sampling, sequence_id, position, purpose, start)
+    return _open_unit(stream, dtype)
+
+
+def noised_logprobs(
+    logits: jax.Array, sampling: Sampling, sequence_id: jax.Array, position: jax.Array
+) -> jax.Array:
+    """Return target log-probability plus noise; its argmax is the token sampled.
+
+    Two programs of different shape may round a tie of the two largest differently;
+    the gap between them says whether a difference is such a tie.
+
+    Args:
+      logits: `[..., V]`. sampling: settings and key.
+      sequence_id, position: `[...]` int32, of the token to be drawn.
+    Returns:
+      `[..., V]`.
+    """
+    noise = gumbel(sampling, sequence_id, position, logits.shape[-1], logits.dtype)
+    return target_logprobs(logits, sampling) + noise

@@ -1,0 +1,401 @@
+"""The host loop: queue, slots, refill, compaction, growth, switching.
+
+`run` is the whole policy of a rollout and the only loop over windows. It decides with
+host integers only; the device is asked once per window.
+
+* Refill: free slots take the next sequences while there are any. A prompt's entries are
+  computed once and copied to its other completions.
+* Shape: the controller picks rows, cache length and gamma among the programs that could
+  run now. Rows shrink only when the queue is empty.
+* A window ends where one of these could change.
+
+Left out: time, acceptance, compile costs (`control`); shapes of requests (`rollout`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from er_jax.control import Controller
+from er_jax.costs import row_buckets
+from er_jax.drafter import PolicyParams
+from er_jax.engine import Engine
+from er_jax.stats import Moment, RolloutStats
+from er_jax.types import FINISH_NAMES, NONE, Admission, Program, Sampling
+
+# A window is at most about this long, so that progress shows and decisions are fresh.
+WINDOW_S = 0.25
+MIN_ROUNDS, MAX_ROUNDS = 16, 4096
+
+# Slots are refilled when this share of them is free: a prefill is shared by the rows
+# it fills, and an idle row costs only its share of a step.
+REFILL_SHARE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One finished sequence.
+
+    token_ids: int32 `[length]`, a stop token included. logprobs: float32 `[length]`.
+    finish_reason: "stop", "length" or "nonfinite".
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str
+
+
+class RolloutError(RuntimeError):
+    """A rollout failed half-way; `completions` holds what had finished.
+
+    completions: sequence id -> `Completion`. The cause is the original exception.
+    """
+
+    def __init__(self, message: str, completions: dict[int, Completion]) -> None:
+        super().__init__(message)
+        self.completions = completions
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to sample, as host values.
+
+    prompts: the distinct prompts, int32 arrays. prompt_of: int `[N]`, the prompt of
+    each sequence. sequence_ids: int `[N]`. max_new_tokens: limit of each completion.
+    slots: rows of the full batch. cache_lengths: sizes the cache may have, ascending;
+    the last holds any row. prompt_bucket: T, tokens of a prefilled prompt.
+    chunk: C, prompts prefilled together.
+    """
+
+    prompts: Sequence[np.ndarray]
+    prompt_of: np.ndarray
+    sequence_ids: np.ndarray
+    max_new_tokens: int
+    slots: int
+    cache_lengths: tuple[int, ...]
+    prompt_bucket: int
+    chunk: int
+
+    def limit(self, sequence: int) -> int:
+        """Return the length at which a sequence ends."""
+        return len(self.prompts[self.prompt_of[sequence]]) + self.max_new_tokens
+
+
+def run(
+    engine: Engine,
+    params: PolicyParams,
+    request: Request,
+    settings: Sampling,
+    controller: Controller,
+    stats: RolloutStats,
+    *,
+    on_finish: Callable[[int, Completion], None] | None = None,
+    progress: bool = False,
+) -> list[Completion]:
+    """Sample every sequence of the request and return the completions in its order.
+
+    Args:
+      engine, params, settings: what to run; see `engine.Engine.window`.
+      request: the sequences. controller: decides on programs and learns from windows.
+      stats: filled in. on_finish: called with (sequence id, completion) as rows end.
+      progress: show a progress bar of finished sequences.
+    Raises:
+      RolloutError: anything failed on the way; it carries the finished completions.
+    """
+    batch = Batch(engine, params, request, stats)
+    with tqdm(total=len(request.prompt_of), unit="seq", disable=not progress) as bar:
+        try:
+            while batch.queue or batch.num_live:
+                if batch.is_refill_due():
+                    batch.refill()
+                options = batch.options(controller.gammas)
+                program = controller.choose(
+                    options,
+                    batch.program,
+                    is_compiled=batch.is_ready,
+                    compile_s=engine.window_compile_s(),
+                )
+                batch.move_to(program)
+                seconds = controller.table.round_seconds(program)
+                finished = batch.run_window(
+                    settings, program.gamma, seconds, controller
+                )
+                for sequence in finished:
+                    bar.update()
+                    if on_finish is not None:
+                        sequence_id = int(request.sequence_ids[sequence])
+                        on_finish(sequence_id, batch.completions[sequence])
+                bar.set_postfix(live=batch.num_live, gamma=program.gamma, refresh=False)
+        except Exception as error:
+            done = {
+                int(request.sequence_ids[s]): c for s, c in batch.completions.items()
+            }
+            raise RolloutError(
+                f"the rollout failed after {len(done)} of {len(request.prompt_of)} "
+                f"completions, which this exception holds: {error}",
+                done,
+            ) from error
+    return [batch.completions[s] for s in range(len(request.prompt_of))]
+
+
+class Batch:
+    """The rows on the device and the host's record of them.
+
+    sequence: int `[rows]`, the sequence in each slot, `NONE` when free.
+    resident: int `[rows]`, the prompt whose entries lie in each slot, `NONE` if none.
+    length, limit: int `[rows]`, as in the state.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        params: PolicyParams,
+        request: Request,
+        stats: RolloutStats,
+    ) -> None:
+        self.engine, self.params = engine, params
+        self.request, self.stats = request, stats
+        self.queue = collections.deque(range(len(request.prompt_of)))
+        self.completions: dict[int, Completion] = {}
+        self.start_s = time.perf_counter()
+        self.program: Program | None = None
+        rows, cache_length = request.slots, request.cache_lengths[-1]
+        self.sequence = np.full(rows, NONE)
+        self.resident = np.full(rows, NONE)
+        self.length = np.zeros(rows, int)
+        self.limit = np.zeros(rows, int)
+        with self._timed("moves"):
+            self.state = engine.allocate(rows, cache_length)
+
+    @property
+    def num_live(self) -> int:
+        """Rows that still generate."""
+        return int((self.sequence != NONE).sum())
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Book the wall time of device work, less its compilation, to a phase."""
+        start, compiling = time.perf_counter(), self.engine.compile_s
+        yield
+        jax.block_until_ready(self.state.length)
+        seconds = time.perf_counter() - start - (self.engine.compile_s - compiling)
+        self.stats.seconds[phase] += seconds
+
+    def is_refill_due(self) -> bool:
+        """Whether enough slots are free, and there is something to put in them."""
+        free = len(self.sequence) - self.num_live
+        wanted = min(len(self.queue), max(1, self.request.slots // REFILL_SHARE))
+        return bool(self.queue) and (free >= wanted or self.num_live == 0)
+
+    def refill(self) -> None:
+        """Start queued sequences in the free slots."""
+        slots = [int(s) for s in np.flatnonzero(self.sequence == NONE)]
+        count = min(len(slots), len(self.queue))
+        starting = [self.queue.popleft() for _ in range(count)]
+        admission = self._plan_admission(starting, slots)
+        with self._timed("prefill"):
+            self.state = self.engine.admit(self.params, self.state, admission)
+
+    def _plan_admission(self, starting: list[int], free: list[int]) -> Admission:
+        """Assign slots: clones of resident prompts first, then prefills by prompt."""
+        request, rows = self.request, len(self.sequence)
+        clones: list[tuple[int, int, int]] = []  # sequence, from, to
+        fresh: dict[int, list[int]] = {}
+        for sequence in starting:
+            prompt = int(request.prompt_of[sequence])
+            found = np.flatnonzero(self.resident == prompt)
+            if not len(found):
+                fresh.setdefault(prompt, []).append(sequence)
+                continue
+            own = [slot for slot in found if slot in free]
+            slot = int(own[0]) if own else free[0]
+            free.remove(slot)
+            self.resident[slot] = prompt
+            clones.append((sequence, int(found[0]), slot))
+        # A clone may have overwritten the last copy of a prompt that a later one was
+        # promised; clones run in this order, so what was found was there.
+
+        order: list[tuple[int, int, int]] = []  # sequence, slot, index of its prompt
+        prompts = list(fresh)
+        num_chunks = -(-len(prompts) // request.chunk)
+        num_prompts = -(-rows // request.chunk) * request.chunk
+        first_row = np.zeros(num_prompts // request.chunk, np.int32)
+        num_rows = np.zeros_like(first_row)
+        for index, prompt in enumerate(prompts):
+            chunk = index // request.chunk
+            if index % request.chunk == 0:
+                first_row[chunk] = len(order)
+            for sequence in fresh[prompt]:
+                slot = free.pop(0)
+                self.resident[slot] = prompt
+                order.append((sequence, slot, index))
+                num_rows[chunk] += 1
+        for sequence, _, slot in clones:
+            prompt = int(request.prompt_of[sequence])
+            if prompt not in prompts:
+                prompts.append(prompt)
+            order.append((sequence, slot, prompts.index(prompt)))
+
+        tokens = np.zeros((num_prompts, request.prompt_bucket), np.int32)
+        length = np.zeros(num_prompts, np.int32)
+        for index, prompt in enumerate(prompts):
+            ids = request.prompts[prompt]
+            tokens[index, : len(ids)] = ids
+            length[index] = len(ids)
+        for sequence, slot, index in order:
+            self.sequence[slot] = sequence
+            self.length[slot] = length[index]
+            self.limit[slot] = request.limit(sequence)
+        self.stats.num_prefilled += len(fresh)
+        self.stats.num_cloned += len(clones)
+
+        def padded(values: list[int], fill: int) -> np.ndarray:
+            return np.array(values + [fill] * (rows - len(values)), np.int32)
+
+        return Admission(
+            tokens=tokens,
+            length=length,
+            num_chunks=np.int32(num_chunks),
+            slot=padded([slot for _, slot, _ in order], rows),
+            prompt=padded([index for _, _, index in order], 0),
+            sequence_id=padded(
+                [int(request.sequence_ids[s]) for s, _, _ in order], NONE
+            ),
+            limit=padded([request.limit(s) for s, _, _ in order], 0),
+            first_row=first_row,
+            num_rows=num_rows,
+            num_clones=np.int32(len(clones)),
+            clone_from=padded([source for _, source, _ in clones], 0),
+            clone_to=padded([slot for _, _, slot in clones], 0),
+            clone_length=padded(
+                [len(request.prompts[request.prompt_of[s]]) for s, _, _ in clones], 0
+            ),
+        )
+
+    def needed_length(self, gamma: int) -> int:
+        """Return the cache length that one turn of a window needs for the live rows."""
+        reach = self.engine.rounds_per_test * (gamma + 1)
+        live = self.sequence != NONE
+        return int(np.minimum(self.length + reach, self.limit)[live].max(initial=1))
+
+    def options(self, gammas: Sequence[int]) -> list[Program]:
+        """Return the programs that can run the live rows now, the safest one last.
+
+        With sequences waiting, the batch keeps all its slots. A cache is shortened only
+        if the live rows leave a quarter of it free, so that it is not grown at once.
+        """
+        slots = self.request.slots
+        sizes = (slots,) if self.queue else row_buckets(slots)
+        prompts = self.request.prompt_bucket if self.queue else 1
+        found = []
+        for gamma, rows, length in itertools.product(
+            sorted(gammas, reverse=True), sizes, self.request.cache_lengths
+        ):
+            needed = max(self.needed_length(gamma), prompts)
+            if length < self.state.cache_length:
+                needed += length // 4
+            if rows >= self.num_live and needed <= length:
+                found.append(Program(rows, length, gamma))
+        return found
+
+    def is_ready(self, program: Program) -> bool:
+        """Whether the batch can run a program next without compiling anything."""
+        return self.engine.has_window(program, self.params) and self.engine.has_take(
+            self.state, program.rows, program.cache_length
+        )
+
+    def move_to(self, program: Program) -> None:
+        """Compact or grow the state to the shape of a program."""
+        self.program = program
+        old_rows = len(self.sequence)
+        if (old_rows, self.state.cache_length) == (program.rows, program.cache_length):
+            return
+        keep = np.flatnonzero(self.sequence != NONE)
+        if program.rows >= old_rows:
+            keep = np.arange(old_rows)
+        index = np.full(program.rows, NONE)
+        index[: len(keep)] = keep
+
+        def moved(values: np.ndarray, empty: int) -> np.ndarray:
+            return np.where(index >= 0, values[np.maximum(index, 0)], empty)
+
+        self.sequence = moved(self.sequence, NONE)
+        self.resident = moved(self.resident, NONE)
+        self.length, self.limit = moved(self.length, 0), moved(self.limit, 0)
+        with self._timed("moves"):
+            self.state = self.engine.take(self.state, index, program.cache_length)
+
+    def _exit_live(self) -> int:
+        """Return the live count at which the next decision is due."""
+        if self.queue:
+            return self.request.slots - max(1, self.request.slots // REFILL_SHARE)
+        smaller = [b for b in row_buckets(self.request.slots) if b < self.num_live]
+        return max(smaller, default=0)
+
+    def run_window(
+        self,
+        settings: Sampling,
+        gamma: int,
+        round_s: float | None,
+        controller: Controller,
+    ) -> list[int]:
+        """Run one window, book it, and return the sequences that finished in it."""
+        max_rounds = 64 if round_s is None else int(WINDOW_S / round_s)
+        max_rounds = min(max(max_rounds, MIN_ROUNDS), MAX_ROUNDS)
+        program = Program(len(self.sequence), self.state.cache_length, gamma)
+        second, live_before = time.perf_counter() - self.start_s, self.num_live
+        self.state, info, seconds = self.engine.window(
+            self.params,
+            self.state,
+            settings,
+            gamma,
+            exit_live=min(self._exit_live(), live_before - 1),
+            max_rounds=max_rounds,
+        )
+        is_active = self.sequence != NONE
+        num_tokens = int((info.length - self.length)[is_active].sum())
+        ended = np.flatnonzero(is_active & ~info.live)
+        finished = [int(s) for s in self.sequence[ended]]
+        self._collect(ended, info.length, info.finish_reason)
+        self.length = info.length.astype(int)
+        self.sequence[ended] = NONE
+        moment = Moment(
+            second=second,
+            duration_s=seconds,
+            live=live_before,
+            num_live_after=self.num_live,
+            rows=program.rows,
+            cache_length=program.cache_length,
+            gamma=gamma,
+            num_rounds=int(info.num_rounds),
+        )
+        self.stats.add_window(moment, num_tokens, info.accepted)
+        controller.observe(program, int(info.num_rounds), info.accepted, seconds)
+        return finished
+
+    def _collect(
+        self, ended: np.ndarray, length: np.ndarray, reason: np.ndarray
+    ) -> None:
+        """Fetch the completions of rows that ended, before anything overwrites them."""
+        if not len(ended):
+            return
+        tokens, logprobs = jax.device_get((self.state.tokens, self.state.logprobs))
+        for slot in ended:
+            sequence = int(self.sequence[slot])
+            start = len(self.request.prompts[self.request.prompt_of[sequence]])
+            part = slice(start, int(length[slot]))
+            # Copies: on CPU the fetched arrays may be the device's own buffers.
+            self.completions[sequence] = Completion(
+                token_ids=np.array(tokens[slot, part]),
+                logprobs=np.array(logprobs[slot, part]),
+                finish_reason=FINISH_NAMES[int(reason[slot])],
+            )

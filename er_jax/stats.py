@@ -1,0 +1,172 @@
+"""What a rollout did: seconds by phase, speculation by gamma, the batch over time.
+
+Left out: judging it. `summary` is for reading, `plot` for looking, the fields for code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+PHASES = ("prefill", "draft refresh", "windows", "moves", "compile", "host")
+
+
+class Moment(NamedTuple):
+    """One window of the timeline.
+
+    second: seconds since the rollout began, at the window's start.
+    duration_s: seconds on the device, compilation not counted.
+    live: live rows at its start. num_live_after: and at its end.
+    rows, cache_length, gamma: the program. num_rounds: rounds it ran.
+    """
+
+    second: float
+    duration_s: float
+    live: int
+    num_live_after: int
+    rows: int
+    cache_length: int
+    gamma: int
+    num_rounds: int
+
+
+@dataclasses.dataclass
+class RolloutStats:
+    """Counts and times of one rollout.
+
+    seconds: phase -> seconds. Phases are prefill, draft refresh, windows (device time
+      of the decoding loops), moves (compaction and growth), compile, and host (all
+      that is left of the wall time).
+    rounds: gamma -> row-rounds run by live rows.
+    tokens: gamma -> tokens emitted.
+    accepted: gamma -> int64 `[gamma + 1]`, row-rounds by number of drafts kept.
+    timeline: windows in order.
+    compiled: (program name, seconds) of everything compiled during the call.
+    num_prefilled: distinct prompts run through the prefill.
+    num_cloned: completions started from entries that were still in the batch.
+    """
+
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(PHASES, 0.0)
+    )
+    rounds: dict[int, int] = dataclasses.field(default_factory=dict)
+    tokens: dict[int, int] = dataclasses.field(default_factory=dict)
+    accepted: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    timeline: list[Moment] = dataclasses.field(default_factory=list)
+    compiled: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+    num_prefilled: int = 0
+    num_cloned: int = 0
+
+    @property
+    def total_s(self) -> float:
+        """Wall seconds of the call."""
+        return sum(self.seconds.values())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens emitted."""
+        return sum(self.tokens.values())
+
+    def add_window(self, moment: Moment, num_tokens: int, accepted: np.ndarray) -> None:
+        """Book one window: what ran, tokens emitted, histogram of drafts kept."""
+        gamma = moment.gamma
+        self.timeline.append(moment)
+        self.seconds["windows"] += moment.duration_s
+        self.tokens[gamma] = self.tokens.get(gamma, 0) + num_tokens
+        self.rounds[gamma] = self.rounds.get(gamma, 0) + int(accepted.sum())
+        known = self.accepted.get(gamma, np.zeros(gamma + 1, np.int64))
+        self.accepted[gamma] = known + accepted
+
+    def keep_rate(self, gamma: int) -> float:
+        """Return drafts kept / drafts proposed at this gamma, NaN where none were.
+
+        Biased low as an acceptance rate: drafts behind a rejection count as proposed.
+        """
+        histogram = self.accepted.get(gamma)
+        if gamma == 0 or histogram is None or not histogram.sum():
+            return float("nan")
+        kept = float(np.arange(gamma + 1) @ histogram)
+        return kept / (gamma * float(histogram.sum()))
+
+    def summary(self) -> str:
+        """Return the rollout as text: time by phase, tokens by gamma, programs."""
+        total = max(self.total_s, 1e-9)
+        steady = max(total - self.seconds["compile"], 1e-9)
+        lines = [
+            f"{self.num_tokens} tokens in {total:.2f} s "
+            f"({self.num_tokens / steady:.0f} tokens/s without compilation)"
+        ]
+        phases = (
+            f"{phase} {seconds:.2f} s ({100 * seconds / total:.0f} %)"
+            for phase, seconds in self.seconds.items()
+            if seconds >= 0.005
+        )
+        lines.append("time: " + ", ".join(phases))
+        for gamma in sorted(self.tokens):
+            rounds = max(self.rounds[gamma], 1)
+            line = (
+                f"gamma {gamma}: {self.tokens[gamma]} tokens in {rounds} row-rounds, "
+                f"{self.tokens[gamma] / rounds:.2f} tokens per round"
+            )
+            if gamma:
+                line += f", {100 * self.keep_rate(gamma):.1f} % of drafts kept"
+            lines.append(line)
+        lines.append(
+            f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "
+            "started from entries already there"
+        )
+        if self.compiled:
+            names = ", ".join(
+                f"{name} {seconds:.1f} s" for name, seconds in self.compiled
+            )
+            lines.append(f"compiled {len(self.compiled)} programs: {names}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw live rows over time, shaded by gamma, and save the picture.
+
+        Args:
+          path: where to; the ending picks the format (png, pdf, svg).
+        Raises:
+          ImportError: matplotlib is missing; install the extra `plot`.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+            from matplotlib.patches import Patch
+        except ImportError as error:
+            raise ImportError(
+                "drawing needs matplotlib; install it with pip install 'er-jax[plot]'"
+            ) from error
+
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        gammas = sorted({moment.gamma for moment in self.timeline})
+        shades = {g: 0.85 - 0.6 * i / max(len(gammas), 1) for i, g in enumerate(gammas)}
+        for moment in self.timeline:
+            span = (moment.second, moment.second + moment.duration_s)
+            axes.fill_between(
+                span, [moment.rows] * 2, color=str(shades[moment.gamma]), linewidth=0
+            )
+        seconds = [
+            x for m in self.timeline for x in (m.second, m.second + m.duration_s)
+        ]
+        live = [x for m in self.timeline for x in (m.live, m.num_live_after)]
+        axes.plot(seconds, live, color="tab:red", linewidth=1.5, label="live rows")
+        handles, _ = axes.get_legend_handles_labels()
+        handles += [
+            Patch(color=str(shades[g]), label=f"gamma {g}" if g else "gamma 0 (AR)")
+            for g in gammas
+        ]
+        axes.legend(handles=handles, loc="upper right", fontsize="small")
+        axes.set(
+            xlabel="seconds", ylabel="rows (shaded: compiled batch)", ylim=(0, None)
+        )
+        axes.set_title(
+            f"{self.num_tokens} tokens, {self.total_s:.1f} s", fontsize="medium"
+        )
+        figure.savefig(path, dpi=130)

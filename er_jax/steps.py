@@ -1,0 +1,346 @@
+"""One sequence's way through the device: admission, rounds, moving rows.
+
+Pure functions of (policy, params, state): nothing here is compiled, donated or timed.
+A row is admitted with its prompt's entries for all but the last token; every round then
+feeds the last known token, so the first token comes out of an ordinary round and the
+prefill needs no vocabulary projection.
+
+A round drafts gamma tokens with the draft parameters (provisional cache entries), runs
+the target once over the last token and all drafts (its own entries overwrite them), and
+emits what the acceptance rule allows. Rejected drafts are forgotten by not advancing
+`length`. gamma = 0 has no draft: it is one autoregressive step.
+
+Left out: the loop over rounds (`engine`), every decision (`scheduler`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from er_jax import acceptance, kv_cache, sampling
+from er_jax.acceptance import AcceptRule
+from er_jax.drafter import PolicyParams, draft_params
+from er_jax.types import (
+    NONE,
+    Admission,
+    DecodeState,
+    Finish,
+    Params,
+    Policy,
+    Purpose,
+    RoundInfo,
+    Sampling,
+)
+
+
+def empty_state(policy: Policy, rows: int, cache_length: int) -> DecodeState:
+    """Return a state of empty slots: `rows` rows of `cache_length` positions."""
+
+    def full(value: int) -> jax.Array:
+        return jnp.full(rows, value, jnp.int32)
+
+    return DecodeState(
+        tokens=jnp.zeros((rows, cache_length), jnp.int32),
+        logprobs=jnp.zeros((rows, cache_length), jnp.float32),
+        length=full(0),
+        prompt_length=full(0),
+        limit=full(0),
+        sequence_id=full(NONE),
+        live=jnp.zeros(rows, jnp.bool_),
+        finish_reason=full(Finish.RUNNING),
+        cache=policy.init_cache(rows, cache_length),
+    )
+
+
+def admit(
+    policy: Policy, params: Params, state: DecodeState, admission: Admission
+) -> DecodeState:
+    """Start sequences in free slots: clone or prefill their prompts' entries.
+
+    A prompt whose entries still lie in some row is copied from there. The others are
+    prefilled, each distinct prompt once, in chunks of C prompts; the entries of a chunk
+    are written to every slot that starts from one of its prompts. The numbers of clones
+    and chunks are traced, so one program serves any admission.
+
+    Args:
+      policy, params: the target.
+      state: rows named in `admission.slot` are overwritten whole.
+      admission: see `types.Admission`.
+    Returns:
+      The state with the new rows live.
+    """
+    rows, length = state.rows, state.cache_length
+    num_tokens = admission.tokens.shape[1]
+    chunk = admission.tokens.shape[0] // admission.first_row.shape[0]
+    offsets = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+
+    def clone(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+        source = admission.clone_from[i]
+        known = jnp.arange(length, dtype=jnp.int32) < admission.clone_length[i] - 1
+
+        def copy(leaf: jax.Array) -> jax.Array:
+            row = lax.dynamic_slice_in_dim(leaf, source, 1, axis=0)
+            mask = known.reshape((1, length) + (1,) * (leaf.ndim - 2))
+            row = jnp.where(mask, row, jnp.zeros((), leaf.dtype))
+            return lax.dynamic_update_slice_in_dim(
+                leaf, row, admission.clone_to[i], axis=0
+            )
+
+        return jax.tree.map(copy, cache)
+
+    def prefill(index: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+        tokens = lax.dynamic_slice_in_dim(admission.tokens, index * chunk, chunk)
+        known = lax.dynamic_slice_in_dim(admission.length, index * chunk, chunk)
+        # The last prompt token is left to the first round.
+        positions = jnp.where(offsets < known[:, None] - 1, offsets, NONE)
+        prefix = policy.init_cache(chunk, num_tokens)
+        _, prefix = policy.forward(params, tokens, positions, prefix)
+        first = admission.first_row[index]
+
+        def insert(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+            source = admission.prompt[i] - index * chunk
+            return kv_cache.insert_row(cache, prefix, admission.slot[i], source)
+
+        return lax.fori_loop(first, first + admission.num_rows[index], insert, cache)
+
+    cache = lax.fori_loop(0, admission.num_clones, clone, state.cache)
+    cache = lax.fori_loop(0, admission.num_chunks, prefill, cache)
+
+    # Unused entries of `slot` are `rows`: out of bounds, dropped.
+    slot = admission.slot
+    started = (slot < rows) & (slot >= 0)
+    start_length = admission.length[admission.prompt]
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[slot].set(new, mode="drop")
+
+    prompts = kv_cache.resize(admission.tokens[admission.prompt], length)
+    return DecodeState(
+        tokens=put(state.tokens, prompts),
+        logprobs=put(state.logprobs, jnp.zeros_like(state.logprobs)),
+        length=put(state.length, start_length),
+        prompt_length=put(state.prompt_length, start_length),
+        limit=put(state.limit, admission.limit),
+        sequence_id=put(state.sequence_id, admission.sequence_id),
+        live=put(state.live, started),
+        finish_reason=put(state.finish_reason, jnp.zeros_like(state.finish_reason)),
+        cache=cache,
+    )
+
+
+def take(state: DecodeState, rows: jax.Array, cache_length: int) -> DecodeState:
+    """Gather rows into a state of another size: compaction, growth, or both.
+
+    Args:
+      state: B rows of S positions.
+      rows: int32 `[R]`, which row each new row is; `NONE` makes an empty one.
+      cache_length: positions of the new state; every live row must fit.
+    Returns:
+      The state of R rows and `cache_length` positions.
+    """
+    index = jnp.maximum(rows, 0)
+    taken = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), state)
+    return dataclasses.replace(
+        taken,
+        tokens=kv_cache.resize(taken.tokens, cache_length),
+        logprobs=kv_cache.resize(taken.logprobs, cache_length),
+        live=taken.live & (rows >= 0),
+        sequence_id=jnp.where(rows >= 0, taken.sequence_id, NONE),
+        cache=kv_cache.resize(taken.cache, cache_length),
+    )
+
+
+def decode_round(
+    policy: Policy,
+    params: PolicyParams,
+    state: DecodeState,
+    settings: Sampling,
+    *,
+    gamma: int,
+    accept: AcceptRule,
+) -> tuple[DecodeState, RoundInfo]:
+    """Run one round: gamma draft passes, one target pass, accept, emit, advance.
+
+    Args:
+      policy: the model. params: target and draft parameters.
+      state: live rows are advanced by 1 .. gamma + 1 tokens, the others untouched.
+      settings: traced sampling settings, key and stop ids.
+      gamma: drafts per round; 0 is one autoregressive step.
+      accept: the acceptance rule.
+    Returns:
+      The new state, and what the round did.
+    """
+    last = jnp.take_along_axis(
+        state.tokens, jnp.maximum(state.length - 1, 0)[:, None], axis=1
+    )[:, 0]
+    cache = state.cache
+    drafted = jnp.zeros((state.rows, 0), jnp.int32)
+    draft_logprobs = None
+    if gamma:
+        with jax.named_scope("draft"):
+            cache, drafted, draft_logprobs = _draft(
+                policy, draft_params(params), state, last, settings, gamma, accept
+            )
+    with jax.named_scope("verify"):
+        tokens = jnp.concatenate([last[:, None], drafted], axis=1)
+        offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
+        positions = _positions(state, offsets)
+        hidden, cache = policy.forward(params.policy, tokens, positions, cache)
+        logits = policy.logits(params.policy, hidden)
+        target = sampling.target_logprobs(logits, settings)
+        is_finite = sampling.is_distribution(logits, settings)
+    with jax.named_scope("accept"):
+        num_accepted, emitted = _accept(
+            state, settings, target, draft_logprobs, drafted, accept
+        )
+    with jax.named_scope("emit"):
+        logprobs = sampling.token_logprobs(logits, target, emitted, settings)
+        return _emit(state, settings, cache, emitted, logprobs, num_accepted, is_finite)
+
+
+def _positions(state: DecodeState, offsets: jax.Array) -> jax.Array:
+    """Positions `[B, T]` of inputs at `length - 1 + offsets`; `NONE` in dead rows."""
+    return jnp.where(state.live[:, None], state.length[:, None] - 1 + offsets, NONE)
+
+
+def _draft(
+    policy: Policy,
+    draft: Params,
+    state: DecodeState,
+    last: jax.Array,
+    settings: Sampling,
+    gamma: int,
+    accept: AcceptRule,
+) -> tuple[kv_cache.Cache, jax.Array, jax.Array | None]:
+    """Propose tokens `[B, G]`; their log-probabilities `[B, G, V]` unless coupled."""
+
+    def propose(
+        carry: tuple[kv_cache.Cache, jax.Array], depth: jax.Array
+    ) -> tuple[tuple[kv_cache.Cache, jax.Array], tuple[jax.Array, ...]]:
+        cache, token = carry
+        positions = _positions(state, depth[None, None])
+        hidden, cache = policy.forward(draft, token[:, None], positions, cache)
+        logits = policy.logits(draft, hidden)[:, 0]
+        # A broken drafter proposes uniformly; NaN would poison the residual.
+        is_finite = sampling.is_distribution(logits, settings)[..., None]
+        logits = jnp.where(is_finite, logits, jnp.zeros((), logits.dtype))
+        logprobs = sampling.target_logprobs(logits, settings)
+        if accept == "coupled":
+            noise = _token_noise(state, settings, logprobs, state.length + depth)
+        else:
+            noise = sampling.gumbel(
+                settings, state.sequence_id, state.length + depth, logits.shape[-1],
+                logits.dtype, purpose=Purpose.DRAFT, start=state.length,
+            )  # fmt: skip
+        token = jnp.argmax(logprobs + noise, axis=-1).astype(jnp.int32)
+        kept = () if accept == "coupled" else (logprobs,)
+        return (cache, token), (token, *kept)
+
+    depths = jnp.arange(gamma, dtype=jnp.int32)
+    (cache, _), out = lax.scan(propose, (state.cache, last), depths)
+    tokens, *logprobs = (jnp.moveaxis(x, 0, 1) for x in out)
+    return cache, tokens, logprobs[0] if logprobs else None
+
+
+def _token_noise(
+    state: DecodeState, settings: Sampling, logprobs: jax.Array, position: jax.Array
+) -> jax.Array:
+    """The noise that draft and target share: a function of sequence and position."""
+    sequence_id = state.sequence_id.reshape((-1,) + (1,) * (position.ndim - 1))
+    return sampling.gumbel(
+        settings, sequence_id, position, logprobs.shape[-1], logprobs.dtype
+    )
+
+
+def _accept(
+    state: DecodeState,
+    settings: Sampling,
+    target: jax.Array,
+    draft: jax.Array | None,
+    drafted: jax.Array,
+    accept: AcceptRule,
+) -> tuple[jax.Array, jax.Array]:
+    """Return drafts kept `[B]` and the tokens to emit `[B, G+1]` (the rest is junk)."""
+    gamma = drafted.shape[1]
+    offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
+    if accept == "coupled":
+        position = state.length[:, None] + offsets
+        noise = _token_noise(state, settings, target, position)
+        draws = jnp.argmax(target + noise, axis=-1).astype(jnp.int32)
+        return acceptance.coupled_num_accepted(drafted, draws), draws
+
+    # Both rules look at drafts they then reject, so noise is named by the round's
+    # start as well: the same position in a later round must meet fresh noise.
+    start, weight = state.length, jnp.ones(state.rows, target.dtype)
+    num_accepted = jnp.zeros(state.rows, jnp.int32)
+    if gamma:
+        assert draft is not None
+        uniforms = sampling.uniform(
+            settings, state.sequence_id[:, None], start[:, None] + offsets[:, :-1],
+            target.dtype, purpose=Purpose.ACCEPT, start=start[:, None],
+        )  # fmt: skip
+        if accept == "token":
+            probs = acceptance.token_accept_probs(target, draft, drafted)
+            num_accepted = acceptance.token_num_accepted(probs, uniforms)
+        else:
+            chances, weights = acceptance.block_accept_probs(target, draft, drafted)
+            num_accepted = acceptance.block_num_accepted(chances, uniforms)
+            weight = jnp.take_along_axis(weights, num_accepted[:, None], axis=1)[:, 0]
+    else:
+        draft = jnp.zeros((state.rows, 0, target.shape[-1]), target.dtype)
+    residual = acceptance.residual_logprobs(target, draft, num_accepted, weight)
+    noise = sampling.gumbel(
+        settings, state.sequence_id, start + num_accepted, target.shape[-1],
+        target.dtype, purpose=Purpose.RESIDUAL, start=start,
+    )  # fmt: skip
+    final = jnp.argmax(residual + noise, axis=-1).astype(jnp.int32)
+    padded = jnp.pad(drafted, ((0, 0), (0, 1)))
+    emitted = jnp.where(offsets == num_accepted[:, None], final[:, None], padded)
+    return num_accepted, emitted
+
+
+def _emit(
+    state: DecodeState,
+    settings: Sampling,
+    cache: kv_cache.Cache,
+    emitted: jax.Array,
+    logprobs: jax.Array,
+    num_accepted: jax.Array,
+    is_finite: jax.Array,
+) -> tuple[DecodeState, RoundInfo]:
+    """Cut the emitted tokens at stops, limits and bad logits, and advance the rows."""
+    offsets = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
+    is_stop = jnp.any(emitted[..., None] == settings.stop_ids[None, None], axis=-1)
+    first_stop = jnp.min(
+        jnp.where(is_stop, offsets, jnp.int32(emitted.shape[1])), axis=-1
+    )
+    wanted = jnp.minimum(num_accepted, first_stop) + 1
+    wanted = jnp.minimum(wanted, state.limit - state.length)
+    num_finite = acceptance.count_leading(is_finite)
+    num_emitted = jnp.where(state.live, jnp.minimum(wanted, num_finite), 0)
+    length = state.length + num_emitted
+
+    reason = jnp.where(length >= state.limit, Finish.LENGTH, Finish.RUNNING)
+    reason = jnp.where(first_stop < num_emitted, Finish.STOP, reason)
+    reason = jnp.where(num_finite < wanted, Finish.NONFINITE, reason)
+    reason = jnp.where(state.live, reason, state.finish_reason).astype(jnp.int32)
+
+    positions = state.length[:, None] + offsets
+    positions = jnp.where(offsets < num_emitted[:, None], positions, NONE)
+    new_state = dataclasses.replace(
+        state,
+        tokens=kv_cache.write(state.tokens, emitted, positions),
+        logprobs=kv_cache.write(state.logprobs, logprobs, positions),
+        length=length,
+        live=state.live & (reason == Finish.RUNNING),
+        finish_reason=reason,
+        cache=cache,
+    )
+    info = RoundInfo(
+        num_accepted=num_accepted, num_emitted=num_emitted, is_live=state.live
+    )
+    return new_state, info

@@ -1,0 +1,240 @@
+"""The words of the library as types: the policy protocol, every state and info.
+
+Axis letters, used in every shape comment of the project:
+
+    B rows            T positions in this call   S cache length      G gamma
+    V vocabulary      L layers                   H heads             K key/value heads
+    D head size       N sequences of a request   P distinct prompts  E stop ids
+
+A *row* is a place in the compiled batch, a *slot* the same place seen by the scheduler,
+and *live* a row that is still generating. `-1` (`NONE`) is the only sentinel: an unused
+stop id, a padding position, an empty slot's sequence id.
+
+Left out: any behaviour. Nothing here computes; modules further down do.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+from flax import struct
+
+NONE = -1
+
+Params = Any
+"""A pytree of policy (or draft) parameters."""
+
+Cache = Any
+"""A pytree of key/value entries; every leaf is `[B, S, ...]`, indexed by position."""
+
+Array = Any
+"""A `jax.Array` on the device, a NumPy array or scalar on the host's side of a call."""
+
+FINISH_NAMES = ("", "stop", "length", "nonfinite")
+
+
+class Finish(enum.IntEnum):
+    """Why a row ended; the value kept on the device, `FINISH_NAMES` the word."""
+
+    RUNNING = 0
+    STOP = 1
+    LENGTH = 2
+    NONFINITE = 3
+
+
+class LogprobKind(enum.IntEnum):
+    """What the log-probability of a token means; traced, so changing it is free.
+
+    RAW: the model's own distribution. TEMPERATURE: after the temperature, before any
+    truncation. PROCESSED: the distribution that is sampled, truncation included.
+    """
+
+    RAW = 0
+    TEMPERATURE = 1
+    PROCESSED = 2
+
+
+class Purpose(enum.IntEnum):
+    """What a stream of noise is for; two purposes never share a random number."""
+
+    TOKEN = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What a model must offer to be sampled.
+
+    Implementations are frozen dataclasses, because a policy is a static argument of the
+    compiled programs: it must be hashable and must hold no arrays. Weights are
+    multiplied with `er_jax.dot`, which takes an array or a quantized leaf, so that one
+    `forward` serves the target and the draft.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of token ids."""
+        ...
+
+    def init_cache(self, rows: int, length: int) -> Cache:
+        """Return an empty cache, every leaf `[rows, length, ...]` and zero."""
+        ...
+
+    def forward(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Run T new tokens of every row against the cache.
+
+        Args:
+          params: policy parameters, or a draft made from them by `er_jax.quantize`.
+          tokens: `[B, T]` int32.
+          positions: `[B, T]` int32, absolute; -1 is padding, for which nothing is
+            written. Positions at or past the cache length are not written either.
+          cache: leaves `[B, S, ...]`; entry s holds the token at position s.
+
+        Returns:
+          hidden `[B, T, *]`, and the cache with the new tokens' entries written. A
+          token attends to the entries at positions up to its own.
+        """
+        ...
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Project hidden states `[B, T, *]` to logits `[B, T, V]`, float32 or wider."""
+        ...
+
+
+@struct.dataclass
+class Sampling:
+    """Everything about sampling that may change without compiling: traced scalars.
+
+    key: uint32 `[2]`, the threefry key data all noise is folded from.
+    temperature: float32 `[]`, >= 0; 0 is greedy.
+    top_k: int32 `[]`, 0 is off.
+    top_p: float32 `[]` in (0, 1], 1 is off.
+    min_p: float32 `[]` in [0, 1], 0 is off.
+    stop_ids: int32 `[E]`, padded with `NONE`.
+    logprob_kind: int32 `[]`, a `LogprobKind`.
+    """
+
+    key: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    stop_ids: Array
+    logprob_kind: Array
+
+
+@struct.dataclass
+class DecodeState:
+    """The batch being sampled: what the next round needs, and no more.
+
+    Between rounds the cache holds the target's entries for positions 0 .. length-2; the
+    token at length-1 is known and is the next round's first input.
+
+    tokens: int32 `[B, S]`, prompt then completion from position 0.
+    logprobs: float32 `[B, S]`, of the completion tokens, 0 elsewhere.
+    length: int32 `[B]`, known tokens, prompt included.
+    prompt_length: int32 `[B]`.
+    limit: int32 `[B]`, the length at which the row ends; at most S when S is final.
+    sequence_id: int32 `[B]`, names the row's noise; `NONE` in an empty slot.
+    live: bool `[B]`.
+    finish_reason: int32 `[B]`, a `Finish`.
+    cache: leaves `[B, S, ...]`.
+    """
+
+    tokens: Array
+    logprobs: Array
+    length: Array
+    prompt_length: Array
+    limit: Array
+    sequence_id: Array
+    live: Array
+    finish_reason: Array
+    cache: Cache
+
+    @property
+    def rows(self) -> int:
+        """B, the compiled batch size."""
+        return self.tokens.shape[0]
+
+    @property
+    def cache_length(self) -> int:
+        """S, the compiled cache length in tokens."""
+        return self.tokens.shape[1]
+
+
+@struct.dataclass
+class RoundInfo:
+    """What one round did.
+
+    num_accepted: int32 `[B]`, drafts kept, 0 .. gamma; the extra token not counted.
+    num_emitted: int32 `[B]`, tokens added to the row after stops and limits.
+    is_live: bool `[B]`, the rows that took part.
+    """
+
+    num_accepted: Array
+    num_emitted: Array
+    is_live: Array
+
+
+@struct.dataclass
+class WindowInfo:
+    """What one window did: the only thing that crosses to the host per window.
+
+    live: bool `[B]`; length: int32 `[B]`; finish_reason: int32 `[B]`: as in the state.
+    num_rounds: int32 `[]`, rounds run.
+    accepted: int32 `[G + 1]`, how many row-rounds kept exactly k drafts.
+    """
+
+    live: Array
+    length: Array
+    finish_reason: Array
+    num_rounds: Array
+    accepted: Array
+
+
+@struct.dataclass
+class Admission:
+    """Sequences to start, and where their prompts' cache entries come from.
+
+    Prompts to prefill are laid out in chunks of C that are run one at a time, so that
+    any number of them is one program. Entries of `slot`, and what goes with it, are in
+    this order: rows of the first chunk, the second, ..., clones; then `B` as padding.
+
+    tokens: int32 `[P, T]`, right-padded prompts; P is a multiple of C. Prompts whose
+      entries are cloned stand here too, behind the chunks that are run.
+    length: int32 `[P]`, tokens of each prompt; 0 for padding.
+    num_chunks: int32 `[]`, chunks to prefill.
+    slot: int32 `[B]`, rows to start. prompt: int32 `[B]`, the prompt of each, 0 .. P-1.
+    sequence_id, limit: int32 `[B]`, of each.
+    first_row, num_rows: int32 `[P / C]`, the part of `slot` that each chunk fills.
+    num_clones: int32 `[]`; clone_from, clone_to, clone_length: int32 `[B]`, rows whose
+      first `clone_length - 1` entries are copied, in order, before any prefill.
+    """
+
+    tokens: Array
+    length: Array
+    num_chunks: Array
+    slot: Array
+    prompt: Array
+    sequence_id: Array
+    limit: Array
+    first_row: Array
+    num_rows: Array
+    num_clones: Array
+    clone_from: Array
+    clone_to: Array
+    clone_length: Array
+
+
+class Program(NamedTuple):
+    """The name of a compiled window: rows, cache length in tokens, gamma."""
+
+    rows: int
+    cache_length: int
+    gamma: int

@@ -1,0 +1,453 @@
+"""The architecture, held by reading the files: who may import whom, and what is public.
+
+Rules are functions from the project's texts to the list of their violations. Each is
+applied to the project, and to a planted violation that it has to find.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import enum
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+
+import er_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Imports in er_jax run downwards: a module may import only those before it.
+ORDER = (
+    "types",
+    "sampling",
+    "acceptance",
+    "drafter",
+    "kv_cache",
+    "decoder",
+    "steps",
+    "engine",
+    "costs",
+    "control",
+    "stats",
+    "calibrate",
+    "scheduler",
+    "rollout",
+    "sharding",
+    "replay",
+    "plan",
+    "hf",
+    "integrations",
+)
+
+OWN = ("er_jax", "train", "configs", "benchmarks", "tests")
+
+# Where the name to import is not the name to install.
+IMPORT_NAMES = {"aqtp": "aqt", "orbax-checkpoint": "orbax"}
+
+CHECKS = ("ruff check", "ruff format --check", "mypy")
+
+# Places that exist on one machine only; a temporary place is asked for, not named.
+MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:home|mnt|root|tmp|Users|work|workspace)/")
+UPWARD_PATH = re.compile(r"(?<![\w./])(?:\.\./)+[\w./-]*")
+
+Texts = dict[str, str]  # path from the root -> content
+
+
+def project_texts() -> Texts:
+    """Read every text file of the project: whatever git does not ignore."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(
+            command, cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive
+        made = re.compile(r"/(?:\.git|\.venv[^/]*|\.\w+_cache|runs|__pycache__)/")
+        found = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")]
+        paths = [ROOT / name for name in found if not made.search(f"/{name}")]
+    texts = {}
+    for path in paths:
+        if not path.is_file():  # deleted, but still in git's index
+            continue
+        try:
+            texts[path.relative_to(ROOT).as_posix()] = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+    return texts
+
+
+def sources(texts: Texts, *packages: str) -> Iterator[tuple[str, ast.Module]]:
+    """Parse the Python files below the given top-level folders."""
+    for path, text in sorted(texts.items()):
+        if path.endswith(".py") and path.split("/")[0] in packages:
+            yield path, ast.parse(text, path)
+
+
+def walk(tree: ast.AST, *, lazy: bool) -> Iterator[ast.AST]:
+    """Visit all nodes; with `lazy` false, only those that run on import."""
+    yield tree
+    if lazy or not isinstance(tree, ast.FunctionDef | ast.AsyncFunctionDef):
+        for child in ast.iter_child_nodes(tree):
+            yield from walk(child, lazy=lazy)
+
+
+def imported(path: str, tree: ast.AST, *, lazy: bool = True) -> set[str]:
+    """Return the dotted name of everything that is imported, `a.b.c` for `from a.b`."""
+    names = set()
+    for node in walk(tree, lazy=lazy):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.split("/")[: -node.level] if node.level else []
+            base = [*package, *([node.module] if node.module else [])]
+            names |= {".".join([*base, alias.name]) for alias in node.names}
+    return names
+
+
+def is_below(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def module_of(path: str) -> str:
+    """Return `steps` for er_jax/steps.py, `integrations` for all that lies in there."""
+    return path.split("/")[1].removesuffix(".py")
+
+
+def imports_not_downwards(texts: Texts) -> list[str]:
+    bad = []
+    for path, tree in sources(texts, "er_jax"):
+        module = module_of(path)
+        if module == "__init__":
+            continue
+        if module not in ORDER:
+            bad.append(f"{path} has no place in ORDER")
+            continue
+        for name in sorted(imported(path, tree)):
+            if not is_below(name, "er_jax"):
+                continue
+            target = (*name.split("."), "")[1]
+            if target not in ORDER:
+                bad.append(f"{path} imports {name}: name the module it comes from")
+            elif target == module == "integrations":
+                continue
+            elif ORDER.index(target) >= ORDER.index(module):
+                bad.append(f"{path} imports {name}, which is not below it")
+    return bad
+
+
+def aqt_outside_the_drafter(texts: Texts) -> list[str]:
+    return [
+        f"{path} imports {name}"
+        for path, tree in sources(texts, *OWN)
+        for name in sorted(imported(path, tree))
+        if is_below(name, "aqt") and path != "er_jax/drafter.py"
+    ]
+
+
+def compiling_outside_the_engine(texts: Texts) -> list[str]:
+    bad = []
+    for path, tree in sources(texts, "er_jax"):
+        if path == "er_jax/engine.py":
+            continue
+        for node in ast.walk(tree):
+            words = []
+            if isinstance(node, ast.Attribute):
+                words = [node.attr]
+            elif isinstance(node, ast.Name):
+                words = [node.id]
+            elif isinstance(node, ast.keyword):
+                words = [node.arg or ""]
+            elif isinstance(node, ast.ImportFrom):
+                words = [alias.name for alias in node.names]
+            for word in words:
+                if word in ("jit", "pjit", "pmap") or word.startswith("donate_arg"):
+                    bad.append(f"{path}:{getattr(node, 'lineno', '')} says {word}")
+    return bad
+
+
+def decoder_in_the_steps(texts: Texts) -> list[str]:
+    return [
+        f"{path} imports {name}: the policy is an argument"
+        for path, tree in sources(texts, "er_jax")
+        for name in sorted(imported(path, tree))
+        if path == "er_jax/steps.py" and is_below(name, "er_jax.decoder")
+    ]
+
+
+def library_uses_its_users(texts: Texts) -> list[str]:
+    return [
+        f"{path} imports {name}"
+        for path, tree in sources(texts, "er_jax")
+        for name in sorted(imported(path, tree))
+        if any(is_below(name, user) for user in OWN if user != "er_jax")
+    ]
+
+
+def nnx_anywhere(texts: Texts) -> list[str]:
+    return [
+        f"{path} imports {name}"
+        for path, tree in sources(texts, *OWN)
+        for name in sorted(imported(path, tree))
+        if is_below(name, "flax.nnx")
+    ]
+
+
+def undeclared_dependencies(texts: Texts) -> list[str]:
+    """Imports that a plain install does not bring; extras only inside functions."""
+    project = tomllib.loads(texts["pyproject.toml"])["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        found = {re.split(r"[^\w.-]", line)[0] for line in requirements}
+        return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in found}
+
+    always = names(project["dependencies"]) | set(OWN) | sys.stdlib_module_names
+    extras = project["optional-dependencies"]
+    lazily = always.union(*(names(extras[key]) for key in extras if key != "test"))
+    bad = []
+    for path, tree in sources(texts, "er_jax", "train", "configs"):
+        for lazy, allowed in ((False, always), (True, lazily)):
+            used = {name.split(".")[0] for name in imported(path, tree, lazy=lazy)}
+            bad += [f"{path} imports {name}" for name in sorted(used - allowed)]
+    return bad
+
+
+def paths_of_one_machine(texts: Texts) -> list[str]:
+    """Absolute paths, and relative ones that lead to nothing in the project."""
+    bad = []
+    for path, text in texts.items():
+        for number, line in enumerate(text.splitlines(), 1):
+            if MACHINE_PATH.search(line):
+                bad.append(f"{path}:{number} names a place on one machine: {line}")
+            for match in UPWARD_PATH.findall(line):
+                target = (ROOT / path).parent.joinpath(match).resolve()
+                if not (target.is_relative_to(ROOT) and target.exists()):
+                    bad.append(f"{path}:{number} leads nowhere: {match}")
+    return bad
+
+
+def checks_not_the_same(texts: Texts) -> list[str]:
+    """The three check commands, as they stand in each place that names them."""
+    found = {
+        ".ci/run": re.findall(r"^run ((?:ruff|mypy).*)$", texts[".ci/run"], re.M),
+        ".pre-commit-config.yaml": re.findall(
+            r"entry: (.*)", texts[".pre-commit-config.yaml"]
+        ),
+        "CONTRIBUTING.md": re.findall(
+            r"^((?:ruff|mypy)\b[^#\n]*?)\s*(?:#.*)?$", texts["CONTRIBUTING.md"], re.M
+        ),
+    }
+    return [
+        f"{path} runs {commands}, not {list(CHECKS)}"
+        for path, commands in found.items()
+        if tuple(commands) != CHECKS
+    ]
+
+
+Rule = Callable[[Texts], list[str]]
+
+# Each rule with texts that break it, every one of which it has to notice.
+RULES: list[tuple[Rule, list[Texts]]] = [
+    (
+        imports_not_downwards,
+        [
+            {"er_jax/steps.py": "from er_jax.engine import run"},
+            {"er_jax/steps.py": "from er_jax import engine"},
+            {"er_jax/steps.py": "from . import engine"},
+            {"er_jax/steps.py": "from .engine import run"},
+            {"er_jax/steps.py": "def f():\n    import er_jax.engine as e"},
+            {"er_jax/steps.py": "import er_jax"},
+            {"er_jax/steps.py": "from er_jax import quantize"},
+            {"er_jax/steps.py": "from er_jax.steps import f"},
+            {"er_jax/hf.py": "from er_jax.integrations.other import f"},
+            {"er_jax/utils.py": ""},
+        ],
+    ),
+    (
+        aqt_outside_the_drafter,
+        [
+            {"er_jax/decoder.py": "from aqt.jax.v2 import aqt_tensor"},
+            {"train/grpo.py": "def f():\n    import aqt"},
+        ],
+    ),
+    (
+        compiling_outside_the_engine,
+        [
+            {"er_jax/steps.py": "import jax\n@jax.jit\ndef f(): pass"},
+            {"er_jax/steps.py": "from jax import jit as compiled"},
+            {"er_jax/steps.py": "f(g, donate_argnums=0)"},
+            {"er_jax/steps.py": "import functools, jax\nfunctools.partial(jax.jit)"},
+        ],
+    ),
+    (decoder_in_the_steps, [{"er_jax/steps.py": "from er_jax.decoder import Decoder"}]),
+    (
+        library_uses_its_users,
+        [
+            {"er_jax/rollout.py": "from train import tasks"},
+            {"er_jax/rollout.py": "def f():\n    import configs.tiny"},
+        ],
+    ),
+    (nnx_anywhere, [{"tests/test_x.py": "from flax import nnx"}]),
+    (
+        undeclared_dependencies,
+        [
+            {"er_jax/costs.py": "import scipy.stats"},
+            {"er_jax/costs.py": "import matplotlib.pyplot as plt"},
+            {"train/grpo.py": "def f():\n    import chex"},
+        ],
+    ),
+    (
+        paths_of_one_machine,
+        [
+            {"README.md": "cd /" + "home/me/er_jax"},
+            {"docs/guide.md": "see (" + "../" * 2 + "elsewhere/design.md)"},
+            {"docs/guide.md": "see " + "../" + "no_such_file.md"},
+        ],
+    ),
+    (
+        checks_not_the_same,
+        [
+            {".ci/run": "run ruff check --fix\nrun ruff format --check\nrun mypy\n"},
+            {"CONTRIBUTING.md": "ruff check\nruff format\nmypy\n"},
+            {".pre-commit-config.yaml": ""},
+        ],
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    return project_texts()
+
+
+@pytest.mark.parametrize("rule", [rule for rule, _ in RULES])
+def test_project_keeps_the_rule(rule: Rule, texts: Texts) -> None:
+    assert rule(texts) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "planted"), [(rule, text) for rule, broken in RULES for text in broken]
+)
+def test_rule_finds_what_is_planted(rule: Rule, planted: Texts, texts: Texts) -> None:
+    found = set(rule({**texts, **planted})) - set(rule(texts))
+    assert found
+    assert all(next(iter(planted)) in violation for violation in found)
+
+
+def test_all_modules_are_read(texts: Texts) -> None:
+    """A rule over no files would always hold."""
+    for package in OWN:
+        on_disk = {
+            p.relative_to(ROOT).as_posix() for p in (ROOT / package).glob("*.py")
+        }
+        assert on_disk <= {path for path, _ in sources(texts, package)}
+    assert "er_jax/types.py" in texts
+
+
+def test_importing_changes_nothing() -> None:
+    """No configuration, no thread, no device, no output: importing only defines."""
+    program = """
+import threading, jax
+before, threads = dict(jax.config.values), threading.enumerate()
+import er_jax
+after = dict(jax.config.values)
+assert after == before, {k: v for k, v in after.items() if before.get(k) != v}
+assert threading.enumerate() == threads, threading.enumerate()
+# JAX refuses this once any device has been touched.
+jax.config.update("jax_num_cpu_devices", 2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    assert list(er_jax.__all__) == sorted(set(er_jax.__all__))
+    assert [name for name in er_jax.__all__ if not hasattr(er_jax, name)] == []
+
+
+def arguments(thing: Any) -> list[str]:
+    """Return what a caller gives: parameters, or the fields of a constructor."""
+    if isinstance(thing, type) and issubclass(thing, enum.Enum | Exception):
+        return []
+    fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(thing).parameters.values()
+    return [p.name for p in parameters if p.kind not in fixed]
+
+
+def undocumented(name: str, thing: Any) -> list[str]:
+    """List what a public name's docstring owes its reader."""
+    if not callable(thing):
+        return []
+    doc = thing.__doc__ or ""
+    if not doc or (dataclasses.is_dataclass(thing) and doc.startswith(f"{name}(")):
+        return [f"{name} has no docstring"]  # a dataclass writes its signature there
+    bad = [
+        f"{name} does not say what {argument} is"
+        for argument in arguments(thing)
+        if not re.search(rf"\b{argument}\b", doc)
+    ]
+    if inspect.isclass(thing):
+        bad += [
+            f"{name}.{key} has no docstring"
+            for key, member in vars(thing).items()
+            if not key.startswith("_")
+            and isinstance(member, FunctionType | property | classmethod)
+            and not member.__doc__
+        ]
+    elif inspect.signature(thing).return_annotation not in (None, "None"):
+        if not re.search(r"\breturns?\b", doc, re.I):
+            bad.append(f"{name} does not say what it returns")
+    return bad
+
+
+def test_public_names_are_documented() -> None:
+    public = {name: getattr(er_jax, name) for name in er_jax.__all__}
+    assert [line for name in public for line in undocumented(name, public[name])] == []
+
+
+def test_missing_documentation_is_found() -> None:
+    def silent(x: int) -> int:
+        return x
+
+    def vague(x: int, rows: int) -> int:
+        """Return x."""
+        return x + rows
+
+    def mute(x: int) -> int:
+        """Double x."""
+        return 2 * x
+
+    @dataclasses.dataclass
+    class Generated:
+        x: int
+
+    @dataclasses.dataclass
+    class Partial:
+        """Holds x."""
+
+        x: int
+        rows: int
+
+        def method(self) -> None: ...
+
+    assert undocumented("silent", silent) == ["silent has no docstring"]
+    assert undocumented("vague", vague) == ["vague does not say what rows is"]
+    assert undocumented("mute", mute) == ["mute does not say what it returns"]
+    assert undocumented("Generated", Generated) == ["Generated has no docstring"]
+    assert undocumented("Partial", Partial) == [
+        "Partial does not say what rows is",
+        "Partial.method has no docstring",
+    ]

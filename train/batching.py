@@ -1,0 +1,142 @@
+"""Sequences of many lengths as arrays of few shapes.
+
+A training example is a prompt and the completion that follows it. Examples are sorted into length buckets, and
+each bucket is cut into chunks of a fixed number of rows, so that whatever the lengths, one program per bucket is
+all that is ever compiled. Every chunk of every bucket holds about the same number of tokens.
+
+Left out: packing several examples into one row; that needs a policy that understands segments.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import struct
+
+
+@struct.dataclass
+class Batch:
+    """Examples of one bucket, R rows of T tokens. Token t predicts target t.
+
+    Attributes:
+      tokens: `[R, T]` int32, prompt and completion but for the last token; 0 in padding.
+      positions: `[R, T]` int32, 0 .. ; -1 in padding.
+      targets: `[R, T]` int32, `tokens` one place to the left; 0 in padding.
+      mask: `[R, T]` float32, 1 where the target is a completion token, else 0.
+      behavior_logprobs: `[R, T]` float32, log-probability of the target when it was sampled; 0 where masked.
+      advantages: `[R]` float32; 0 in supervised training.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    targets: jax.Array
+    mask: jax.Array
+    behavior_logprobs: jax.Array
+    advantages: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One prompt and completion on the host.
+
+    Attributes:
+      prompt: token ids, at least one.
+      completion: token ids, at least one; the end token, where there is one, is the last.
+      behavior_logprobs: one per completion token; None in supervised training.
+      advantage: of the whole completion.
+    """
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    behavior_logprobs: Sequence[float] | None = None
+    advantage: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """T the example needs: all its tokens but the last, which is only ever a target."""
+        return len(self.prompt) + len(self.completion) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The shapes that batches may have.
+
+    Attributes:
+      lengths: tokens, ascending; an example goes to the first that holds it.
+      tokens: tokens in one chunk; a bucket of length T has max(1, tokens // T) rows.
+
+    Raises:
+      ValueError: lengths not ascending from >= 1, or tokens < 1.
+    """
+
+    lengths: tuple[int, ...]
+    tokens: int
+
+    def __post_init__(self):
+        if not self.lengths or list(self.lengths) != sorted({*self.lengths}) or self.lengths[0] < 1:
+            raise ValueError(f"lengths={self.lengths}: give ascending lengths of at least 1 token")
+        if self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens}: a chunk has at least 1 token")
+
+    def rows(self, length: int) -> int:
+        """R of the bucket of `length`."""
+        return max(1, self.tokens // length)
+
+    def length_for(self, example: Example) -> int:
+        """The bucket of one example. Raises ValueError when it is longer than the longest."""
+        for length in self.lengths:
+            if example.length <= length:
+                return length
+        raise ValueError(
+            f"an example of {example.length + 1} tokens does not fit the longest bucket, {self.lengths[-1]}; "
+            "shorten it or add a longer bucket"
+        )
+
+    def up_to(self, longest: int) -> "Buckets":
+        """The same buckets ending at `longest` tokens rounded up to 16: longer ones dropped, one added if needed."""
+        last = -(-longest // 16) * 16
+        shorter = tuple(length for length in self.lengths if length < last)
+        return dataclasses.replace(self, lengths=(*shorter, last))
+
+
+def batch_of(examples: Sequence[Example], rows: int, length: int) -> Batch:
+    """Pad examples into one batch of `[rows, length]`; rows past the last example are empty."""
+    batch = empty_batch(rows, length)
+    for row, example in enumerate(examples):
+        sequence = np.asarray([*example.prompt, *example.completion], np.int32)
+        first = len(example.prompt) - 1  # the last prompt token predicts the first completion token
+        used = example.length
+        batch.tokens[row, :used] = sequence[:-1]
+        batch.positions[row, :used] = np.arange(used)
+        batch.targets[row, :used] = sequence[1:]
+        batch.mask[row, first:used] = 1.0
+        if example.behavior_logprobs is not None:
+            batch.behavior_logprobs[row, first:used] = example.behavior_logprobs
+        batch.advantages[row] = example.advantage
+    return batch
+
+
+def empty_batch(rows: int, length: int) -> Batch:
+    """A batch of nothing but padding, as writable NumPy arrays."""
+    shape = (rows, length)
+    return Batch(
+        tokens=np.zeros(shape, np.int32),
+        positions=np.full(shape, -1, np.int32),
+        targets=np.zeros(shape, np.int32),
+        mask=np.zeros(shape, np.float32),
+        behavior_logprobs=np.zeros(shape, np.float32),
+        advantages=np.zeros(rows, np.float32),
+    )
+
+
+def make_batches(examples: Sequence[Example], buckets: Buckets) -> list[Batch]:
+    """Sort examples into buckets and cut each bucket into full-sized batches, in the order given."""
+    groups: dict[int, list[Example]] = {length: [] for length in buckets.lengths}
+    for example in examples:
+        groups[buckets.length_for(example)].append(example)
+    batches = []
+    for length, group in groups.items():
+        rows = buckets.rows(length)
+        batches += [batch_of(group[i : i + rows], rows, length) for i in range(0, len(group), rows)]
+    return batches

@@ -1,0 +1,219 @@
+"""Everything a run can be told, in frozen dataclasses that check themselves.
+
+The values of the runs we report are in `configs/`, one file per run; here are only the
+fields, their units and their limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import er_jax
+from train.losses import PolicyLoss
+from train.sft import SFTConfig
+from train.tasks import ArithmeticConfig, require
+
+DTYPES = ("float32", "float64")
+
+# What a resumed run may change: how far it goes, where it lies, how often it saves.
+FREE_ON_RESUME = ("steps", "out", "resume", "save_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the built-in decoder.
+
+    Args:
+      dim: width of the residual stream, features.
+      num_layers: layers.
+      num_heads: query heads.
+      num_kv_heads: key/value heads, a divisor of num_heads.
+      head_dim: features of a head; a multiple of 16 suits the vector units.
+      hidden_dim: width of the SwiGLU layer, features.
+      qk_norm: RMSNorm over each head's query and key, as in Qwen3.
+    """
+
+    dim: int = 192
+    num_layers: int = 4
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    hidden_dim: int = 512
+    qk_norm: bool = False
+
+    def decoder(self, vocab_size: int, dtype: str) -> er_jax.Decoder:
+        """Return the policy; `er_jax.DecoderConfig` checks the sizes."""
+        return er_jax.Decoder(
+            er_jax.DecoderConfig(
+                vocab_size=vocab_size, dtype=dtype, **dataclasses.asdict(self)
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """One step of reinforcement learning.
+
+    Args:
+      prompts_per_step: P, distinct positions of the data stream.
+      group_size: n, completions per prompt; advantages are relative to these. >= 2.
+      max_new_tokens: limit of a completion, tokens.
+      max_slots: rows decoded at once.
+      temperature: of sampling, > 0; the loss uses the same.
+      updates_per_step: optimizer steps on each batch of rollouts. With 1 the ratio
+        is 1 up to rounding; from the second on the clip has work to do.
+      learning_rate: Adam's.
+      clip_norm: largest global gradient norm.
+      clip_low: the ratio is cut at 1 - clip_low, in (0, 1).
+      clip_high: and at 1 + clip_high, > 0.
+      kl_coef: weight of the divergence from the warmed-up policy; 0 is off.
+      scale_advantages: divide by the group's standard deviation.
+      format_bonus: reward for ending in a whole number, right or wrong; 0 is off.
+      bucket_lengths: tokens of prompt and completion; shapes of the update. Ascending;
+        one that holds the longest is added.
+      chunk_tokens: tokens, padding included, in one pass of the update.
+    """
+
+    prompts_per_step: int = 16
+    group_size: int = 8
+    max_new_tokens: int = 256
+    max_slots: int = 64
+    temperature: float = 1.0
+    updates_per_step: int = 1
+    learning_rate: float = 2e-4
+    clip_norm: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    scale_advantages: bool = True
+    format_bonus: float = 0.0
+    bucket_lengths: tuple[int, ...] = (48, 112)
+    chunk_tokens: int = 2_304
+
+    def __post_init__(self) -> None:
+        for name in (
+            "prompts_per_step",
+            "max_new_tokens",
+            "max_slots",
+            "updates_per_step",
+            "chunk_tokens",
+        ):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give >= 1")
+        require(
+            self.group_size >= 2,
+            "group_size",
+            self.group_size,
+            "a completion is compared with its group, so give >= 2",
+        )
+        for name in ("temperature", "learning_rate", "clip_norm", "clip_high"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "give > 0")
+        require(0 < self.clip_low < 1, "clip_low", self.clip_low, "give one in (0, 1)")
+        for name in ("kl_coef", "format_bonus"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give >= 0")
+
+    @property
+    def num_completions(self) -> int:
+        """N, completions of one step."""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def loss(self) -> PolicyLoss:
+        """The options of the loss."""
+        return PolicyLoss(
+            clip_low=self.clip_low, clip_high=self.clip_high, kl_coef=self.kl_coef
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run: data, warm-up, reinforcement learning.
+
+    Args:
+      seed: of parameters, data and sampling.
+      steps: GRPO steps in all; a resumed run goes on to this number.
+      dtype: "float32", or "float64", in which the result does not depend on how
+        sequences were batched.
+      control: how draft lengths are chosen: "best", "ar" or "fixed:g".
+      reproducible: choose batch shapes by rule and not by the clock, so that float32
+        runs repeat bit for bit; needs "ar" or "fixed:g", and is slower.
+      data: JSONL of problems to train on; None generates them (see `task`). Lines
+        with a "solution" are warmed up on; without any, the generated ones are.
+      out: directory for everything the run writes.
+      resume: go on from the last checkpoint in `out`.
+      save_every: GRPO steps between two checkpoints.
+      eval_samples: completions per held-out problem when evaluating.
+      task: the generated problems.
+      model: the decoder's sizes.
+      sft: the warm-up.
+      grpo: the reinforcement learning.
+    """
+
+    seed: int = 0
+    steps: int = 30
+    dtype: str = "float32"
+    control: str = "best"
+    reproducible: bool = False
+    data: Path | None = None
+    out: Path = Path("runs/arithmetic")
+    resume: bool = False
+    save_every: int = 5
+    eval_samples: int = 2
+    task: ArithmeticConfig = dataclasses.field(default_factory=ArithmeticConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "steps", self.steps, "give >= 0")
+        for name in ("save_every", "eval_samples"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give >= 1")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"choose from {DTYPES}")
+        require(
+            not (self.reproducible and self.control == "best"),
+            "reproducible",
+            self.reproducible,
+            'control="best" follows the clock; use control="ar" or "fixed:g"',
+        )
+        self.rollout_config(group_size=2, stop_token_id=0)  # checks `control`
+        if self.data is None:
+            require(
+                self.task.longest_solution < self.grpo.max_new_tokens,
+                "max_new_tokens",
+                self.grpo.max_new_tokens,
+                f"the longest solution has {self.task.longest_solution} tokens and an "
+                "end token; allow for that, or lower task.max_terms",
+            )
+
+    def rollout_config(
+        self, *, group_size: int, stop_token_id: int
+    ) -> er_jax.RolloutConfig:
+        """Return how completions are sampled."""
+        return er_jax.RolloutConfig(
+            max_new_tokens=self.grpo.max_new_tokens,
+            n=group_size,
+            temperature=self.grpo.temperature,
+            stop_token_ids=(stop_token_id,),
+            control=self.control,
+            logprobs="temperature",
+            max_slots=self.grpo.max_slots,
+        )
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Return a config as values JSON can hold, the same after a round trip."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the fields in which two configs differ, as "name: old -> new"."""
+    found = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after and prefix + name not in FREE_ON_RESUME:
+            found.append(f"{prefix}{name}: {before!r} -> {after!r}")
+    return found

@@ -1,0 +1,128 @@
+"""What is minimised: supervised cross-entropy, and the clipped policy gradient of GRPO.
+
+Every function is pure, and sums over the tokens of one batch rather than averaging: the caller divides by the
+number of tokens of the whole step, so that the gradient does not depend on how the step was cut into batches.
+
+Sources: Shao et al. 2024 (arXiv 2402.03300) for group-relative advantages and the KL estimator; Schulman et al. 2017
+(arXiv 1707.06347) for the clipped ratio; Yu et al. 2025 (arXiv 2503.14476) for averaging over tokens and for two
+clip bounds.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.batching import Batch
+
+
+def token_logprobs(policy, params, batch: Batch, temperature: jax.Array) -> jax.Array:
+    """Log-probability of every target under the policy at `temperature`, before any truncation.
+
+    This is the meaning `logprobs="temperature"` has in a rollout, so the two can be compared.
+
+    Args:
+      policy: an `er_jax.Policy`.
+      params: its parameters.
+      batch: `[R, T]`.
+      temperature: scalar > 0.
+    Returns:
+      `[R, T]`, float32 or float64 as the policy's logits; meaningless where `batch.mask` is 0.
+    """
+    rows, length = batch.tokens.shape
+    cache = policy.init_cache(rows, length)
+    hidden, _ = policy.forward(params, batch.tokens, batch.positions, cache)
+    logits = policy.logits(params, hidden)
+    logprobs = jax.nn.log_softmax(logits / temperature.astype(logits.dtype), axis=-1)
+    return jnp.take_along_axis(logprobs, batch.targets[..., None], axis=-1)[..., 0]
+
+
+def supervised_loss(policy, params, batch: Batch) -> jax.Array:
+    """Sum over the completion tokens of -log p, in nats."""
+    logprobs = token_logprobs(policy, params, batch, jnp.ones((), jnp.float32))
+    return -jnp.sum(logprobs * batch.mask.astype(logprobs.dtype))
+
+
+def solution_logprobs(policy, params, batch: Batch) -> jax.Array:
+    """`[R]` log-probability of each row's whole completion; 0 for an empty row."""
+    logprobs = token_logprobs(policy, params, batch, jnp.ones((), jnp.float32))
+    return jnp.sum(logprobs * batch.mask.astype(logprobs.dtype), axis=-1)
+
+
+def group_advantages(rewards: np.ndarray, *, scale: bool) -> np.ndarray:
+    """Reward minus the mean of its group, divided by the group's standard deviation when `scale`.
+
+    A group whose rewards are all equal says nothing about what was better: its advantages are exactly 0.
+
+    Args:
+      rewards: `[P, n]`, n completions of each of P prompts.
+      scale: divide by (standard deviation + 1e-4).
+    Returns:
+      `[P, n]` float32.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    centred[np.ptp(rewards, axis=1) == 0] = 0.0
+    if scale:
+        centred /= rewards.std(axis=1, keepdims=True) + 1e-4
+    return centred.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+    """The options of `policy_loss`.
+
+    Attributes:
+      clip_low: the ratio gains nothing below 1 - clip_low, in (0, 1).
+      clip_high: nor above 1 + clip_high, > 0.
+      kl_coef: weight of the divergence from the reference, nats to loss; 0 needs no reference.
+    """
+
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+
+
+def policy_loss(
+    policy, params, ref_params, batch: Batch, temperature: jax.Array, options: PolicyLoss
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped policy-gradient loss, summed over the completion tokens of a batch.
+
+    With ratio = exp(policy_logprob - behavior_logprob) and A the advantage, a token costs
+    -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), plus kl_coef times
+    exp(ref - policy) - (ref - policy) - 1, which is >= 0 and whose mean is the divergence from the reference.
+
+    Args:
+      policy: an `er_jax.Policy`.
+      params: parameters to differentiate by.
+      ref_params: the reference's, not differentiated; None when `options.kl_coef` is 0.
+      batch: `[R, T]`; `behavior_logprobs` are the rollout's own.
+      temperature: scalar > 0, that of the rollout.
+      options: clip bounds and KL weight.
+    Returns:
+      loss: scalar sum.
+      info: sums over the batch: "num_clipped" tokens, "kl" nats; and "logprob_gap", the largest
+        |policy_logprob - behavior_logprob|.
+    """
+    logprobs = token_logprobs(policy, params, batch, temperature)
+    dtype = logprobs.dtype
+    mask = batch.mask.astype(dtype)
+    gap = (logprobs - batch.behavior_logprobs.astype(dtype)) * mask
+    ratios = jnp.exp(gap)
+    advantages = batch.advantages.astype(dtype)[:, None]
+    bounded = jnp.clip(ratios, 1.0 - options.clip_low, 1.0 + options.clip_high)
+    gains = jnp.minimum(ratios * advantages, bounded * advantages)
+    loss = -jnp.sum(gains * mask)
+    kl = jnp.zeros((), dtype)
+    if options.kl_coef > 0:
+        ref = jax.lax.stop_gradient(token_logprobs(policy, ref_params, batch, temperature))
+        behind = (ref - logprobs) * mask
+        kl = jnp.sum(jnp.exp(behind) - behind - 1.0)
+        loss = loss + options.kl_coef * kl
+    info = {
+        "num_clipped": jnp.sum((gains < ratios * advantages) * mask),
+        "kl": kl,
+        "logprob_gap": jnp.max(jnp.abs(gap)),
+    }
+    return loss, info
