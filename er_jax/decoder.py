@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from er_jax import kv_cache
 from er_jax.drafter import TiedEmbedding, dot
-from er_jax.types import Cache, Params
+from er_jax.types import Cache, Params, wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Decoder:
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Project `[B, T, dim]` to logits `[B, T, V]`, float32 or wider."""
         head = params["embed"] if self.config.tied_embeddings else params["lm_head"]
-        return dot(hidden, head, out_dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+        return dot(hidden, head, out_dtype=wide_dtype(hidden.dtype))
 
     def _attention(
         self,
@@ -232,7 +232,7 @@ class Decoder:
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     y = x.astype(wide)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -242,7 +242,7 @@ def _rotation(
     positions: jax.Array, size: int, theta: float, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine `[B, T, 1, D/2]` of the rotary angles, in float32 or wider."""
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_dtype(dtype)
     exponent = jnp.arange(0, size, 2, dtype=wide) / size
     frequency = 1.0 / jnp.asarray(theta, wide) ** exponent
     angle = positions.astype(wide)[..., None] * frequency[None, None]

@@ -30,7 +30,7 @@ from aqt.jax.v2 import aqt_quantizer, aqt_tensor
 from flax import struct
 from jax import lax
 
-from er_jax.types import Params
+from er_jax.types import Params, wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
 
 
 def _float_dot(x: jax.Array, w: jax.Array, axis: int, out_dtype: Any) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     dims = (((x.ndim - 1,), (axis,)), ((), ()))
 
     def plain(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -319,7 +319,7 @@ def _quantized_dot(x: jax.Array, w: QuantizedWeight, out_dtype: Any) -> jax.Arra
 
 
 def _weight_only_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     codes, scale = w.codes.astype(x.dtype), w.scale.astype(wide)
     if w.codes.ndim == 2:
         dims = (((x.ndim - 1,), (0,)), ((), ()))
@@ -330,7 +330,7 @@ def _weight_only_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
 
 
 def _integer_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     x32 = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
     step = jnp.where(peak == 0, jnp.ones((), jnp.float32), peak) / 127.0

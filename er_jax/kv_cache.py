@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax.types import Cache
+from er_jax.types import Cache, wide_dtype
 
 # Below this many queries per row and head group, reading the cache decides the cost.
 MERGED_QUERIES = 16
@@ -56,7 +56,7 @@ def attend(
     batch, num_queries, heads, size = query.shape
     length, kv_heads = keys.shape[1], keys.shape[2] // size
     group = heads // kv_heads
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = wide_dtype(query.dtype)
     slots = jnp.arange(length, dtype=positions.dtype)[None, None]
     visible = slots <= positions[..., None]  # [B, T, S], shared by all heads
     scale = jnp.asarray(size**-0.5, query.dtype)

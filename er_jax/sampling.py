@@ -198,7 +198,7 @@ def _stream(
 def _open_unit(bits: jax.Array, dtype: Any) -> jax.Array:
     """Map words to (0, 1), exact near 0; the largest values are rounded below 1."""
     unit = (bits.astype(dtype) + 0.5) * 2.0**-32
-    return jnp.minimum(unit, 1 - jnp.finfo(jnp.float32).epsneg)
+    return jnp.minimum(unit, 1 - 2.0**-24)
 
 
 def gumbel(

@@ -10,7 +10,7 @@ A *row* is a place in the compiled batch, a *slot* the same place seen by the sc
 and *live* a row that is still generating. `-1` (`NONE`) is the only sentinel: an unused
 stop id, a padding position, an empty slot's sequence id.
 
-Left out: any behaviour. Nothing here computes; modules further down do.
+Left out: any behaviour; modules further down compute.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 NONE = -1
@@ -31,6 +32,12 @@ Cache = Any
 
 Array = Any
 """A `jax.Array` on the device, a NumPy array or scalar on the host's side of a call."""
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """Return the dtype for sums and probabilities: float32, or float64 if given it."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
 
 FINISH_NAMES = ("", "stop", "length", "nonfinite")
 
