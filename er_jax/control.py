@@ -157,8 +157,7 @@ class Controller:
         options: Sequence[Program],
         current: Program | None,
         *,
-        is_compiled: Callable[[Program], bool],
-        compile_s: float,
+        compile_s: Callable[[Program], float],
     ) -> Program:
         """Return the program to run next.
 
@@ -166,19 +165,18 @@ class Controller:
           options: the programs that could run now; the last is the one to fall back on
             and may be compiled without asking.
           current: the program that ran last, kept unless another is clearly faster.
-          is_compiled: whether a program can run without compiling.
-          compile_s: seconds to compile one more.
+          compile_s: seconds a program must be compiled for first; 0 if it is ready.
         Returns:
           One of `options`.
         """
         speeds = {program: self.speed(program) or 0.0 for program in options}
         # Reversed, so that the fall-back wins while nothing is known.
-        ready = [p for p in reversed(options) if is_compiled(p)] or [options[-1]]
+        ready = [p for p in reversed(options) if not compile_s(p)] or [options[-1]]
         best_ready = max(ready, key=speeds.__getitem__)
         best = max(options, key=speeds.__getitem__)
         self._wanted = None
         if speeds[best] > speeds[best_ready] * (1 + HYSTERESIS):
-            if self._lost_s.get(best, 0.0) >= self.patience * compile_s:
+            if self._lost_s.get(best, 0.0) >= self.patience * compile_s(best):
                 return best
             self._wanted = best
         if current in ready and speeds[best_ready] <= speeds[current] * (

@@ -39,6 +39,8 @@ class DecoderConfig:
       qkv_bias: biases on the q, k and v projections (Qwen2).
       qk_norm: RMSNorm over each head's q and k (Qwen3).
       tied_embeddings: the vocabulary projection is the embedding table.
+      max_length: positions the model was made for; longer rollouts are refused. None
+        is no limit.
       dtype: of parameters, activations and cache: "float32", "bfloat16" or "float64"
         (the last needs jax_enable_x64).
     Raises:
@@ -57,6 +59,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
+    max_length: int | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -103,6 +106,11 @@ class Decoder:
     def vocab_size(self) -> int:
         """V."""
         return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions the model was made for, None without a limit."""
+        return self.config.max_length
 
     def init(self, key: jax.Array) -> Params:
         """Return random parameters: normal, scaled by 1 / sqrt(input size).

@@ -208,7 +208,7 @@ class Engine:
     def __init__(self, policy: Policy, accept: AcceptRule) -> None:
         self.policy = policy
         self.accept: AcceptRule = accept
-        self.compiled: dict[Hashable, CompiledProgram] = {}
+        self.compiled: dict[tuple[Any, ...], CompiledProgram] = {}
         self.defaults: dict[Hashable, Any] = {}
         """Objects callers keep per engine, such as the controller of unnamed calls."""
 
@@ -222,7 +222,9 @@ class Engine:
         """Seconds spent compiling so far."""
         return sum(program.compile_s for program in self.compiled.values())
 
-    def _program(self, name: Hashable, lower: Callable[[], Any]) -> CompiledProgram:
+    def _program(
+        self, name: tuple[Any, ...], lower: Callable[[], Any]
+    ) -> CompiledProgram:
         if name not in self.compiled:
             start = time.perf_counter()
             call = lower().compile()
@@ -267,20 +269,16 @@ class Engine:
         )
         return program.call(state, rows)
 
-    def _window_name(self, program: Program, draft: Params) -> Hashable:
+    def _window_name(self, program: Program, draft: Params) -> tuple[Any, ...]:
         return ("window", *program, signature(draft) if program.gamma else None)
 
     def has_window(self, program: Program, params: PolicyParams) -> bool:
         """Whether this window is compiled for drafts of this kind."""
         return self._window_name(program, params.draft) in self.compiled
 
-    def window_compile_s(self) -> float:
-        """Return the seconds a further window is expected to take to compile."""
-        known = [
-            program.compile_s
-            for name, program in self.compiled.items()
-            if isinstance(name, tuple) and name[0] == "window"
-        ]
+    def expected_compile_s(self, kind: str) -> float:
+        """Return the seconds one more program of a kind should take to compile."""
+        known = [p.compile_s for name, p in self.compiled.items() if name[0] == kind]
         return max(known, default=1.0)
 
     def window(

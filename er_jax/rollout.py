@@ -194,6 +194,7 @@ def rollout(
     arrays = _checked_prompts(prompts, policy.vocab_size)
     ids = _checked_sequence_ids(sequence_ids, len(arrays) * config.n)
     _check_token_ids(config, policy.vocab_size)
+    _check_length(arrays, config, getattr(policy, "max_length", None))
     request = _plan(arrays, ids, config)
     bare = params.policy if isinstance(params, PolicyParams) else params
     programs = engine.engine_for(policy, bare, config.accept)
@@ -300,6 +301,21 @@ def _check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
             raise ValueError(
                 f"stop_token_ids holds {token}, outside the vocabulary 0 .. "
                 f"{vocab_size - 1}; it could never be sampled"
+            )
+
+
+def _check_length(
+    prompts: list[np.ndarray], config: RolloutConfig, max_length: int | None
+) -> None:
+    if max_length is None:
+        return
+    for index, prompt in enumerate(prompts):
+        if len(prompt) + config.max_new_tokens > max_length:
+            raise ValueError(
+                f"prompts[{index}] has {len(prompt)} tokens, which with max_new_tokens="
+                f"{config.max_new_tokens} exceeds the policy's {max_length} positions; "
+                f"shorten it to {max(max_length - config.max_new_tokens, 0)} tokens or "
+                "lower max_new_tokens"
             )
 
 

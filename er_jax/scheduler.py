@@ -121,8 +121,7 @@ def run(
                 program = controller.choose(
                     options,
                     batch.program,
-                    is_compiled=batch.is_ready,
-                    compile_s=engine.window_compile_s(),
+                    compile_s=batch.compile_s,
                 )
                 batch.move_to(program)
                 seconds = controller.table.round_seconds(program)
@@ -307,11 +306,14 @@ class Batch:
                 found.append(Program(rows, length, gamma))
         return found
 
-    def is_ready(self, program: Program) -> bool:
-        """Whether the batch can run a program next without compiling anything."""
-        return self.engine.has_window(program, self.params) and self.engine.has_take(
-            self.state, program.rows, program.cache_length
-        )
+    def compile_s(self, program: Program) -> float:
+        """Return the seconds until this batch can run a program; 0 if it is ready."""
+        seconds = 0.0
+        if not self.engine.has_window(program, self.params):
+            seconds += self.engine.expected_compile_s("window")
+        if not self.engine.has_take(self.state, program.rows, program.cache_length):
+            seconds += self.engine.expected_compile_s("take")
+        return seconds
 
     def move_to(self, program: Program) -> None:
         """Compact or grow the state to the shape of a program."""

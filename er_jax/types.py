@@ -79,7 +79,8 @@ class Policy(Protocol):
     Implementations are frozen dataclasses, because a policy is a static argument of the
     compiled programs: it must be hashable and must hold no arrays. Weights are
     multiplied with `er_jax.dot`, which takes an array or a quantized leaf, so that one
-    `forward` serves the target and the draft.
+    `forward` serves the target and the draft. A policy that was made for so many
+    positions may say so with an attribute `max_length`; longer rollouts are refused.
     """
 
     @property
