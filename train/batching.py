@@ -36,6 +36,19 @@ class Batch:
     advantages: jax.Array
 
 
+@struct.dataclass
+class Chunks:
+    """All the examples of one bucket, as many chunks of one shape.
+
+    Attributes:
+      batch: every leaf of `Batch` with a leading axis of C chunks.
+      num_chunks: int32 `[]`, chunks in use; the others are padding.
+    """
+
+    batch: Batch
+    num_chunks: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One prompt and completion on the host.
@@ -140,3 +153,27 @@ def make_batches(examples: Sequence[Example], buckets: Buckets) -> list[Batch]:
         rows = buckets.rows(length)
         batches += [batch_of(group[i : i + rows], rows, length) for i in range(0, len(group), rows)]
     return batches
+
+
+def stack_chunks(
+    examples: Sequence[Example], buckets: Buckets, capacity: int
+) -> tuple[Chunks, ...]:
+    """Sort examples into buckets; the shapes depend on `capacity` and not on lengths.
+
+    Args:
+      examples: at most `capacity` of them.
+      buckets: shapes of the chunks.
+      capacity: examples every single bucket has room for.
+    Returns:
+      One `Chunks` for each bucket.
+    """
+    batches = make_batches(examples, buckets)
+    stacked = []
+    for length in buckets.lengths:
+        rows = buckets.rows(length)
+        own = [batch for batch in batches if batch.tokens.shape[1] == length]
+        empty = empty_batch(rows, length)
+        padded = own + [empty] * (-(-capacity // rows) - len(own))
+        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
+        stacked.append(Chunks(batch=batch, num_chunks=np.int32(len(own))))
+    return tuple(stacked)

@@ -12,7 +12,6 @@ whole or not there; a run killed while saving finds the one before.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,20 @@ class Checkpoints:
     Args:
       out: the run's directory; checkpoints lie in `out/checkpoints`.
       keep: latest steps to keep, besides step 0.
+      read_only: change nothing on the disk, so that a run may be read while it writes.
     """
 
-    def __init__(self, out: Path, *, keep: int = 2) -> None:
+    def __init__(self, out: Path, *, keep: int = 2, read_only: bool = False) -> None:
+        if read_only and not (out / DIRECTORY).is_dir():
+            raise FileNotFoundError(
+                f"{out} holds no run; make one with `python -m train.grpo --out {out}`"
+            )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=NEVER,
-            cleanup_tmp_directories=True,
+            max_to_keep=None if read_only else keep,
+            keep_period=None if read_only else NEVER,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
             enable_async_checkpointing=False,
         )
         self._manager = ocp.CheckpointManager(
@@ -133,8 +139,7 @@ class Checkpoints:
         if step is None or step not in self._manager.all_steps():
             raise FileNotFoundError(
                 f"no checkpoint {'' if step is None else f'of step {step} '}in "
-                f"{self._manager.directory}; run `python -m train.grpo` without "
-                "--resume first"
+                f"{self._manager.directory}; there are {self._manager.all_steps()}"
             )
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         return {"step": step, **{name: found[name] for name in items}}
@@ -168,7 +173,7 @@ def load_policy(
     Raises:
       FileNotFoundError: no such checkpoint.
     """
-    with Checkpoints(Path(out)) as checkpoints:
+    with Checkpoints(Path(out), read_only=True) as checkpoints:
         config = checkpoints.restore_host(step)["config"]
         tokenizer = Tokenizer()
         model = ModelConfig(**config["model"])

@@ -1,0 +1,342 @@
+"""One pass over the weights at a time, and the bytes it must read.
+
+Four kinds. *ar*: a round of gamma 0, the engine's own window. *draft*: one token by the
+draft. *verify*: the target over gamma + 1 positions. *round*: the engine's window at
+this gamma, gamma drafts and one verification with all bookkeeping. Each is timed as a
+compiled loop, never as a single dispatch; a loop's carry feeds each pass with the
+tokens of the one before, so that nothing in it is the same every time and could be
+moved out.
+
+Bytes are what a program with static shapes cannot avoid: every weight it multiplies
+with once, by its codes and scales, and every cache entry of every row once. The
+embedding table is looked up, not read; activations and logits are left out.
+
+Left out: prefill, refill, moves (`rollout` measures those where they happen).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from er_jax import (
+    PolicyParams,
+    QuantizedWeight,
+    TiedEmbedding,
+    acceptance,
+    calibrate,
+    drafter,
+    engine,
+    sampling,
+)
+from er_jax.types import DecodeState, Params, Policy, Sampling
+
+Kind = Literal["ar", "draft", "verify", "round"]
+
+
+class Pass(NamedTuple):
+    """What is timed: the kind, its gamma, and which draft ("" where none is read)."""
+
+    kind: Kind
+    gamma: int = 0
+    draft: str = ""
+
+    @property
+    def label(self) -> str:
+        """The pass in a few letters."""
+        gamma = str(self.gamma) if self.kind in ("verify", "round") else ""
+        return " ".join(word for word in (self.kind, gamma, self.draft) if word)
+
+
+def passes_of(gammas: Sequence[int], drafts: Sequence[str]) -> list[Pass]:
+    """Return AR, each draft, and verification and round at each gamma."""
+    return [
+        Pass("ar"),
+        *(Pass("draft", 0, draft) for draft in drafts),
+        *(Pass("verify", gamma) for gamma in gammas),
+        *(Pass("round", gamma, draft) for draft in drafts for gamma in gammas),
+    ]
+
+
+def weight_bytes(params: Params) -> int:
+    """Return the bytes of weights that one pass multiplies with.
+
+    Args:
+      params: of a policy or a draft, arrays or shapes. A table below a key with "embed"
+        in it is looked up and not counted, unless it is the projection as well.
+    """
+
+    def is_weight(leaf: Any) -> bool:
+        return isinstance(leaf, QuantizedWeight | TiedEmbedding)
+
+    def size(leaf: Any) -> int:
+        if isinstance(leaf, QuantizedWeight):
+            bits = jnp.iinfo(leaf.codes.dtype).bits
+            return -(-leaf.codes.size * bits // 8) + size(leaf.scale)
+        return leaf.size * leaf.dtype.itemsize
+
+    total = 0
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+    for path, leaf in leaves:
+        if isinstance(leaf, TiedEmbedding):
+            total += size(leaf.table if leaf.projection is None else leaf.projection)
+        elif "embed" not in jax.tree_util.keystr(path):
+            total += size(leaf)
+    return total
+
+
+def cache_bytes(policy: Policy, rows: int, cache_length: int) -> int:
+    """Return the bytes of a cache."""
+    cache = jax.eval_shape(lambda: policy.init_cache(rows, cache_length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+def pass_bytes(pass_: Pass, target: int, draft: int, cache: int) -> int:
+    """Return the bytes a pass must read.
+
+    Args:
+      pass_: what runs. target, draft: bytes of weights. cache: bytes of the cache.
+    """
+    if pass_.kind == "draft":
+        return draft + cache
+    drafts = pass_.gamma if pass_.kind == "round" else 0
+    return target + cache + drafts * (draft + cache)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("policy",), donate_argnames=("state",)
+)
+def draft_loop(
+    policy: Policy,
+    draft: Params,
+    state: DecodeState,
+    settings: Sampling,
+    num_passes: jax.Array,
+) -> tuple[DecodeState, jax.Array]:
+    """Draft one token after another. Donates `state`.
+
+    Args:
+      policy, draft: the model and the draft's parameters.
+      state: gives cache, sequence ids and the first position. settings: of sampling.
+      num_passes: int32 `[]`.
+    Returns:
+      The state with its new cache, and the last tokens `[B, 1]`.
+    """
+
+    def one_pass(_: Any, carry: tuple[Any, jax.Array, jax.Array]) -> Any:
+        cache, tokens, positions = carry
+        hidden, cache = policy.forward(draft, tokens, positions, cache)
+        logits = policy.logits(draft, hidden)
+        noised = sampling.noised_logprobs(
+            logits, settings, state.sequence_id[:, None], positions + 1
+        )
+        tokens = jnp.argmax(noised, axis=-1).astype(jnp.int32)
+        return cache, tokens, _next_positions(positions, 1, state)
+
+    cache, tokens, _ = lax.fori_loop(
+        0, num_passes, one_pass, (state.cache, state.tokens[:, :1], _start(state, 0))
+    )
+    return dataclasses.replace(state, cache=cache), tokens
+
+
+@functools.partial(
+    jax.jit, static_argnames=("policy", "gamma"), donate_argnames=("state",)
+)
+def verify_loop(
+    policy: Policy,
+    params: Params,
+    state: DecodeState,
+    settings: Sampling,
+    num_passes: jax.Array,
+    *,
+    gamma: int,
+) -> tuple[DecodeState, jax.Array]:
+    """Verify gamma drafts again and again. Donates `state`.
+
+    Args:
+      policy, params: the model and the target's parameters.
+      state, settings, num_passes: as in `draft_loop`.
+      gamma: drafts to verify; the pass has gamma + 1 positions.
+    Returns:
+      The state with its new cache, and sums that keep every part of a pass alive.
+    """
+
+    def one_pass(_: Any, carry: Any) -> Any:
+        cache, tokens, positions, total = carry
+        hidden, cache = policy.forward(params, tokens, positions, cache)
+        logits = policy.logits(params, hidden)
+        noised = sampling.noised_logprobs(
+            logits, settings, state.sequence_id[:, None], positions + 1
+        )
+        draws = jnp.argmax(noised, axis=-1).astype(jnp.int32)
+        kept = acceptance.coupled_num_accepted(tokens[:, 1:], draws)
+        target = sampling.target_logprobs(logits, settings)
+        logprobs = sampling.token_logprobs(logits, target, draws, settings)
+        total = total + logprobs + kept[:, None].astype(logprobs.dtype)
+        return cache, draws, _next_positions(positions, gamma + 1, state), total
+
+    tokens = state.tokens[:, : gamma + 1]
+    total = jnp.zeros(tokens.shape, jnp.float32)
+    carry = (state.cache, tokens, _start(state, gamma), total)
+    cache, _, _, total = lax.fori_loop(0, num_passes, one_pass, carry)
+    return dataclasses.replace(state, cache=cache), total
+
+
+def _start(state: DecodeState, gamma: int) -> jax.Array:
+    offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
+    return state.length[:, None] - 1 + offsets
+
+
+def _next_positions(
+    positions: jax.Array, step: int, state: DecodeState
+) -> jax.Array:
+    """Advance, and begin again where the cache ends."""
+    moved = positions + step
+    fits = jnp.all(moved < state.cache_length, axis=-1, keepdims=True)
+    return jnp.where(fits, moved, positions - positions[:, :1])
+
+
+class Bench:
+    """The passes of one decoder at one batch shape: compiled, then timed at will.
+
+    Args:
+      policy: the model. params: the target's parameters.
+      drafts: name -> draft parameters as `attach_draft` makes them.
+      rows, cache_length: the shape of the batch.
+      settings: of sampling; None samples plainly.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        params: Params,
+        drafts: Mapping[str, Params],
+        rows: int,
+        cache_length: int,
+        settings: Sampling | None = None,
+    ) -> None:
+        self.policy, self.params, self.drafts = policy, params, dict(drafts)
+        self.rows, self.cache_length = rows, cache_length
+        self.settings = settings or calibrate.neutral_sampling()
+        self.rounds_per_test = engine.Engine(policy, "coupled").rounds_per_test
+        self.compile_s: dict[Pass, float] = {}
+        self.accepted: dict[Pass, np.ndarray] = {}
+        self._calls: dict[Pass, Any] = {}
+        self._num: dict[Pass, int] = {}
+        self._state: DecodeState | None = None
+
+    def _pair(self, pass_: Pass) -> PolicyParams:
+        draft = self.drafts[pass_.draft] if pass_.draft else None
+        return PolicyParams(policy=self.params, draft=draft)
+
+    def _weights(self, pass_: Pass) -> Any:
+        if pass_.kind == "verify":
+            return self.params
+        pair = self._pair(pass_)
+        return drafter.draft_params(pair) if pass_.kind == "draft" else pair
+
+    def _lower(self, pass_: Pass) -> Any:
+        state = jax.eval_shape(
+            lambda: engine.run_allocation(self.policy, self.rows, self.cache_length)
+        )
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        common = (self.policy, self._weights(pass_), state, self.settings)
+        if pass_.kind == "draft":
+            return draft_loop.lower(*common, count)
+        if pass_.kind == "verify":
+            return verify_loop.lower(*common, count, gamma=pass_.gamma)
+        return engine.run_window.lower(
+            *common,
+            count,
+            count,
+            gamma=pass_.gamma,
+            accept="coupled",
+            rounds_per_test=self.rounds_per_test,
+        )
+
+    def compile(self, passes: Sequence[Pass], *, workers: int = 1) -> None:
+        """Compile passes, several at a time; `compile_s` says how long each took."""
+
+        def build(pass_: Pass) -> None:
+            start = time.perf_counter()
+            self._calls[pass_] = self._lower(pass_).compile()
+            self.compile_s[pass_] = time.perf_counter() - start
+
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            list(pool.map(build, [p for p in passes if p not in self._calls]))
+
+    def _fresh_state(self) -> DecodeState:
+        """Return the batch with every row live at length 1."""
+        if self._state is None:
+            self._state = engine.run_allocation(
+                self.policy, self.rows, self.cache_length
+            )
+        rows = self.rows
+        return dataclasses.replace(
+            self._state,
+            length=np.ones(rows, np.int32),
+            prompt_length=np.ones(rows, np.int32),
+            limit=np.full(rows, self.cache_length, np.int32),
+            sequence_id=np.arange(rows, dtype=np.int32),
+            live=np.ones(rows, bool),
+        )
+
+    def run(self, pass_: Pass, num_passes: int) -> tuple[float, int]:
+        """Run a compiled pass `num_passes` times or a little more often.
+
+        Returns:
+          Seconds in all, and how many passes ran.
+        """
+        call, weights = self._calls[pass_], self._weights(pass_)
+        seconds, done = 0.0, 0
+        while done < num_passes:
+            state = self._fresh_state()
+            self._state = None
+            start = time.perf_counter()
+            if pass_.kind in ("draft", "verify"):
+                self._state, rest = call(
+                    weights, state, self.settings, np.int32(num_passes)
+                )
+                jax.block_until_ready(rest)
+                seconds += time.perf_counter() - start
+                return seconds, num_passes
+            reach = self.rounds_per_test * (pass_.gamma + 1)
+            room = max((self.cache_length - 1 - reach) // (pass_.gamma + 1), 1)
+            limit = np.int32(min(room, num_passes - done))
+            self._state, info = call(weights, state, self.settings, np.int32(0), limit)
+            info = jax.device_get(info)
+            seconds += time.perf_counter() - start
+            done += int(info.num_rounds)
+            known = self.accepted.get(pass_, 0)
+            self.accepted[pass_] = known + np.asarray(info.accepted, np.int64)
+        return seconds, done
+
+    def warm_up(self, passes: Sequence[Pass], reading_s: float) -> None:
+        """Run each pass, and find how many of it fill a reading."""
+        for pass_ in passes:
+            self.run(pass_, 2)
+            seconds, done = self.run(pass_, 4)
+            self._num[pass_] = max(int(reading_s * done / seconds), 2)
+
+    def read(self, pass_: Pass) -> float:
+        """Return seconds per pass; `warm_up` comes first."""
+        seconds, done = self.run(pass_, self._num[pass_])
+        return seconds / done
+
+    def tokens_per_round(self, pass_: Pass) -> float:
+        """Return the mean of tokens that a row gained in the rounds run so far."""
+        histogram = self.accepted[pass_]
+        return 1 + float(np.arange(len(histogram)) @ histogram) / float(histogram.sum())
+
+    def keep_rate(self, pass_: Pass) -> float:
+        """Return drafts kept / drafts proposed in the rounds run so far."""
+        return (self.tokens_per_round(pass_) - 1) / pass_.gamma

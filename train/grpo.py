@@ -1,0 +1,631 @@
+"""GRPO on verifiable rewards: sample, score, update, again.
+
+    python -m train.grpo arithmetic      # the reported demo, a few minutes on 2 cores
+    python -m train.grpo tiny            # the same in seconds, for trying things out
+
+One step samples n completions of each of P prompts with `er_jax.rollout`, scores them,
+turns scores into group-relative advantages, and takes clipped policy-gradient steps
+against the log-probabilities the rollout itself reports. The draft is requantized inside
+the jit of the update, so the next rollout speculates with the newest weights. Nothing
+here knows about speculation: its effect is the rollout's time and nothing else.
+
+Left out: more than one device, text longer than the last bucket, value functions.
+
+Source: Shao et al. 2024 (arXiv 2402.03300); see `losses` for the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import struct
+from tqdm import tqdm
+
+import er_jax
+from train import losses, metrics, sft, tasks
+from train.batching import Buckets, Chunks, Example, stack_chunks
+from train.checkpoints import Checkpoints, check_same_config
+from train.config import GRPOConfig, RunConfig, to_json
+from train.controllers import RuleController
+from train.losses import PolicyLoss
+from train.tasks import EOS, Problem, Tokenizer
+
+
+@struct.dataclass
+class TrainState:
+    """What one step hands to the next.
+
+    Attributes:
+      params: the policy and its draft; optimizer and checkpoints see `.policy` only.
+      opt_state: of the optimizer, for `params.policy`.
+      key: uint32 `[2]`, key data of the run's noise. Never split: completions are told
+        apart by sequence id, which no other completion of the run shares.
+      step: int32 `[]`, GRPO steps done.
+      position: int32 `[]`, problems taken from the data stream.
+    """
+
+    params: er_jax.PolicyParams
+    opt_state: optax.OptState
+    key: jax.Array
+    step: jax.Array
+    position: jax.Array
+
+
+@functools.lru_cache
+def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
+    """Return clipped Adam; one object per config, because jit compares it by identity."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm), optax.adam(config.learning_rate)
+    )
+
+
+# keep_unused: the old draft is not read, but its buffers are where the new one goes.
+@functools.partial(
+    jax.jit,
+    static_argnames=("policy", "optimizer", "options", "drafter"),
+    donate_argnames="state",
+    keep_unused=True,
+)
+def update(
+    policy: er_jax.Policy,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    ref_params: Any,
+    chunks: tuple[Chunks, ...],
+    temperature: jax.Array,
+    num_tokens: jax.Array,
+    *,
+    options: PolicyLoss,
+    drafter: er_jax.DrafterConfig,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Take one optimizer step on the mean loss per completion token; refresh the draft.
+
+    Args:
+      policy, optimizer: what to update and how.
+      state: donated, the old draft included. `step` and `position` are left alone.
+      ref_params: the reference policy; None when `options.kl_coef` is 0.
+      chunks: all completions of the step, by bucket.
+      temperature: float32 `[]`, of the rollout.
+      num_tokens: float32 `[]`, completion tokens of the step.
+      options: the loss. drafter: how the draft is made.
+    Returns:
+      state: with new parameters, optimizer state and draft.
+      info: "loss" and "kl" in nats per token, "clip_fraction" of tokens, "grad_norm"
+        before clipping, and "logprob_gap", the largest difference between the
+        rollout's log-probabilities and those of this update's forward pass.
+    """
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        return losses.policy_loss(policy, params, ref_params, batch, temperature, options)
+
+    params = state.params.policy
+    first = jax.tree.map(lambda leaf: leaf[0], chunks[0].batch)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(jax.value_and_grad(loss_fn, has_aux=True), params, first),
+    )
+
+    def add_chunk(index: jax.Array, total: Any, *, batch: Any) -> Any:
+        one = jax.tree.map(lambda leaf: leaf[index], batch)
+        (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, one)
+        (total_loss, total_info), total_grads = total
+        gap = jnp.maximum(info["logprob_gap"], total_info["logprob_gap"])
+        info = jax.tree.map(jnp.add, info, total_info) | {"logprob_gap": gap}
+        grads = jax.tree.map(jnp.add, grads, total_grads)
+        return (loss + total_loss, info), grads
+
+    total = zeros
+    for bucket in chunks:
+        body = functools.partial(add_chunk, batch=bucket.batch)
+        total = jax.lax.fori_loop(0, bucket.num_chunks, body, total)
+    (loss, sums), grads = total
+
+    def mean(value: jax.Array) -> jax.Array:
+        return value / num_tokens.astype(value.dtype)
+
+    grads = jax.tree.map(mean, grads)
+    with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to an int count
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    info = {
+        "loss": mean(loss),
+        "kl": mean(sums["kl"]),
+        "clip_fraction": mean(sums["num_clipped"]),
+        "grad_norm": optax.global_norm(grads),
+        "logprob_gap": sums["logprob_gap"],
+    }
+    state = state.replace(
+        params=er_jax.attach_draft(params, drafter), opt_state=opt_state
+    )
+    return state, info
+
+
+# The same refresh on its own, to say how much of an update it is.
+refresh = jax.jit(er_jax.attach_draft, static_argnames="config")
+
+
+def load_problems(config: RunConfig, tokenizer: Tokenizer) -> dict[str, list[Problem]]:
+    """Return the "warmup", "train" and "eval" problems of a run.
+
+    A file given as `config.data` is split: every tenth distinct prompt, up to
+    `config.task.num_eval` of them, is held out.
+
+    Raises:
+      ValueError: a bad file, or one with fewer than two different prompts.
+    """
+    made = tasks.make_arithmetic(config.task, config.seed)
+    if config.data is None:
+        return made
+    problems = tasks.read_jsonl(config.data, tokenizer)
+    prompts = list(dict.fromkeys(problem.prompt for problem in problems))
+    if len(prompts) < 2:
+        raise ValueError(
+            f"data={str(config.data)!r} has one prompt only; one is held out and one "
+            "trained on, so give at least two"
+        )
+    random.Random(f"held out {config.seed}").shuffle(prompts)
+    held_out = set(prompts[: min(config.task.num_eval, -(-len(prompts) // 10))])
+    train = [p for p in problems if p.prompt not in held_out]
+    evals = {p.prompt: p for p in problems if p.prompt in held_out}
+    warmup = [p for p in train if p.solution is not None] or made["warmup"]
+    return {"warmup": warmup, "train": train, "eval": list(evals.values())}
+
+
+@dataclasses.dataclass
+class Trainer:
+    """A run in progress: the fixed parts, and the two that change, state and controller.
+
+    Attributes:
+      config: of the run. tokenizer, problems, policy: made from it.
+      buckets: shapes of the update.
+      controller: of the rollouts, kept from step to step.
+      metrics: the file everything is logged to.
+      state: None until `begin` or `resume`.
+      ref_params: the warmed-up policy; None when no KL is asked for.
+    """
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    problems: dict[str, list[Problem]]
+    policy: er_jax.Decoder
+    buckets: Buckets
+    controller: er_jax.Controller
+    metrics: metrics.MetricsFile
+    state: Any = None
+    ref_params: Any = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Trainer:
+        """Set a run up: data, policy, shapes, controller. Writes the data to `out`."""
+        tokenizer = Tokenizer()
+        problems = load_problems(config, tokenizer)
+        for name, lines in problems.items():
+            tasks.write_jsonl(config.out / "data" / f"{name}.jsonl", lines)
+        prompts = [p.prompt for name in ("train", "eval") for p in problems[name]]
+        longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
+        grpo = config.grpo
+        buckets = Buckets(grpo.bucket_lengths, grpo.chunk_tokens).up_to(
+            longest + grpo.max_new_tokens - 1
+        )
+        kind = RuleController if config.reproducible else er_jax.Controller
+        rollouts = config.rollout_config(group_size=2, stop_token_id=EOS)
+        return cls(
+            config=config,
+            tokenizer=tokenizer,
+            problems=problems,
+            policy=config.model.decoder(tokenizer.vocab_size, config.dtype),
+            buckets=buckets,
+            controller=kind(config.control, rollouts.gammas),
+            metrics=metrics.MetricsFile(config.out / "metrics.jsonl"),
+        )
+
+    @functools.cached_property
+    def drafter(self) -> er_jax.DrafterConfig:
+        """How the draft is made: the rollout's default."""
+        return self.config.rollout_config(group_size=2, stop_token_id=EOS).drafter
+
+    @functools.cached_property
+    def keys(self) -> dict[str, jax.Array]:
+        """The run's random keys by purpose."""
+        names = ("init", "rollout", "eval")
+        split = jax.random.split(jax.random.key(self.config.seed), len(names))
+        return dict(zip(names, split, strict=True))
+
+    def new_state(self, params: Any) -> TrainState:
+        """Return the state of step 0 for warmed-up parameters."""
+        return TrainState(
+            params=refresh(params, config=self.drafter),
+            opt_state=make_optimizer(self.config.grpo).init(params),
+            key=jax.random.key_data(self.keys["rollout"]),
+            step=jnp.int32(0),
+            position=jnp.int32(0),
+        )
+
+    def warm_up(self) -> Any:
+        """Return parameters trained on the written-out solutions."""
+        problems = self.problems
+        held_out = sft.examples_of(problems["eval"], self.tokenizer)
+        train = sft.examples_of(problems["warmup"], self.tokenizer)
+        # A data file without solutions: watch the generated problems instead.
+        held_out = held_out or train[: self.config.task.num_eval]
+        buckets = self.buckets.up_to(max(e.length for e in (*train, *held_out)))
+        config = self.config.sft
+        with tqdm(total=config.max_steps, desc="warm-up", unit="step") as bar:
+
+            def on_check(record: dict[str, Any]) -> None:
+                bar.update(record["step"] - bar.n)
+                chance = record["solution_chance"]
+                bar.set_postfix(loss=f"{record['loss']:.3f}", solved=f"{chance:.2f}")
+                timing = {"seconds": record.pop("seconds")}
+                self.metrics.append({"kind": "warmup", **record, "timing": timing})
+
+            params, _ = sft.warm_up(
+                self.policy,
+                self.policy.init(self.keys["init"]),
+                train,
+                held_out,
+                config=config,
+                buckets=buckets,
+                seed=self.config.seed,
+                on_check=on_check,
+            )
+        return params
+
+    def sample(
+        self,
+        problems: Sequence[Problem],
+        *,
+        n: int,
+        key: jax.Array,
+        first_sequence_id: int,
+    ) -> tuple[er_jax.Rollout, np.ndarray]:
+        """Sample n completions of every problem and score them.
+
+        Returns:
+          The rollout, and rewards `[P, n]` float64.
+        """
+        out = er_jax.rollout(
+            self.policy,
+            self.state.params,
+            [self.tokenizer.encode_prompt(problem.prompt) for problem in problems],
+            key=key,
+            config=self.config.rollout_config(group_size=n, stop_token_id=EOS),
+            sequence_ids=range(first_sequence_id, first_sequence_id + len(problems) * n),
+            controller=self.controller,
+        )
+        scores = [
+            tasks.reward(
+                self.tokenizer.decode(out.completion_ids[row, : out.lengths[row]]),
+                problems[row // n].answer,
+                finished=out.finish_reason[row] == "stop",
+                format_bonus=self.config.grpo.format_bonus,
+            )
+            for row in range(len(out.lengths))
+        ]
+        return out, np.asarray(scores).reshape(len(problems), n)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Sample the held-out problems, log and return the mean reward.
+
+        The noise is the same at every call, so two policies meet the same luck.
+        """
+        start = time.perf_counter()
+        out, rewards = self.sample(
+            self.problems["eval"],
+            n=self.config.eval_samples,
+            key=self.keys["eval"],
+            first_sequence_id=0,
+        )
+        record = {
+            "kind": "eval",
+            "step": int(self.state.step),
+            "reward": float(rewards.mean()),
+            "num_completions": int(rewards.size),
+            "length": metrics.quantiles(out.lengths),
+            "timing": {"seconds": time.perf_counter() - start},
+        }
+        self.metrics.append(record)
+        return record
+
+    def train_step(self) -> tuple[dict[str, Any], er_jax.Rollout]:
+        """Run one GRPO step, log it, and return the record and the rollout."""
+        config, grpo = self.config, self.config.grpo
+        position = int(self.state.position)
+        taken = range(position, position + grpo.prompts_per_step)
+        train = self.problems["train"]
+        problems = [tasks.problem_at(train, i, config.seed) for i in taken]
+
+        start = time.perf_counter()
+        out, rewards = self.sample(
+            problems,
+            n=grpo.group_size,
+            key=self.state.key,
+            first_sequence_id=position * grpo.group_size,
+        )
+        rollout_s = time.perf_counter() - start
+        advantages = losses.group_advantages(rewards, scale=grpo.scale_advantages)
+        examples = [
+            Example(
+                prompt=self.tokenizer.encode_prompt(problems[row // grpo.group_size].prompt),
+                completion=out.completion_ids[row, :length],
+                behavior_logprobs=out.logprobs[row, :length],
+                advantage=float(advantages.flat[row]),
+            )
+            for row, length in enumerate(out.lengths)
+            if length > 0  # a first logit that was not finite leaves nothing to learn
+        ]
+
+        start = time.perf_counter()
+        infos = self._update(examples, num_tokens=int(out.lengths.sum()))
+        update_s = time.perf_counter() - start
+        start = time.perf_counter()
+        jax.block_until_ready(refresh(self.state.params.policy, config=self.drafter).draft)
+        refresh_s = time.perf_counter() - start
+
+        self.state = self.state.replace(
+            step=self.state.step + jnp.int32(1),
+            position=self.state.position + jnp.int32(grpo.prompts_per_step),
+        )
+        stats = out.stats
+        record = {
+            "kind": "step",
+            "step": int(self.state.step),
+            "reward": float(rewards.mean()),
+            "mixed_groups": float(np.mean(np.ptp(rewards, axis=1) > 0)),
+            "loss": infos[-1]["loss"],
+            "kl": infos[-1]["kl"],
+            "clip_fraction": infos[-1]["clip_fraction"],
+            "grad_norm": infos[-1]["grad_norm"],
+            "logprob_gap": infos[0]["logprob_gap"],
+            "length": metrics.quantiles(out.lengths),
+            "num_tokens": int(out.lengths.sum()),
+            "position": position + grpo.prompts_per_step,
+            "params_digest": metrics.digest(self.state.params.policy),
+            "timing": {
+                "rollout_s": rollout_s,
+                "update_s": update_s,
+                "refresh_s": refresh_s,
+                "rollout_compile_s": stats.seconds["compile"],
+                "tokens_by_gamma": {str(g): n for g, n in sorted(stats.tokens.items())},
+                "kept_by_gamma": {
+                    str(gamma): round(stats.keep_rate(gamma), 4)
+                    for gamma in sorted(stats.tokens)
+                    if gamma
+                },
+            },
+        }
+        if not math.isfinite(record["loss"]):
+            raise FloatingPointError(
+                f"the loss of step {record['step']} is {record['loss']}; lower "
+                "grpo.learning_rate and --resume from the last checkpoint"
+            )
+        self.metrics.append(record)
+        return record, out
+
+    def _update(
+        self, examples: Sequence[Example], *, num_tokens: int
+    ) -> list[dict[str, float]]:
+        grpo = self.config.grpo
+        chunks = stack_chunks(examples, self.buckets, grpo.num_completions)
+        infos = []
+        for _ in range(grpo.updates_per_step):
+            self.state, info = update(
+                self.policy,
+                make_optimizer(grpo),
+                self.state,
+                self.ref_params,
+                chunks,
+                jnp.float32(grpo.temperature),
+                jnp.float32(num_tokens),
+                options=grpo.loss,
+                drafter=self.drafter,
+            )
+            infos.append({name: float(value) for name, value in info.items()})
+        return infos
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint of the present step."""
+        checkpoints.save(
+            int(self.state.step),
+            policy=self.state.params.policy,
+            trainer=self._trainer_items(self.state),
+            host={
+                "config": to_json(self.config),
+                "data_digest": self.data_digest,
+                "position": int(self.state.position),
+                "controller": self.controller.state_dict(),
+            },
+        )
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Take over the latest checkpoint and cut the metrics back to it.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: it was made with another config or other data.
+        """
+        saved_host = checkpoints.restore_host()
+        check_same_config(saved_host["config"], to_json(self.config))
+        if saved_host["data_digest"] != self.data_digest:
+            raise ValueError(
+                f"resume: the contents of data={str(self.config.data)!r} have changed "
+                "since the checkpoint was made; give the same file, or another --out"
+            )
+        shapes = jax.eval_shape(self.policy.init, self.keys["init"])
+        like = jax.eval_shape(self.new_state, shapes)
+        saved = checkpoints.restore(policy=shapes, trainer=self._trainer_items(like))
+        self.state = TrainState(
+            params=refresh(saved.policy, config=self.drafter),
+            opt_state=saved.trainer["opt_state"],
+            key=saved.trainer["key"],
+            step=jnp.int32(saved.step),
+            position=jnp.int32(saved.host["position"]),
+        )
+        self.controller.load_state_dict(saved.host["controller"])
+        if self.config.grpo.kl_coef > 0:
+            self.ref_params = checkpoints.restore_policy(shapes, step=0)
+        self.metrics.cut_after(saved.step)
+
+    def begin(self, checkpoints: Checkpoints) -> None:
+        """Warm a new policy up and save it as step 0."""
+        self.metrics.path.unlink(missing_ok=True)
+        self.start_from(self.warm_up())
+        self.save(checkpoints)
+
+    def start_from(self, params: Any) -> None:
+        """Make the state of step 0 from warmed-up parameters, which it takes over."""
+        if self.config.grpo.kl_coef > 0:
+            self.ref_params = jax.tree.map(jnp.copy, params)  # `update` donates params
+        self.state = self.new_state(params)
+
+    @staticmethod
+    def _trainer_items(state: TrainState) -> dict[str, Any]:
+        return {"opt_state": state.opt_state, "key": state.key}
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """Changes when any problem does."""
+        lines = [dataclasses.astuple(p) for name in self.problems.values() for p in name]
+        return metrics.digest(np.frombuffer(json.dumps(lines).encode(), np.uint8))
+
+
+def run(config: RunConfig) -> list[dict[str, Any]]:
+    """Run, or go on with, a whole run and return all lines of its metrics.
+
+    Effects: writes `config.out`. An older run found there is moved aside, unless it is
+    resumed.
+    """
+    start = time.perf_counter()
+    if not config.resume:
+        move_aside(config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer.of(config)
+    (config.out / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+    sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(trainer.policy.init, trainer.keys["init"]))]
+    print(
+        f"{sum(sizes) / 1e6:.1f} M parameters, {config.dtype}, control {config.control}, "
+        f"{len(trainer.problems['train'])} problems, writing to {config.out}"
+    )
+    rollout = None
+    with Checkpoints(config.out) as checkpoints:
+        if config.resume and checkpoints.latest_step is not None:
+            trainer.resume(checkpoints)
+            print(f"resumed after step {int(trainer.state.step)}")
+        else:
+            trainer.begin(checkpoints)
+        done = int(trainer.state.step)
+        if not any(r["kind"] == "eval" for r in trainer.metrics.read()):
+            record = trainer.evaluate()
+            print(f"held-out reward after the warm-up: {record['reward']:.3f}")
+        with tqdm(
+            total=config.steps, initial=done, desc="GRPO", unit="step", file=sys.stderr
+        ) as bar:
+            for step in range(done + 1, config.steps + 1):
+                record, rollout = trainer.train_step()
+                bar.update()
+                bar.set_postfix(
+                    reward=f"{record['reward']:.2f}", tokens=record["num_tokens"]
+                )
+                if step % config.save_every == 0 or step == config.steps:
+                    if step == config.steps:
+                        trainer.evaluate()
+                    trainer.save(checkpoints)
+    records = trainer.metrics.read()
+    text = summary(records, time.perf_counter() - start)
+    if rollout is not None:
+        text += "\nlast rollout: " + rollout.stats.summary()
+    print("\n" + text)
+    (config.out / "summary.txt").write_text(text + "\n")
+    try:
+        metrics.plot(records, config.out / "metrics.png")
+        if rollout is not None:
+            rollout.stats.plot(config.out / "rollout.png")
+    except ImportError as error:
+        print(f"no pictures: {error}")
+    return records
+
+
+def move_aside(out: Path) -> None:
+    """Rename a directory that holds a run, so that a new one may take its place."""
+    if not out.exists() or not any(out.iterdir()):
+        return
+    number = 1
+    while (old := out.with_name(f"{out.name}.old{number}")).exists():
+        number += 1
+    out.rename(old)
+    print(f"{out} held an older run, now in {old}; --resume would have gone on with it")
+
+
+def summary(records: Sequence[dict[str, Any]], seconds: float) -> str:
+    """Return what a person wants to know about a finished run."""
+    steps = [r for r in records if r["kind"] == "step"]
+    evals = [r for r in records if r["kind"] == "eval"]
+    warm = [r for r in records if r["kind"] == "warmup"]
+    lines = []
+    if warm:
+        lines.append(
+            f"warm-up: {warm[-1]['step']} steps in {warm[-1]['timing']['seconds']:.0f} s, "
+            f"chance of a written-out solution {warm[-1]['solution_chance']:.2f}"
+        )
+    if evals:
+        text = " -> ".join(f"{r['reward']:.3f} (step {r['step']})" for r in evals)
+        lines.append(f"held-out reward, {evals[0]['num_completions']} samples: {text}")
+    if steps:
+        few = steps[:3], steps[-3:]
+        first, last = (np.mean([r["reward"] for r in part]) for part in few)
+        lines.append(f"training reward, mean of 3 steps: {first:.3f} -> {last:.3f}")
+        times = [r["timing"] for r in steps]
+        total = {
+            name: sum(t[name] for t in times)
+            for name in ("rollout_s", "rollout_compile_s", "update_s", "refresh_s")
+        }
+        lines.append(
+            f"{len(steps)} GRPO steps: rollouts {total['rollout_s']:.1f} s (of it "
+            f"compiling {total['rollout_compile_s']:.1f} s), updates "
+            f"{total['update_s']:.1f} s (of it the draft's refresh about "
+            f"{total['refresh_s']:.1f} s)"
+        )
+        gammas: dict[str, int] = {}
+        for one in times:
+            for gamma, count in one["tokens_by_gamma"].items():
+                gammas[gamma] = gammas.get(gamma, 0) + count
+        shares = ", ".join(f"gamma {g}: {n}" for g, n in sorted(gammas.items()))
+        lines.append(f"tokens sampled by draft length: {shares}")
+        gap = max(r["logprob_gap"] for r in steps)
+        lines.append(f"largest rollout-trainer log-probability difference: {gap:.1e}")
+    lines.append(f"this process took {seconds:.0f} s")
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    from configs import arithmetic, tiny
+
+    config = tyro.extras.overridable_config_cli(
+        {
+            "arithmetic": ("The reported demo.", arithmetic.CONFIG),
+            "tiny": ("The same in seconds.", tiny.CONFIG),
+        },
+        args=args,
+    )
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    run(config)
+
+
+if __name__ == "__main__":
+    main()
