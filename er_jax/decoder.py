@@ -124,7 +124,7 @@ class Decoder:
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        if jnp.zeros((), dtype).dtype != dtype:
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise ValueError(
                 f"dtype={c.dtype!r} needs 64-bit mode; set jax.config.update("
                 "'jax_enable_x64', True) first"

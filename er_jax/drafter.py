@@ -72,8 +72,8 @@ class DrafterConfig:
 class QuantizedWeight:
     """An integer weight and its scales; stands where the float weight stood.
 
-    tensor: AQT's container. Codes int8 or int4, `[in, out]`, or `[in/g, g, out]` with
-      groups of g; scales float32 `[1, out]`, or `[in/g, 1, out]`.
+    tensor: AQT's container. Codes int8 or int4, `[out, in]`, or `[in/g, g, out]` with
+      groups of g; scales float32 `[out, 1]`, or `[in/g, 1, out]`.
     act_bits: static; see `DrafterConfig`.
     """
 
@@ -140,6 +140,11 @@ def _quantize_weight(weight: jax.Array, path: str, config: DrafterConfig) -> Any
             )
         groups = (size // config.group_size, config.group_size)
         weight = weight.reshape(weight.shape[:axis] + groups + weight.shape[axis + 1 :])
+        axis += 1
+    else:
+        # Output first: an integer product reads such codes as they lie, on CPU and GPU,
+        # where it would copy `[in, out]` into that order at every call.
+        weight = jnp.swapaxes(weight, axis, axis + 1)
         axis += 1
     quantizer = aqt_quantizer.quantizer_make(
         config.bits, preserve_max_val=True, scale_dtype=jnp.float32
@@ -239,7 +244,7 @@ def check_draft(params: PolicyParams) -> None:
             return tuple(leaf.table.shape)
         if isinstance(leaf, QuantizedWeight):
             codes = leaf.codes.shape
-            return (codes[0] * codes[1], codes[2]) if len(codes) == 3 else tuple(codes)
+            return (codes[0] * codes[1], codes[2]) if len(codes) == 3 else codes[::-1]
         return tuple(leaf.shape)
 
     def compare(path: tuple[Any, ...], policy: Any, draft: Any) -> None:
@@ -322,7 +327,7 @@ def _weight_only_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
     wide = wide_dtype(x.dtype)
     codes, scale = w.codes.astype(x.dtype), w.scale.astype(wide)
     if w.codes.ndim == 2:
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        dims = (((x.ndim - 1,), (1,)), ((), ()))
         return lax.dot_general(x, codes, dims, preferred_element_type=wide) * (
             scale.reshape((1,) * (x.ndim - 1) + (-1,))
         )
@@ -338,7 +343,7 @@ def _integer_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
     # int4 codes must be widened first: a mixed product becomes int32 x int32.
     codes, scale = w.codes.astype(jnp.int8), w.scale.astype(wide)
     if w.codes.ndim == 2:
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        dims = (((x.ndim - 1,), (1,)), ((), ()))
         total = lax.dot_general(x8, codes, dims, preferred_element_type=jnp.int32)
         total = total.astype(wide) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
     else:
