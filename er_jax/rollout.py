@@ -205,7 +205,7 @@ def rollout(
     _check_controller(controller, config)
     if isinstance(params, PolicyParams):
         check_draft(params)
-    _check_memory(policy, params, request, controller)
+    request = _with_memory(policy, params, request, controller)
 
     stats = RolloutStats()
     before = len(programs.compiled)
@@ -360,35 +360,43 @@ def _plan(
     )
 
 
-def _check_memory(
+def _with_memory(
     policy: Policy,
     params: Params | PolicyParams,
     request: Request,
     controller: Controller,
-) -> None:
+) -> Request:
+    """Check that the request fits the device, and note what is left for states."""
     limit = engine.device_memory_bytes()
     if limit is None:
-        return
+        return request
 
     def size(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    pair = isinstance(params, PolicyParams)
-    weights = size(params.policy if pair else params)
-    if pair:
-        draft = size(params.draft)
+    if isinstance(params, PolicyParams):
+        weights, draft = size(params.policy), size(params.draft)
     else:
-        draft = weights // 2 if max(controller.gammas) else 0
+        leaves = jax.tree.leaves(params)
+        weights = size(params)
+        draft = sum(leaf.size for leaf in leaves) if max(controller.gammas) else 0
     rows, length = request.slots, request.cache_lengths[-1]
-    cache = size(jax.eval_shape(lambda: policy.init_cache(rows, length)))
-    total = weights + draft + cache
-    if total > limit:
+    # Tokens and log-probabilities take eight bytes a position beside the cache.
+    position = 8 + size(jax.eval_shape(lambda: policy.init_cache(1, 1)))
+    states = rows * length * position
+    if weights + draft + states > limit:
         raise ValueError(
-            f"max_slots={rows} rows of {length} positions need {total / 1e9:.1f} GB "
-            f"(parameters {weights / 1e9:.1f}, draft {draft / 1e9:.1f}, cache "
-            f"{cache / 1e9:.1f}), and the device has {limit / 1e9:.1f} GB; lower "
-            "max_slots or max_new_tokens"
+            f"max_slots={rows} rows of {length} positions need "
+            f"{(weights + draft + states) / 1e9:.1f} GB (parameters "
+            f"{weights / 1e9:.1f}, draft {draft / 1e9:.1f}, cache {states / 1e9:.1f}), "
+            f"and the device has {limit / 1e9:.1f} GB; lower max_slots or "
+            "max_new_tokens"
         )
+    return dataclasses.replace(
+        request,
+        position_bytes=position,
+        state_limit_bytes=limit - weights - draft,
+    )
 
 
 def _with_draft(

@@ -74,6 +74,8 @@ class Request:
     slots: rows of the full batch. cache_lengths: sizes the cache may have, ascending;
     the last holds any row. prompt_bucket: T, tokens of a prefilled prompt.
     chunk: C, prompts prefilled together.
+    position_bytes: device bytes of one position of one row. state_limit_bytes: what all
+    states together may take; None where the device's memory is unknown.
     """
 
     prompts: Sequence[np.ndarray]
@@ -84,6 +86,8 @@ class Request:
     cache_lengths: tuple[int, ...]
     prompt_bucket: int
     chunk: int
+    position_bytes: int = 0
+    state_limit_bytes: int | None = None
 
     def limit(self, sequence: int) -> int:
         """Return the length at which a sequence ends."""
@@ -302,9 +306,20 @@ class Batch:
             needed = max(self.needed_length(gamma), prompts)
             if length < self.state.cache_length:
                 needed += length // 4
-            if rows >= self.num_live and needed <= length:
+            if rows >= self.num_live and needed <= length and self._fits(rows, length):
                 found.append(Program(rows, length, gamma))
         return found
+
+    def _fits(self, rows: int, length: int) -> bool:
+        """Whether there is memory to move to this shape, and to grow again from it."""
+        limit, shape = self.request.state_limit_bytes, self.state.tokens.shape
+        if limit is None or shape == (rows, length):
+            return True
+        positions = rows * length
+        longest = self.request.cache_lengths[-1]
+        regrown = positions + rows * longest if length < longest else 0
+        moving = positions + shape[0] * shape[1]
+        return max(moving, regrown) * self.request.position_bytes <= limit
 
     def compile_s(self, program: Program) -> float:
         """Return the seconds until this batch can run a program; 0 if it is ready."""
