@@ -238,11 +238,14 @@ class Bench:
         draft = self.drafts[pass_.draft] if pass_.draft else None
         return PolicyParams(policy=self.params, draft=draft)
 
+    def draft(self, pass_: Pass) -> Params:
+        """Return the parameters that a pass drafts with."""
+        return drafter.draft_params(self._pair(pass_))
+
     def _weights(self, pass_: Pass) -> Any:
         if pass_.kind == "verify":
             return self.params
-        pair = self._pair(pass_)
-        return drafter.draft_params(pair) if pass_.kind == "draft" else pair
+        return self.draft(pass_) if pass_.kind == "draft" else self._pair(pass_)
 
     def _lower(self, pass_: Pass) -> Any:
         state = jax.eval_shape(

@@ -28,7 +28,7 @@ from tests.toy import (
 )
 
 TEMPERATURES = (0.0, 1e-6, 0.7, 1.0, 1.3)
-TRUNCATIONS = tuple(
+TRUNCATIONS: tuple[dict[str, Any], ...] = tuple(
     {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     for top_k in (0, 1, 5, 1000)
     for top_p in (1.0, 0.9, 0.35)
@@ -42,7 +42,7 @@ def random_logits(rows: int, vocab_size: int, *, seed: int = 3) -> np.ndarray:
     """Rows of different widths; the first has a tie for the best token."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, rng.uniform(0.3, 6, (rows, 1)), (rows, vocab_size))
-    logits[0, 4] = logits[0, 9] = logits[0].max() + 0.25
+    logits[0, 2] = logits[0, 6] = logits[0].max() + 0.25
     return logits
 
 
@@ -159,7 +159,7 @@ def test_is_distribution() -> None:
         ([inf, -inf, -inf], False),
         ([-inf, -inf, -inf], False),
     ]
-    logits = np.array([line for line, _ in lines], np.float32)
+    logits = jnp.array([line for line, _ in lines], jnp.float32)
     wanted = [good for _, good in lines]
     for temperature in (0.0, 1e-6, 0.7, 1.0):
         found = sampling.is_distribution(logits, settings(temperature=temperature))
@@ -171,9 +171,9 @@ def test_token_logprobs_by_each_meaning(x64: None) -> None:
     tokens = np.random.default_rng(0).integers(0, 21, 9).astype(np.int32)
     tokens[0] = np.argmax(logits[0])
     token_logprobs = jax.jit(sampling.token_logprobs)
-    for temperature, truncation in itertools.product(
-        (0.0, 0.7, 1.0, 1.3), ({}, {"top_k": 4}, {"top_p": 0.8, "min_p": 0.02})
-    ):
+    truncations: list[dict[str, Any]]
+    truncations = [{}, {"top_k": 4}, {"top_p": 0.8, "min_p": 0.02}]
+    for temperature, truncation in itertools.product((0.0, 0.7, 1.0, 1.3), truncations):
         for kind in LogprobKind:
             config = settings(temperature=temperature, logprob_kind=kind, **truncation)
             plain = {
@@ -184,7 +184,7 @@ def test_token_logprobs_by_each_meaning(x64: None) -> None:
             rows = [oracle_logprobs(line, plain) for line in logits]
             wanted = np.stack(rows)[np.arange(9), tokens]
             wanted = np.maximum(wanted, sampling.NEVER)
-            target = sampling.target_logprobs(logits, config)
+            target = target_logprobs(logits, config)
             found = token_logprobs(logits, target, tokens, config)
             assert found.dtype == jnp.float32
             np.testing.assert_allclose(found, wanted, rtol=2e-7, atol=2e-7)
@@ -218,6 +218,28 @@ def test_threefry_equals_that_of_jax() -> None:
     np.testing.assert_array_equal(np.concatenate(ours), theirs)
 
 
+def test_noise_is_the_documented_function(x64: None) -> None:
+    """Composed here from JAX's generator, so that old completions can be replayed."""
+
+    def encrypt(key: Any, *words: int) -> Any:
+        return jax.extend.random.threefry_2x32(
+            jnp.asarray(key, jnp.uint32), jnp.array(words, jnp.uint32)
+        )
+
+    stream = encrypt((17, 42), 5, 6 * 4 + Purpose.DRAFT)
+    with_start = encrypt(stream, 9, 0)
+    for key, start in ((stream, None), (with_start, np.int32(9))):
+        unit = np.array([(int(encrypt(key, v, 0)[0]) + 0.5) / 2**32 for v in range(3)])
+        noise = gumbel(
+            settings(), np.int32(5), np.int32(6), 3, "float64", Purpose.DRAFT, start
+        )
+        np.testing.assert_allclose(noise, -np.log(-np.log1p(-unit)), rtol=1e-12)
+        chance = uniform(
+            settings(), np.int32(5), np.int32(6), "float64", Purpose.DRAFT, start
+        )
+        assert chance == (int(key[0]) + 0.5) / 2**32
+
+
 @functools.partial(jax.jit, static_argnames=("vocab_size", "dtype", "purpose"))
 def gumbel(
     config: Sampling,
@@ -230,6 +252,20 @@ def gumbel(
 ) -> jax.Array:
     return sampling.gumbel(
         config, sequence_id, position, vocab_size, dtype, purpose=purpose, start=start
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "purpose"))
+def uniform(
+    config: Sampling,
+    sequence_id: Any,
+    position: Any,
+    dtype: str = "float32",
+    purpose: Purpose = Purpose.ACCEPT,
+    start: Any = None,
+) -> jax.Array:
+    return sampling.uniform(
+        config, sequence_id, position, dtype, purpose=purpose, start=start
     )
 
 
@@ -273,7 +309,8 @@ def test_rare_noise_has_all_32_bits(
     monkeypatch.setattr(
         sampling,
         "threefry",
-        lambda key, counters: (jnp.broadcast_to(words, counters[0].shape), words),
+        # A stream's own words (shape []) are used up by nothing but the next call.
+        lambda key, counters: (words, words) if counters[0].ndim else counters,
     )
     noise = np.asarray(
         sampling.gumbel(settings(), jnp.int32(0), jnp.int32(0), len(bits), dtype)
@@ -286,17 +323,12 @@ def test_rare_noise_has_all_32_bits(
     assert noise[0] == pytest.approx(33 * np.log(2), abs=1e-5)
     assert (np.diff(noise[:8]) < -1e-3).all() and (np.diff(noise) <= 0).all()
     assert np.isfinite(noise).all()
-    uniform = np.asarray(
-        sampling.uniform(
-            settings(),
-            jnp.arange(len(bits), dtype=jnp.int32),
-            jnp.int32(0),
-            dtype,
-            purpose=Purpose.ACCEPT,
-        )
+    ids = jnp.arange(len(bits), dtype=jnp.int32)
+    chance = np.asarray(
+        sampling.uniform(settings(), ids, ids, dtype, purpose=Purpose.ACCEPT)
     )
-    np.testing.assert_allclose(uniform, unit, rtol=1e-7)
-    assert (uniform > 0).all() and (uniform < 1).all()
+    np.testing.assert_allclose(chance, unit, rtol=1e-7)
+    assert (chance > 0).all() and (chance < 1).all()
 
 
 def test_noise_does_not_depend_on_the_batch() -> None:
@@ -314,18 +346,15 @@ def test_noise_does_not_depend_on_the_batch() -> None:
     np.testing.assert_array_equal(column, whole[:, 7])
     wider = gumbel(config, *grid(16, 12), 13)
     np.testing.assert_array_equal(np.asarray(wider)[..., :10], whole)
-    with jax.disable_jit():
-        eager = sampling.gumbel(config, jnp.int32(5), jnp.int32(7), 10, "float32")
-    np.testing.assert_allclose(eager, whole[5, 7], rtol=1e-6)
 
 
 def test_uniform_does_not_depend_on_the_batch() -> None:
-    draw = functools.partial(sampling.uniform, purpose=Purpose.ACCEPT)
     ids, places = grid(6, 5)
-    starts = np.full((6, 1), 3, np.int32)
-    whole = draw(settings(), ids, places, "float32", start=starts)
+    starts = np.arange(6, dtype=np.int32)[:, None] * 2
+    whole = np.asarray(uniform(settings(), ids, places, start=starts))
     assert whole.shape == (6, 5)
-    one = draw(settings(), ids[4, 0], places[0, 2], "float32", start=starts[4, 0])
+    assert len(np.unique(whole)) == whole.size
+    one = uniform(settings(), ids[4, 0], places[0, 2], start=starts[4, 0])
     assert one == whole[4, 2]
 
 
@@ -353,10 +382,10 @@ def test_no_two_counters_share_noise(x64: None) -> None:
 
 def test_every_counter_matters() -> None:
     """Each argument changed alone changes the noise, to something uncorrelated."""
-    base = {"key": (3, 4), "id": 5, "position": 6, "purpose": Purpose.DRAFT, "start": 2}
+    base: dict[str, Any] = {"key": (3, 4), "id": 5, "position": 6, "start": 2}
 
     def draw(**change: Any) -> np.ndarray:
-        at = base | change
+        at = base | {"purpose": Purpose.DRAFT} | change
         return np.asarray(
             gumbel(
                 settings(key=at["key"]), np.int32(at["id"]), np.int32(at["position"]),
@@ -378,9 +407,10 @@ def test_noised_logprobs_are_logprobs_plus_noise() -> None:
     logits = random_logits(3, 11).astype(np.float32)
     config = settings(temperature=0.7, top_k=4)
     ids = np.array([9, 1, 4], np.int32)
-    found = sampling.noised_logprobs(logits, config, ids, ids + 2)
-    noise = sampling.gumbel(config, ids, ids + 2, 11, "float32")
-    np.testing.assert_array_equal(found, target_logprobs(logits, config) + noise)
+    found = jax.jit(sampling.noised_logprobs)(logits, config, ids, ids + 2)
+    noise = gumbel(config, ids, ids + 2, 11)
+    wanted = np.asarray(target_logprobs(logits, config)) + np.asarray(noise)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_draws_follow_the_target() -> None:

@@ -1,8 +1,8 @@
 """A policy whose every probability is known, and assertions about samples of it.
 
-The toy is a table: the logits of the next token given the last two. Its cache entries
-come from the parameters, so an entry that the draft left behind is seen at once, and a
-draft is simply another table, as far from the target as a test wants it.
+The toy is a table: the logits of the next token given the last two. Half of them are
+kept in its cache, so that an entry which the draft left behind is seen at once. A draft
+is simply another table, as far from the target as a test wants it.
 
 Distributions are computed here a second time, in float64 NumPy and by other means than
 the library's (sorting, loops), so that both can be compared.
@@ -32,13 +32,14 @@ from er_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """A `Policy` of order 2: `params` is `[V, V, V]`, logits after (before last, last).
+    """A `Policy` of order 2: the logits after (u, t) are `lines[t] + pages[u, t]`.
 
-    The entry of a token u is its page `params[u]` of the table, `[V, V]`. The logits
-    after a token t are line t of the page at the position before it; a token at
-    position 0 counts as its own predecessor.
+    The cache entry of a token u is its page `pages[u]`, so what a token contributes to
+    the next but one depends on whose parameters wrote its entry. The lines are read
+    from the parameters of the call. A token at position 0 counts as its own
+    predecessor.
 
-    dtype: of table and cache, "float32" or "float64".
+    dtype: of parameters and cache, "float32" or "float64".
     """
 
     vocab_size: int = 3
@@ -51,11 +52,12 @@ class Toy:
     def forward(
         self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        cache = kv_cache.write(cache, params[tokens], positions)
+        pages, lines = jnp.asarray(params["pages"]), jnp.asarray(params["lines"])
+        cache = kv_cache.write(cache, pages[tokens], positions)
         before = jnp.maximum(positions - 1, 0)[..., None, None]
-        pages = jnp.take_along_axis(cache, before, axis=1)
-        lines = jnp.take_along_axis(pages, tokens[..., None, None], axis=2)
-        return lines[:, :, 0], cache
+        page = jnp.take_along_axis(cache, before, axis=1)
+        line = jnp.take_along_axis(page, tokens[..., None, None], axis=2)
+        return line[:, :, 0] + lines[tokens], cache
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         return hidden
@@ -64,11 +66,29 @@ class Toy:
 def tables(
     vocab_size: int = 3, *, seed: int = 7, spread: float = 1.5, dtype: str = "float32"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a target's table and an unrelated draft's: asymmetric and far apart."""
+    """Return the logits `[V, V, V]` of a target and of an unrelated draft, far away."""
     rng = np.random.default_rng(seed)
     shape = (vocab_size,) * 3
     target, draft = rng.normal(0, spread, shape), rng.normal(0, spread, shape)
     return target.astype(dtype), draft.astype(dtype)
+
+
+def toy_params(
+    policy: Toy, *, seed: int = 0, spread: float = 1.0
+) -> dict[str, np.ndarray]:
+    """Return random parameters of the toy; another seed makes a far draft."""
+    rng = np.random.default_rng(seed)
+    size = policy.vocab_size
+    pages, lines = (
+        rng.normal(0, spread, (size,) * 3),
+        rng.normal(0, spread, (size,) * 2),
+    )
+    return {"pages": pages.astype(policy.dtype), "lines": lines.astype(policy.dtype)}
+
+
+def full_table(params: Params) -> np.ndarray:
+    """Return the logits `[V, V, V]` of the next token given the last two."""
+    return np.asarray(params["pages"]) + np.asarray(params["lines"])[None]
 
 
 def settings(
@@ -95,7 +115,7 @@ def settings(
 
 def start_state(
     policy: Toy,
-    table: np.ndarray,
+    params: Params,
     prompts: np.ndarray,
     new_tokens: int | np.ndarray,
     *,
@@ -106,14 +126,15 @@ def start_state(
     """Return live rows as admission leaves them, `garbage` where nothing is promised.
 
     Args:
-      policy: the toy. table: the target's. prompts: `[B, P]`, all rows equally long.
+      policy: the toy. params: the target's. prompts: `[B, P]`, all rows equally long.
       new_tokens: limit of each row, in tokens after the prompt.
       cache_length: S. sequence_ids: `[B]`, 0 .. B-1 by default.
       garbage: fills the cache from the last prompt token on, and the log-probabilities.
     """
     rows, known = prompts.shape
-    cache = np.full((rows, cache_length, *table.shape[1:]), garbage, policy.dtype)
-    cache[:, : known - 1] = table[prompts[:, :-1]]
+    pages = params["pages"]
+    cache = np.full((rows, cache_length, *pages.shape[1:]), garbage, policy.dtype)
+    cache[:, : known - 1] = pages[prompts[:, :-1]]
     tokens = np.full((rows, cache_length), policy.vocab_size - 1, np.int32)
     tokens[:, :known] = prompts
     if sequence_ids is None:
@@ -167,10 +188,12 @@ def oracle_probs(logits: np.ndarray, config: Sampling) -> np.ndarray:
 
 
 def oracle_table(table: np.ndarray, config: Sampling) -> np.ndarray:
-    """Return `oracle_probs` for every line of a table `[..., V]`."""
-    lines = np.reshape(table, (-1, table.shape[-1]))
-    probs = np.stack([oracle_probs(line, config) for line in lines])
-    return probs.reshape(table.shape)
+    """Return `oracle_probs` for every line of a table `[..., V]`; NaN stays NaN."""
+    probs = np.full(table.shape, np.nan)
+    for at in np.ndindex(table.shape[:-1]):
+        if not np.isnan(table[at]).any():
+            probs[at] = oracle_probs(table[at], config)
+    return probs
 
 
 def joint_probs(
@@ -182,7 +205,7 @@ def joint_probs(
     """Return the probability of every completion, by `completion_codes`.
 
     Args:
-      probs: `[V, V, V]`, of the next token given the last two.
+      probs: `[V, V, V]`, of the next token given the last two; NaN ends a completion.
       prompt: at least two tokens. num_tokens: the limit. stop_ids: end a completion.
     Returns:
       float64 `[(V + 1) ** num_tokens]`.
@@ -195,9 +218,12 @@ def joint_probs(
             joint[_code(done, num_tokens, vocab_size)] += prob
             return
         before, last = (*prompt, *done)[-2:]
-        for token in range(vocab_size):
-            if probs[before, last, token] > 0:
-                extend((*done, token), prob * probs[before, last, token])
+        line = probs[before, last]
+        if np.isnan(line).any():
+            joint[_code(done, num_tokens, vocab_size)] += prob
+            return
+        for token in np.flatnonzero(line):
+            extend((*done, int(token)), prob * line[token])
 
     extend((), 1.0)
     return joint
@@ -208,7 +234,17 @@ def _code(done: Sequence[int], num_tokens: int, vocab_size: int) -> int:
     return sum(token * (vocab_size + 1) ** i for i, token in enumerate(padded))
 
 
-def completion_codes(state: DecodeState, num_tokens: int, vocab_size: int) -> Any:
+def completion_counts(
+    state: DecodeState, num_tokens: int, vocab_size: int
+) -> np.ndarray:
+    """Return how often each completion was sampled, by code: `joint_probs`' places."""
+    codes = completion_codes(state, num_tokens, vocab_size)
+    return np.bincount(codes, minlength=(vocab_size + 1) ** num_tokens)
+
+
+def completion_codes(
+    state: DecodeState, num_tokens: int, vocab_size: int
+) -> np.ndarray:
     """Return one number per row for what it sampled, `[B]`; V where it had ended."""
     tokens = np.asarray(state.tokens)
     start, length = np.asarray(state.prompt_length), np.asarray(state.length)
@@ -230,8 +266,9 @@ def own_draws(
     One token after another and one row like any other, without cache, round or draft.
     """
     tokens = np.asarray(prompts)
+    noised_logprobs = jax.jit(sampling.noised_logprobs)
     for position in range(prompts.shape[1], prompts.shape[1] + num_tokens):
-        noised = sampling.noised_logprobs(
+        noised = noised_logprobs(
             jnp.asarray(table[tokens[:, -2], tokens[:, -1]]),
             config,
             jnp.asarray(sequence_ids, jnp.int32),
@@ -240,6 +277,45 @@ def own_draws(
         draws = np.argmax(np.asarray(noised), axis=-1).astype(np.int32)
         tokens = np.concatenate([tokens, draws[:, None]], axis=1)
     return tokens[:, prompts.shape[1] :]
+
+
+def compose_rounds(
+    kernel: Sequence[np.ndarray],
+    probs: np.ndarray,
+    prompt: Sequence[int],
+    num_tokens: int,
+    *,
+    rounds: int,
+) -> np.ndarray:
+    """Return the joint distribution of the next tokens, `[V] * num_tokens`.
+
+    Args:
+      kernel: for n = 1, 2, ...: `[V, V, *[V] * n]`, the chances that a round emits
+        just these n tokens, given the last two before it.
+      probs: `[V, V, V]`, one token after another, for what follows the rounds.
+      prompt: at least two tokens. rounds: how many to run at most.
+    """
+    joint = np.zeros(probs.shape[:1] * num_tokens)
+    ends: dict[tuple[int, ...], float] = {(): 1.0}  # where rounds end, and the chance
+    for number in range(num_tokens):
+        new: dict[tuple[int, ...], float] = {}
+        for prefix, prob in ends.items():
+            context = (*prompt, *prefix)[-2:]
+            for chunk in kernel if number < rounds else (probs,):
+                for tokens, chance in np.ndenumerate(chunk[context]):
+                    whole = (prefix + tokens)[:num_tokens]
+                    if len(whole) == num_tokens:
+                        joint[whole] += prob * chance
+                    elif chance:
+                        new[whole] = new.get(whole, 0.0) + prob * chance
+        ends = new
+    assert not ends
+    return joint
+
+
+def chain_probs(probs: np.ndarray, prompt: Sequence[int], num_tokens: int) -> Any:
+    """Return the target's own joint distribution, `[V] * num_tokens`."""
+    return compose_rounds((), probs, prompt, num_tokens, rounds=0)
 
 
 def assert_same_distribution(

@@ -1,10 +1,12 @@
 """Sequences of many lengths as arrays of few shapes.
 
-A training example is a prompt and the completion that follows it. Examples are sorted into length buckets, and
-each bucket is cut into chunks of a fixed number of rows, so that whatever the lengths, one program per bucket is
-all that is ever compiled. Every chunk of every bucket holds about the same number of tokens.
+A training example is a prompt and the completion that follows it. Examples are sorted
+into length buckets, and each bucket is cut into chunks of a fixed number of rows, so
+that whatever the lengths, one program per bucket is all that is ever compiled. Every
+chunk of every bucket holds about the same number of tokens.
 
-Left out: packing several examples into one row; that needs a policy that understands segments.
+Left out: packing several examples into one row; that needs a policy that understands
+segments.
 """
 
 import dataclasses
@@ -14,26 +16,30 @@ import jax
 import numpy as np
 from flax import struct
 
+# NumPy on its way to the device, jax.Array once inside a program.
+Array = jax.Array | np.ndarray
+
 
 @struct.dataclass
 class Batch:
     """Examples of one bucket, R rows of T tokens. Token t predicts target t.
 
     Attributes:
-      tokens: `[R, T]` int32, prompt and completion but for the last token; 0 in padding.
+      tokens: `[R, T]` int32, prompt and completion but the last token; 0 in padding.
       positions: `[R, T]` int32, 0 .. ; -1 in padding.
       targets: `[R, T]` int32, `tokens` one place to the left; 0 in padding.
       mask: `[R, T]` float32, 1 where the target is a completion token, else 0.
-      behavior_logprobs: `[R, T]` float32, log-probability of the target when it was sampled; 0 where masked.
+      behavior_logprobs: `[R, T]` float32, log-probability of the target when it was
+        sampled; 0 where masked.
       advantages: `[R]` float32; 0 in supervised training.
     """
 
-    tokens: jax.Array
-    positions: jax.Array
-    targets: jax.Array
-    mask: jax.Array
-    behavior_logprobs: jax.Array
-    advantages: jax.Array
+    tokens: Array
+    positions: Array
+    targets: Array
+    mask: Array
+    behavior_logprobs: Array
+    advantages: Array
 
 
 @struct.dataclass
@@ -46,7 +52,7 @@ class Chunks:
     """
 
     batch: Batch
-    num_chunks: jax.Array
+    num_chunks: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +61,19 @@ class Example:
 
     Attributes:
       prompt: token ids, at least one.
-      completion: token ids, at least one; the end token, where there is one, is the last.
+      completion: token ids, at least one; an end token is the last.
       behavior_logprobs: one per completion token; None in supervised training.
       advantage: of the whole completion.
     """
 
     prompt: Sequence[int]
-    completion: Sequence[int]
-    behavior_logprobs: Sequence[float] | None = None
+    completion: Sequence[int] | np.ndarray
+    behavior_logprobs: Sequence[float] | np.ndarray | None = None
     advantage: float = 0.0
 
     @property
     def length(self) -> int:
-        """T the example needs: all its tokens but the last, which is only ever a target."""
+        """T that the example needs: its last token is only ever a target."""
         return len(self.prompt) + len(self.completion) - 1
 
 
@@ -87,8 +93,14 @@ class Buckets:
     tokens: int
 
     def __post_init__(self):
-        if not self.lengths or list(self.lengths) != sorted({*self.lengths}) or self.lengths[0] < 1:
-            raise ValueError(f"lengths={self.lengths}: give ascending lengths of at least 1 token")
+        if (
+            not self.lengths
+            or list(self.lengths) != sorted({*self.lengths})
+            or self.lengths[0] < 1
+        ):
+            raise ValueError(
+                f"lengths={self.lengths}: give ascending lengths of at least 1 token"
+            )
         if self.tokens < 1:
             raise ValueError(f"tokens={self.tokens}: a chunk has at least 1 token")
 
@@ -97,28 +109,30 @@ class Buckets:
         return max(1, self.tokens // length)
 
     def length_for(self, example: Example) -> int:
-        """The bucket of one example. Raises ValueError when it is longer than the longest."""
+        """The bucket of one example; ValueError when it is longer than the longest."""
         for length in self.lengths:
             if example.length <= length:
                 return length
         raise ValueError(
-            f"an example of {example.length + 1} tokens does not fit the longest bucket, {self.lengths[-1]}; "
-            "shorten it or add a longer bucket"
+            f"an example of {example.length + 1} tokens does not fit the longest "
+            f"bucket, {self.lengths[-1]}; shorten it or add a longer bucket"
         )
 
     def up_to(self, longest: int) -> "Buckets":
-        """The same buckets ending at `longest` tokens rounded up to 16: longer ones dropped, one added if needed."""
+        """The same buckets, but the last is `longest` tokens rounded up to 16."""
         last = -(-longest // 16) * 16
         shorter = tuple(length for length in self.lengths if length < last)
         return dataclasses.replace(self, lengths=(*shorter, last))
 
 
 def batch_of(examples: Sequence[Example], rows: int, length: int) -> Batch:
-    """Pad examples into one batch of `[rows, length]`; rows past the last example are empty."""
+    """Pad examples into one batch of `[rows, length]`; rows past the last are empty."""
     batch = empty_batch(rows, length)
     for row, example in enumerate(examples):
         sequence = np.asarray([*example.prompt, *example.completion], np.int32)
-        first = len(example.prompt) - 1  # the last prompt token predicts the first completion token
+        first = (
+            len(example.prompt) - 1
+        )  # the last prompt token predicts the first completion token
         used = example.length
         batch.tokens[row, :used] = sequence[:-1]
         batch.positions[row, :used] = np.arange(used)
@@ -144,14 +158,17 @@ def empty_batch(rows: int, length: int) -> Batch:
 
 
 def make_batches(examples: Sequence[Example], buckets: Buckets) -> list[Batch]:
-    """Sort examples into buckets and cut each bucket into full-sized batches, in the order given."""
+    """Sort examples into buckets, cut each into full-sized batches, keep the order."""
     groups: dict[int, list[Example]] = {length: [] for length in buckets.lengths}
     for example in examples:
         groups[buckets.length_for(example)].append(example)
     batches = []
     for length, group in groups.items():
         rows = buckets.rows(length)
-        batches += [batch_of(group[i : i + rows], rows, length) for i in range(0, len(group), rows)]
+        batches += [
+            batch_of(group[i : i + rows], rows, length)
+            for i in range(0, len(group), rows)
+        ]
     return batches
 
 
@@ -175,5 +192,5 @@ def stack_chunks(
         empty = empty_batch(rows, length)
         padded = own + [empty] * (-(-capacity // rows) - len(own))
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
-        stacked.append(Chunks(batch=batch, num_chunks=np.int32(len(own))))
+        stacked.append(Chunks(batch=batch, num_chunks=np.asarray(len(own), np.int32)))
     return tuple(stacked)

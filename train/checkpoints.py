@@ -1,9 +1,9 @@
 """Checkpoints that hold everything a run needs to go on exactly, and nothing else.
 
 One Orbax step is one GRPO step; step 0 is the warmed-up policy and is never deleted.
-A step holds three items: `policy` (parameters), `trainer` (optimizer and random key) and
-`host` (JSON: config, data position, controller, digest of the data). The draft is not
-among them: it is computed from the parameters.
+A step holds three items: `policy` (parameters), `trainer` (optimizer and random key)
+and `host` (JSON: config, data position, controller, digest of the data). The draft is
+not among them: it is computed from the parameters.
 
 Orbax writes into a temporary directory and renames it, so a step is either there and
 whole or not there; a run killed while saving finds the one before.
@@ -154,8 +154,8 @@ def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
     changed = differences(saved, current)
     if changed:
         raise ValueError(
-            f"resume: the checkpoint was made with other settings ({'; '.join(changed)});"
-            " give the same ones, or another --out"
+            "resume: the checkpoint was made with other settings "
+            f"({'; '.join(changed)}); give the same ones, or another --out"
         )
 
 

@@ -90,8 +90,8 @@ class GRPOConfig:
     kl_coef: float = 0.0
     scale_advantages: bool = True
     format_bonus: float = 0.0
-    bucket_lengths: tuple[int, ...] = (48, 112)
-    chunk_tokens: int = 2_304
+    bucket_lengths: tuple[int, ...] = (48, 128)
+    chunk_tokens: int = 1_152
 
     def __post_init__(self) -> None:
         for name in (
@@ -207,7 +207,9 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> list[str]:
     """Return the fields in which two configs differ, as "name: old -> new"."""
     found = []
     for name in sorted({*old, *new}):

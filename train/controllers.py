@@ -2,16 +2,17 @@
 
 `er_jax`'s own controllers pick batch and cache sizes by measured speed. Programs of
 different shape round float32 differently, so two runs on a machine that is not equally
-busy may differ in the last bit, and at a rounding tie in a token. This one gives up some
-speed for float32 runs that repeat bit for bit.
+busy may differ in the last bit, and at a rounding tie in a token. This one gives up
+some speed for float32 runs that repeat bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import er_jax
+from er_jax.types import Program
 
 # Rows go down by this factor: few programs to compile, and at most three idle rows for
 # each live one.
@@ -26,15 +27,9 @@ class RuleController(er_jax.Controller):
     """
 
     def choose(
-        self,
-        options: Sequence[Any],
-        current: Any,
-        *,
-        is_compiled: Callable[[Any], bool],
-        compile_s: float,
-    ) -> Any:
+        self, options: Sequence[Program], current: Program | None, **unused: Any
+    ) -> Program:
         """Return the program for the live rows; a function of `options` alone."""
-        del current, is_compiled, compile_s
         longest = max(program.cache_length for program in options)
         rows = max(program.rows for program in options)
         fits = {p.rows: p for p in options if p.cache_length == longest}

@@ -5,9 +5,9 @@
 
 One step samples n completions of each of P prompts with `er_jax.rollout`, scores them,
 turns scores into group-relative advantages, and takes clipped policy-gradient steps
-against the log-probabilities the rollout itself reports. The draft is requantized inside
-the jit of the update, so the next rollout speculates with the newest weights. Nothing
-here knows about speculation: its effect is the rollout's time and nothing else.
+against the log-probabilities the rollout itself reports. The draft is requantized
+inside the jit of the update, so the next rollout speculates with the newest weights.
+Nothing here knows about speculation: its effect is the rollout's time and nothing else.
 
 Left out: more than one device, text longer than the last bucket, value functions.
 
@@ -67,7 +67,7 @@ class TrainState:
 
 @functools.lru_cache
 def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
-    """Return clipped Adam; one object per config, because jit compares it by identity."""
+    """Return clipped Adam; one object per config: jit compares it by identity."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm), optax.adam(config.learning_rate)
     )
@@ -87,12 +87,12 @@ def update(
     ref_params: Any,
     chunks: tuple[Chunks, ...],
     temperature: jax.Array,
-    num_tokens: jax.Array,
+    num_completions: jax.Array,
     *,
     options: PolicyLoss,
     drafter: er_jax.DrafterConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one optimizer step on the mean loss per completion token; refresh the draft.
+    """Take one optimizer step on the mean loss of the completions; refresh the draft.
 
     Args:
       policy, optimizer: what to update and how.
@@ -100,7 +100,7 @@ def update(
       ref_params: the reference policy; None when `options.kl_coef` is 0.
       chunks: all completions of the step, by bucket.
       temperature: float32 `[]`, of the rollout.
-      num_tokens: float32 `[]`, completion tokens of the step.
+      num_completions: float32 `[]`, N.
       options: the loss. drafter: how the draft is made.
     Returns:
       state: with new parameters, optimizer state and draft.
@@ -110,7 +110,9 @@ def update(
     """
 
     def loss_fn(params: Any, batch: Any) -> Any:
-        return losses.policy_loss(policy, params, ref_params, batch, temperature, options)
+        return losses.policy_loss(
+            policy, params, ref_params, batch, temperature, options
+        )
 
     params = state.params.policy
     first = jax.tree.map(lambda leaf: leaf[0], chunks[0].batch)
@@ -135,7 +137,7 @@ def update(
     (loss, sums), grads = total
 
     def mean(value: jax.Array) -> jax.Array:
-        return value / num_tokens.astype(value.dtype)
+        return value / num_completions.astype(value.dtype)
 
     grads = jax.tree.map(mean, grads)
     with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to an int count
@@ -144,12 +146,12 @@ def update(
     info = {
         "loss": mean(loss),
         "kl": mean(sums["kl"]),
-        "clip_fraction": mean(sums["num_clipped"]),
-        "grad_norm": optax.global_norm(grads),
+        "clip_fraction": mean(sums["clipped"]),
+        "grad_norm": optax.tree.norm(grads),
         "logprob_gap": sums["logprob_gap"],
     }
-    state = state.replace(
-        params=er_jax.attach_draft(params, drafter), opt_state=opt_state
+    state = dataclasses.replace(
+        state, params=er_jax.attach_draft(params, drafter), opt_state=opt_state
     )
     return state, info
 
@@ -185,9 +187,24 @@ def load_problems(config: RunConfig, tokenizer: Tokenizer) -> dict[str, list[Pro
     return {"warmup": warmup, "train": train, "eval": list(evals.values())}
 
 
+@dataclasses.dataclass(frozen=True)
+class StepData:
+    """What one step sampled.
+
+    Attributes:
+      problems: P of them. out: the rollout, N = P * n completions.
+      rewards: `[P, n]` float64. seconds: sampling and scoring took.
+    """
+
+    problems: Sequence[Problem]
+    out: er_jax.Rollout
+    rewards: np.ndarray
+    seconds: float
+
+
 @dataclasses.dataclass
 class Trainer:
-    """A run in progress: the fixed parts, and the two that change, state and controller.
+    """A run in progress: what is fixed, and the two that change, state and controller.
 
     Attributes:
       config: of the run. tokenizer, problems, policy: made from it.
@@ -304,7 +321,9 @@ class Trainer:
             [self.tokenizer.encode_prompt(problem.prompt) for problem in problems],
             key=key,
             config=self.config.rollout_config(group_size=n, stop_token_id=EOS),
-            sequence_ids=range(first_sequence_id, first_sequence_id + len(problems) * n),
+            sequence_ids=range(
+                first_sequence_id, first_sequence_id + len(problems) * n
+            ),
             controller=self.controller,
         )
         scores = [
@@ -341,14 +360,13 @@ class Trainer:
         self.metrics.append(record)
         return record
 
-    def train_step(self) -> tuple[dict[str, Any], er_jax.Rollout]:
-        """Run one GRPO step, log it, and return the record and the rollout."""
+    def rollout_step(self) -> StepData:
+        """Sample and score the next prompts; changes the controller only."""
         config, grpo = self.config, self.config.grpo
         position = int(self.state.position)
         taken = range(position, position + grpo.prompts_per_step)
         train = self.problems["train"]
         problems = [tasks.problem_at(train, i, config.seed) for i in taken]
-
         start = time.perf_counter()
         out, rewards = self.sample(
             problems,
@@ -356,11 +374,21 @@ class Trainer:
             key=self.state.key,
             first_sequence_id=position * grpo.group_size,
         )
-        rollout_s = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        return StepData(problems=problems, out=out, rewards=rewards, seconds=seconds)
+
+    def learn(self, data: StepData) -> dict[str, Any]:
+        """Update the policy with a step's completions; log and return the record.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+        """
+        grpo, out, rewards = self.config.grpo, data.out, data.rewards
         advantages = losses.group_advantages(rewards, scale=grpo.scale_advantages)
+        prompts = [self.tokenizer.encode_prompt(p.prompt) for p in data.problems]
         examples = [
             Example(
-                prompt=self.tokenizer.encode_prompt(problems[row // grpo.group_size].prompt),
+                prompt=prompts[row // grpo.group_size],
                 completion=out.completion_ids[row, :length],
                 behavior_logprobs=out.logprobs[row, :length],
                 advantage=float(advantages.flat[row]),
@@ -370,10 +398,12 @@ class Trainer:
         ]
 
         start = time.perf_counter()
-        infos = self._update(examples, num_tokens=int(out.lengths.sum()))
+        infos = self._update(examples)
         update_s = time.perf_counter() - start
         start = time.perf_counter()
-        jax.block_until_ready(refresh(self.state.params.policy, config=self.drafter).draft)
+        jax.block_until_ready(
+            refresh(self.state.params.policy, config=self.drafter).draft
+        )
         refresh_s = time.perf_counter() - start
 
         self.state = self.state.replace(
@@ -393,10 +423,10 @@ class Trainer:
             "logprob_gap": infos[0]["logprob_gap"],
             "length": metrics.quantiles(out.lengths),
             "num_tokens": int(out.lengths.sum()),
-            "position": position + grpo.prompts_per_step,
+            "position": int(self.state.position),
             "params_digest": metrics.digest(self.state.params.policy),
             "timing": {
-                "rollout_s": rollout_s,
+                "rollout_s": data.seconds,
                 "update_s": update_s,
                 "refresh_s": refresh_s,
                 "rollout_compile_s": stats.seconds["compile"],
@@ -408,17 +438,15 @@ class Trainer:
                 },
             },
         }
-        if not math.isfinite(record["loss"]):
+        if not math.isfinite(infos[-1]["loss"]):
             raise FloatingPointError(
                 f"the loss of step {record['step']} is {record['loss']}; lower "
                 "grpo.learning_rate and --resume from the last checkpoint"
             )
         self.metrics.append(record)
-        return record, out
+        return record
 
-    def _update(
-        self, examples: Sequence[Example], *, num_tokens: int
-    ) -> list[dict[str, float]]:
+    def _update(self, examples: Sequence[Example]) -> list[dict[str, float]]:
         grpo = self.config.grpo
         chunks = stack_chunks(examples, self.buckets, grpo.num_completions)
         infos = []
@@ -430,7 +458,7 @@ class Trainer:
                 self.ref_params,
                 chunks,
                 jnp.float32(grpo.temperature),
-                jnp.float32(num_tokens),
+                jnp.float32(len(examples)),
                 options=grpo.loss,
                 drafter=self.drafter,
             )
@@ -499,7 +527,9 @@ class Trainer:
     @functools.cached_property
     def data_digest(self) -> str:
         """Changes when any problem does."""
-        lines = [dataclasses.astuple(p) for name in self.problems.values() for p in name]
+        lines = [
+            dataclasses.astuple(p) for name in self.problems.values() for p in name
+        ]
         return metrics.digest(np.frombuffer(json.dumps(lines).encode(), np.uint8))
 
 
@@ -514,11 +544,19 @@ def run(config: RunConfig) -> list[dict[str, Any]]:
         move_aside(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer.of(config)
-    (config.out / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
-    sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(trainer.policy.init, trainer.keys["init"]))]
+    (config.out / "config.json").write_text(
+        json.dumps(to_json(config), indent=2) + "\n"
+    )
+    sizes = [
+        leaf.size
+        for leaf in jax.tree.leaves(
+            jax.eval_shape(trainer.policy.init, trainer.keys["init"])
+        )
+    ]
     print(
-        f"{sum(sizes) / 1e6:.1f} M parameters, {config.dtype}, control {config.control}, "
-        f"{len(trainer.problems['train'])} problems, writing to {config.out}"
+        f"{sum(sizes) / 1e6:.1f} M parameters, {config.dtype}, "
+        f"control {config.control}, {len(trainer.problems['train'])} problems, "
+        f"writing to {config.out}"
     )
     rollout = None
     with Checkpoints(config.out) as checkpoints:
@@ -535,7 +573,8 @@ def run(config: RunConfig) -> list[dict[str, Any]]:
             total=config.steps, initial=done, desc="GRPO", unit="step", file=sys.stderr
         ) as bar:
             for step in range(done + 1, config.steps + 1):
-                record, rollout = trainer.train_step()
+                data = trainer.rollout_step()
+                record, rollout = trainer.learn(data), data.out
                 bar.update()
                 bar.set_postfix(
                     reward=f"{record['reward']:.2f}", tokens=record["num_tokens"]
@@ -578,8 +617,9 @@ def summary(records: Sequence[dict[str, Any]], seconds: float) -> str:
     lines = []
     if warm:
         lines.append(
-            f"warm-up: {warm[-1]['step']} steps in {warm[-1]['timing']['seconds']:.0f} s, "
-            f"chance of a written-out solution {warm[-1]['solution_chance']:.2f}"
+            f"warm-up: {warm[-1]['step']} steps in "
+            f"{warm[-1]['timing']['seconds']:.0f} s, chance of a written-out solution "
+            f"{warm[-1]['solution_chance']:.2f}"
         )
     if evals:
         text = " -> ".join(f"{r['reward']:.3f} (step {r['step']})" for r in evals)

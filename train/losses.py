@@ -1,11 +1,12 @@
 """What is minimised: supervised cross-entropy, and the clipped policy gradient of GRPO.
 
-Every function is pure, and sums over the tokens of one batch rather than averaging: the caller divides by the
-number of tokens of the whole step, so that the gradient does not depend on how the step was cut into batches.
+Every loss is a sum over one batch, of tokens or of completions: the caller divides by
+their number in the whole step, so that the gradient does not depend on how the step was
+cut into batches.
 
-Sources: Shao et al. 2024 (arXiv 2402.03300) for group-relative advantages and the KL estimator; Schulman et al. 2017
-(arXiv 1707.06347) for the clipped ratio; Yu et al. 2025 (arXiv 2503.14476) for averaging over tokens and for two
-clip bounds.
+Sources: Shao et al. 2024 (arXiv 2402.03300) for group-relative advantages and the KL
+estimator; Schulman et al. 2017 (arXiv 1707.06347) for the clipped ratio; Yu et al. 2025
+(arXiv 2503.14476) for two clip bounds.
 """
 
 import dataclasses
@@ -18,9 +19,9 @@ from train.batching import Batch
 
 
 def token_logprobs(policy, params, batch: Batch, temperature: jax.Array) -> jax.Array:
-    """Log-probability of every target under the policy at `temperature`, before any truncation.
+    """Log-probability of every target at `temperature`, before any truncation.
 
-    This is the meaning `logprobs="temperature"` has in a rollout, so the two can be compared.
+    This is what `logprobs="temperature"` means in a rollout: the two can be compared.
 
     Args:
       policy: an `er_jax.Policy`.
@@ -28,7 +29,7 @@ def token_logprobs(policy, params, batch: Batch, temperature: jax.Array) -> jax.
       batch: `[R, T]`.
       temperature: scalar > 0.
     Returns:
-      `[R, T]`, float32 or float64 as the policy's logits; meaningless where `batch.mask` is 0.
+      `[R, T]` in the dtype of the policy's logits; meaningless where `batch.mask` is 0.
     """
     rows, length = batch.tokens.shape
     cache = policy.init_cache(rows, length)
@@ -45,15 +46,16 @@ def supervised_loss(policy, params, batch: Batch) -> jax.Array:
 
 
 def solution_logprobs(policy, params, batch: Batch) -> jax.Array:
-    """`[R]` log-probability of each row's whole completion; 0 for an empty row."""
+    """Return `[R]`, each row's log-probability of its completion; 0 for empty rows."""
     logprobs = token_logprobs(policy, params, batch, jnp.ones((), jnp.float32))
     return jnp.sum(logprobs * batch.mask.astype(logprobs.dtype), axis=-1)
 
 
 def group_advantages(rewards: np.ndarray, *, scale: bool) -> np.ndarray:
-    """Reward minus the mean of its group, divided by the group's standard deviation when `scale`.
+    """Reward minus its group's mean, over the group's standard deviation when `scale`.
 
-    A group whose rewards are all equal says nothing about what was better: its advantages are exactly 0.
+    A group whose rewards are all equal says nothing about what was better: its
+    advantages are exactly 0.
 
     Args:
       rewards: `[P, n]`, n completions of each of P prompts.
@@ -76,7 +78,7 @@ class PolicyLoss:
     Attributes:
       clip_low: the ratio gains nothing below 1 - clip_low, in (0, 1).
       clip_high: nor above 1 + clip_high, > 0.
-      kl_coef: weight of the divergence from the reference, nats to loss; 0 needs no reference.
+      kl_coef: weight of the divergence from the reference; 0 needs no reference.
     """
 
     clip_low: float
@@ -85,13 +87,20 @@ class PolicyLoss:
 
 
 def policy_loss(
-    policy, params, ref_params, batch: Batch, temperature: jax.Array, options: PolicyLoss
+    policy,
+    params,
+    ref_params,
+    batch: Batch,
+    temperature: jax.Array,
+    options: PolicyLoss,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy-gradient loss, summed over the completion tokens of a batch.
+    """Clipped policy-gradient loss: mean over tokens, then sum over completions.
 
-    With ratio = exp(policy_logprob - behavior_logprob) and A the advantage, a token costs
-    -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), plus kl_coef times
-    exp(ref - policy) - (ref - policy) - 1, which is >= 0 and whose mean is the divergence from the reference.
+    With ratio = exp(policy_logprob - behavior_logprob) and A the advantage, a token
+    costs -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), plus kl_coef
+    times exp(ref - policy) - (ref - policy) - 1, which is >= 0 and whose mean over
+    sampled tokens is the divergence from the reference. Every completion counts alike
+    however long it is: a reward at the end says less about each of many tokens.
 
     Args:
       policy: an `er_jax.Policy`.
@@ -101,9 +110,9 @@ def policy_loss(
       temperature: scalar > 0, that of the rollout.
       options: clip bounds and KL weight.
     Returns:
-      loss: scalar sum.
-      info: sums over the batch: "num_clipped" tokens, "kl" nats; and "logprob_gap", the largest
-        |policy_logprob - behavior_logprob|.
+      loss: scalar, a sum over completions of means over their tokens.
+      info: "clipped" (share of tokens) and "kl" (nats per token), summed like the loss;
+        and "logprob_gap", the largest |policy_logprob - behavior_logprob|.
     """
     logprobs = token_logprobs(policy, params, batch, temperature)
     dtype = logprobs.dtype
@@ -113,15 +122,18 @@ def policy_loss(
     advantages = batch.advantages.astype(dtype)[:, None]
     bounded = jnp.clip(ratios, 1.0 - options.clip_low, 1.0 + options.clip_high)
     gains = jnp.minimum(ratios * advantages, bounded * advantages)
-    loss = -jnp.sum(gains * mask)
+    weights = mask / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1.0)
+    loss = -jnp.sum(gains * weights)
     kl = jnp.zeros((), dtype)
     if options.kl_coef > 0:
-        ref = jax.lax.stop_gradient(token_logprobs(policy, ref_params, batch, temperature))
+        ref = jax.lax.stop_gradient(
+            token_logprobs(policy, ref_params, batch, temperature)
+        )
         behind = (ref - logprobs) * mask
-        kl = jnp.sum(jnp.exp(behind) - behind - 1.0)
+        kl = jnp.sum((jnp.exp(behind) - behind - 1.0) * weights)
         loss = loss + options.kl_coef * kl
     info = {
-        "num_clipped": jnp.sum((gains < ratios * advantages) * mask),
+        "clipped": jnp.sum(jnp.where(gains < ratios * advantages, weights, 0.0)),
         "kl": kl,
         "logprob_gap": jnp.max(jnp.abs(gap)),
     }

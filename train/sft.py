@@ -1,8 +1,9 @@
-"""Supervised warm-up: the policy learns to write solutions, and stops before it is good at it.
+"""Supervised warm-up: learn to write solutions, and stop before being good at it.
 
-Reinforcement learning needs a policy that is right some of the time. The warm-up imitates written-out solutions until
-the chance of writing one of the held-out solutions reaches `stop_at`. That chance is the exponential of the solution's
-log-probability, so measuring it takes one forward pass and no sampling.
+Reinforcement learning needs a policy that is right some of the time. The warm-up
+imitates written-out solutions until the mean chance of writing a held-out solution
+reaches `stop_at`. That chance is the exponential of the solution's log-probability, so
+measuring it takes one forward pass and no sampling.
 
 Left out: any sampling, any checkpointing.
 """
@@ -29,10 +30,11 @@ class SFTConfig:
 
     Attributes:
       max_steps: optimizer steps, >= 0; 0 leaves the policy as initialised.
-      stop_at: stop when the mean chance of writing a held-out solution at temperature 1 is this, in (0, 1].
+      stop_at: stop when the mean chance of writing a held-out solution, sampling at
+        temperature 1, is this, in (0, 1].
       check_every: optimizer steps between two looks at that chance.
       learning_rate: Adam's, per step, after `ramp_steps` of linear growth from 0.
-      schedule: "constant", because the warm-up is cut off, or "cosine" to 0 at max_steps.
+      schedule: "constant", as the warm-up is cut off, or "cosine" to 0 at max_steps.
       ramp_steps: optimizer steps.
       batch_tokens: tokens of one step, padding included.
       clip_norm: largest global gradient norm.
@@ -49,11 +51,18 @@ class SFTConfig:
 
     def __post_init__(self):
         require(self.max_steps >= 0, "max_steps", self.max_steps, "give >= 0")
-        require(0 < self.stop_at <= 1, "stop_at", self.stop_at, "a chance must be in (0, 1]")
+        require(
+            0 < self.stop_at <= 1, "stop_at", self.stop_at, "a chance must be in (0, 1]"
+        )
         require(self.check_every >= 1, "check_every", self.check_every, "give >= 1")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "give > 0")
         schedules = ("constant", "cosine")
-        require(self.schedule in schedules, "schedule", self.schedule, f"choose from {schedules}")
+        require(
+            self.schedule in schedules,
+            "schedule",
+            self.schedule,
+            f"choose from {schedules}",
+        )
         require(self.ramp_steps >= 1, "ramp_steps", self.ramp_steps, "give >= 1")
         require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "give >= 1")
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "give > 0")
@@ -65,18 +74,27 @@ def make_optimizer(config: SFTConfig) -> optax.GradientTransformation:
     after = (
         optax.constant_schedule(config.learning_rate)
         if config.schedule == "constant"
-        else optax.cosine_decay_schedule(config.learning_rate, max(1, config.max_steps - config.ramp_steps))
+        else optax.cosine_decay_schedule(
+            config.learning_rate, max(1, config.max_steps - config.ramp_steps)
+        )
     )
     schedule = optax.join_schedules([ramp, after], [config.ramp_steps])
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(schedule))
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm), optax.adam(schedule)
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "optimizer"), donate_argnames=("params", "opt_state"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("policy", "optimizer"),
+    donate_argnames=("params", "opt_state"),
+)
 def train_step(policy, optimizer, params, opt_state, batch: Batch):
-    """One optimizer step on the mean loss per completion token. Donates `params` and `opt_state`.
+    """Take one optimizer step on the mean loss per completion token.
 
     Returns:
       params, opt_state, and the loss in nats per token.
+    Effects: donates `params` and `opt_state`.
     """
     num_tokens = jnp.sum(batch.mask)
 
@@ -96,14 +114,16 @@ solution_logprobs = jax.jit(losses.solution_logprobs, static_argnames="policy")
 def examples_of(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[Example]:
     """The problems that have a solution, as token ids."""
     return [
-        Example(tokenizer.encode_prompt(p.prompt), tokenizer.encode_completion(p.solution))
+        Example(
+            tokenizer.encode_prompt(p.prompt), tokenizer.encode_completion(p.solution)
+        )
         for p in problems
         if p.solution is not None
     ]
 
 
 def solution_chance(policy, params, batches: Sequence[Batch]) -> float:
-    """Mean over examples of the chance that the policy writes exactly the solution, at temperature 1."""
+    """Return the mean chance of sampling exactly the solution at temperature 1."""
     chances: list[float] = []
     for batch in batches:
         logprobs = np.asarray(solution_logprobs(policy, params, batch), np.float64)
@@ -132,7 +152,8 @@ def warm_up(
       config: see `SFTConfig`.
       buckets: shapes of the batches.
       seed: of the shuffling.
-      on_check: called every `check_every` steps with {"step", "loss", "solution_chance", "seconds"}.
+      on_check: called every `check_every` steps with a dict of "step", "loss",
+        "solution_chance" and "seconds".
     Returns:
       params, and the last record.
     """
@@ -151,7 +172,9 @@ def warm_up(
             rng.shuffle(order)
             queue = make_batches(order, buckets)
             rng.shuffle(queue)
-        params, opt_state, loss = train_step(policy, optimizer, params, opt_state, queue.pop())
+        params, opt_state, loss = train_step(
+            policy, optimizer, params, opt_state, queue.pop()
+        )
         recent.append(loss)
         if step % config.check_every == 0 or step == config.max_steps:
             chance = solution_chance(policy, params, held_out_batches)

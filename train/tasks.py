@@ -1,26 +1,34 @@
 """What the policy is trained on: problems, their text, their tokens and their reward.
 
-The demo's own task is arithmetic with the working written out. The prompt is a sum, the completion rewrites it
-one operation at a time until a single number is left, and that number is the answer:
+The demo's own task is arithmetic with the working written out. A prompt starts from a
+number and names operations; the completion takes them in order, copying each, putting
+the running total in front and writing the result; the last result is the answer:
 
-    prompt "7+5-9+3="    completion "12-9+3=3+3=6"    answer "6"
+    prompt "7;a+2;b-5?"    completion "a+2:7+2=9;b-5:9-5=4"    answer "4"
 
-A sum of n terms is written out in about n * n tokens, and n is geometric, so most completions are short and a
-few are long: the shape of real reasoning rollouts. Any JSONL file of {"prompt": str, "answer": str} can take the
-place of the generated one; a third field "solution" (the completion to imitate) makes a line fit for the warm-up.
+Most prompts have a few operations and some have many, so that most completions are
+short and a few are long: the shape of real reasoning rollouts. The solutions that the
+warm-up imitates contain slips, which leaves reinforcement learning something to do.
 
-Left out: any model, any sampling. Everything here is plain Python and is a function of its arguments.
+Any JSONL file of {"prompt": str, "answer": str} can take the place of the generated
+problems; a third field "solution" (a completion to imitate) makes a line fit for the
+warm-up.
+
+Left out: any model, any sampling. Everything here is plain Python, a function of its
+arguments.
 """
 
 import dataclasses
 import json
 import random
+import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 PAD, BOS, EOS = 0, 1, 2
 
-# Fixed, so that a trained policy can be given another file: 3 special tokens and 61 characters make 64.
+# Fixed, so that a trained policy can be given another file: with the three special
+# tokens they make 64.
 CHARACTERS = "0123456789+-*/=() .,:;?!#<>%^_'\"&$\nabcdefghijklmnopqrstuvwxyz"
 
 
@@ -43,7 +51,11 @@ class Tokenizer:
         return len(self.characters) + 3
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without begin or end. Raises ValueError at a character outside the vocabulary."""
+        """Token ids of `text`, without begin or end.
+
+        Raises:
+          ValueError: naming a character outside the vocabulary.
+        """
         try:
             return [self.characters.index(character) + 3 for character in text]
         except ValueError:
@@ -69,7 +81,7 @@ class Tokenizer:
 
 
 def bad_character(text: str, characters: str) -> str:
-    """The sentence that names the first character of `text` outside `characters`, and the remedy."""
+    """Say which character of `text` is the first outside `characters`, and a remedy."""
     column, character = next((i, c) for i, c in enumerate(text) if c not in characters)
     remedy = (
         "write it in lower case"
@@ -77,8 +89,8 @@ def bad_character(text: str, characters: str) -> str:
         else "replace or remove it"
     )
     return (
-        f"character {character!r} at column {column + 1} of {text!r} is not in the vocabulary; {remedy} "
-        f"(the vocabulary is {characters!r})"
+        f"character {character!r} at column {column + 1} of {text!r} is not in the "
+        f"vocabulary; {remedy} (the vocabulary is {characters!r})"
     )
 
 
@@ -89,7 +101,7 @@ class Problem:
     Attributes:
       prompt: what the policy reads.
       answer: the final answer a completion must end with.
-      solution: a completion to imitate in the warm-up; None where only the answer is known.
+      solution: a completion to imitate in the warm-up; None where it is not known.
     """
 
     prompt: str
@@ -97,95 +109,131 @@ class Problem:
     solution: str | None = None
 
 
+# The operations of a problem are named in this order.
+NAMES = string.ascii_lowercase
+
+
 @dataclasses.dataclass(frozen=True)
 class ArithmeticConfig:
-    """The generated data set.
+    """The generated data.
 
     Attributes:
-      min_terms: terms, >= 2. The easiest sum.
-      max_terms: terms. The hardest; its solution is the longest completion (see `longest_solution`).
-      more_terms: probability in [0, 1) that a sum has one more term. Number of terms is geometric from min_terms.
-      max_total: largest running total. Totals stay in 0 .. max_total, terms are 1 .. 9.
-      num_warmup: problems with a solution, for supervised training.
+      more_operations: chance in [0, 1) that a prompt has one more operation; their
+        number is geometric from 1.
+      long_share: share in [0, 1] of prompts whose number of operations is uniform in
+        the upper half, max_operations // 2 .. max_operations.
+      max_operations: 1 .. 26. About 10 completion tokens each.
+      max_total: largest running total, >= 9. Totals stay in 0 .. max_total and
+        operands in 1 .. 9.
+      slip_rate: chance in [0, 1) of each operation in a warm-up solution to be worked
+        out wrong, as in text written by people. The policy learns to slip as often,
+        and reinforcement learning, which sees answers only, to stop it.
+      num_warmup: problems for supervised training.
       num_train: problems for reinforcement learning.
       num_eval: problems held out of both.
     """
 
-    min_terms: int = 3
-    max_terms: int = 16
-    more_terms: float = 0.7
-    max_total: int = 19
+    more_operations: float = 0.65
+    long_share: float = 0.05
+    max_operations: int = 24
+    max_total: int = 9
+    slip_rate: float = 0.15
     num_warmup: int = 20_000
     num_train: int = 2_000
     num_eval: int = 64
 
-    def __post_init__(self):
-        require(self.min_terms >= 2, "min_terms", self.min_terms, "a sum has >= 2")
+    def __post_init__(self) -> None:
+        more, share = self.more_operations, self.long_share
+        require(0 <= more < 1, "more_operations", more, "give a chance in [0, 1)")
+        require(0 <= share <= 1, "long_share", share, "give a share in [0, 1]")
+        slips = self.slip_rate
+        require(0 <= slips < 1, "slip_rate", slips, "give a chance in [0, 1)")
         require(
-            self.max_terms >= self.min_terms,
-            "max_terms",
-            self.max_terms,
-            f"it must be >= min_terms, {self.min_terms}",
-        )
-        require(
-            0 <= self.more_terms < 1,
-            "more_terms",
-            self.more_terms,
-            "a probability must be in [0, 1)",
+            1 <= self.max_operations <= len(NAMES),
+            "max_operations",
+            self.max_operations,
+            f"operations are named a to z, so give 1 .. {len(NAMES)}",
         )
         require(
             self.max_total >= 9,
             "max_total",
             self.max_total,
-            "it must be >= 9, the largest term",
+            "a prompt starts from up to 9, so give >= 9",
         )
         for name in ("num_warmup", "num_train", "num_eval"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give >= 1")
 
     @property
     def longest_solution(self) -> int:
-        """Characters of the longest solution that can be generated."""
-        head = len(str(self.max_total))
-        return sum(2 * (k - 1) + head + 1 for k in range(1, self.max_terms)) - 1
+        """Characters that no generated solution exceeds."""
+        digits = len(str(self.max_total))
+        return self.max_operations * len("a+9:+9=;") + self.max_operations * 2 * digits
 
 
-def require(holds: bool, name: str, value, remedy: str) -> None:
-    """Raise ValueError naming the argument, its value and what to give instead, unless `holds`."""
+def require(holds: bool, name: str, value: object, remedy: str) -> None:
+    """Raise ValueError naming argument, value and remedy, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}={value!r}: {remedy}")
 
 
-def arithmetic_problem(config: ArithmeticConfig, rng: random.Random) -> Problem:
-    """Draw one sum with its solution; uses `rng` only."""
-    num_terms = config.min_terms
-    while num_terms < config.max_terms and rng.random() < config.more_terms:
-        num_terms += 1
-    totals = [rng.randint(1, 9)]
-    terms = []
-    for _ in range(num_terms - 1):
-        term = rng.randint(1, 9)
-        fits = [
-            s for s in (1, -1) if 0 <= totals[-1] + s * term <= config.max_total
-        ] or [0]
-        sign = rng.choice(fits)
-        if sign == 0:  # max_total < 18: neither fits, so step down to zero
-            sign, term = -1, max(totals[-1], 1)
-        terms.append(f"{'+' if sign > 0 else '-'}{term}")
-        totals.append(totals[-1] + sign * term)
-    lines = [f"{totals[i]}{''.join(terms[i:])}" for i in range(num_terms)]
+def arithmetic_problem(
+    config: ArithmeticConfig, rng: random.Random, *, slip_rate: float = 0.0
+) -> Problem:
+    """Draw one problem with its solution; uses `rng` only.
+
+    Args:
+      config: sizes. rng: where every choice comes from.
+      slip_rate: chance of each operation to be given a wrong result, from which the
+        solution goes on; the answer stays the right one. An operation is spared where
+        every wrong result would lead out of 0 .. max_total later on.
+    """
+    num_operations = 1
+    if rng.random() < config.long_share:
+        fewest = max(1, config.max_operations // 2)
+        num_operations = rng.randint(fewest, config.max_operations)
+    else:
+        while (
+            num_operations < config.max_operations
+            and rng.random() < config.more_operations
+        ):
+            num_operations += 1
+    allowed = range(config.max_total + 1)
+    totals, changes = [rng.randint(1, 9)], []
+    for _ in range(num_operations):
+        fits = [n for n in range(-9, 10) if n != 0 and totals[-1] + n in allowed]
+        changes.append(rng.choice(fits))
+        totals.append(totals[-1] + changes[-1])
+
+    written = list(totals)
+    for i in range(1, num_operations + 1):
+        if rng.random() < slip_rate:
+            least, most = min(written[i:]), max(written[i:])
+            shifts = [n for n in range(-least, allowed[-1] - most + 1) if n != 0]
+            shift = rng.choice(shifts) if shifts else 0
+            written[i:] = [total + shift for total in written[i:]]
+
+    steps = [f"{name}{n:+d}" for name, n in zip(NAMES, changes, strict=False)]
+    lines = [
+        f"{step}:{before}{change:+d}={after}"
+        for step, change, before, after in zip(
+            steps, changes, written, written[1:], strict=False
+        )
+    ]
     return Problem(
-        prompt=lines[0] + "=", solution="=".join(lines[1:]), answer=str(totals[-1])
+        prompt=";".join([str(totals[0]), *steps]) + "?",
+        solution=";".join(lines),
+        answer=str(totals[-1]),
     )
 
 
 def make_arithmetic(config: ArithmeticConfig, seed: int) -> dict[str, list[Problem]]:
-    """Generate the three data sets, the same ones whenever `config` and `seed` are the same.
+    """Generate the three data sets, a function of `config` and `seed`.
 
     Returns:
-      "warmup" (with solutions), "train" and "eval"; no prompt of "eval" is in the other two, and the prompts of
-      "eval" are distinct.
+      "warmup", "train" and "eval"; the prompts of "eval" are distinct and in none of
+      the other two.
     Raises:
-      ValueError: when so few sums are possible that none are left after those held out.
+      ValueError: so few problems are possible that holding some out leaves too few.
     """
     rng = random.Random(f"arithmetic {seed}")
     held_out: dict[str, Problem] = {}
@@ -193,23 +241,23 @@ def make_arithmetic(config: ArithmeticConfig, seed: int) -> dict[str, list[Probl
     sizes = {"warmup": config.num_warmup, "train": config.num_train}
     draws_left = 100 * (config.num_eval + sum(sizes.values()))
 
-    def draw() -> Problem:
+    def draw(slip_rate: float) -> Problem:
         nonlocal draws_left
         draws_left -= 1
         require(
             draws_left > 0,
             "num_eval",
             config.num_eval,
-            "too few different sums to hold this many out; give more terms or a larger max_total",
+            "too few different problems to hold this many out; allow more operations",
         )
-        return arithmetic_problem(config, rng)
+        return arithmetic_problem(config, rng, slip_rate=slip_rate)
 
     while len(held_out) < config.num_eval:
-        problem = draw()
+        problem = draw(slip_rate=0.0)
         held_out.setdefault(problem.prompt, problem)
     for name, size in sizes.items():
         while len(sets[name]) < size:
-            problem = draw()
+            problem = draw(slip_rate=config.slip_rate if name == "warmup" else 0.0)
             if problem.prompt not in held_out:
                 sets[name].append(problem)
     return {**sets, "eval": list(held_out.values())}
@@ -229,8 +277,9 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Problem]:
     """Read a data file and check every line of it.
 
     Raises:
-      ValueError: naming file and line, when a line is not a JSON object, a field is missing, not a string or empty, or a
-        character is outside the vocabulary; also when the file has no line.
+      ValueError: naming file and line, when it is not a JSON object, a field is
+        missing, not a string or empty, or a character is outside the vocabulary; also
+        when the file has no line.
     """
     problems = []
     with Path(path).open() as file:
@@ -274,7 +323,7 @@ def parse_line(line: str, where: str, tokenizer: Tokenizer) -> Problem:
 
 
 def final_answer(completion: str) -> str:
-    """What follows the last "=", or all of it where there is none; spaces at its ends are dropped."""
+    """Return what follows the last "=", or all where there is none, stripped."""
     return completion.rsplit("=", 1)[-1].strip()
 
 
@@ -283,17 +332,18 @@ def reward(
 ) -> float:
     """Score a completion by its final answer alone; the working is never read.
 
-    1.0 when the policy ended the completion itself and `final_answer(completion) == answer`, else 0.0. On top of that,
-    `format_bonus` goes to every completion that the policy ended itself and that ends in a whole number.
+    1.0 when the policy ended the completion itself and `final_answer(completion)` is
+    the answer, else 0.0. On top of that, `format_bonus` goes to every completion that
+    the policy ended itself and whose final answer is a whole number, right or wrong.
 
     Args:
       completion: decoded text, without the end token.
       answer: the right final answer.
-      finished: whether the end token was written; False when the limit cut the completion.
+      finished: whether the end token was written; False when the limit cut it.
       format_bonus: 0.0 (off) by default: reward is then the share of right answers.
 
     Example:
-      >>> reward("12-9+3=3+3=6", "6", finished=True)
+      >>> reward("a+2:7+2=9;b-5:9-5=4", "4", finished=True)
       1.0
     """
     if not finished:
@@ -304,9 +354,9 @@ def reward(
 
 
 def problem_at(problems: Sequence[Problem], position: int, seed: int) -> Problem:
-    """The problem at `position` of an endless stream: the data again and again, shuffled anew each time round.
+    """Return the problem at `position` of an endless stream, shuffled each time round.
 
-    A function of its arguments, so that the position is all a checkpoint needs to go on.
+    A function of its arguments: the position is all a checkpoint needs to go on.
     """
     round_number, index = divmod(position, len(problems))
     order = list(range(len(problems)))

@@ -1,0 +1,381 @@
+"""Deliberate mistakes, each with the test that has to fail because of it.
+
+Every one of them would be silent: the library would go on and return tokens. They are
+planted one at a time in a copy of the project, where only the named tests run; a bug is
+caught when one of them fails on an assertion. Without any bug all of them must pass.
+
+    python -m tests.planted_bugs              # all of them, as a table
+    python -m tests.planted_bugs residual     # those with this word in their name
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("er_jax", "tests", "train", "configs", "pyproject.toml")
+TIMEOUT_S = 300  # of one run of the named tests; a planted endless loop is not caught
+WORKERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PlantedBug:
+    """A mistake as a change of text.
+
+    name: what is wrong, in a few words.
+    file: path from the root. old: text that occurs in it exactly once. new: instead.
+    tests: pytest node ids, at least one of which has to fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+SAMPLING, ACCEPTANCE = "er_jax/sampling.py", "er_jax/acceptance.py"
+STEPS, CACHE = "er_jax/steps.py", "er_jax/kv_cache.py"
+ENUMERATION = "tests/test_acceptance.py::test_every_outcome_adds_up_to_the_target"
+ROUND = "tests/test_lossless.py::test_every_outcome_of_a_round"
+DRAWS = "tests/test_lossless.py::test_coupled_emits_the_targets_own_draws"
+COMPLETIONS = "tests/test_lossless.py::test_completions_follow_the_target"
+CLOSED_FORM = (
+    "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
+)
+
+BUGS: tuple[PlantedBug, ...] = (
+    # -- acceptance: the mathematics
+    PlantedBug(
+        "acceptance ratio upside down",
+        ACCEPTANCE,
+        "gain = _at_tokens(target, draft_tokens) - _at_tokens(draft, draft_tokens)",
+        "gain = _at_tokens(draft, draft_tokens) - _at_tokens(target, draft_tokens)",
+        (f"{ENUMERATION}[token-1]",),
+    ),
+    PlantedBug(
+        "no residual: drawn from the target after a rejection",
+        ACCEPTANCE,
+        "excess = _positive_part(weight, own, proposed)",
+        "excess = jnp.exp(own)",
+        (f"{ENUMERATION}[token-1]",),
+    ),
+    PlantedBug(
+        "residual of draft minus target",
+        ACCEPTANCE,
+        "excess = _positive_part(weight, own, proposed)",
+        "excess = _positive_part(weight, proposed, own)",
+        (f"{ENUMERATION}[token-2]",),
+    ),
+    PlantedBug(
+        "residual without the weight of the block",
+        ACCEPTANCE,
+        "excess = _positive_part(weight, own, proposed)",
+        "excess = _positive_part(jnp.ones_like(weight), own, proposed)",
+        (f"{ENUMERATION}[block-2]",),
+    ),
+    PlantedBug(
+        "bonus token from a residual",
+        ACCEPTANCE,
+        "(num_accepted == num_drafts)",
+        "(num_accepted > num_drafts)",
+        (f"{ENUMERATION}[token-1]",),
+    ),
+    PlantedBug(
+        "block weights not clipped at 1",
+        ACCEPTANCE,
+        "jnp.minimum(one, weights[-1] * ratio[:, i])",
+        "weights[-1] * ratio[:, i]",
+        (f"{ENUMERATION}[block-2]",),
+    ),
+    PlantedBug(
+        "block keeps the leading passes only",
+        ACCEPTANCE,
+        "return jnp.max(jnp.where(passed, length[None], 0), axis=-1)",
+        "return count_leading(passed)",
+        (f"{ENUMERATION}[block-3]",),
+    ),
+    # -- acceptance: the noise
+    PlantedBug(
+        "residual drawn with the noise of the draft",
+        STEPS,
+        "target.dtype, purpose=Purpose.RESIDUAL, start=start,",
+        "target.dtype, purpose=Purpose.DRAFT, start=start,",
+        (f"{COMPLETIONS}[token]",),
+    ),
+    PlantedBug(
+        "noise of rejected drafts met again in the next round",
+        STEPS,
+        "logits.dtype, purpose=Purpose.DRAFT, start=state.length,",
+        "logits.dtype, purpose=Purpose.DRAFT,",
+        (f"{COMPLETIONS}[block]",),
+    ),
+    PlantedBug(
+        "block acceptance numbers met again in the next round",
+        STEPS,
+        "target.dtype, purpose=Purpose.ACCEPT, start=start[:, None],",
+        "target.dtype, purpose=Purpose.ACCEPT,",
+        (f"{COMPLETIONS}[block]",),
+    ),
+    PlantedBug(
+        "noise named by the place in the round",
+        STEPS,
+        "position = state.length[:, None] + offsets\n        noise",
+        "position = 0 * state.length[:, None] + offsets\n        noise",
+        (f"{DRAWS}[1]",),
+    ),
+    PlantedBug(
+        "draft and target couple with noise of neighbouring positions",
+        STEPS,
+        "noise = _token_noise(state, settings, logprobs, state.length + depth)",
+        "noise = _token_noise(state, settings, logprobs, state.length + depth + 1)",
+        (f"{CLOSED_FORM}[coupled]",),
+    ),
+    PlantedBug(
+        "noise not folded with the sequence id",
+        SAMPLING,
+        "jnp.broadcast_to(sequence_id.astype(jnp.uint32), shape),",
+        "jnp.zeros(shape, jnp.uint32),",
+        ("tests/test_sampling.py::test_every_counter_matters",),
+    ),
+    PlantedBug(
+        "purposes share their noise",
+        SAMPLING,
+        "position.astype(jnp.uint32) * jnp.uint32(len(Purpose)) + purpose",
+        "position.astype(jnp.uint32) + purpose",
+        ("tests/test_sampling.py::test_no_two_counters_share_noise",),
+    ),
+    PlantedBug(
+        "rare draws rounded to 24 bits",
+        SAMPLING,
+        "unit = (bits.astype(dtype) + 0.5) * 2.0**-32",
+        "unit = ((bits >> 8).astype(dtype) + 0.5) * 2.0**-24",
+        ("tests/test_sampling.py::test_rare_noise_has_all_32_bits",),
+    ),
+    # -- the target
+    PlantedBug(
+        "top-p keeps one token too few",
+        SAMPLING,
+        "is_kept = keys <= jnp.minimum(last, nucleus)",
+        "is_kept = (keys <= last) & ((keys < nucleus) | (keys == 0))",
+        ("tests/test_sampling.py::test_truncation_keeps_ties",),
+    ),
+    PlantedBug(
+        "top-k keeps one token too many",
+        SAMPLING,
+        "jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32) >= top_k",
+        "jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32) > top_k",
+        ("tests/test_sampling.py::test_truncation_keeps_ties",),
+    ),
+    PlantedBug(
+        "temperature after the truncation",
+        SAMPLING,
+        "scores = lax.cond(is_cut, _truncated, lambda s, _: s, scores, sampling)",
+        "cold = logits - jnp.max(logits, axis=-1, keepdims=True)\n"
+        "    cold = lax.cond(is_cut, _truncated, lambda s, _: s, cold, sampling)\n"
+        "    scores = _temperature_scaled(cold, sampling)",
+        ("tests/test_sampling.py::test_truncation_keeps_ties",),
+    ),
+    PlantedBug(
+        "draft without truncation",
+        STEPS,
+        "logprobs = sampling.target_logprobs(logits, settings)",
+        "logprobs = jax.nn.log_softmax(logits)",
+        ("tests/test_lossless.py::test_draft_equal_to_the_target_keeps_all[coupled]",),
+    ),
+    PlantedBug(
+        "log-probability of the draft",
+        STEPS,
+        "logprobs = sampling.token_logprobs(logits, target, emitted, settings)",
+        "hidden, _ = policy.forward(draft_params(params), tokens, positions, cache)\n"
+        "        logits = policy.logits(draft_params(params), hidden)\n"
+        "        logprobs = sampling.token_logprobs(logits, target, emitted, settings)",
+        ("tests/test_lossless.py::test_logprobs_are_the_targets[coupled]",),
+    ),
+    PlantedBug(
+        "log-probability before the temperature",
+        SAMPLING,
+        "scores = jnp.where(is_raw, logits, _temperature_scaled(logits, sampling))",
+        "scores = jnp.where(is_raw, logits, logits)",
+        ("tests/test_sampling.py::test_token_logprobs_by_each_meaning",),
+    ),
+    # -- the round
+    PlantedBug(
+        "last token emitted one place too early",
+        STEPS,
+        "jnp.where(offsets == num_accepted[:, None], final[:, None], padded)",
+        "jnp.where(offsets + 1 == num_accepted[:, None], final[:, None], padded)",
+        (f"{ROUND}[token-2]",),
+    ),
+    PlantedBug(
+        "row advanced by gamma + 1",
+        STEPS,
+        "num_emitted = jnp.where(state.live, jnp.minimum(wanted, num_finite), 0)",
+        "num_emitted = jnp.where(state.live, emitted.shape[1], 0)",
+        (f"{DRAWS}[1]",),
+    ),
+    PlantedBug(
+        "stop token dropped",
+        STEPS,
+        "wanted = jnp.minimum(num_accepted, first_stop) + 1",
+        "wanted = jnp.minimum(num_accepted + 1, jnp.maximum(first_stop, 1))",
+        ("tests/test_lossless.py::test_stop_inside_a_draft[good-coupled]",),
+    ),
+    PlantedBug(
+        "stop seen in a token that was cut off",
+        STEPS,
+        "first_stop < num_emitted",
+        "first_stop <= num_emitted",
+        ("tests/test_lossless.py::test_stop_at_the_limit_is_a_stop[coupled]",),
+    ),
+    PlantedBug(
+        "limit exceeded by one",
+        STEPS,
+        "wanted = jnp.minimum(wanted, state.limit - state.length)",
+        "wanted = jnp.minimum(wanted, state.limit - state.length + 1)",
+        ("tests/test_lossless.py::test_limit_inside_a_draft[good-coupled]",),
+    ),
+    PlantedBug(
+        "cache entries of the draft left in place",
+        STEPS,
+        "hidden, cache = policy.forward(params.policy, tokens, positions, cache)",
+        "hidden, _ = policy.forward(params.policy, tokens, positions, cache)",
+        ("tests/test_lossless.py::test_cache_holds_the_targets_entries[coupled]",),
+    ),
+    PlantedBug(
+        "rows that have ended still write",
+        STEPS,
+        "jnp.where(state.live[:, None], state.length[:, None] - 1 + offsets, NONE)",
+        "state.length[:, None] - 1 + offsets",
+        ("tests/test_lossless.py::test_dead_rows_are_not_written[coupled]",),
+    ),
+    PlantedBug(
+        "tokens of bad logits emitted",
+        STEPS,
+        "num_emitted = jnp.where(state.live, jnp.minimum(wanted, num_finite), 0)",
+        "num_emitted = jnp.where(state.live, wanted, 0)",
+        ("tests/test_lossless.py::test_bad_logits_inside_a_draft[nan-good-coupled]",),
+    ),
+    # -- the cache
+    PlantedBug(
+        "attention mask off by one",
+        CACHE,
+        "visible = slots <= positions[..., None]",
+        "visible = slots < positions[..., None]",
+        ("tests/test_kv_cache.py::test_attention_by_either_path_equals_the_oracle",),
+    ),
+    PlantedBug(
+        "padding written to the last entry",
+        CACHE,
+        "index = jnp.where(positions < 0, entries.shape[1], positions)",
+        "index = positions",
+        ("tests/test_kv_cache.py::test_write_puts_entries_at_their_positions",),
+    ),
+)
+
+
+def plant(root: Path, bug: PlantedBug) -> None:
+    """Replace the text in the project at `root`; it must be there exactly once."""
+    path = root / bug.file
+    text = path.read_text("utf-8")
+    if text.count(bug.old) != 1:
+        raise ValueError(
+            f"{bug.name}: the text to replace occurs {text.count(bug.old)} times in "
+            f"{bug.file}, not once; bring the entry up to date:\n{bug.old}"
+        )
+    path.write_text(text.replace(bug.old, bug.new), "utf-8")
+
+
+def copy_project(to: Path) -> None:
+    """Copy what the tests need."""
+    ignore = shutil.ignore_patterns("__pycache__", ".*", "runs")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, ignore=ignore)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, to / name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run of tests ended: pytest's exit status, its output, how long it took."""
+
+    status: int
+    output: str
+    seconds: float
+
+    @property
+    def failed_assertion(self) -> str | None:
+        """The first test that failed on an assertion, and not on another error."""
+        pattern = r"^FAILED (\S+) - (?:AssertionError|assert)\b"
+        found = re.search(pattern, self.output, re.MULTILINE)
+        return found[1] if found and self.status == 1 else None
+
+
+def run_tests(root: Path, tests: Iterable[str]) -> Outcome:
+    """Run the tests of the project at `root` in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-rf"]
+    command += ["-p", "no:cacheprovider", "-m", "", *tests]
+    env = os.environ | {
+        "PYTHONPATH": str(root),  # before any installed er_jax
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "COLUMNS": "250",  # or the reason is cut off
+    }
+    env.pop("PYTEST_ADDOPTS", None)
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, cwd=root, env=env, capture_output=True, text=True,
+            timeout=TIMEOUT_S,
+        )  # fmt: skip
+        status, output = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired:
+        status, output = -1, f"no result after {TIMEOUT_S} s"
+    return Outcome(status, output, time.perf_counter() - start)
+
+
+def try_bug(bug: PlantedBug | None) -> Outcome:
+    """Run the tests named by a bug with it; those named by any without one."""
+    tests = bug.tests if bug else sorted({test for b in BUGS for test in b.tests})
+    with tempfile.TemporaryDirectory(prefix="planted_bug_") as folder:
+        copy_project(Path(folder))
+        if bug:
+            plant(Path(folder), bug)
+        return run_tests(Path(folder), tests)
+
+
+def try_bugs(bugs: Iterable[PlantedBug]) -> Iterator[tuple[PlantedBug, Outcome]]:
+    """Try bugs, a few processes at a time, in order."""
+    bugs = list(bugs)
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        yield from zip(bugs, pool.map(try_bug, bugs), strict=True)
+
+
+def main(words: list[str]) -> int:
+    """Print the table; return the number of bugs that were not caught."""
+    clean = try_bug(None)
+    print(f"without a bug: {'pass' if clean.status == 0 else clean.output}")
+    bugs = [b for b in BUGS if not words or any(word in b.name for word in words)]
+    missed = int(clean.status != 0)
+    for bug, outcome in try_bugs(bugs):
+        caught = outcome.failed_assertion
+        print(f"{bug.name:62} {outcome.seconds:4.0f} s  {caught or 'NOT CAUGHT'}")
+        if not caught:
+            print(outcome.output[-2000:])
+            missed += 1
+    print(f"{len(bugs)} bugs, {missed} problems")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

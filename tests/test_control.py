@@ -1,0 +1,415 @@
+"""Choosing programs: by speed, with hysteresis, and compiling only what will pay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+
+from er_jax import Controller
+from er_jax.control import (
+    HYSTERESIS,
+    PRIOR_KEEP,
+    AcceptanceEstimate,
+    parse_control,
+)
+from er_jax.costs import row_buckets
+from er_jax.types import Program
+
+AR, SPEC = Program(4, 128, 0), Program(4, 128, 4)
+
+
+def made(
+    seconds: dict[Program, float], *, keep: float = 0.9, patience: float = 1.0
+) -> Controller:
+    """A controller sure of its seconds, and that drafts are kept with chance `keep`."""
+    controller = Controller("best", (0, 1, 2, 4, 8), patience=patience)
+    controller.table.seconds = dict(seconds)
+    controller.acceptance.tested[:] = 1e9
+    controller.acceptance.kept[:] = 1e9 * keep
+    return controller
+
+
+def compiled_are(
+    programs: Iterable[Program], cost: float = 1.0
+) -> Callable[[Program], float]:
+    programs = set(programs)
+    return lambda program: 0.0 if program in programs else cost
+
+
+NO_DRAFTS = np.zeros(1)
+"""The histogram of a window that teaches nothing about acceptance."""
+
+FREE = compiled_are((), cost=0.0)
+"""Everything is compiled."""
+
+
+# What may be chosen.
+
+
+@pytest.mark.parametrize(
+    ("control", "gammas", "allowed"),
+    [
+        ("ar", (0, 2), (0,)),
+        ("ar", (), (0,)),
+        ("fixed:4", (0, 2), (4,)),
+        ("fixed:0", (0, 2), (0,)),
+        ("best", (4, 0, 2, 2), (0, 2, 4)),
+    ],
+)
+def test_what_a_control_allows(
+    control: str, gammas: tuple[int, ...], allowed: tuple[int, ...]
+) -> None:
+    assert parse_control(control, gammas) == allowed
+    assert Controller(control, gammas).gammas == allowed
+
+
+@pytest.mark.parametrize(
+    ("control", "gammas", "parts"),
+    [
+        ("fast", (0, 2), ("control='fast'", "'best'", "'ar'", "'fixed:g'")),
+        ("fixed:", (0, 2), ("control='fixed:'", "whole number")),
+        ("fixed:-1", (0, 2), ("control='fixed:-1'", "whole number")),
+        ("fixed:2.5", (0, 2), ("control='fixed:2.5'", "whole number")),
+        ("best", (2, 4), ("gammas=(2, 4)", "0", "fixed:g")),
+        ("best", (), ("gammas=()", "0", "fixed:g")),
+        ("best", (0, -2), ("gammas=(0, -2)", "at least 0")),
+    ],
+)
+def test_what_it_does_not(
+    control: str, gammas: tuple[int, ...], parts: tuple[str, ...]
+) -> None:
+    for make in (parse_control, Controller):
+        with pytest.raises(ValueError) as error:
+            make(control, gammas)
+        for part in parts:
+            assert part in str(error.value)
+
+
+def test_negative_patience() -> None:
+    with pytest.raises(ValueError, match=r"patience=-1.*at least 0"):
+        Controller(patience=-1)
+
+
+# Acceptance.
+
+
+def test_acceptance_by_hand() -> None:
+    """10 row-rounds of 3 drafts: 2 kept none, 1 kept one, 3 kept two, 4 all three.
+
+    Tested at depths 1, 2, 3: 10, 8, 7. Kept: 8, 7, 4. The prior is 20 rounds of 0.95;
+    pooled (19 + 19) / (25 + 20), and each depth is drawn to it with weight 20.
+    """
+    estimate = AcceptanceEstimate.empty(3)
+    estimate.observe(np.array([2, 1, 3, 4]))
+    np.testing.assert_allclose(estimate.tested, [10, 8, 7], rtol=1e-3)
+    np.testing.assert_allclose(estimate.kept, [8, 7, 4], rtol=1e-3)
+    pooled = (8 + 7 + 4 + 19) / (10 + 8 + 7 + 20)
+    chances = [(8 + 20 * pooled) / 30, (7 + 20 * pooled) / 28, (4 + 20 * pooled) / 27]
+    np.testing.assert_allclose(estimate.keep_probs(3), chances, rtol=1e-6)
+    a, b, c = chances
+    assert estimate.tokens_per_round(3) == pytest.approx(1 + a + a * b + a * b * c)
+    assert estimate.tokens_per_round(1) == pytest.approx(1 + a)
+    assert estimate.tokens_per_round(0) == 1
+
+
+def test_acceptance_before_anything_was_drafted() -> None:
+    estimate = AcceptanceEstimate.empty(4)
+    np.testing.assert_allclose(estimate.keep_probs(4), PRIOR_KEEP)
+    estimate.observe(np.array([500]))  # plain rounds test no draft
+    np.testing.assert_allclose(estimate.keep_probs(4), PRIOR_KEEP)
+
+
+def test_short_drafts_teach_about_long_ones() -> None:
+    """Depths never tested follow the pooled chance, and depths beyond are not lost."""
+    estimate = AcceptanceEstimate.empty(4)
+    estimate.observe(np.array([50_000, 50_000]))
+    np.testing.assert_allclose(estimate.keep_probs(4), 0.5, rtol=0.001)
+    estimate.observe(np.array([0, 0, 0, 0, 0, 0, 10]))  # six drafts: deeper than known
+    assert estimate.tested.shape == (4,)
+    np.testing.assert_allclose(estimate.tested[1:], 10, rtol=1e-3)
+
+
+def test_old_acceptance_is_forgotten() -> None:
+    """The policy moves: half of the evidence is left after 14 thousand row-rounds."""
+    estimate = AcceptanceEstimate.empty(1)
+    estimate.observe(np.array([0, 1000]))
+    before = estimate.tested[0]
+    estimate.observe(np.array([13_863]))
+    assert estimate.tested[0] == pytest.approx(before / 2, rel=1e-3)
+    for _ in range(100):
+        estimate.observe(np.array([700, 300]))
+    assert estimate.keep_probs(1)[0] == pytest.approx(0.3, abs=0.01)
+
+
+# Choosing.
+
+
+def test_speed_is_expected_tokens_over_seconds() -> None:
+    controller = made({AR: 0.010, SPEC: 0.020}, keep=0.5)
+    assert controller.speed(AR) == pytest.approx(100)
+    assert controller.speed(SPEC) == pytest.approx(
+        (1 + 0.5 + 0.25 + 0.125 + 0.0625) / 0.02
+    )
+    assert Controller().speed(AR) is None
+
+
+@pytest.mark.parametrize(("keep", "winner"), [(0.9, SPEC), (0.3, AR)])
+def test_the_fastest_is_chosen(keep: float, winner: Program) -> None:
+    """Four drafts for the price of two steps: 4.1 tokens at 0.9, 1.4 at 0.3."""
+    controller = made({AR: 0.010, SPEC: 0.020}, keep=keep)
+    for current in (None, AR, SPEC):
+        for options in ([AR, SPEC], [SPEC, AR]):
+            assert controller.choose(options, current, compile_s=FREE) == winner
+
+
+def test_seconds_decide_between_sizes() -> None:
+    """Rows and cache length are choices too, not only gamma."""
+    small, large = Program(4, 128, 0), Program(8, 256, 0)
+    controller = made({small: 0.010, large: 0.015})
+    assert controller.choose([small, large], large, compile_s=FREE) == small
+    controller = made({small: 0.015, large: 0.010})
+    assert controller.choose([small, large], small, compile_s=FREE) == large
+
+
+def test_the_last_option_is_taken_while_nothing_is_known() -> None:
+    controller = Controller("best", (0, 4))
+    options = [SPEC, AR]
+    nothing = compiled_are(())
+    assert controller.choose(options, None, compile_s=nothing) == AR
+    assert controller.choose(options, None, compile_s=FREE) == AR
+    # What is compiled goes before what is not.
+    assert controller.choose(options, None, compile_s=compiled_are([SPEC])) == SPEC
+
+
+def test_small_gains_do_not_move_the_batch() -> None:
+    for gain in (HYSTERESIS - 0.01, HYSTERESIS + 0.01):
+        other = Program(2, 128, 0)
+        controller = made({AR: 0.010, other: 0.010 / (1 + gain)})
+        chosen = controller.choose([other, AR], AR, compile_s=FREE)
+        assert chosen == (other if gain > HYSTERESIS else AR)
+        # Without a batch to move, the faster one it is.
+        assert controller.choose([other, AR], None, compile_s=FREE) == other
+
+
+def test_a_current_program_that_cannot_run_any_more_is_left() -> None:
+    controller = made({AR: 0.010, SPEC: 0.009})
+    bigger = Program(8, 128, 0)
+    assert controller.choose([AR], bigger, compile_s=FREE) == AR
+
+
+# Rent or buy.
+
+
+def test_nothing_is_compiled_before_its_price_was_lost() -> None:
+    """The compiled program makes half the speed: every second of it loses half one."""
+    controller = made({AR: 0.010, SPEC: 0.005 * 4.0951}, keep=0.9)
+    price = compiled_are([AR], cost=2.9)
+    assert controller.choose([SPEC, AR], AR, compile_s=price) == AR
+    seconds = 0.0
+    while controller.choose([SPEC, AR], AR, compile_s=price) == AR:
+        controller.observe(AR, 100, NO_DRAFTS, 1.0)
+        seconds += 1.0
+        assert seconds < 100
+    assert seconds == 6.0
+    # Once it is compiled there is nothing left to wait for.
+    ready = compiled_are([AR, SPEC])
+    assert controller.choose([SPEC, AR], AR, compile_s=ready) == SPEC
+
+
+@pytest.mark.parametrize(("patience", "seconds"), [(0.0, 0), (0.5, 3), (2.0, 12)])
+def test_patience_scales_the_wait(patience: float, seconds: int) -> None:
+    controller = made({AR: 0.010, SPEC: 0.005 * 4.0951}, patience=patience)
+    price = compiled_are([AR], cost=2.9)
+    for _ in range(seconds):
+        assert controller.choose([SPEC, AR], AR, compile_s=price) == AR
+        controller.observe(AR, 100, NO_DRAFTS, 1.0)
+    assert controller.choose([SPEC, AR], AR, compile_s=price) == SPEC
+
+
+def test_what_is_not_better_is_never_compiled() -> None:
+    controller = made({AR: 0.010, SPEC: 0.0405}, keep=0.9)
+    price = compiled_are([AR], cost=0.001)
+    for _ in range(1000):
+        assert controller.choose([SPEC, AR], AR, compile_s=price) == AR
+        controller.observe(AR, 100, NO_DRAFTS, 1.0)
+
+
+@pytest.mark.parametrize("gain", [1.1, 1.5, 3.0, 20.0])
+@pytest.mark.parametrize("work_s", [0.3, 2.0, 3.9, 7.0, 30.0, 400.0])
+def test_at_most_twice_the_best_possible(gain: float, work_s: float) -> None:
+    """Against someone who knows how much work there will be.
+
+    Work is measured in seconds of the compiled program; the other is `gain` times as
+    fast and takes 2 s to compile. One window is added, the grain of all decisions.
+    """
+    price, window_s = 2.0, 0.05
+    controller = made({AR: 0.010, SPEC: 0.010 * 4.0951 / gain}, keep=0.9)
+    ready = {AR}
+    left, spent, current = work_s, 0.0, AR
+    while left > 1e-9:
+        chosen = controller.choose(
+            [SPEC, AR], current, compile_s=compiled_are(ready, price)
+        )
+        if chosen not in ready:
+            ready.add(chosen)
+            spent += price
+        speed = gain if chosen == SPEC else 1.0
+        seconds = min(window_s, left / speed)
+        rounds = max(int(seconds / controller.table.seconds[chosen]), 1)
+        # The table is kept as it is: this is about decisions, not about learning.
+        controller.observe(chosen, rounds, NO_DRAFTS, seconds)
+        controller.table.seconds.update({AR: 0.010, SPEC: 0.010 * 4.0951 / gain})
+        left -= seconds * speed
+        spent += seconds
+        current = chosen
+    best = min(work_s, price + work_s / gain)
+    assert spent <= 2 * best + window_s
+    if work_s <= price:
+        assert ready == {AR}  # it could never have paid
+    if work_s >= 400:
+        assert ready == {AR, SPEC}
+
+
+def test_time_is_booked_against_what_was_wanted() -> None:
+    """Not against programs that were no option, or were compiled."""
+    other = Program(2, 128, 0)
+    controller = made({AR: 0.010, SPEC: 0.02, other: 0.009})
+    price = compiled_are([AR], cost=3.0)
+    assert controller.choose([SPEC, AR], AR, compile_s=price) == AR
+    controller.observe(AR, 100, NO_DRAFTS, 5.0)
+    # SPEC has been missed for its price; `other` has not.
+    assert controller.choose([other, AR], AR, compile_s=price) == AR
+    assert controller.choose([SPEC, AR], AR, compile_s=price) == SPEC
+
+
+# Live rows fall.
+
+
+def toy_seconds(program: Program) -> float:
+    """Bound by memory at few rows and by arithmetic at many, as devices are.
+
+    A step of up to 16 row-positions costs the same, as does a draft of up to 5 rows,
+    which is 0.3 of a step; beyond that both grow, less than in proportion.
+    """
+    rows, _, gamma = program
+    step = max(1.0, rows * (gamma + 1) / 16) ** 0.7
+    draft = 0.3 * max(1.0, rows / 5) ** 0.7
+    return 0.001 * rows**0.3 * (step + gamma * draft)
+
+
+def test_speculation_switches_on_as_rows_end() -> None:
+    """Full batches decode plainly, and the fewer rows are left the longer the drafts.
+
+    By hand: at 0.9 kept, rounds of 0, 1, 2, 4, 8 drafts emit 1, 1.9, 2.71, 4.10, 6.13
+    tokens. Per step they take 1, 2.30, ... with 16 rows or more, 1, 1.42, 2.16, ...
+    with 8, and 1, 1.3, 1.6, 2.2, 3.4 with 1: best are 0, 1 and 4 drafts.
+    """
+    controller = Controller("best", (0, 1, 2, 4, 8))
+    controller.acceptance.tested[:] = 1e9
+    controller.acceptance.kept[:] = 0.9e9
+    buckets = row_buckets(64)
+    for rows in buckets:
+        for gamma in controller.gammas:
+            program = Program(rows, 128, gamma)
+            controller.table.seconds[program] = toy_seconds(program)
+    chosen: dict[int, Program] = {}
+    current = None
+    for live in range(64, 0, -1):
+        options = [
+            Program(rows, 128, gamma)
+            for gamma in sorted(controller.gammas, reverse=True)
+            for rows in buckets
+            if rows >= live
+        ]
+        current = controller.choose(options, current, compile_s=FREE)
+        chosen[live] = current
+        fastest = max(options, key=lambda p: controller.speed(p) or 0)
+        reached, possible = controller.speed(current), controller.speed(fastest)
+        assert reached and possible and reached >= possible / (1 + HYSTERESIS) - 1e-9
+    for live, gamma in ((64, 0), (16, 0), (8, 1), (6, 2), (3, 4), (1, 4)):
+        assert chosen[live] == Program(live, 128, gamma)
+    gammas = [chosen[live].gamma for live in range(64, 0, -1)]
+    assert gammas == sorted(gammas)  # only ever on
+    assert set(gammas) == {0, 1, 2, 4}
+    sizes = [chosen[live].rows for live in range(64, 0, -1)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_speculation_switches_off_where_drafts_are_rejected() -> None:
+    controller = made({AR: 0.010, SPEC: 0.015})
+    controller.acceptance.tested[:] = 1e3
+    controller.acceptance.kept[:] = 0.9e3
+    num_windows = 0
+    while controller.choose([SPEC, AR], SPEC, compile_s=FREE) == SPEC:
+        controller.observe(SPEC, 10, np.array([190, 5, 2, 2, 1]), 0.15)
+        num_windows += 1
+        assert num_windows < 100
+    assert num_windows >= 2  # one bad window of many rows is not enough
+
+
+def test_ar_and_fixed_have_one_gamma_to_choose() -> None:
+    for control, gamma in (("ar", 0), ("fixed:4", 4)):
+        controller = Controller(control)
+        options = [Program(rows, 128, g) for g in controller.gammas for rows in (4, 8)]
+        assert {program.gamma for program in options} == {gamma}
+        chosen = controller.choose(options, None, compile_s=compiled_are(()))
+        assert chosen == Program(8, 128, gamma)  # the fall-back comes last
+        controller.observe(chosen, 10, np.zeros(gamma + 1, int), 0.1)
+        assert controller.speed(chosen) is not None
+
+
+# Keeping what was learnt.
+
+
+def test_state_round_trip() -> None:
+    controller = made({AR: 0.010, SPEC: 0.005 * 4.0951}, keep=0.9)
+    price = compiled_are([AR], cost=3.0)
+    for _ in range(4):
+        controller.choose([SPEC, AR], AR, compile_s=price)
+        controller.observe(AR, 100, NO_DRAFTS, 1.0)
+    controller.observe(SPEC, 7, np.array([1, 2, 3, 4, 5]), 0.2)
+    text = json.dumps(controller.state_dict())
+    again = Controller("best", controller.gammas)
+    again.load_state_dict(json.loads(text))
+    assert again.state_dict() == controller.state_dict()
+    for program in (AR, SPEC, Program(3, 256, 2)):
+        assert again.speed(program) == controller.speed(program)
+    # Time that was lost counts on: both compile after the same further wait.
+    waits = []
+    for one in (controller, again):
+        seconds = 0
+        while one.choose([SPEC, AR], AR, compile_s=price) == AR:
+            one.observe(AR, 100, NO_DRAFTS, 1.0)
+            seconds += 1
+        waits.append(seconds)
+    assert waits[0] == waits[1] > 0
+    # And they share nothing.
+    again.observe(SPEC, 7, np.array([9, 0, 0, 0, 0]), 0.5)
+    assert again.state_dict() != controller.state_dict()
+
+
+def test_state_is_not_shared_with_what_was_saved() -> None:
+    controller = Controller("best", (0, 2))
+    saved = controller.state_dict()
+    before = json.dumps(saved)
+    controller.observe(Program(1, 64, 2), 5, np.array([1, 1, 3]), 0.1)
+    assert json.dumps(saved) == before
+
+
+@pytest.mark.parametrize(
+    ("control", "gammas"), [("best", (0, 4)), ("fixed:2", (0, 2)), ("ar", (0, 2))]
+)
+def test_state_of_another_kind(control: str, gammas: tuple[int, ...]) -> None:
+    saved = Controller("best", (0, 2)).state_dict()
+    other = Controller(control, gammas)
+    with pytest.raises(ValueError) as error:
+        other.load_state_dict(saved)
+    for part in ("best", "[0, 2]", control, "same settings"):
+        assert part in str(error.value)
+
+
+def test_repr_says_what_it_is() -> None:
+    assert repr(Controller("best", (0, 4))) == "Controller('best', gammas=(0, 4))"

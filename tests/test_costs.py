@@ -1,0 +1,159 @@
+"""The latency table on readings worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from er_jax.costs import LatencyTable, bucket_of, row_buckets
+from er_jax.types import Program
+
+AR = Program(rows=4, cache_length=128, gamma=0)
+
+
+def known(seconds: dict[tuple[int, int, int], float]) -> LatencyTable:
+    return LatencyTable({Program(*name): value for name, value in seconds.items()})
+
+
+def test_the_first_reading_is_taken_as_it_is() -> None:
+    table = LatencyTable()
+    assert table.round_seconds(AR) is None
+    table.observe(AR, 0.6, 3)
+    assert table.round_seconds(AR) == pytest.approx(0.2)
+
+
+def test_a_window_without_rounds_says_nothing() -> None:
+    table = LatencyTable()
+    table.observe(AR, 0.6, 0)
+    assert table.seconds == {}
+
+
+def test_readings_are_averaged_over_rounds() -> None:
+    """1 - exp(-n / 200) of the way: two windows weigh what one of both would."""
+    table, whole = known({AR: 1.0}), known({AR: 1.0})
+    table.observe(AR, 30 * 1.5, 30)
+    table.observe(AR, 70 * 1.5, 70)
+    whole.observe(AR, 100 * 1.5, 100)
+    assert table.round_seconds(AR) == pytest.approx(whole.round_seconds(AR))
+    assert table.round_seconds(AR) == pytest.approx(1.5 - 0.5 * math.exp(-0.5))
+
+
+def test_a_stall_counts_at_most_twice_what_was_known() -> None:
+    stalled, slow = known({AR: 1.0}), known({AR: 1.0})
+    stalled.observe(AR, 20 * 1000.0, 20)
+    slow.observe(AR, 20 * 2.0, 20)
+    assert stalled.round_seconds(AR) == slow.round_seconds(AR)
+    assert 1.0 < stalled.seconds[AR] < 1.1
+
+
+def test_a_lasting_change_gets_through() -> None:
+    for factor in (8.0, 1 / 8):
+        table = known({AR: 1.0})
+        for _ in range(30):
+            table.observe(AR, 100 * factor, 100)
+        assert table.round_seconds(AR) == pytest.approx(factor, rel=0.02)
+
+
+def test_rows_between_readings_are_on_a_power_law() -> None:
+    table = known({(1, 128, 0): 1.0, (4, 128, 0): 2.0, (16, 128, 0): 8.0})
+    for rows, seconds in ((1, 1.0), (2, 2**0.5), (4, 2.0), (8, 4.0), (16, 8.0)):
+        assert table.round_seconds(Program(rows, 128, 0)) == pytest.approx(seconds)
+    # Outside, the nearest law goes on.
+    assert table.round_seconds(Program(64, 128, 0)) == pytest.approx(32.0)
+    wide = known({(4, 128, 0): 2.0, (16, 128, 0): 4.0})
+    assert wide.round_seconds(Program(1, 128, 0)) == pytest.approx(1.0)
+
+
+def test_more_rows_are_predicted_neither_faster_nor_worse_than_proportional() -> None:
+    """Whatever two noisy readings seem to say."""
+    falling = known({(2, 128, 0): 3.0, (4, 128, 0): 2.0})
+    assert falling.round_seconds(Program(8, 128, 0)) == pytest.approx(3.0)
+    assert falling.round_seconds(Program(1, 128, 0)) == pytest.approx(3.0)
+    steep = known({(2, 128, 0): 1.0, (4, 128, 0): 16.0})
+    assert steep.round_seconds(Program(8, 128, 0)) == pytest.approx(4.0)
+    assert steep.round_seconds(Program(1, 128, 0)) == pytest.approx(0.5)
+
+
+def test_one_reading_predicts_all_sizes_of_its_gamma() -> None:
+    table = known({AR: 1.0})
+    seconds = [table.round_seconds(Program(rows, 128, 0)) for rows in (1, 4, 16)]
+    assert seconds == pytest.approx([0.5, 1.0, 2.0])
+    longer = table.round_seconds(Program(4, 256, 0))
+    shorter = table.round_seconds(Program(4, 64, 0))
+    assert longer == pytest.approx(2**0.3)
+    assert shorter == pytest.approx(2**-0.3)
+
+
+def test_readings_of_the_nearest_length_are_used() -> None:
+    table = known({(2, 128, 0): 1.0, (4, 128, 0): 1.0, (2, 1024, 0): 9.0})
+    assert table.round_seconds(Program(8, 128, 0)) == pytest.approx(1.0)
+    assert table.round_seconds(Program(2, 2048, 0)) == pytest.approx(9 * 2**0.3)
+
+
+def test_a_draft_costs_what_it_cost_elsewhere() -> None:
+    """18 against 10 for four drafts: a fifth of a step each."""
+    table = known({(1, 128, 0): 10.0, (1, 128, 4): 18.0, (4, 128, 0): 20.0})
+    for gamma, seconds in ((2, 14.0), (4, 18.0), (8, 26.0)):
+        assert table.round_seconds(Program(1, 128, gamma)) == pytest.approx(seconds)
+    assert table.round_seconds(Program(4, 128, 2)) == pytest.approx(28.0)
+    # The same gamma measured at another size is better evidence than another gamma.
+    assert table.round_seconds(Program(4, 128, 4)) == pytest.approx(36.0)
+
+
+def test_of_several_gammas_the_nearest_tells_most() -> None:
+    table = known({(1, 128, 0): 10.0, (1, 128, 1): 11.0, (1, 128, 8): 90.0})
+    assert table.round_seconds(Program(1, 128, 2)) == pytest.approx(12.0)
+    assert table.round_seconds(Program(1, 128, 6)) == pytest.approx(70.0)
+
+
+def test_drafts_are_never_predicted_to_be_less_than_free() -> None:
+    table = known({(1, 128, 0): 10.0, (1, 128, 4): 9.0})
+    assert table.round_seconds(Program(1, 128, 2)) == pytest.approx(10.0)
+    assert table.round_seconds(Program(1, 128, 4)) == 9.0  # but a reading stands
+
+
+def test_speculation_alone_does_not_tell_what_a_step_costs() -> None:
+    table = known({(1, 128, 4): 18.0})
+    assert table.round_seconds(Program(1, 128, 0)) is None
+    assert table.round_seconds(Program(1, 128, 2)) is None
+    assert table.round_seconds(Program(4, 128, 4)) == pytest.approx(36.0)
+
+
+def test_predictions_grow_with_rows_length_and_gamma() -> None:
+    table = known(
+        {
+            (1, 128, 0): 1.0,
+            (8, 128, 0): 1.9,
+            (32, 128, 0): 6.0,
+            (1, 128, 4): 1.7,
+            (8, 512, 4): 4.0,
+        }
+    )
+    rows = [table.round_seconds(Program(n, 128, 0)) for n in (1, 2, 5, 8, 20, 32, 64)]
+    lengths = [table.round_seconds(Program(5, n, 0)) for n in (64, 128, 300, 1024)]
+    gammas = [table.round_seconds(Program(1, 128, n)) for n in (0, 1, 2, 4, 6, 9)]
+    for line in (rows, lengths, gammas):
+        values = [value for value in line if value is not None]
+        assert len(values) == len(line)
+        assert values == sorted(set(values))
+
+
+@pytest.mark.parametrize(
+    ("slots", "sizes"),
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (3, (1, 2, 3)),
+        (5, (1, 2, 3, 4, 5)),
+        (8, (1, 2, 3, 4, 6, 8)),
+        (64, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)),
+        (100, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100)),
+    ],
+)
+def test_row_buckets(slots: int, sizes: tuple[int, ...]) -> None:
+    assert row_buckets(slots) == sizes
+
+
+def test_bucket_of() -> None:
+    assert [bucket_of(n, (2, 4, 8)) for n in (1, 2, 3, 8)] == [2, 2, 4, 8]

@@ -1,0 +1,371 @@
+"""Compiled windows: when they end, what crosses to the host, which are compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import er_jax
+from er_jax import engine, steps
+from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.engine import Engine
+from er_jax.types import NONE, DecodeState, Finish, Program, Sampling, WindowInfo
+
+POLICY = er_jax.Decoder(
+    er_jax.DecoderConfig(
+        vocab_size=24,
+        dim=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        hidden_dim=32,
+    )
+)
+ROWS, S = 4, 32
+FOREVER = 10_000
+
+SETTINGS = Sampling(
+    key=np.array([3, 4], np.uint32),
+    temperature=np.float32(1),
+    top_k=np.int32(0),
+    top_p=np.float32(1),
+    min_p=np.float32(0),
+    stop_ids=np.full(8, NONE, np.int32),
+    logprob_kind=np.int32(0),
+)
+
+
+@pytest.fixture(scope="module")
+def params() -> PolicyParams:
+    return er_jax.attach_draft(POLICY.init(jax.random.key(0)), DrafterConfig())
+
+
+@pytest.fixture(scope="module")
+def programs() -> Engine:
+    return Engine(POLICY, "coupled")
+
+
+def start(programs: Engine, limits: Any = S, lengths: Any = 1) -> DecodeState:
+    """Live rows from one-token prompts, which need no entries in the cache."""
+    state = programs.allocate(ROWS, S)
+    tokens = np.zeros((ROWS, S), np.int32)
+    tokens[:] = np.arange(1, ROWS + 1)[:, None]
+    return dataclasses.replace(
+        state,
+        tokens=tokens,
+        length=np.broadcast_to(np.int32(lengths), ROWS).copy(),
+        prompt_length=np.ones(ROWS, np.int32),
+        limit=np.broadcast_to(np.int32(limits), ROWS).copy(),
+        sequence_id=np.arange(ROWS, dtype=np.int32),
+        live=np.ones(ROWS, np.bool_),
+    )
+
+
+def window(
+    programs: Engine,
+    params: PolicyParams,
+    state: DecodeState,
+    gamma: int,
+    *,
+    exit_live: int = 0,
+    max_rounds: int = FOREVER,
+) -> tuple[DecodeState, WindowInfo]:
+    state, info, seconds = programs.window(
+        params, state, SETTINGS, gamma, exit_live=exit_live, max_rounds=max_rounds
+    )
+    assert seconds > 0
+    return state, info
+
+
+@pytest.mark.parametrize("gamma", [0, 2])
+def test_it_runs_until_nothing_is_live(
+    programs: Engine, params: PolicyParams, gamma: int
+) -> None:
+    limits = np.array([5, 9, 32, 2])
+    _, info = window(programs, params, start(programs, limits), gamma)
+    np.testing.assert_array_equal(info.length, limits)
+    assert not info.live.any()
+    assert (info.finish_reason == Finish.LENGTH).all()
+    if gamma == 0:
+        assert info.num_rounds == 31
+        np.testing.assert_array_equal(info.accepted, [(limits - 1).sum()])
+    else:
+        # A good draft: near three tokens a round, and never more.
+        assert 11 <= info.num_rounds < 25
+        kept = info.accepted @ np.arange(3)
+        row_rounds = info.accepted.sum()
+        assert row_rounds <= info.num_rounds * ROWS
+        # Each row-round emits its kept drafts and one more, less what limits cut off.
+        assert (limits - 1).sum() <= kept + row_rounds <= (limits - 1).sum() + 2 * ROWS
+
+
+@pytest.mark.parametrize("gamma", [0, 2])
+def test_a_window_is_rounds(programs: Engine, params: PolicyParams, gamma: int) -> None:
+    state, info = window(programs, params, start(programs), gamma, max_rounds=5)
+    assert info.num_rounds == 5
+    by_hand = start(programs)
+    one_round = jax.jit(
+        functools.partial(steps.decode_round, POLICY, gamma=gamma, accept="coupled")
+    )
+    accepted = np.zeros(gamma + 1, int)
+    for _ in range(5):
+        by_hand, done = one_round(params, by_hand, SETTINGS)
+        accepted += np.bincount(done.num_accepted, minlength=gamma + 1)
+    np.testing.assert_array_equal(info.accepted, accepted)
+    np.testing.assert_array_equal(state.tokens, by_hand.tokens)
+    np.testing.assert_array_equal(state.length, by_hand.length)
+    np.testing.assert_allclose(state.logprobs, by_hand.logprobs, rtol=0, atol=1e-5)
+
+
+def test_it_ends_when_few_enough_are_live(
+    programs: Engine, params: PolicyParams
+) -> None:
+    limits = np.array([4, 7, 7, 20])
+    for exit_live, num_rounds, length in (
+        (3, 3, [4, 4, 4, 4]),
+        (2, 6, [4, 7, 7, 7]),
+        (1, 6, [4, 7, 7, 7]),
+        (0, 19, limits),
+    ):
+        _, info = window(
+            programs, params, start(programs, limits), 0, exit_live=exit_live
+        )
+        assert info.num_rounds == num_rounds
+        np.testing.assert_array_equal(info.length, length)
+
+
+def test_it_runs_no_round_when_nothing_is_to_do(
+    programs: Engine, params: PolicyParams
+) -> None:
+    state = start(programs)
+    before = jax.tree.map(np.array, state)
+    for changes, exit_live, max_rounds in (
+        ({}, ROWS, FOREVER),
+        ({}, 0, 0),
+        ({"live": np.zeros(ROWS, np.bool_)}, 0, FOREVER),
+    ):
+        given = dataclasses.replace(jax.tree.map(np.array, before), **changes)
+        after, info = window(
+            programs, params, given, 0, exit_live=exit_live, max_rounds=max_rounds
+        )
+        assert info.num_rounds == 0
+        assert (info.accepted == 0).all()
+        np.testing.assert_array_equal(after.tokens, before.tokens)
+        np.testing.assert_array_equal(after.length, before.length)
+
+
+@pytest.mark.parametrize("gamma", [0, 2])
+def test_it_ends_before_a_row_outgrows_the_cache(
+    programs: Engine, params: PolicyParams, gamma: int
+) -> None:
+    """A limit beyond the cache: the host has to grow it, and loses no token by that."""
+    state, info = window(programs, params, start(programs, limits=2 * S), gamma)
+    assert info.live.all()
+    assert info.length.max() <= S
+    assert info.length.max() + gamma + 1 > S  # and it ended no earlier than it had to
+    grown = steps.take(state, jnp.arange(ROWS, dtype=jnp.int32), 2 * S)
+    whole = steps.take(start(programs, 2 * S), jnp.arange(ROWS, dtype=jnp.int32), 2 * S)
+    grown, _ = window(programs, params, grown, gamma)
+    whole, _ = window(programs, params, whole, gamma)
+    np.testing.assert_array_equal(grown.tokens, whole.tokens)
+    np.testing.assert_array_equal(grown.length, [2 * S] * ROWS)
+
+
+def test_a_limit_at_the_end_of_the_cache_is_reached(
+    programs: Engine, params: PolicyParams
+) -> None:
+    """Drafts past the last position are dropped, not written somewhere else."""
+    one, _ = window(programs, params, start(programs), 0)
+    two, info = window(programs, params, start(programs), 2)
+    np.testing.assert_array_equal(info.length, [S] * ROWS)
+    np.testing.assert_array_equal(two.tokens, one.tokens)
+
+
+def test_tests_may_be_rare(programs: Engine, params: PolicyParams) -> None:
+    """Three rounds between exit tests: the same tokens, some idle rounds at the end."""
+    limits = np.array([5, 9, 12, 2])
+    state, info = engine.run_window(
+        POLICY,
+        params,
+        start(programs, limits),
+        SETTINGS,
+        np.int32(0),
+        np.int32(FOREVER),
+        gamma=0,
+        accept="coupled",
+        rounds_per_test=3,
+    )
+    assert info.num_rounds == 12
+    usual, _ = window(programs, params, start(programs, limits), 0)
+    np.testing.assert_array_equal(state.tokens, usual.tokens)
+    np.testing.assert_array_equal(info.accepted, [(limits - 1).sum()])
+    # Whoever could outgrow the cache between two tests ends the window first.
+    _, info = engine.run_window(
+        POLICY,
+        params,
+        start(programs, limits=2 * S),
+        SETTINGS,
+        np.int32(0),
+        np.int32(FOREVER),
+        gamma=0,
+        accept="coupled",
+        rounds_per_test=3,
+    )
+    np.testing.assert_array_equal(info.length, [31] * ROWS)
+
+
+def test_one_small_transfer_per_window(
+    programs: Engine, params: PolicyParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window(programs, params, start(programs), 2, max_rounds=1)
+    sent: list[int] = []
+    fetch = jax.device_get
+
+    def counted(tree: Any) -> Any:
+        sent.append(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+        return fetch(tree)
+
+    monkeypatch.setattr(jax, "device_get", counted)
+    state, info = window(programs, params, start(programs), 2, max_rounds=1)
+    assert sent == [ROWS * (1 + 4 + 4) + 4 + 3 * 4]
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(info))
+    monkeypatch.undo()
+    for field in ("live", "length", "finish_reason"):
+        np.testing.assert_array_equal(getattr(info, field), getattr(state, field))
+
+
+def test_the_state_is_consumed(programs: Engine, params: PolicyParams) -> None:
+    first, _ = window(programs, params, start(programs), 0, max_rounds=1)
+    second, _ = window(programs, params, first, 0, max_rounds=1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(second))
+
+
+def test_programs_are_named_by_rows_length_and_gamma(params: PolicyParams) -> None:
+    programs = Engine(POLICY, "coupled")
+    assert programs.expected_compile_s("window") == 1.0  # a guess, with nothing known
+    program = Program(ROWS, S, 0)
+    assert not programs.has_window(program, params)
+    window(programs, params, start(programs), 0, max_rounds=1)
+    assert programs.has_window(program, params)
+    count = len(programs.compiled)
+    assert programs.expected_compile_s("window") == max(
+        made.compile_s
+        for name, made in programs.compiled.items()
+        if name[0] == "window"
+    )
+    assert programs.compile_s == sum(x.compile_s for x in programs.compiled.values())
+
+    # Plain decoding needs no draft, so any draft, or none, meets the same program.
+    four_bits = er_jax.attach_draft(params.policy, DrafterConfig(bits=4))
+    for draft in (None, params.policy, four_bits.draft):
+        pair = PolicyParams(policy=params.policy, draft=draft)
+        assert programs.has_window(program, pair)
+        window(programs, pair, start(programs), 0, max_rounds=1)
+    assert len(programs.compiled) == count
+
+    # Speculation does: a program reads one kind of codes.
+    for gamma in (1, 2):
+        assert not programs.has_window(Program(ROWS, S, gamma), params)
+    assert not programs.has_window(Program(ROWS, 2 * S, 0), params)
+    assert not programs.has_window(Program(ROWS + 1, S, 0), params)
+
+
+def test_a_draft_of_another_kind_is_another_program(
+    programs: Engine, params: PolicyParams
+) -> None:
+    window(programs, params, start(programs), 2, max_rounds=1)
+    program = Program(ROWS, S, 2)
+    assert programs.has_window(program, params)
+    for other in (DrafterConfig(bits=4), DrafterConfig(act_bits=16)):
+        pair = er_jax.attach_draft(params.policy, other)
+        assert not programs.has_window(program, pair)
+
+
+def test_moves_are_programs_too(programs: Engine, params: PolicyParams) -> None:
+    state = start(programs)
+    state = jax.tree.map(jnp.asarray, state)
+    assert programs.has_take(state, ROWS, S)  # nothing to do
+    assert not programs.has_take(state, 3, S)
+    smaller = programs.take(state, np.array([2, NONE, 0]), S)
+    assert programs.has_take(state, 3, S)
+    assert not programs.has_take(smaller, ROWS, S)
+    np.testing.assert_array_equal(smaller.live, [True, False, True])
+    np.testing.assert_array_equal(smaller.sequence_id, [2, NONE, 0])
+    np.testing.assert_array_equal(smaller.tokens[:, 0], [3, 1, 1])
+    # The state a move came from is still there: moving does not donate.
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_engines_are_shared_by_policy_shapes_and_rule(params: PolicyParams) -> None:
+    policy = params.policy
+    first = engine.engine_for(POLICY, policy, "coupled")
+    same = er_jax.Decoder(dataclasses.replace(POLICY.config))
+    other_values = POLICY.init(jax.random.key(5))
+    assert engine.engine_for(same, other_values, "coupled") is first
+    assert engine.engine_for(POLICY, policy, "block") is not first
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
+    assert engine.engine_for(POLICY, half, "coupled") is not first
+    wide = er_jax.Decoder(dataclasses.replace(POLICY.config, rope_theta=5.0))
+    assert engine.engine_for(wide, policy, "coupled") is not first
+    assert engine.engine_for(POLICY, policy, "coupled") is first
+
+
+def test_engines_are_forgotten_oldest_first(
+    params: PolicyParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_engines", type(engine._engines)())
+    monkeypatch.setattr(engine, "MAX_ENGINES", 2)
+    shapes = params.policy
+
+    def get(theta: float) -> Engine:
+        config = dataclasses.replace(POLICY.config, rope_theta=theta)
+        return engine.engine_for(er_jax.Decoder(config), shapes, "coupled")
+
+    one, two = get(1.0), get(2.0)
+    assert get(1.0) is one  # used again: now the younger
+    three = get(3.0)
+    assert get(1.0) is one
+    assert get(3.0) is three
+    assert get(2.0) is not two
+
+
+def test_nonfinite_parameters_are_found_by_name(
+    programs: Engine, params: PolicyParams
+) -> None:
+    assert programs.find_nonfinite(params.policy) == []
+    bad = jax.tree.map(lambda x: x, params.policy)
+    bad["layers"][0]["q_proj"] = bad["layers"][0]["q_proj"].at[1, 2].set(jnp.nan)
+    bad["final_norm"] = bad["final_norm"].at[0].set(-jnp.inf)
+    assert set(programs.find_nonfinite(bad)) == {"layers/0/q_proj", "final_norm"}
+
+
+def test_integer_leaves_are_not_asked_whether_they_are_finite() -> None:
+    programs = Engine(POLICY, "coupled")
+    tree = {"a": jnp.arange(3), "b": jnp.array([1.0, jnp.inf]), "c": jnp.ones(2)}
+    assert programs.find_nonfinite(tree) == ["b"]
+
+
+def test_memory_of_this_device() -> None:
+    limit = engine.device_memory_bytes()
+    assert limit is not None
+    assert 2**28 < limit < 2**50
+
+
+def test_more_stop_ids_than_there_is_room_for(
+    programs: Engine, params: PolicyParams
+) -> None:
+    """Their number is a shape, so it has to be part of what names a program."""
+    window(programs, params, start(programs), 0, max_rounds=1)
+    many = dataclasses.replace(SETTINGS, stop_ids=np.full(16, NONE, np.int32))
+    _, info, _ = programs.window(
+        params, start(programs), many, 0, exit_live=0, max_rounds=1
+    )
+    assert info.num_rounds == 1

@@ -1,0 +1,147 @@
+"""The cache: what is written where, attention against a float64 oracle, moving rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from er_jax import kv_cache
+
+S = 24
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def attend_oracle(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """One query, one head at a time: softmax over the entries up to its position."""
+    batch, num_queries, heads, size = query.shape
+    group = heads // (keys.shape[2] // size)
+    out = np.zeros(query.shape)
+    for b, t, h in np.ndindex(batch, num_queries, heads):
+        seen = positions[b, t] + 1
+        part = slice(h // group * size, (h // group + 1) * size)
+        if seen:
+            scores = keys[b, :seen, part] @ query[b, t, h] / np.sqrt(size)
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights / weights.sum() @ values[b, :seen, part]
+    return out.reshape(batch, num_queries, heads * size)
+
+
+attend = jax.jit(kv_cache.attend)
+write = jax.jit(kv_cache.write)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("num_queries", [1, 5, 20])
+def test_attention_by_either_path_equals_the_oracle(
+    x64: None, num_queries: int, kv_heads: int
+) -> None:
+    assert 5 <= kv_cache.MERGED_QUERIES < 20  # both paths are met
+    query = normal(2, num_queries, 4, 6)
+    keys, values = normal(2, S, kv_heads * 6, seed=1), normal(2, S, kv_heads * 6)
+    positions = np.random.default_rng(2).integers(-1, S, (2, num_queries))
+    positions[0, 0], positions[1, 0] = S - 1, -1
+    positions = positions.astype(np.int32)
+    out = attend(query, keys, values, positions)
+    expected = attend_oracle(query, keys, values, positions)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
+    assert (np.asarray(out)[1, 0] == 0).all()  # padding sees nothing
+
+
+def test_the_two_paths_agree(x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keys = normal(3, 8, 6, 4), normal(3, S, 3 * 4, seed=1)
+    values = normal(3, S, 3 * 4, seed=2)
+    positions = np.tile(np.arange(8, dtype=np.int32) + 9, (3, 1))
+    results, programs = [], []
+    for most_merged in (8, 7):
+        monkeypatch.setattr(kv_cache, "MERGED_QUERIES", most_merged)
+        # A new function each time, or the first trace would be used again.
+        one_path = jax.jit(lambda *arrays: kv_cache.attend(*arrays))
+        traced = one_path.trace(query, keys, values, positions)
+        programs.append(str(traced.jaxpr))
+        results.append(traced.lower().compile()(query, keys, values, positions))
+    assert programs[0] != programs[1]
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_queries", [3, 20])
+def test_entries_that_are_not_visible_change_nothing(num_queries: int) -> None:
+    """Bit for bit: a zero weight times any finite entry is zero."""
+    query = normal(2, num_queries, 4, 6).astype(np.float32)
+    keys = normal(2, S, 12, seed=1).astype(np.float32)
+    values = normal(2, S, 12, seed=2).astype(np.float32)
+    positions = np.minimum(np.arange(num_queries), 9).astype(np.int32)
+    positions = np.stack([positions, np.minimum(positions, 4)])
+    clean = attend(query, keys, values, positions)
+    dirty_keys, dirty_values = keys.copy(), values.copy()
+    dirty_keys[0, 10:], dirty_values[0, 10:] = 1e30, -1e30
+    dirty_keys[1, 5:], dirty_values[1, 5:] = -1e30, 1e30
+    dirty = attend(query, dirty_keys, dirty_values, positions)
+    np.testing.assert_array_equal(dirty, clean)
+    # The last visible one does count.
+    values[1, positions[1].max()] += 1
+    assert not np.array_equal(attend(query, keys, values, positions)[1], clean[1])
+
+
+def test_bfloat16_attention_has_float32_sums() -> None:
+    query, keys = normal(1, 1, 2, 8), normal(1, 256, 8, seed=1)
+    values = 1 + normal(1, 256, 8, seed=2)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (query, keys, values)]
+    positions = np.full((1, 1), 255, np.int32)
+    out = attend(*low, positions)
+    assert out.dtype == jnp.bfloat16
+    wide = [np.asarray(x, np.float64) for x in low]
+    exact = attend_oracle(wide[0], wide[1], wide[2], positions)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.03)
+
+
+@pytest.mark.parametrize("trailing", [(), (3,), (2, 3)])
+def test_write_puts_entries_at_their_positions(trailing: tuple[int, ...]) -> None:
+    entries, new = normal(3, 6, *trailing), normal(3, 4, *trailing, seed=1)
+    entries, new = entries.astype(np.float32), new.astype(np.float32)
+    # In order, out of order, padding, at and past the end, far below zero.
+    positions = np.array([[0, 1, 2, 3], [5, 2, -1, 6], [-1, -6, 100, 4]], np.int32)
+    expected = entries.copy()
+    for row, column in np.ndindex(positions.shape):
+        if 0 <= positions[row, column] < 6:
+            expected[row, positions[row, column]] = new[row, column]
+    np.testing.assert_array_equal(write(entries, new, positions), expected)
+
+
+def test_write_keeps_the_dtype_of_the_cache() -> None:
+    entries = jnp.zeros((1, 2, 3), jnp.bfloat16)
+    out = write(entries, jnp.ones((1, 1, 3), jnp.float32), np.zeros((1, 1), np.int32))
+    assert out.dtype == jnp.bfloat16
+    assert out[0, 0, 0] == 1
+
+
+def test_take_rows() -> None:
+    cache = [normal(4, 5, 2).astype(np.float32), normal(4, 5).astype(np.float32)]
+    taken = kv_cache.take_rows(cache, jnp.array([3, 0, 0]))
+    for old, new in zip(cache, taken, strict=True):
+        np.testing.assert_array_equal(new, old[[3, 0, 0]])
+
+
+@pytest.mark.parametrize("length", [2, 5, 9])
+def test_resize(length: int) -> None:
+    cache = [jnp.asarray(normal(2, 5, 3)), jnp.asarray(normal(2, 5))]
+    for old, new in zip(cache, kv_cache.resize(cache, length), strict=True):
+        assert new.shape == (2, length, *old.shape[2:])
+        kept = min(length, 5)
+        np.testing.assert_array_equal(new[:, :kept], old[:, :kept])
+        assert (new[:, kept:] == 0).all()
+
+
+def test_insert_row_clears_what_lies_behind() -> None:
+    cache = [jnp.full((3, 6, 2), jnp.nan)]
+    prefix = [jnp.asarray(normal(2, 4, 2), jnp.float32)]
+    out = kv_cache.insert_row(cache, prefix, jnp.int32(1), jnp.int32(1))[0]
+    np.testing.assert_array_equal(out[1, :4], prefix[0][1])
+    assert (out[1, 4:] == 0).all()
+    assert np.isnan(out[jnp.array([0, 2])]).all()  # other rows are left alone
