@@ -191,8 +191,10 @@ def decode_round(
         positions = _positions(state, offsets)
         hidden, cache = policy.forward(params.policy, tokens, positions, cache)
         logits = policy.logits(params.policy, hidden)
-        target = sampling.target_logprobs(logits, settings)
         is_finite = sampling.is_distribution(logits, settings)
+        # Bad logits are cut off in `_emit`; NaN here would bias the tokens before them.
+        usable = jnp.where(is_finite[..., None], logits, jnp.zeros((), logits.dtype))
+        target = sampling.target_logprobs(usable, settings)
     with jax.named_scope("accept"):
         num_accepted, emitted = _accept(
             state, settings, target, draft_logprobs, drafted, accept

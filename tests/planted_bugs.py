@@ -260,6 +260,16 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_lossless.py::test_dead_rows_are_not_written[coupled]",),
     ),
     PlantedBug(
+        "bad logits reach the acceptance of the tokens before them",
+        STEPS,
+        "target = sampling.target_logprobs(usable, settings)",
+        "target = sampling.target_logprobs(logits, settings)",
+        (
+            "tests/test_lossless.py::"
+            "test_bad_logits_leave_the_rest_of_the_distribution[block]",
+        ),
+    ),
+    PlantedBug(
         "tokens of bad logits emitted",
         STEPS,
         "num_emitted = jnp.where(state.live, jnp.minimum(wanted, num_finite), 0)",

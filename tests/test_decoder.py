@@ -106,8 +106,8 @@ def oracle(config: er_jax.DecoderConfig, params: Any, tokens: np.ndarray) -> np.
             gate = gate / (1 + np.exp(-gate))
             mixed = gate * (h @ layer["up_proj"])
             stream[position] = x + mixed @ layer["down_proj"]
-    head = table.T if config.tied_embeddings else params["lm_head"]
-    return np.stack([norm(x, params["final_norm"]) @ head for x in stream])
+    last = table.T if config.tied_embeddings else params["lm_head"]
+    return np.stack([norm(x, params["final_norm"]) @ last for x in stream])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -61,7 +61,6 @@ class Checkpoints:
             keep_period=None if read_only else NEVER,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            read_only=read_only,
             enable_async_checkpointing=False,
         )
         self._manager = ocp.CheckpointManager(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
@@ -65,7 +66,8 @@ def digest(tree: Any) -> str:
     """Return 16 hex digits that change when any bit of any array of `tree` does."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        # A copy: a NumPy view that JAX caches would keep the buffer from being donated.
+        array = np.asarray(jnp.array(leaf)) if isinstance(leaf, jax.Array) else leaf
         total.update(
             f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()
         )

@@ -1,0 +1,175 @@
+"""Whole runs: the tiny config end to end, killed and resumed, and compared."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from train import compare, grpo, tasks
+from train.checkpoints import load_policy
+from train.metrics import MetricsFile
+
+ROOT = Path(__file__).parents[1]
+
+
+def numbers(out, kinds=("eval", "step")):
+    """The metrics of a run without what the clock decides."""
+    records = MetricsFile(out / "metrics.jsonl").read()
+    return [
+        {name: value for name, value in record.items() if name != "timing"}
+        for record in records
+        if record["kind"] in kinds
+    ]
+
+
+@pytest.mark.slow
+def test_tiny_run_and_its_files(tmp_path, capsys):
+    out = tmp_path / "run"
+    config = dataclasses.replace(tiny.CONFIG, out=out)
+    records = grpo.run(config)
+
+    assert [r["kind"] for r in records[-4:]] == ["eval", "step", "step", "eval"]
+    steps = [r for r in records if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == [1, 2]
+    assert steps[0]["params_digest"] != steps[1]["params_digest"]
+    for record in steps:
+        assert record["logprob_gap"] < 1e-4
+        assert record["position"] == 4 * record["step"]
+        assert record["num_tokens"] == sum(record["timing"]["tokens_by_gamma"].values())
+        assert record["kl"] >= 0
+    assert steps[1]["kl"] > 0
+    text = capsys.readouterr().out
+    assert "held-out reward" in text and "2 GRPO steps" in text
+    for name in ("config.json", "summary.txt", "metrics.png", "rollout.png"):
+        assert (out / name).stat().st_size > 0
+    problems = tasks.read_jsonl(out / "data" / "eval.jsonl", tasks.Tokenizer())
+    assert len(problems) == config.task.num_eval
+
+    # It goes on as the longer run would have, and leaves a finished one alone.
+    grpo.run(dataclasses.replace(config, resume=True, steps=3))
+    assert [r["step"] for r in numbers(out, kinds=("step",))] == [1, 2, 3]
+    before = numbers(out)
+    grpo.run(dataclasses.replace(config, resume=True, steps=3))
+    assert numbers(out) == before
+    with pytest.raises(ValueError, match="resume: .*other settings .seed: 0 -> 1"):
+        grpo.run(dataclasses.replace(config, resume=True, seed=1))
+
+    # A new run in its place moves it aside.
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    grpo.move_aside(tmp_path / "other")
+    assert (tmp_path / "other.old1" / "data").is_dir()
+    assert load_policy(out)[1].keys() == load_policy(out, step=0)[1].keys()
+
+
+@pytest.mark.slow
+def test_any_file_of_problems(tmp_path):
+    data = tmp_path / "sums.jsonl"
+    lines = [
+        {"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in (1, 2)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = dataclasses.replace(tiny.CONFIG, out=tmp_path / "run", data=data, steps=1)
+    grpo.run(config)
+    read = {
+        name: tasks.read_jsonl(config.out / "data" / f"{name}.jsonl", tasks.Tokenizer())
+        for name in ("warmup", "train", "eval")
+    }
+    assert (len(read["train"]), len(read["eval"])) == (9, 1)
+    assert all(p.solution for p in read["warmup"])  # generated: the file has none
+    assert read["eval"][0] not in read["train"]
+
+    data.write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(ValueError, match="has one prompt only"):
+        grpo.load_problems(config, tasks.Tokenizer())
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    with pytest.raises(ValueError, match=r"contents of data=.*have changed"):
+        grpo.run(dataclasses.replace(config, resume=True))
+
+
+def start(out, *args):
+    command = [sys.executable, "-m", "train.grpo", "tiny", "--out", str(out)]
+    return subprocess.Popen(
+        [*command, "--steps", "40", "--save-every", "4", *args],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--dtype", "float64", "--control", "best"),
+        ("--dtype", "float32", "--control", "fixed:2", "--reproducible"),
+    ],
+)
+def test_killed_and_resumed_is_as_if_never_killed(tmp_path, args):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(whole, *args))
+
+    process = start(killed, *args)
+    while not any(r["step"] >= 10 for r in numbers(killed, kinds=("step",))):
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    cut = len(numbers(killed, kinds=("step",)))
+    assert 10 <= cut < 40
+
+    finish(start(killed, *args, "--resume"))
+    assert len(numbers(whole, kinds=("step",))) == 40
+    assert numbers(killed) == numbers(whole)
+    policies = [jax.tree.leaves(load_policy_x64(out)) for out in (whole, killed)]
+    for one, other in zip(*policies, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def load_policy_x64(out):
+    with jax.enable_x64(True):
+        return jax.tree.map(np.array, load_policy(out)[1])
+
+
+@pytest.mark.slow
+def test_speculation_changes_nothing_in_float64(x64, tmp_path, capsys):
+    run = dataclasses.replace(tiny.CONFIG, out=tmp_path, dtype="float64", steps=3)
+    assert compare.compare(compare.CompareConfig(run=run))
+    assert "identical tokens, rewards and parameters" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_speculation_changes_nothing_but_ties_in_float32(tmp_path, capsys):
+    run = dataclasses.replace(tiny.CONFIG, out=tmp_path, steps=3)
+    assert compare.compare(compare.CompareConfig(run=run))
+    assert "float32, ar against fixed:4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_difference_that_is_no_tie_is_found(x64, tmp_path, capsys):
+    run = dataclasses.replace(tiny.CONFIG, out=tmp_path, dtype="float64", steps=1)
+    config = compare.CompareConfig(run=run)
+    plain, other = compare.same_start(config)
+    other.state = other.state.replace(key=other.state.key + np.uint32(1))
+    first, second = plain.rollout_step(), other.rollout_step()
+    rows = compare.differing_rows(first.out, second.out)
+    assert len(rows)
+    ties = [compare.find_tie(plain, first, second, row) for row in rows]
+    assert all(tie.gap > 0 for tie in ties)  # what was drawn is the best under its key
+    assert not all(tie.is_rounding for tie in ties)
+    compare.report_ties(1, ties, 0)
+    assert "NOT A TIE" in capsys.readouterr().out
