@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ HOST = {"config": to_json(tiny.CONFIG), "position": 7, "controller": {"x": [0.1,
 
 
 def contents(seed=0):
-    """A policy with its trainer items, all leaves different from their initial zeros."""
+    """A policy with its trainer items, of which no leaf is left at zero."""
     params = POLICY.init(jax.random.key(seed))
     state = optax.adam(1e-3).init(params)
     moved = jax.tree.map(lambda x: x + jnp.asarray(seed + 1, x.dtype), state)
@@ -37,9 +38,11 @@ def contents(seed=0):
     return {"policy": params, "trainer": {"opt_state": moved, "key": key}}
 
 
-def assert_same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+def assert_same(one: Any, other: Any) -> None:
+    leaves, structure = jax.tree.flatten(one)
+    others, other_structure = jax.tree.flatten(other)
+    assert str(structure) == str(other_structure)
+    for a, b in zip(leaves, others, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
 

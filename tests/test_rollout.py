@@ -76,7 +76,8 @@ def assert_well_formed(out: er_jax.Rollout, prompts: Any, n: int, pad: int) -> N
         (out.sequence_ids, (count,), np.int32),
     ):
         assert isinstance(array, np.ndarray)
-        assert (array.shape, array.dtype) == (shape, dtype)
+        assert array.shape == shape
+        assert array.dtype == dtype
     assert out.finish_reason.shape == (count,)
     for row in range(count):
         prompt = list(prompts[row // n])

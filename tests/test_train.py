@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -355,7 +356,9 @@ def test_update_reuses_every_buffer_of_the_state():
         drafter=DRAFTER,
     ).compile()
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    assert compiled.memory_analysis().alias_size_in_bytes >= size
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= size
 
 
 # -------------------------------------------------------------------- controller
@@ -398,12 +401,13 @@ def test_metrics_are_cut_back_to_a_step(tmp_path):
 
 
 def test_digest_sees_every_bit():
-    tree = {"a": np.arange(4, dtype=np.float32), "b": [np.ones(2, np.int8)]}
+    values = np.arange(4, dtype=np.float32)
+    tree = {"a": values, "b": [np.ones(2, np.int8)]}
     first = metrics.digest(tree)
     assert first == metrics.digest(jax.tree.map(jnp.asarray, tree))
-    nudged = {**tree, "a": np.nextafter(tree["a"], np.float32(9))}
+    nudged = {**tree, "a": np.nextafter(values, np.float32(9))}
     other_type = {**tree, "b": [np.ones(2, np.uint8)]}
-    other_shape = {**tree, "a": tree["a"].reshape(2, 2)}
+    other_shape = {**tree, "a": values.reshape(2, 2)}
     found = {metrics.digest(t) for t in (tree, nudged, other_type, other_shape)}
     assert len(found) == 4
 
@@ -416,7 +420,7 @@ def test_quantiles():
 def test_plot(tmp_path):
     timing = {"rollout_s": 1.0, "update_s": 2.0}
     length = {"p50": 10, "p90": 20, "max": 30}
-    steps = [
+    steps: list[dict[str, Any]] = [
         {"kind": "step", "step": i, "reward": 0.5, "length": length, "timing": timing,
          "logprob_gap": 1e-6}
         for i in (1, 2)

@@ -60,7 +60,7 @@ def test_tiny_run_and_its_files(tmp_path, capsys):
     before = numbers(out)
     grpo.run(dataclasses.replace(config, resume=True, steps=3))
     assert numbers(out) == before
-    with pytest.raises(ValueError, match="resume: .*other settings .seed: 0 -> 1"):
+    with pytest.raises(ValueError, match=r"resume: .*other settings \(seed: 0 -> 1\)"):
         grpo.run(dataclasses.replace(config, resume=True, seed=1))
 
     # A new run in its place moves it aside.
@@ -73,9 +73,8 @@ def test_tiny_run_and_its_files(tmp_path, capsys):
 @pytest.mark.slow
 def test_any_file_of_problems(tmp_path):
     data = tmp_path / "sums.jsonl"
-    lines = [
-        {"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in (1, 2)
-    ]
+    sums = [(a, b) for a in range(5) for b in (1, 2)]
+    lines = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = dataclasses.replace(tiny.CONFIG, out=tmp_path / "run", data=data, steps=1)
     grpo.run(config)

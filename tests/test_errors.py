@@ -1,0 +1,399 @@
+"""Wrong arguments: each message names argument, value, limit and remedy, before work.
+
+Nothing may have been compiled by the time a call is refused. The policy here is no
+other test's, so whatever was compiled for it would be seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import er_jax
+from er_jax import engine
+from er_jax.drafter import DrafterConfig, PolicyParams
+from tests.conftest import CompileCount
+
+CompileCounter = Callable[[], AbstractContextManager[CompileCount]]
+
+SIZES = er_jax.DecoderConfig(
+    vocab_size=26,
+    dim=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    hidden_dim=32,
+    rope_theta=201.0,
+)
+GOOD: dict[str, Any] = {"max_new_tokens": 4, "control": "ar"}
+KEY: Any = np.array([1, 2], np.uint32)
+
+_widths = itertools.count(34, 2)
+
+
+def fresh(**changes: Any) -> tuple[er_jax.Decoder, Any]:
+    """Return a policy and parameters of sizes that nothing was compiled for."""
+    sizes = {"hidden_dim": next(_widths)} | changes
+    policy = er_jax.Decoder(dataclasses.replace(SIZES, **sizes))
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    return policy, jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), shapes)
+
+
+def rollout(policy: Any, params: Any, prompts: Any = None, **options: Any) -> Any:
+    names = ("key", "sequence_ids", "controller", "mesh")
+    given = {name: options.pop(name) for name in names if name in options}
+    return er_jax.rollout(
+        policy,
+        params,
+        [[1, 2, 3]] if prompts is None else prompts,
+        config=er_jax.RolloutConfig(**(GOOD | options)),
+        **({"key": KEY} | given),
+    )
+
+
+class Refused:
+    """Calls `rollout`, and expects a message and no compilation."""
+
+    def __init__(self, counter: CompileCounter) -> None:
+        self.counter = counter
+
+    def __call__(self, parts: Sequence[str], pair: Any = None, **arguments: Any) -> str:
+        policy, params = pair or fresh()
+        with self.counter() as compiled, pytest.raises(ValueError) as error:
+            rollout(policy, params, **arguments)
+        message = str(error.value)
+        for part in parts:
+            assert part in message, message
+        assert compiled.count == 0, compiled
+        return message
+
+
+@pytest.fixture
+def refused(compile_counter: CompileCounter) -> Refused:
+    return Refused(compile_counter)
+
+
+# Prompts.
+
+
+def test_no_prompts(refused: Refused) -> None:
+    refused(["prompts is empty", "at least one prompt"], prompts=[])
+
+
+@pytest.mark.parametrize("empty", [[], (), np.zeros(0, np.int32)])
+def test_an_empty_prompt(refused: Refused, empty: Any) -> None:
+    refused(
+        ["prompts[1] is empty", "at least one token", "beginning-of-sequence"],
+        prompts=[[1], empty, [2]],
+    )
+
+
+@pytest.mark.parametrize("token", [26, 10**9, -1])
+def test_a_token_outside_the_vocabulary(refused: Refused, token: int) -> None:
+    refused(
+        ["prompts[1]", f"token id {token}", "0 .. 25", "tokenizer"],
+        prompts=[[1], [2, token, 3]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "found"),
+    [
+        ([1, 2, 3], "shape ()"),
+        ([[[1, 2]]], "shape (1, 2)"),
+        ([[1.0, 2.0]], "dtype float64"),
+        (["hello"], "dtype <U5"),
+        ([[True, False]], "dtype bool"),
+    ],
+)
+def test_prompts_that_are_not_token_ids(
+    refused: Refused, prompts: Any, found: str
+) -> None:
+    refused(
+        ["prompts[0]", found, "flat sequence of integer token ids"], prompts=prompts
+    )
+
+
+def test_a_prompt_over_the_limit(refused: Refused) -> None:
+    short = fresh(max_length=20)
+    refused(
+        [
+            "prompts[1] has 17 tokens",
+            "max_new_tokens=4",
+            "20 positions",
+            "shorten it to 16 tokens",
+            "lower max_new_tokens",
+        ],
+        short,
+        prompts=[[1] * 16, [1] * 17],
+    )
+    refused(
+        ["prompts[0] has 1 tokens", "max_new_tokens=20", "shorten it to 0 tokens"],
+        short,
+        prompts=[[1]],
+        max_new_tokens=20,
+    )
+
+
+def test_a_prompt_at_the_limit_is_fine() -> None:
+    out = rollout(*fresh(max_length=20), [[1] * 16])
+    assert out.lengths.tolist() == [4]
+
+
+# Configuration.
+
+
+@pytest.mark.parametrize("name", ["n", "max_new_tokens", "max_slots"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_below_one(refused: Refused, name: str, value: int) -> None:
+    refused([f"{name}={value}", "at least 1"], **{name: value})
+
+
+@pytest.mark.parametrize("name", ["n", "max_new_tokens", "max_slots", "top_k"])
+def test_counts_that_are_not_whole(refused: Refused, name: str) -> None:
+    refused([f"{name}=2.5", "whole number"], **{name: 2.5})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("temperature", -0.1, ["temperature=-0.1", "0", "greedy"]),
+        ("temperature", float("nan"), ["temperature=nan", "0", "greedy"]),
+        ("temperature", float("inf"), ["temperature=inf", "0", "greedy"]),
+        ("top_k", -1, ["top_k=-1", "0", "off"]),
+        ("top_p", 0.0, ["top_p=0.0", "above 0", "at most 1", "off"]),
+        ("top_p", 1.5, ["top_p=1.5", "above 0", "at most 1", "off"]),
+        ("top_p", float("nan"), ["top_p=nan", "above 0", "at most 1", "off"]),
+        ("min_p", -0.5, ["min_p=-0.5", "0.0", "1.0", "off"]),
+        ("min_p", 1.01, ["min_p=1.01", "0.0", "1.0", "off"]),
+        ("min_p", float("nan"), ["min_p=nan", "0.0", "1.0", "off"]),
+        ("accept", "all", ["accept='all'", "'coupled'", "'token'", "'block'"]),
+        ("accept", None, ["accept=None", "'coupled'", "'token'", "'block'"]),
+        (
+            "logprobs",
+            "log",
+            ["logprobs='log'", "'raw'", "'temperature'", "'processed'"],
+        ),
+        ("control", "fast", ["control='fast'", "'best'", "'ar'", "'fixed:g'"]),
+        ("control", "fixed:x", ["control='fixed:x'", "whole number"]),
+        ("stop_token_ids", (3, 26), ["stop_token_ids", "26", "0 .. 25"]),
+        ("stop_token_ids", (-1,), ["stop_token_ids", "-1", "0 .. 25"]),
+        ("pad_id", 2**31, ["pad_id=2147483648", "int32"]),
+    ],
+)
+def test_values_out_of_range(
+    refused: Refused, name: str, value: Any, parts: list[str]
+) -> None:
+    refused(parts, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("gammas", "parts"),
+    [
+        ((2, 4), ["gammas=(2, 4)", "must contain 0", "add 0", "fixed:g"]),
+        ((), ["gammas=()", "must contain 0"]),
+        ((0, -2), ["gammas=(0, -2)", "at least 0"]),
+    ],
+)
+def test_gammas(refused: Refused, gammas: tuple[int, ...], parts: list[str]) -> None:
+    refused(parts, control="best", gammas=gammas)
+
+
+def test_lists_do_where_tuples_do() -> None:
+    """As they come out of a configuration file."""
+    policy, params = fresh()
+    lists = {"gammas": [0, 1], "stop_token_ids": [3], "control": "fixed:1"}
+    for controller in (None, er_jax.Controller("fixed:1", [0, 1])):
+        out = rollout(policy, params, controller=controller, **lists)
+        assert out.completion_ids.shape == (1, 4)
+
+
+def test_a_limit_that_is_met_is_no_error() -> None:
+    er_jax.RolloutConfig(
+        max_new_tokens=1,
+        n=1,
+        max_slots=1,
+        temperature=0,
+        top_k=0,
+        top_p=1,
+        min_p=1,
+        gammas=(0,),
+    )
+
+
+# Keys, ids, controllers, meshes.
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        (42, "42"),
+        (None, "None"),
+        (np.zeros(4, np.uint32), "(4,)"),
+        (np.zeros((2, 2), np.uint32), "(2, 2)"),
+        (np.array([0.5, 1.5]), "float64"),
+    ],
+)
+def test_what_is_not_a_key(refused: Refused, key: Any, found: str) -> None:
+    refused(["key", found, "jax.random.key"], key=key)
+
+
+def test_several_keys(refused: Refused) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    refused(["key has shape (3,)", "jax.random.key"], key=keys)
+
+
+@pytest.mark.parametrize(
+    ("ids", "parts"),
+    [
+        ([0], ["shape (1,)", "3 completions", "prompts times n"]),
+        ([0, 1, 2, 3], ["shape (4,)", "3 completions"]),
+        ([[0, 1, 2]], ["shape (1, 3)", "3 completions"]),
+        ([0, 1, -1], ["integers", "0", "2**31 - 1"]),
+        ([0, 1, 2**31], ["integers", "0", "2**31 - 1"]),
+        ([0.0, 1.0, 2.0], ["integers", "0", "2**31 - 1"]),
+        ([0, 1, 1], ["1", "twice"]),
+    ],
+)
+def test_wrong_sequence_ids(refused: Refused, ids: Any, parts: list[str]) -> None:
+    refused(["sequence_ids", *parts], sequence_ids=ids, n=3)
+
+
+def test_a_controller_of_another_kind(refused: Refused) -> None:
+    message = refused(
+        ["(0, 2, 4, 6, 8)", "config.control='ar'", "(0,)", "er_jax.Controller("],
+        controller=er_jax.Controller("best"),
+    )
+    assert message.startswith("controller")
+    refused(
+        ["(0, 2)", "config.control='best'", "(0, 4)"],
+        controller=er_jax.Controller("best", (0, 2)),
+        control="best",
+        gammas=(0, 4),
+    )
+
+
+def test_a_mesh(refused: Refused) -> None:
+    refused(["mesh", "not supported yet", "mesh=None"], mesh="a mesh")
+
+
+# Parameters.
+
+
+def abstract_draft(policy: er_jax.Decoder) -> Any:
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    return jax.eval_shape(lambda p: er_jax.quantize(p, DrafterConfig()), shapes)
+
+
+def test_a_draft_of_other_shapes(refused: Refused) -> None:
+    policy, params = fresh()
+    draft = abstract_draft(fresh(hidden_dim=30)[0])
+    refused(
+        ["params.draft", "layers/0/", "30", "er_jax.attach_draft"],
+        (policy, PolicyParams(policy=params, draft=draft)),
+        control="fixed:2",
+    )
+
+
+def test_a_draft_of_another_structure(refused: Refused) -> None:
+    policy, params = fresh()
+    deep = dataclasses.replace(policy.config, num_layers=2)
+    wrong: list[Any] = [abstract_draft(er_jax.Decoder(deep)), None, {}, [1, 2]]
+    for draft in wrong:
+        refused(
+            ["params.draft", "structure", "er_jax.attach_draft"],
+            (policy, PolicyParams(policy=params, draft=draft)),
+            control="fixed:2",
+        )
+
+
+def test_parameters_of_another_policy(refused: Refused) -> None:
+    policy, _ = fresh()
+    for params in (fresh(dim=32)[1], {"table": np.ones((26, 26), np.float32)}, None):
+        refused(["params", "policy"], (policy, params))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nonfinite_parameters(compile_counter: CompileCounter, value: float) -> None:
+    """Found by a small program of its own, which is all that may be compiled."""
+    policy, params = fresh()
+    params["layers"][0]["up_proj"][3, 4] = value
+    draft = fresh(hidden_dim=policy.config.hidden_dim)[1]
+    for given in (params, PolicyParams(policy=params, draft=draft)):
+        with compile_counter() as compiled, pytest.raises(ValueError) as error:
+            rollout(policy, given, control="fixed:2")
+        message = str(error.value)
+        assert "params" in message
+        assert "layers/0/up_proj" in message
+        assert "down_proj" not in message
+        assert "last finite parameters" in message
+        assert set(compiled.names) <= {"jit(run_finite_check)"}
+
+
+def test_many_nonfinite_parameters_are_not_all_named() -> None:
+    policy, params = fresh()
+    bad = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params)
+    with pytest.raises(ValueError, match="and others"):
+        rollout(policy, bad)
+
+
+def test_weights_that_groups_do_not_divide(refused: Refused) -> None:
+    refused(
+        ["group_size=5", "divide", "DrafterConfig.skip"],
+        control="fixed:2",
+        drafter=DrafterConfig(group_size=5),
+    )
+
+
+# Memory.
+
+
+def test_a_cache_that_cannot_fit(refused: Refused) -> None:
+    """A million rows of a thousand positions of 64 bytes and more."""
+    message = refused(
+        ["max_slots=1000000", "1024 positions", "GB", "parameters", "draft", "cache"],
+        prompts=[[1, 2]] * 1000,
+        n=1000,
+        max_slots=10**6,
+        max_new_tokens=1000,
+    )
+    assert "lower max_slots or max_new_tokens" in message
+    needed = float(message.split(" need ")[1].split(" GB")[0])
+    position = 2 * 8 * 4 + 4 + 4  # keys and values, token, log-probability
+    assert needed == pytest.approx(10**6 * 1024 * position / 1e9, rel=0.01)
+
+
+def test_memory_counts_parameters_draft_and_cache(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is needed to the byte it runs, with one byte less it does not."""
+    policy, params = fresh()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    pair = jax.device_get(er_jax.attach_draft(params, DrafterConfig()))
+    draft = sum(leaf.nbytes for leaf in jax.tree.leaves(pair.draft))
+    states = 1 * 64 * (2 * 8 * 4 + 8)
+    for given, needed in ((pair, weights + draft + states), (params, weights + states)):
+        monkeypatch.setattr(engine, "device_memory_bytes", lambda n=needed: n - 1)
+        refused(["max_slots=1", "the device has"], (policy, given))
+        monkeypatch.setattr(engine, "device_memory_bytes", lambda n=needed: n)
+        assert rollout(policy, given).lengths.tolist() == [4]
+
+
+def test_a_prompt_that_cannot_fit(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row, four tokens to make: neither is what should be lowered."""
+    monkeypatch.setattr(engine, "device_memory_bytes", lambda: 10**6)
+    refused(["max_slots=1", "131200 positions", "prompts"], prompts=[[1] * 100_000])
+
+
+def test_unknown_memory_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "device_memory_bytes", lambda: None)
+    assert rollout(*fresh()).lengths.tolist() == [4]
