@@ -1,10 +1,9 @@
 """What a round costs: measured seconds per program, and a guess for the others.
 
 Plain Python floats on the host. Whatever was measured is taken as it is; a program that
-never ran is predicted from those that did by power laws in rows and cache length, and
-by a constant cost per draft relative to an autoregressive step. Predictions lean to the
-optimistic side: a program that looks better than it is gets measured and then seen
-through, one that looks worse would never be tried.
+never ran is predicted from those that did, by power laws in rows and cache length and
+by what drafts and verifications cost in autoregressive steps. A program that looks
+better than it is gets measured and then seen through.
 
 Left out: rooflines of devices that are not here.
 """
@@ -21,6 +20,9 @@ from er_jax.types import Program
 # (bound by weights) and proportional (bound by arithmetic or by the cache).
 ROWS_EXPONENT = 0.5
 LENGTH_EXPONENT = 0.3
+
+# A draft pass in AR steps, where none was measured: int8 weights against 16-bit ones.
+DRAFT_SHARE = 0.5
 
 # Share of an old measurement that survives this many further rounds.
 MEMORY_ROUNDS = 200.0
@@ -52,49 +54,55 @@ class LatencyTable:
         self.seconds[program] = known + weight * (min(reading, 2 * known) - known)
 
     def round_seconds(self, program: Program) -> float | None:
-        """Return measured or predicted seconds per round; None if nothing is known."""
+        """Return measured or predicted seconds per round; None if nothing is known.
+
+        A speculative round that never ran costs a step, as gamma = 0 does, and for its
+        drafts what they cost in the nearest round that ran, in proportion to `_extra`.
+        """
         if program in self.seconds:
             return self.seconds[program]
-        same = self._curve(program.gamma, program.rows, program.cache_length)
-        if same is not None or program.gamma == 0:
-            return same
         step = self._curve(0, program.rows, program.cache_length)
-        per_draft = self._cost_per_draft(program)
-        if step is None or per_draft is None:
-            return None
-        return step * (1 + per_draft * program.gamma)
+        if program.gamma == 0:
+            return step
+        measured = [other for other in self.seconds if other.gamma]
+        if step is None or not measured:
+            return self._curve(program.gamma, program.rows, program.cache_length)
+        nearest = min(measured, key=lambda other: _distance(other, program))
+        nearest_step = self._curve(0, nearest.rows, nearest.cache_length) or 0.0
+        dearer = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
+        return step + max(dearer, 0.0) * self._extra(program)
 
-    def _cost_per_draft(self, program: Program) -> float | None:
-        """Extra cost of one draft, in AR steps, at the nearest measured place.
+    def _extra(self, program: Program) -> float:
+        """Return what drafts and their verification should add to a step.
 
-        A round of gamma = 0 is the AR step, so the line through it and any measured
-        round gives the cost of one more draft with its verification.
+        gamma drafts at a share of a step each, and a verification that costs what a
+        step of rows x (gamma + 1) rows does: next to nothing more where steps are bound
+        by weights, all of it where they are bound by arithmetic.
         """
-        found: list[tuple[float, float]] = []
-        for other, seconds in self.seconds.items():
-            step = self._curve(0, other.rows, other.cache_length)
-            if other.gamma and step:
-                distance = _distance(other, program.rows, program.cache_length)
-                # Of several gammas measured there, the nearest tells most.
-                distance += 0.1 * abs(other.gamma - program.gamma)
-                found.append((distance, (seconds / step - 1) / other.gamma))
-        return max(min(found)[1], 0.0) if found else None
+        rows, length, gamma = program
+        step = self._curve(0, rows, length) or 0.0
+        verification = self._curve(0, rows * (gamma + 1), length) or 0.0
+        return gamma * DRAFT_SHARE * step + verification - step
 
     def _curve(self, gamma: int, rows: int, length: int) -> float | None:
         """Interpolate the measured programs of one gamma, log-log in rows."""
         points = [p for p in self.seconds if p.gamma == gamma]
         if not points:
             return None
-        near = min(points, key=lambda p: _distance(p, rows, length)).cache_length
+        wanted = Program(rows, length, gamma)
+        near = min(points, key=lambda p: _distance(p, wanted)).cache_length
         line = sorted(
             (p.rows, self.seconds[p]) for p in points if p.cache_length == near
         )
         return _power_law(line, rows) * (length / near) ** LENGTH_EXPONENT
 
 
-def _distance(program: Program, rows: int, length: int) -> float:
-    return abs(math.log2(program.cache_length / length)) + 0.25 * abs(
-        math.log2(program.rows / rows)
+def _distance(one: Program, other: Program) -> float:
+    """How much two programs differ: cache length most, then rows, then gamma."""
+    return (
+        abs(math.log2(one.cache_length / other.cache_length))
+        + 0.25 * abs(math.log2(one.rows / other.rows))
+        + 0.1 * abs(one.gamma - other.gamma)
     )
 
 

@@ -194,7 +194,7 @@ def _abstract(tree: Any) -> Any:
 def signature(tree: Any) -> Hashable:
     """Return a hashable description of a pytree: structure, shapes, dtypes."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((np.shape(x), jnp.dtype(x.dtype).name) for x in leaves)
+    return structure, tuple((x.shape, x.dtype) for x in leaves)
 
 
 class Engine:

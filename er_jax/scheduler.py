@@ -171,6 +171,7 @@ class Batch:
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
         self.program: Program | None = None
+        self._compiled: set[Program] = set()
         rows, cache_length = request.slots, request.cache_lengths[-1]
         self.sequence = np.full(rows, NONE)
         self.resident = np.full(rows, NONE)
@@ -324,8 +325,12 @@ class Batch:
     def compile_s(self, program: Program) -> float:
         """Return the seconds until this batch can run a program; 0 if it is ready."""
         seconds = 0.0
-        if not self.engine.has_window(program, self.params):
-            seconds += self.engine.expected_compile_s("window")
+        # Asked for every option before every window; once compiled, always compiled.
+        if program not in self._compiled:
+            if self.engine.has_window(program, self.params):
+                self._compiled.add(program)
+            else:
+                seconds += self.engine.expected_compile_s("window")
         if not self.engine.has_take(self.state, program.rows, program.cache_length):
             seconds += self.engine.expected_compile_s("take")
         return seconds

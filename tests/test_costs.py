@@ -92,19 +92,39 @@ def test_readings_of_the_nearest_length_are_used() -> None:
 
 
 def test_a_draft_costs_what_it_cost_elsewhere() -> None:
-    """18 against 10 for four drafts: a fifth of a step each."""
+    """A step grows with the root of rows, so verifying n positions costs n ** .5.
+
+    Four drafts should add 4 x .5 + 5 ** .5 - 1 steps and were measured to add .8; the
+    same share of what they should add is predicted for other gammas and sizes.
+    """
     table = known({(1, 128, 0): 10.0, (1, 128, 4): 18.0, (4, 128, 0): 20.0})
-    for gamma, seconds in ((2, 14.0), (4, 18.0), (8, 26.0)):
-        assert table.round_seconds(Program(1, 128, gamma)) == pytest.approx(seconds)
-    assert table.round_seconds(Program(4, 128, 2)) == pytest.approx(28.0)
-    # The same gamma measured at another size is better evidence than another gamma.
-    assert table.round_seconds(Program(4, 128, 4)) == pytest.approx(36.0)
+    share = 0.8 / (4 * 0.5 + 5**0.5 - 1)
+    for rows, step in ((1, 10.0), (4, 20.0)):
+        for gamma in (1, 2, 4, 8):
+            seconds = step * (1 + share * (gamma * 0.5 + (gamma + 1) ** 0.5 - 1))
+            found = table.round_seconds(Program(rows, 128, gamma))
+            assert found == pytest.approx(seconds)
+
+
+def test_verification_is_dear_where_steps_are_bound_by_arithmetic() -> None:
+    """Bound by weights a step costs the same for any rows; else what its rows cost."""
+    bound_by_weights = known({(1, 128, 0): 1, (64, 128, 0): 1, (1, 128, 4): 3})
+    assert bound_by_weights.round_seconds(Program(64, 128, 4)) == pytest.approx(3.0)
+    by_arithmetic = known({(8, 128, 0): 1, (64, 128, 0): 8, (8, 128, 4): 7})
+    assert by_arithmetic.round_seconds(Program(64, 128, 4)) == pytest.approx(56.0)
 
 
 def test_of_several_gammas_the_nearest_tells_most() -> None:
     table = known({(1, 128, 0): 10.0, (1, 128, 1): 11.0, (1, 128, 8): 90.0})
-    assert table.round_seconds(Program(1, 128, 2)) == pytest.approx(12.0)
-    assert table.round_seconds(Program(1, 128, 6)) == pytest.approx(70.0)
+
+    def extra(gamma: int) -> float:
+        return gamma * 0.5 + (gamma + 1) ** 0.5 - 1
+
+    near_one, near_eight = (
+        table.round_seconds(Program(1, 128, gamma)) for gamma in (2, 6)
+    )
+    assert near_one == pytest.approx(10 + 1 * extra(2) / extra(1))
+    assert near_eight == pytest.approx(10 + 80 * extra(6) / extra(8))
 
 
 def test_drafts_are_never_predicted_to_be_less_than_free() -> None:

@@ -394,7 +394,9 @@ class Trainer:
                 advantage=float(advantages.flat[row]),
             )
             for row, length in enumerate(out.lengths)
-            if length > 0  # a first logit that was not finite leaves nothing to learn
+            # Without a KL, a group of equal rewards has no gradient: half the work
+            # saved. Length 0 is a first logit that was not finite.
+            if length > 0 and (grpo.kl_coef > 0 or advantages.flat[row] != 0)
         ]
 
         start = time.perf_counter()
@@ -458,7 +460,7 @@ class Trainer:
                 self.ref_params,
                 chunks,
                 jnp.float32(grpo.temperature),
-                jnp.float32(len(examples)),
+                jnp.float32(grpo.num_completions),
                 options=grpo.loss,
                 drafter=self.drafter,
             )
