@@ -172,20 +172,28 @@ def sampling_settings(key: jax.Array, stop_ids: Sequence[int]) -> Sampling:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("policy", "prompt_length"), donate_argnames=("state",)
+)
 def run_static(
-    policy: Policy, params: Params, state: DecodeState, settings: Sampling
+    policy: Policy,
+    params: Params,
+    state: DecodeState,
+    settings: Sampling,
+    *,
+    prompt_length: int,
 ) -> DecodeState:
     """Prefill a batch and decode it until its longest row ends. Donates `state`.
 
     Args:
       policy, params: the model.
       state: prompts in `tokens`, all rows live. settings: of sampling.
+      prompt_length: static; tokens of the longest prompt.
     """
-    offsets = jnp.arange(PROMPT_LENGTH, dtype=jnp.int32)[None]
+    offsets = jnp.arange(prompt_length, dtype=jnp.int32)[None]
     known = state.prompt_length[:, None]
     positions = jnp.where(offsets < known - 1, offsets, NONE)
-    prompts = state.tokens[:, :PROMPT_LENGTH]
+    prompts = state.tokens[:, :prompt_length]
     _, cache = policy.forward(params, prompts, positions, state.cache)
     pair = PolicyParams(policy=params, draft=None)
 
@@ -207,15 +215,22 @@ class StaticBatch:
     Args:
       policy, params: the model. slots: rows of a batch.
       max_new_tokens: limit of a completion; the cache holds it from the start.
+      prompt_length: tokens of the longest prompt.
     """
 
     def __init__(
-        self, policy: Policy, params: Params, slots: int, max_new_tokens: int
+        self,
+        policy: Policy,
+        params: Params,
+        slots: int,
+        max_new_tokens: int,
+        prompt_length: int = PROMPT_LENGTH,
     ) -> None:
         self.policy, self.params, self.slots = policy, params, slots
-        self.max_new_tokens = max_new_tokens
-        step = 64 if PROMPT_LENGTH + max_new_tokens <= 512 else 128
-        self.cache_length = -(-(PROMPT_LENGTH + max_new_tokens) // step) * step
+        self.max_new_tokens, self.prompt_length = max_new_tokens, prompt_length
+        whole = prompt_length + max_new_tokens
+        step = 64 if whole <= 512 else 128
+        self.cache_length = -(-whole // step) * step
         self.compile_s = 0.0
         self._call: Any = None
 
@@ -225,7 +240,7 @@ class StaticBatch:
         """Return the completions in order, and the seconds without compilation.
 
         Args:
-          prompts: of at most `PROMPT_LENGTH` tokens. settings: of sampling.
+          prompts: of at most `prompt_length` tokens. settings: of sampling.
         """
         seconds, completions = 0.0, []
         for first in range(0, len(prompts), self.slots):
@@ -236,7 +251,9 @@ class StaticBatch:
             if self._call is None:
                 start = time.perf_counter()
                 arguments = (self.params, state, settings)
-                self._call = run_static.lower(self.policy, *arguments).compile()
+                self._call = run_static.lower(
+                    self.policy, *arguments, prompt_length=self.prompt_length
+                ).compile()
                 self.compile_s = time.perf_counter() - start
             start = time.perf_counter()
             state = self._call(self.params, state, settings)

@@ -3,9 +3,9 @@
 Three ideas. *Acceptance* is estimated per depth from the histogram of each window.
 *Speed* of a program is expected tokens per round over its seconds per round; gamma = 0
 is one of the choices, so switching speculation off is nothing special. *Rent or buy*
-decides about compiling: time lost by running the best compiled program instead of the
-best one is added up, and the better program is compiled when the sum reaches what its
-compilation takes. In the worst case that loses twice the best possible.
+decides about compiling: for every program that is not compiled, the time lost by
+running the best compiled one instead is added up, and the program is compiled when its
+sum reaches what its compilation takes.
 
 A controller is a host object, kept across RL steps. Left out: the published rule and
 its roofline, acceptance per temperature, probing.
@@ -140,7 +140,7 @@ class Controller:
         self.table = LatencyTable()
         self.acceptance = AcceptanceEstimate.empty(max(self.gammas))
         self._lost_s: dict[Program, float] = {}
-        self._wanted: Program | None = None
+        self._wanted: list[Program] = []
 
     def __repr__(self) -> str:
         return f"Controller({self.control!r}, gammas={self.gammas})"
@@ -173,12 +173,16 @@ class Controller:
         # Reversed, so that the fall-back wins while nothing is known.
         ready = [p for p in reversed(options) if not compile_s(p)] or [options[-1]]
         best_ready = max(ready, key=speeds.__getitem__)
-        best = max(options, key=speeds.__getitem__)
-        self._wanted = None
-        if speeds[best] > speeds[best_ready] * (1 + HYSTERESIS):
-            if self._lost_s.get(best, 0.0) >= self.patience * compile_s(best):
-                return best
-            self._wanted = best
+        worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
+        self._wanted = [p for p in options if speeds[p] > worthwhile]
+        paid = [
+            program
+            for program in self._wanted
+            if self._lost_s.get(program, 0.0) >= self.patience * compile_s(program)
+        ]
+        if paid:
+            self._wanted = []
+            return max(paid, key=speeds.__getitem__)
         if current in ready and speeds[best_ready] <= speeds[current] * (
             1 + HYSTERESIS
         ):
@@ -188,7 +192,7 @@ class Controller:
     def observe(
         self, program: Program, num_rounds: int, accepted: np.ndarray, seconds: float
     ) -> None:
-        """Learn from a window, and book the time lost against a program not compiled.
+        """Learn from a window, and book the time lost against programs not compiled.
 
         Args:
           program: what ran. num_rounds: its rounds.
@@ -197,11 +201,10 @@ class Controller:
         """
         self.table.observe(program, seconds, num_rounds)
         self.acceptance.observe(accepted)
-        used = self.speed(program)
-        wanted = self.speed(self._wanted) if self._wanted else None
-        if self._wanted and used and wanted:
-            lost = seconds * max(0.0, 1 - used / wanted)
-            self._lost_s[self._wanted] = self._lost_s.get(self._wanted, 0.0) + lost
+        used = self.speed(program) or 0.0
+        for wanted in self._wanted:
+            lost = seconds * max(0.0, 1 - used / (self.speed(wanted) or used or 1.0))
+            self._lost_s[wanted] = self._lost_s.get(wanted, 0.0) + lost
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was learnt as JSON-ready values."""
