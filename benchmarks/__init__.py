@@ -1,8 +1,8 @@
 """What the library costs and saves, one script per claim.
 
 Each script is run as a module from the root of the project, prints what it measures,
-and writes a JSON record and a plot. `README.md` beside this file holds the claims, their
-conditions and the settings that lose.
+and writes a JSON record and a plot. `README.md` beside this file holds the claims,
+their conditions and the settings that lose.
 
 * `steps`: a pass over the weights at a time, by rows and cache length.
 * `rollout`: whole rollouts, by control and by how long completions are.

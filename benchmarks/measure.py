@@ -108,9 +108,7 @@ def interleave(
     return readings
 
 
-def paired_ratio(
-    top: Sequence[float], bottom: Sequence[float]
-) -> dict[str, float]:
+def paired_ratio(top: Sequence[float], bottom: Sequence[float]) -> dict[str, float]:
     """Return the spread of the ratios of readings taken in the same repeat.
 
     A machine that slows down for a while slows both, so this is steadier than a ratio
@@ -210,7 +208,9 @@ def problems(record: Mapping[str, Any]) -> list[str]:
         if key not in record.get("environment", {}):
             bad.append(f"the environment has no {key!r}")
     for index, point in enumerate(record.get("points", [])):
-        bad += [f"point {index} has no {key!r}" for key in CONDITIONS if key not in point]
+        bad += [
+            f"point {index} has no {key!r}" for key in CONDITIONS if key not in point
+        ]
     return bad
 
 

@@ -20,7 +20,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -112,9 +112,7 @@ def pass_bytes(pass_: Pass, target: int, draft: int, cache: int) -> int:
     return target + cache + drafts * (draft + cache)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("policy",), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("state",))
 def draft_loop(
     policy: Policy,
     draft: Params,
@@ -196,9 +194,7 @@ def _start(state: DecodeState, gamma: int) -> jax.Array:
     return state.length[:, None] - 1 + offsets
 
 
-def _next_positions(
-    positions: jax.Array, step: int, state: DecodeState
-) -> jax.Array:
+def _next_positions(positions: jax.Array, step: int, state: DecodeState) -> jax.Array:
     """Advance, and begin again where the cache ends."""
     moved = positions + step
     fits = jnp.all(moved < state.cache_length, axis=-1, keepdims=True)
@@ -266,16 +262,17 @@ class Bench:
             rounds_per_test=self.rounds_per_test,
         )
 
-    def compile(self, passes: Sequence[Pass], *, workers: int = 1) -> None:
-        """Compile passes, several at a time; `compile_s` says how long each took."""
-
-        def build(pass_: Pass) -> None:
+    def build(self, pass_: Pass) -> None:
+        """Compile a pass, if it is not yet; `compile_s` says how long it took."""
+        if pass_ not in self._calls:
             start = time.perf_counter()
             self._calls[pass_] = self._lower(pass_).compile()
             self.compile_s[pass_] = time.perf_counter() - start
 
+    def compile(self, passes: Sequence[Pass], *, workers: int = 1) -> None:
+        """Compile passes, several at a time."""
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            list(pool.map(build, [p for p in passes if p not in self._calls]))
+            list(pool.map(self.build, passes))
 
     def _fresh_state(self) -> DecodeState:
         """Return the batch with every row live at length 1."""
@@ -334,6 +331,10 @@ class Bench:
         """Return seconds per pass; `warm_up` comes first."""
         seconds, done = self.run(pass_, self._num[pass_])
         return seconds / done
+
+    def readers(self, passes: Sequence[Pass]) -> dict[str, Callable[[], float]]:
+        """Return `read` of each pass by its label, for `measure.interleave`."""
+        return {p.label: functools.partial(self.read, p) for p in passes}
 
     def tokens_per_round(self, pass_: Pass) -> float:
         """Return the mean of tokens that a row gained in the rounds run so far."""

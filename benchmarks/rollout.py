@@ -28,6 +28,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 import er_jax
 from benchmarks import measure, passes, presets, workloads
@@ -79,8 +80,9 @@ class Args:
       draft: kind of draft: int8, int4, int4g128 or int4g32.
       dtype: of weights, activations and cache: float32 or bfloat16.
       repeats: interleaved readings of each control, after the warm-up.
-      patience: of the controller of `best`: 0 compiles a better program at once, so that
-        the warm-up ends where a long training run would; 1 is the library's default.
+      patience: of the controllers: a better program is compiled when the time lost
+        without it exceeds this many times its compilation. Below the library's default
+        of 1, so that a short warm-up ends where a long training run would.
       policy: directory of a run of train.grpo; its policy, prompts and own lengths
         replace presets and planned lengths.
       readme: whose first Python block is the quick start.
@@ -93,11 +95,11 @@ class Args:
     presets: tuple[str, ...] = ("3M", "90M")
     lengths: tuple[str, ...] = ("flat", "tail", "capped")
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    gammas: tuple[int, ...] = (2, 4, 6, 8)
+    gammas: tuple[int, ...] = (2, 4, 8)
     draft: str = "int8"
     dtype: str = "float32"
     repeats: int = 5
-    patience: float = 0.0
+    patience: float = 0.1
     policy: Path | None = None
     readme: Path = measure.ROOT / "README.md"
     out: Path | None = None
@@ -178,10 +180,15 @@ class Runner:
     def warm_up(self) -> None:
         """Run until nothing is compiled any more."""
         clean = 0
-        while clean < CLEAN_RUNS and self.num_warm_ups < MAX_WARM_UPS:
-            self.run()
-            self.num_warm_ups += 1
-            clean = 0 if self.outs[-1].stats.compiled else clean + 1
+        with tqdm(
+            desc=f"{self.task.name}: warm-up of {self.control}", unit="run"
+        ) as bar:
+            while clean < CLEAN_RUNS and self.num_warm_ups < MAX_WARM_UPS:
+                self.run()
+                self.num_warm_ups += 1
+                clean = 0 if self.outs[-1].stats.compiled else clean + 1
+                bar.set_postfix(programs=self.programs, refresh=False)
+                bar.update()
         self.outs.clear()
 
     def completions(self) -> list[np.ndarray]:
@@ -358,7 +365,8 @@ def measure_workloads(args: Args, timeline: Path) -> Iterator[dict[str, Any]]:
     for preset in args.presets:
         size = SIZES[preset]
         for kind in args.lengths:
-            lengths = workloads.LENGTHS[kind](size.num, size.max_new_tokens)
+            planned = workloads.LENGTHS[kind](size.num, size.max_new_tokens)
+            lengths = planned.tolist()
             task = planned_task(preset, args, lengths, size.slots, size.max_new_tokens)
             point, runners = measure_task(task, args, static=True)
             if kind == "tail":

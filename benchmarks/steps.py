@@ -4,8 +4,8 @@
     python -m benchmarks.steps --quick    # a minute, to see that it runs
 
 Writes `steps.json` and `steps.png`. What a pass is, and which bytes it must read, is in
-`passes`. The speed-up of a round is its tokens, with the acceptance measured in the very
-same rounds, over its cost in autoregressive passes.
+`passes`. The speed-up of a round is its tokens, with the acceptance measured in the
+very same rounds, over its cost in autoregressive passes.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def measure_points(args: Args) -> Iterator[dict[str, Any]]:
                 bench.compile(timed, workers=args.workers)
                 bench.warm_up(timed, args.reading_s)
                 readings = measure.interleave(
-                    {p.label: (lambda p=p: bench.read(p)) for p in timed},
+                    bench.readers(timed),
                     args.repeats,
                     desc=f"{name}, {rows} rows, length {cache_length}",
                 )
@@ -144,9 +144,7 @@ def lines(points: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
             f"{p['preset']} {p['rows']}x{p['cache_length']}",
-            " ".join(
-                str(x) for x in (e["kind"], e["gamma"] or "", e["draft"]) if x
-            ),
+            " ".join(str(x) for x in (e["kind"], e["gamma"] or "", e["draft"]) if x),
             1e3 * e["seconds"]["median"],
             100 * (e["seconds"]["q3"] - e["seconds"]["q1"]) / e["seconds"]["median"],
             e["cost_ratio"]["median"],

@@ -1,9 +1,9 @@
 """What whole rollouts are measured on: planned lengths, and the static batch.
 
-A random policy stops at random, so lengths are planned: a prompt's first two tokens name
-the position at which its completion ends, and a wrapper around the policy masks the stop
-token everywhere else. Target and draft follow the same plan, as a trained pair would;
-all other tokens stay the policy's own.
+A random policy stops at random, so lengths are planned: a prompt's first two tokens
+name the position at which its completion ends, and a wrapper around the policy masks
+the stop token everywhere else. Target and draft follow the same plan, as a trained pair
+would; all other tokens stay the policy's own.
 
 Three kinds of lengths, none of which stands for all of RL. *flat*: every completion is
 equally long, so nothing is ever compacted. *tail*: most are short, a few are very long.
@@ -67,7 +67,8 @@ class PlannedLengths:
         """Run the policy underneath; hidden has one feature more."""
         hidden, inner = self.policy.forward(params, tokens, positions, cache["policy"])
         known = kv_cache.write(cache["known"], tokens, positions)
-        end = known[:, :1] * jnp.int32(self.vocab_size) + known[:, 1:2]
+        values = jnp.array([[self.vocab_size, 1]], jnp.int32)[:, : known.shape[1]]
+        end = jnp.sum(known[:, :2] * values, axis=1, keepdims=True, dtype=jnp.int32)
         is_last = (positions + 1 == end)[..., None].astype(hidden.dtype)
         hidden = jnp.concatenate([hidden, is_last], axis=-1)
         return hidden, {"policy": inner, "known": known}
@@ -135,7 +136,7 @@ def capped_lengths(num: int, max_new_tokens: int) -> np.ndarray:
 
 
 def _quantiles(sample: np.ndarray, num: int, limit: int) -> np.ndarray:
-    """Return evenly spaced quantiles, scaled from `TRACE_CAP` to the limit, shuffled."""
+    """Return evenly spaced quantiles, scaled to the limit, in random order."""
     values = np.quantile(sample, (np.arange(num) + 0.5) / num) * limit / TRACE_CAP
     lengths = np.clip(np.rint(values), 1, limit).astype(int)
     return np.random.default_rng(1).permutation(lengths)

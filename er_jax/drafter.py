@@ -74,10 +74,13 @@ class QuantizedWeight:
 
     tensor: AQT's container. Codes int8 or int4, `[out, in]`, or `[in/g, g, out]` with
       groups of g; scales float32 `[out, 1]`, or `[in/g, 1, out]`.
-    act_bits: static; see `DrafterConfig`.
+    is_grouped: static; whether the second layout is meant. act_bits: static; see
+      `DrafterConfig`.
+    Leading axes, as of stacked layers, stand before all of these.
     """
 
     tensor: aqt_tensor.QTensor
+    is_grouped: bool = struct.field(pytree_node=False)
     act_bits: int | str = struct.field(pytree_node=False)
 
     @property
@@ -153,7 +156,9 @@ def _quantize_weight(weight: jax.Array, path: str, config: DrafterConfig) -> Any
     # rounded before the codes are.
     tensor, _ = quantizer.quant(weight.astype(jnp.float32), calibration_axes=(axis,))
     return QuantizedWeight(
-        tensor=tensor.astype(jnp.dtype(jnp.float32)), act_bits=config.act_bits
+        tensor=tensor.astype(jnp.dtype(jnp.float32)),
+        is_grouped=config.group_size is not None,
+        act_bits=config.act_bits,
     )
 
 
@@ -242,13 +247,18 @@ def check_draft(params: PolicyParams) -> None:
     def weight_shape(leaf: Any) -> tuple[int, ...]:
         if isinstance(leaf, TiedEmbedding):
             return tuple(leaf.table.shape)
+        if isinstance(leaf, QuantizedWeight) and leaf.is_grouped:
+            *stack, groups, size, out = leaf.codes.shape
+            return (*stack, groups * size, out)
         if isinstance(leaf, QuantizedWeight):
-            codes = leaf.codes.shape
-            return (codes[0] * codes[1], codes[2]) if len(codes) == 3 else codes[::-1]
+            *stack, out, size = leaf.codes.shape
+            return (*stack, size, out)
         return tuple(leaf.shape)
 
     def compare(path: tuple[Any, ...], policy: Any, draft: Any) -> None:
         wanted, found = weight_shape(policy), weight_shape(draft)
+        if isinstance(draft, TiedEmbedding) and draft.projection is not None:
+            found = weight_shape(draft.projection)[::-1]
         if wanted != found:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
@@ -270,6 +280,8 @@ def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
     Returns:
       `[..., out]`.
     """
+    if x.ndim == 1:
+        return dot(x[None], w, out_dtype=out_dtype)[0]
     if isinstance(w, TiedEmbedding):
         if w.projection is not None:
             return dot(x, w.projection, out_dtype=out_dtype)
@@ -326,7 +338,7 @@ def _quantized_dot(x: jax.Array, w: QuantizedWeight, out_dtype: Any) -> jax.Arra
 def _weight_only_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
     wide = wide_dtype(x.dtype)
     codes, scale = w.codes.astype(x.dtype), w.scale.astype(wide)
-    if w.codes.ndim == 2:
+    if not w.is_grouped:
         dims = (((x.ndim - 1,), (1,)), ((), ()))
         return lax.dot_general(x, codes, dims, preferred_element_type=wide) * (
             scale.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -342,7 +354,7 @@ def _integer_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
     x8 = jnp.round(x32 / step).astype(jnp.int8)
     # int4 codes must be widened first: a mixed product becomes int32 x int32.
     codes, scale = w.codes.astype(jnp.int8), w.scale.astype(wide)
-    if w.codes.ndim == 2:
+    if not w.is_grouped:
         dims = (((x.ndim - 1,), (1,)), ((), ()))
         total = lax.dot_general(x8, codes, dims, preferred_element_type=jnp.int32)
         total = total.astype(wide) * scale.reshape((1,) * (x.ndim - 1) + (-1,))

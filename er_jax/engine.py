@@ -269,12 +269,17 @@ class Engine:
         )
         return program.call(state, rows)
 
-    def _window_name(self, program: Program, draft: Params) -> tuple[Any, ...]:
-        return ("window", *program, signature(draft) if program.gamma else None)
+    def _window_name(
+        self, program: Program, draft: Params, num_stop_ids: int
+    ) -> tuple[Any, ...]:
+        kind = signature(draft) if program.gamma else None
+        return ("window", *program, num_stop_ids, kind)
 
-    def has_window(self, program: Program, params: PolicyParams) -> bool:
-        """Whether this window is compiled for drafts of this kind."""
-        return self._window_name(program, params.draft) in self.compiled
+    def has_window(
+        self, program: Program, params: PolicyParams, num_stop_ids: int
+    ) -> bool:
+        """Whether this window is compiled for such drafts and so many stop ids."""
+        return self._window_name(program, params.draft, num_stop_ids) in self.compiled
 
     def expected_compile_s(self, kind: str) -> float:
         """Return the seconds one more program of a kind should take to compile."""
@@ -307,7 +312,7 @@ class Engine:
         limits = (np.int32(exit_live), np.int32(max_rounds))
         arguments = (params, state, settings, *limits)
         compiled = self._program(
-            self._window_name(program, params.draft),
+            self._window_name(program, params.draft, len(settings.stop_ids)),
             lambda: run_window.lower(
                 self.policy,
                 *_abstract(arguments),

@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from er_jax import calibrate, engine, scheduler
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.control import DEFAULT_GAMMAS, Controller, parse_control
-from er_jax.drafter import DrafterConfig, PolicyParams, check_draft
+from er_jax.drafter import DrafterConfig, PolicyParams, attach_draft, check_draft
 from er_jax.scheduler import Completion, Request
 from er_jax.stats import RolloutStats
 from er_jax.types import NONE, LogprobKind, Params, Policy, Sampling
@@ -77,15 +78,23 @@ class RolloutConfig:
     drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
 
     def __post_init__(self) -> None:
+        for name in ("gammas", "stop_token_ids"):
+            # Lists do, as they come out of a file; a tuple can name a program.
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("max_new_tokens", "n", "max_slots", "top_k", "pad_id"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or abs(value) >= 2**31:
+                raise ValueError(f"{name}={value} must be a whole number of type int32")
         for name in ("max_new_tokens", "n", "max_slots"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        for name, low, high, remedy in (
+        ranges: tuple[tuple[str, float, float, str], ...] = (
             ("temperature", 0.0, math.inf, "use 0 for greedy decoding"),
             ("top_k", 0, math.inf, "use 0 to switch it off"),
             ("min_p", 0.0, 1.0, "use 0 to switch it off"),
-        ):
+        )
+        for name, low, high, remedy in ranges:
             value = getattr(self, name)
             if not low <= value <= high or value == math.inf:
                 raise ValueError(
@@ -196,6 +205,7 @@ def rollout(
     _check_token_ids(config, policy.vocab_size)
     _check_length(arrays, config, getattr(policy, "max_length", None))
     request = _plan(arrays, ids, config)
+    settings = _settings(config, key)
     bare = params.policy if isinstance(params, PolicyParams) else params
     programs = engine.engine_for(policy, bare, config.accept)
     if controller is None:
@@ -205,6 +215,11 @@ def rollout(
     _check_controller(controller, config)
     if isinstance(params, PolicyParams):
         check_draft(params)
+    if not programs.compiled:
+        _check_parameters(policy, bare)
+        if not isinstance(params, PolicyParams) and max(controller.gammas):
+            # What cannot be quantized is found before anything is compiled.
+            jax.eval_shape(lambda p: attach_draft(p, config.drafter), bare)
     request = _with_memory(policy, params, request, controller)
 
     stats = RolloutStats()
@@ -223,7 +238,7 @@ def rollout(
         programs,
         pair,
         request,
-        _settings(config, key),
+        settings,
         controller,
         stats,
         on_finish=on_finish,
@@ -292,6 +307,12 @@ def _checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:
         raise ValueError(
             "sequence_ids must be integers from 0 to 2**31 - 1; number the completions"
         )
+    values, counts = np.unique(array, return_counts=True)
+    if counts.max() > 1:
+        raise ValueError(
+            f"sequence_ids holds {values[counts > 1][0]} twice: two completions of one "
+            "prompt would be the same; give every completion its own"
+        )
     return array.astype(np.int64)
 
 
@@ -317,6 +338,28 @@ def _check_length(
                 f"shorten it to {max(max_length - config.max_new_tokens, 0)} tokens or "
                 "lower max_new_tokens"
             )
+
+
+def _check_parameters(policy: Policy, params: Params) -> None:
+    """Trace one token through the policy, with shapes alone."""
+
+    def one_token(params: Params) -> jax.Array:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        hidden, _ = policy.forward(params, tokens, tokens, policy.init_cache(1, 1))
+        return policy.logits(params, hidden)
+
+    remedy = "use the parameters that belong to it, as policy.init makes them"
+    try:
+        logits = jax.eval_shape(one_token, params)
+    except Exception as error:
+        raise ValueError(
+            f"params does not fit the policy: {error}; {remedy}"
+        ) from error
+    if logits.shape != (1, 1, policy.vocab_size):
+        raise ValueError(
+            f"params does not fit the policy: one token's logits have shape "
+            f"{logits.shape} instead of {(1, 1, policy.vocab_size)}; {remedy}"
+        )
 
 
 def _check_controller(controller: Controller, config: RolloutConfig) -> None:
@@ -390,7 +433,7 @@ def _with_memory(
             f"{(weights + draft + states) / 1e9:.1f} GB (parameters "
             f"{weights / 1e9:.1f}, draft {draft / 1e9:.1f}, cache {states / 1e9:.1f}), "
             f"and the device has {limit / 1e9:.1f} GB; lower max_slots or "
-            "max_new_tokens"
+            "max_new_tokens, or give shorter prompts"
         )
     return dataclasses.replace(
         request,
@@ -420,13 +463,16 @@ def _with_draft(
 
 
 def _settings(config: RolloutConfig, key: jax.Array) -> Sampling:
+    remedy = "give one key, as jax.random.key makes it"
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"key={key!r} is no random key; {remedy}")
     typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and key.dtype != np.uint32:
+        raise ValueError(f"key has dtype {key.dtype}, not uint32; {remedy}")
+    if key.shape != (() if typed else (2,)):
+        raise ValueError(f"key has shape {key.shape}; {remedy}")
     data = np.asarray(jax.random.key_data(key) if typed else key)
     if data.shape != (2,):
-        if not typed or data.ndim != 1:
-            raise ValueError(
-                f"key has shape {key.shape}; give one key, as jax.random.key makes it"
-            )
         # Another generator's key: two words drawn from it seed the counter noise.
         data = np.asarray(jax.random.bits(key, (2,), np.uint32))
     stops = list(dict.fromkeys(config.stop_token_ids))

@@ -115,7 +115,7 @@ def run(
     Raises:
       RolloutError: anything failed on the way; it carries the finished completions.
     """
-    batch = Batch(engine, params, request, stats)
+    batch = Batch(engine, params, request, stats, settings)
     with tqdm(total=len(request.prompt_of), unit="seq", disable=not progress) as bar:
         try:
             while batch.queue or batch.num_live:
@@ -129,9 +129,7 @@ def run(
                 )
                 batch.move_to(program)
                 seconds = controller.table.round_seconds(program)
-                finished = batch.run_window(
-                    settings, program.gamma, seconds, controller
-                )
+                finished = batch.run_window(program.gamma, seconds, controller)
                 for sequence in finished:
                     bar.update()
                     if on_finish is not None:
@@ -164,8 +162,9 @@ class Batch:
         params: PolicyParams,
         request: Request,
         stats: RolloutStats,
+        settings: Sampling,
     ) -> None:
-        self.engine, self.params = engine, params
+        self.engine, self.params, self.settings = engine, params, settings
         self.request, self.stats = request, stats
         self.queue = collections.deque(range(len(request.prompt_of)))
         self.completions: dict[int, Completion] = {}
@@ -327,7 +326,9 @@ class Batch:
         seconds = 0.0
         # Asked for every option before every window; once compiled, always compiled.
         if program not in self._compiled:
-            if self.engine.has_window(program, self.params):
+            if self.engine.has_window(
+                program, self.params, len(self.settings.stop_ids)
+            ):
                 self._compiled.add(program)
             else:
                 seconds += self.engine.expected_compile_s("window")
@@ -365,7 +366,6 @@ class Batch:
 
     def run_window(
         self,
-        settings: Sampling,
         gamma: int,
         round_s: float | None,
         controller: Controller,
@@ -378,7 +378,7 @@ class Batch:
         self.state, info, seconds = self.engine.window(
             self.params,
             self.state,
-            settings,
+            self.settings,
             gamma,
             exit_live=min(self._exit_live(), live_before - 1),
             max_rounds=max_rounds,

@@ -52,7 +52,7 @@ def sentences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
         follow = (7 * tokens[:, i - 1] + kind) % 27 + 5
         other = rng.integers(5, V, count)
         token = np.where(rng.random(count) < 1 / 8, other, follow)
-        ended |= rng.random(count) < 0.25 / 3.0 ** (kind - 1)
+        ended |= rng.random(count) < 0.1 / 2.5 ** (kind - 1)
         tokens[:, i] = np.where(ended, STOP, token)
     return tokens
 
@@ -128,7 +128,7 @@ SMALL = Work(
     rows=(2, 8),
 )
 LARGE = Work(
-    prompts=((1, 9), (2, 14, 6, 8, 22), (3, 30, 17), (4, 5, 31, 7, 8, 9, 10, 11, 6)),
+    prompts=((4, 9), (2, 14, 6, 8, 22), (3, 30, 17), (4, 5, 31, 7, 8, 9, 10, 11, 6)),
     per_prompt=4,
     max_new_tokens=200,
     gammas=(0, 1, 4),

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from er_jax import Completion, Controller, RolloutError, RolloutStats, scheduler
+from er_jax.calibrate import neutral_sampling
 from er_jax.drafter import PolicyParams
 from er_jax.scheduler import Batch, Request
 from er_jax.types import NONE, Admission, DecodeState, Finish, Program, WindowInfo
 
 STOP = 99
 PARAMS = PolicyParams(policy=None, draft=None)
-SETTINGS: Any = None  # only ever handed on
+SETTINGS = neutral_sampling()
 
 
 def natural_length(sequence_id: int) -> int:
@@ -182,7 +183,9 @@ class PretendedEngine:
         fields["sequence_id"] = np.where(rows >= 0, fields["sequence_id"], NONE)
         return self._keep(DecodeState(**fields))
 
-    def has_window(self, program: Program, params: PolicyParams) -> bool:
+    def has_window(
+        self, program: Program, params: PolicyParams, num_stop_ids: int
+    ) -> bool:
         return ("window", *program) in self.compiled
 
     def expected_compile_s(self, kind: str) -> float:

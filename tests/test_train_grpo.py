@@ -158,6 +158,20 @@ def test_speculation_changes_nothing_but_ties_in_float32(tmp_path, capsys):
     assert "float32, ar against fixed:4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("gap", "verdict"), [(9e-5, "a rounding tie"), (2e-4, "NOT A TIE")]
+)
+def test_where_rounding_ends(gap, verdict, capsys):
+    ties = [compare.Tie(sequence=7, position=31, tokens=(4, 5), gap=gap)]
+    compare.report_ties(3, ties, 1000)
+    text = capsys.readouterr().out
+    assert "step 3: 1 sequences differ" in text
+    assert (
+        f"sequence 7, position 31: drew 4 and 5, {gap:.1e} nats apart: {verdict}"
+        in (text)
+    )
+
+
 @pytest.mark.slow
 def test_a_difference_that_is_no_tie_is_found(x64, tmp_path, capsys):
     run = dataclasses.replace(tiny.CONFIG, out=tmp_path, dtype="float64", steps=1)
