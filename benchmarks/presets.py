@@ -6,6 +6,7 @@ Left out: trained policies, which `rollout --policy` loads.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -92,15 +93,23 @@ def random_params(policy: Decoder, seed: int = 0) -> Any:
     return policy.init(jax.random.key(seed))
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def _draft_of(params: Any, *, config: DrafterConfig) -> Any:
+    return er_jax.attach_draft(params, config).draft
+
+
 def drafts(params: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the drafts of these names, shared leaves left out."""
+    """Return the drafts of a decoder's parameters, shared leaves left out.
 
-    def derive(params: Any) -> dict[str, Any]:
-        return {
-            name: er_jax.attach_draft(params, drafter(name)).draft for name in names
-        }
-
-    return jax.jit(derive)(params)
+    Layer by layer: all layers are alike and share one small program.
+    """
+    found = {}
+    for name in names:
+        derive = functools.partial(_draft_of, config=drafter(name))
+        rest = {key: value for key, value in params.items() if key != "layers"}
+        layers = [derive(layer) for layer in params["layers"]]
+        found[name] = {**derive(rest), "layers": layers}
+    return found
 
 
 def num_params(params: Any) -> int:

@@ -82,8 +82,9 @@ class RolloutConfig:
             # Lists do, as they come out of a file; a tuple can name a program.
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_new_tokens", "n", "max_slots", "top_k", "pad_id"):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or abs(value) >= 2**31:
+            value: Any = getattr(self, name)
+            is_whole = isinstance(value, int | np.integer)
+            if not is_whole or abs(value) >= 2**31:
                 raise ValueError(f"{name}={value} must be a whole number of type int32")
         for name in ("max_new_tokens", "n", "max_slots"):
             value = getattr(self, name)

@@ -500,6 +500,54 @@ def test_clones_and_prefills_in_any_order() -> None:
 # Compaction, growth, switching.
 
 
+def batch_of(lengths: Sequence[int], request: Request, waiting: int = 0) -> Batch:
+    """A batch whose first rows are live and so long, with so many still to start."""
+    batch = Batch(
+        PretendedEngine(flat),  # type: ignore[arg-type]
+        PARAMS,
+        request,
+        RolloutStats(),
+        SETTINGS,
+    )
+    live = len(lengths)
+    batch.queue = type(batch.queue)(range(live, live + waiting))
+    batch.sequence[:live] = range(live)
+    batch.length[:live] = lengths
+    batch.limit[:live] = 64
+    return batch
+
+
+def test_options_by_hand() -> None:
+    """All that holds the live rows, the safest last: most rows, longest, no drafts."""
+    request = make_request([0] * 9, slots=8, cache_lengths=(16, 64))
+    found = batch_of([5, 9, 3], request).options((0, 2))
+    # Three live rows of at most 9 tokens: 10 or, with two drafts, 12 positions.
+    sizes = [Program(n, s, g) for g in (2, 0) for n in (3, 4, 6, 8) for s in (16, 64)]
+    assert found == sizes
+    assert found[-1] == Program(8, 64, 0)
+
+
+def test_a_cache_is_not_shortened_to_be_grown_at_once() -> None:
+    """A quarter of it has to stay free, the next turn of a window included."""
+    request = make_request([0] * 9, slots=8, cache_lengths=(16, 32, 64))
+    for length, shortest in ((11, 16), (12, 32), (23, 32), (24, 64), (60, 64)):
+        options = batch_of([length], request).options((0,))
+        assert min(program.cache_length for program in options) == shortest
+    # Drafts reach further.
+    options = batch_of([11], request).options((4,))
+    assert min(program.cache_length for program in options) == 32
+
+
+def test_a_batch_keeps_its_slots_while_sequences_wait() -> None:
+    request = make_request([0] * 9, slots=8, cache_lengths=(16, 64))
+    assert {p.rows for p in batch_of([5], request, waiting=1).options((0, 2))} == {8}
+    assert {p.rows for p in batch_of([5], request).options((0, 2))} > {1, 2}
+    # Nor is its cache made too short for the prompts to come.
+    tall = dataclasses.replace(request, prompt_bucket=17)
+    waiting = batch_of([5], tall, waiting=1).options((0,))
+    assert {program.cache_length for program in waiting} == {64}
+
+
 def test_rows_shrink_when_the_queue_is_empty() -> None:
     """The queue is never compacted (see `CheckedBatch`); its tail is."""
     controller = Controller("ar", patience=0.0)

@@ -153,8 +153,8 @@ def farthest(one: Any, other: Any) -> float:
 def report_ties(step: int, ties: Sequence[Tie], num_tokens: int) -> None:
     """Print where two runs part."""
     print(
-        f"step {step}: {len(ties)} sequences differ, after {num_tokens} equal tokens in "
-        "the steps before; the first differing token of each:"
+        f"step {step}: {len(ties)} sequences differ, after {num_tokens} equal tokens "
+        "in the steps before; the first differing token of each:"
     )
     for tie in ties[:10]:
         verdict = "a rounding tie" if tie.is_rounding else "NOT A TIE"
