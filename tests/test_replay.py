@@ -121,7 +121,7 @@ class Work:
 
 
 SMALL = Work(
-    prompts=((2, 9, 11), (4, 6)),
+    prompts=((1, 9, 11), (4, 6)),
     per_prompt=4,
     max_new_tokens=40,
     gammas=(0, 2),
