@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 import er_jax
-from benchmarks import accelerator, measure, passes, presets, rollout, steps, workloads
+from benchmarks import (
+    accelerator,
+    measure,
+    passes,
+    presets,
+    report,
+    rollout,
+    steps,
+    workloads,
+)
 from benchmarks.passes import Pass
 from er_jax import Decoder, DecoderConfig, DrafterConfig, RolloutConfig
 
@@ -150,6 +159,32 @@ def test_committed_records_can_be_quoted(path: Path) -> None:
     record = json.loads(path.read_text())
     assert measure.problems(record) == []
     assert record["points"]
+
+
+def test_readme_quotes_the_committed_records() -> None:
+    """No number is copied by hand; `python -m benchmarks.report` mends this."""
+    assert report.README.read_text() == report.updated(report.README.read_text())
+
+
+def test_tables_hold_what_the_record_holds(tmp_path: Path) -> None:
+    spread = {"median": 0.002, "q1": 0.0019, "q3": 0.0021}
+    record = measure.new_record("steps", {})
+    passes_ = [
+        {"kind": "ar", "gamma": 0, "draft": "", "seconds": spread, "bytes_per_s": 7e9,
+         "cost_ratio": {"median": 1.0}},
+        {"kind": "verify", "gamma": 4, "draft": "", "cost_ratio": {"median": 1.25}},
+        {"kind": "round", "gamma": 4, "draft": "int8", "keep_rate": 0.75,
+         "speedup": 1.5},
+    ]  # fmt: skip
+    point = {"preset": "3M", "rows": 2, "dtype": "float32", "cache_length": 64}
+    record["points"].append({**point, "passes": passes_})
+    measure.save(tmp_path / "steps.json", record)
+    text = report.updated(f"before\n{report.MARKER}\nold\n", tmp_path)
+    assert text.startswith("before\n")
+    assert "old" not in text
+    assert "| 2 | 2 (10) | 7 | 1.25 | 0.75, 1.5 |" in text
+    with pytest.raises(ValueError, match="has no line"):
+        report.updated("no marker")
 
 
 def test_peaks_are_those_of_the_device() -> None:
