@@ -173,6 +173,31 @@ def test_where_rounding_ends(gap, verdict, capsys):
 
 
 @pytest.mark.slow
+def test_a_near_tie_is_found_and_measured(tmp_path):
+    # Rounding alone would take millions of tokens to part two float32 runs, so it is
+    # exaggerated: every weight of the second run is nudged by about 3e-4 of itself.
+    settings = dataclasses.replace(
+        tiny.CONFIG.grpo, prompts_per_step=128, group_size=16, max_slots=256
+    )
+    run = dataclasses.replace(tiny.CONFIG, out=tmp_path, grpo=settings)
+    plain, nudged = compare.same_start(compare.CompareConfig(run=run))
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x * (1 + 3e-4 * noise.standard_normal(x.shape)).astype(x.dtype),
+        plain.state.params.policy,
+    )
+    draft = grpo.refresh(params, config=nudged.drafter)
+    nudged.state = nudged.state.replace(params=draft)
+    first, second = plain.rollout_step(), nudged.rollout_step()
+    rows = compare.differing_rows(first.out, second.out)
+    assert 0 < len(rows) < 20  # of 2048
+    gaps = [compare.find_tie(plain, first, second, row).gap for row in rows]
+    # The first run drew what is best under its parameters, and the second's draw is
+    # behind by no more than the nudge can have moved: of other draws it is about 1.
+    assert 0 < min(gaps) and max(gaps) < 1e-2
+
+
+@pytest.mark.slow
 def test_a_difference_that_is_no_tie_is_found(x64, tmp_path, capsys):
     run = dataclasses.replace(tiny.CONFIG, out=tmp_path, dtype="float64", steps=1)
     config = compare.CompareConfig(run=run)
