@@ -147,10 +147,17 @@ class Controller:
 
     def speed(self, program: Program) -> float | None:
         """Return expected tokens per second of each live row; None if unknown."""
-        seconds = self.table.round_seconds(program)
-        if seconds is None:
-            return None
-        return self.acceptance.tokens_per_round(program.gamma) / seconds
+        return self._speeds([program])[program] or None
+
+    def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
+        """Return the speed of each, 0 where it is unknown."""
+        gammas = {program.gamma for program in programs}
+        tokens = {gamma: self.acceptance.tokens_per_round(gamma) for gamma in gammas}
+        seconds = {program: self.table.round_seconds(program) for program in programs}
+        return {
+            program: tokens[program.gamma] / round_s if round_s else 0.0
+            for program, round_s in seconds.items()
+        }
 
     def choose(
         self,
@@ -169,7 +176,7 @@ class Controller:
         Returns:
           One of `options`.
         """
-        speeds = {program: self.speed(program) or 0.0 for program in options}
+        speeds = self._speeds(options)
         # Reversed, so that the fall-back wins while nothing is known.
         ready = [p for p in reversed(options) if not compile_s(p)] or [options[-1]]
         best_ready = max(ready, key=speeds.__getitem__)
@@ -201,9 +208,12 @@ class Controller:
         """
         self.table.observe(program, seconds, num_rounds)
         self.acceptance.observe(accepted)
-        used = self.speed(program) or 0.0
+        if not self._wanted:
+            return
+        speeds = self._speeds([program, *self._wanted])
         for wanted in self._wanted:
-            lost = seconds * max(0.0, 1 - used / (self.speed(wanted) or used or 1.0))
+            # `wanted` had a speed when it was chosen, and what has one keeps one.
+            lost = seconds * max(0.0, 1 - speeds[program] / speeds[wanted])
             self._lost_s[wanted] = self._lost_s.get(wanted, 0.0) + lost
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,6 +222,7 @@ class Controller:
             "control": self.control,
             "gammas": list(self.gammas),
             "seconds": [[*p, s] for p, s in self.table.seconds.items()],
+            "rounds": [[*p, n] for p, n in self.table.rounds.items()],
             "lost_s": [[*p, s] for p, s in self._lost_s.items()],
             "tested": self.acceptance.tested.tolist(),
             "kept": self.acceptance.kept.tolist(),
@@ -230,7 +241,10 @@ class Controller:
                 f"state is of control, gammas = {theirs}, this controller of {mine}; "
                 "make the controller with the same settings"
             )
-        self.table = LatencyTable({Program(*p): s for *p, s in state["seconds"]})
+        self.table = LatencyTable(
+            seconds={Program(*p): s for *p, s in state["seconds"]},
+            rounds={Program(*p): n for *p, n in state["rounds"]},
+        )
         self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
         self.acceptance = AcceptanceEstimate(
             tested=np.array(state["tested"]), kept=np.array(state["kept"])

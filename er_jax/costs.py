@@ -1,9 +1,11 @@
 """What a round costs: measured seconds per program, and a guess for the others.
 
-Plain Python floats on the host. Whatever was measured is taken as it is; a program that
-never ran is predicted from those that did, by power laws in rows and cache length and
-by what drafts and verifications cost in autoregressive steps. A program that looks
-better than it is gets measured and then seen through.
+Plain Python floats on the host. A program that never ran is predicted from those that
+did, by power laws in rows and cache length and by what drafts and verifications cost in
+autoregressive steps. One that ran for few rounds lies in between, because a first
+window may be slow for its own reasons and would otherwise never get a second; one that
+ran for long is taken as measured. So what looks better than it is gets measured and
+then seen through, and what looks worse than it is, too.
 
 Left out: rooflines of devices that are not here.
 """
@@ -24,18 +26,30 @@ LENGTH_EXPONENT = 0.3
 # A draft pass in AR steps, where none was measured: int8 weights against 16-bit ones.
 DRAFT_SHARE = 0.5
 
-# Share of an old measurement that survives this many further rounds.
+# After so many rounds e ** -1 is left of what was measured before them.
 MEMORY_ROUNDS = 200.0
+
+# Measured for so many rounds, a program is no longer predicted.
+TRUSTED_ROUNDS = 50
 
 
 @dataclasses.dataclass
 class LatencyTable:
     """Seconds per round of each program, from windows that really ran.
 
-    seconds: program -> seconds per round, an exponential average over rounds.
+    seconds: program -> seconds per round: the mean over rounds, later an exponential
+      average.
+    rounds: program -> rounds behind it; one without an entry is trusted.
     """
 
     seconds: dict[Program, float] = dataclasses.field(default_factory=dict)
+    rounds: dict[Program, int] = dataclasses.field(default_factory=dict)
+    _found: _Neighbours = dataclasses.field(
+        default_factory=lambda: _Neighbours(()), init=False, repr=False, compare=False
+    )
+    _steps: dict[Program, float | None] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def observe(self, program: Program, seconds: float, num_rounds: int) -> None:
         """Take in a window: `seconds` in total over `num_rounds` rounds.
@@ -45,30 +59,42 @@ class LatencyTable:
         """
         if num_rounds < 1:
             return
+        self._steps.clear()
         reading = seconds / num_rounds
         known = self.seconds.get(program)
         if known is None:
-            self.seconds[program] = reading
+            self.seconds[program], self.rounds[program] = reading, num_rounds
             return
         weight = 1 - math.exp(-num_rounds / MEMORY_ROUNDS)
+        if program in self.rounds:
+            self.rounds[program] += num_rounds
+            weight = max(weight, num_rounds / self.rounds[program])
         self.seconds[program] = known + weight * (min(reading, 2 * known) - known)
 
     def round_seconds(self, program: Program) -> float | None:
-        """Return measured or predicted seconds per round; None if nothing is known.
+        """Return measured or predicted seconds per round; None if nothing is known."""
+        measured = self.seconds.get(program)
+        if measured is None:
+            return self._predicted(program)
+        trust = self.rounds.get(program, TRUSTED_ROUNDS) / TRUSTED_ROUNDS
+        predicted = None if trust >= 1 else self._predicted(program)
+        if predicted is None:
+            return measured
+        return trust * measured + (1 - trust) * predicted
 
-        A speculative round that never ran costs a step, as gamma = 0 does, and for its
-        drafts what they cost in the nearest round that ran, in proportion to `_extra`.
+    def _predicted(self, program: Program) -> float | None:
+        """Return what the other programs say of this one.
+
+        A speculative round costs a step, as gamma = 0 does, and for its drafts what
+        they cost in the nearest round that ran, in proportion to `_extra`.
         """
-        if program in self.seconds:
-            return self.seconds[program]
-        step = self._curve(0, program.rows, program.cache_length)
         if program.gamma == 0:
-            return step
-        measured = [other for other in self.seconds if other.gamma]
-        if step is None or not measured:
-            return self._curve(program.gamma, program.rows, program.cache_length)
-        nearest = min(measured, key=lambda other: _distance(other, program))
-        nearest_step = self._curve(0, nearest.rows, nearest.cache_length) or 0.0
+            return self._curve(*program)
+        step = self._step(program.rows, program.cache_length)
+        nearest = self._neighbours().speculative(program)
+        if step is None or nearest is None:
+            return self._curve(*program)
+        nearest_step = self._step(nearest.rows, nearest.cache_length) or 0.0
         dearer = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
         return step + max(dearer, 0.0) * self._extra(program)
 
@@ -80,21 +106,67 @@ class LatencyTable:
         by weights, all of it where they are bound by arithmetic.
         """
         rows, length, gamma = program
-        step = self._curve(0, rows, length) or 0.0
-        verification = self._curve(0, rows * (gamma + 1), length) or 0.0
+        step = self._step(rows, length) or 0.0
+        verification = self._step(rows * (gamma + 1), length) or 0.0
         return gamma * DRAFT_SHARE * step + verification - step
 
-    def _curve(self, gamma: int, rows: int, length: int) -> float | None:
-        """Interpolate the measured programs of one gamma, log-log in rows."""
-        points = [p for p in self.seconds if p.gamma == gamma]
-        if not points:
+    def _step(self, rows: int, length: int) -> float | None:
+        """Return the seconds of an AR step, remembered until something is observed."""
+        program = Program(rows, length, 0)
+        self._neighbours()
+        if program not in self._steps:
+            known = self.seconds.get(program)
+            self._steps[program] = self._curve(*program) if known is None else known
+        return self._steps[program]
+
+    def _curve(self, rows: int, length: int, gamma: int) -> float | None:
+        """Interpolate the other programs of one gamma, log-log in rows."""
+        line = self._neighbours().line(Program(rows, length, gamma))
+        if not line:
             return None
-        wanted = Program(rows, length, gamma)
-        near = min(points, key=lambda p: _distance(p, wanted)).cache_length
-        line = sorted(
-            (p.rows, self.seconds[p]) for p in points if p.cache_length == near
-        )
-        return _power_law(line, rows) * (length / near) ** LENGTH_EXPONENT
+        points = [(program.rows, self.seconds[program]) for program in line]
+        near = line[0].cache_length
+        return _power_law(points, rows) * (length / near) ** LENGTH_EXPONENT
+
+    def _neighbours(self) -> _Neighbours:
+        """Return who lies near whom among the measured, which are never taken out."""
+        if len(self._found.measured) != len(self.seconds):
+            self._found = _Neighbours(tuple(self.seconds))
+            self._steps.clear()
+        return self._found
+
+
+class _Neighbours:
+    """Which measured programs a program is predicted from; remembered once found.
+
+    Dozens of programs are asked for before every window, and the answer depends on what
+    was measured, not on the seconds.
+    """
+
+    def __init__(self, measured: tuple[Program, ...]) -> None:
+        self.measured = measured
+        self._lines: dict[Program, tuple[Program, ...]] = {}
+        self._speculative: dict[Program, Program | None] = {}
+
+    def line(self, program: Program) -> tuple[Program, ...]:
+        """Return the other programs of the same gamma and the nearest length."""
+        if program not in self._lines:
+            points = [p for p in self.measured if p.gamma == program.gamma]
+            points = [p for p in points if p != program]
+            near = min(points, key=lambda p: _distance(p, program), default=program)
+            self._lines[program] = tuple(
+                sorted(p for p in points if p.cache_length == near.cache_length)
+            )
+        return self._lines[program]
+
+    def speculative(self, program: Program) -> Program | None:
+        """Return the nearest other program that drafts."""
+        if program not in self._speculative:
+            points = [p for p in self.measured if p.gamma and p != program]
+            self._speculative[program] = min(
+                points, key=lambda p: _distance(p, program), default=None
+            )
+        return self._speculative[program]
 
 
 def _distance(one: Program, other: Program) -> float:

@@ -22,6 +22,7 @@ with the quantized policy itself; the format here is another (see docs/design.md
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -31,6 +32,10 @@ from flax import struct
 from jax import lax
 
 from er_jax.types import Params, wide_dtype
+
+# On CPU, codes of at least this many entries are the left factor (see `_integer_dot`):
+# a quarter to a half less time for 768 x 768 and larger, a third more for 256 x 704.
+CODES_FIRST_SIZE = 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,16 +327,14 @@ def _two_rows(product: Any) -> Any:
 
 
 def _quantized_dot(x: jax.Array, w: QuantizedWeight, out_dtype: Any) -> jax.Array:
+    codes_first = w.codes.size >= CODES_FIRST_SIZE
+    on_cpu = _two_rows(functools.partial(_integer_dot, codes_first=codes_first))
     if w.act_bits == 8:
-        product = lax.platform_dependent(
-            x, w, cpu=_two_rows(_integer_dot), default=_integer_dot
-        )
+        product = lax.platform_dependent(x, w, cpu=on_cpu, default=_integer_dot)
     elif w.act_bits == 16:
         product = _weight_only_dot(x, w)
     else:
-        product = lax.platform_dependent(
-            x, w, cpu=_two_rows(_integer_dot), default=_weight_only_dot
-        )
+        product = lax.platform_dependent(x, w, cpu=on_cpu, default=_weight_only_dot)
     return product.astype(out_dtype or x.dtype)
 
 
@@ -346,7 +349,15 @@ def _weight_only_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
     return _sum_groups(x, codes, scale, wide)
 
 
-def _integer_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
+def _integer_dot(
+    x: jax.Array, w: QuantizedWeight, *, codes_first: bool = False
+) -> jax.Array:
+    """Multiply in int8 x int8 -> int32 with one activation scale per token.
+
+    codes_first: make the codes the left factor. XLA's CPU backend repacks the right
+    one at every call, and large codes are worth sparing; the barrier keeps the
+    transposition from being moved back into the product.
+    """
     wide = wide_dtype(x.dtype)
     x32 = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
@@ -355,8 +366,13 @@ def _integer_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
     # int4 codes must be widened first: a mixed product becomes int32 x int32.
     codes, scale = w.codes.astype(jnp.int8), w.scale.astype(wide)
     if not w.is_grouped:
-        dims = (((x.ndim - 1,), (1,)), ((), ()))
-        total = lax.dot_general(x8, codes, dims, preferred_element_type=jnp.int32)
+        if codes_first:
+            dims = (((1,), (x.ndim - 1,)), ((), ()))
+            total = lax.dot_general(codes, x8, dims, preferred_element_type=jnp.int32)
+            total = jnp.moveaxis(lax.optimization_barrier(total), 0, -1)
+        else:
+            dims = (((x.ndim - 1,), (1,)), ((), ()))
+            total = lax.dot_general(x8, codes, dims, preferred_element_type=jnp.int32)
         total = total.astype(wide) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
     else:
         total = _sum_groups(x8, codes, scale, wide)

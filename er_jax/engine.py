@@ -209,6 +209,10 @@ class Engine:
         self.policy = policy
         self.accept: AcceptRule = accept
         self.compiled: dict[tuple[Any, ...], CompiledProgram] = {}
+        self.compile_s = 0.0
+        """Seconds spent compiling so far."""
+        self._slowest_s: dict[str, float] = {}
+        self._draft_kinds: dict[Hashable, str] = {}
         self.defaults: dict[Hashable, Any] = {}
         """Objects callers keep per engine, such as the controller of unnamed calls."""
 
@@ -217,10 +221,12 @@ class Engine:
         """Rounds between exit tests: each reads a number back on an accelerator."""
         return 1 if jax.default_backend() == "cpu" else 4
 
-    @property
-    def compile_s(self) -> float:
-        """Seconds spent compiling so far."""
-        return sum(program.compile_s for program in self.compiled.values())
+    @functools.cached_property
+    def position_bytes(self) -> int:
+        """Device bytes of one position of one row: cache, token, log-probability."""
+        state = jax.eval_shape(lambda: steps.empty_state(self.policy, 1, 1))
+        sized = (state.cache, state.tokens, state.logprobs)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sized))
 
     def _program(
         self, name: tuple[Any, ...], lower: Callable[[], Any]
@@ -230,6 +236,9 @@ class Engine:
             call = lower().compile()
             seconds = time.perf_counter() - start
             self.compiled[name] = CompiledProgram(call=call, compile_s=seconds)
+            self.compile_s += seconds
+            kind = name[0]
+            self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
         return self.compiled[name]
 
     def allocate(self, rows: int, cache_length: int) -> DecodeState:
@@ -269,22 +278,25 @@ class Engine:
         )
         return program.call(state, rows)
 
+    def draft_kind(self, draft: Params) -> str:
+        """Return a short name for all drafts of these shapes and dtypes."""
+        number = len(self._draft_kinds)
+        return self._draft_kinds.setdefault(signature(draft), f"draft {number}")
+
     def _window_name(
-        self, program: Program, draft: Params, num_stop_ids: int
+        self, program: Program, draft_kind: str | None, num_stop_ids: int
     ) -> tuple[Any, ...]:
-        kind = signature(draft) if program.gamma else None
+        # AR programs are the same whatever the draft is, or if there is none.
+        kind = draft_kind if program.gamma else None
         return ("window", *program, num_stop_ids, kind)
 
-    def has_window(
-        self, program: Program, params: PolicyParams, num_stop_ids: int
-    ) -> bool:
+    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
         """Whether this window is compiled for such drafts and so many stop ids."""
-        return self._window_name(program, params.draft, num_stop_ids) in self.compiled
+        return self._window_name(program, draft_kind, num_stop_ids) in self.compiled
 
     def expected_compile_s(self, kind: str) -> float:
         """Return the seconds one more program of a kind should take to compile."""
-        known = [p.compile_s for name, p in self.compiled.items() if name[0] == kind]
-        return max(known, default=1.0)
+        return self._slowest_s.get(kind, 1.0)
 
     def window(
         self,
@@ -295,24 +307,28 @@ class Engine:
         *,
         exit_live: int,
         max_rounds: int,
+        draft_kind: str | None = None,
     ) -> tuple[DecodeState, WindowInfo, float]:
         """Run one window and wait for it.
 
         Args:
           params: target and draft. state: donated. settings: traced sampling settings.
           gamma: drafts per round. exit_live, max_rounds: see `run_window`.
+          draft_kind: of `params.draft`, for callers of many windows, who need to find
+            it only once.
         Returns:
           The state, the info as NumPy arrays, and the seconds the window took on the
           device, compilation not counted.
         """
         program = Program(state.rows, state.cache_length, gamma)
         if gamma == 0:
-            # AR programs are the same whatever the draft is, or if there is none.
             params = PolicyParams(policy=params.policy, draft=None)
+        elif draft_kind is None:
+            draft_kind = self.draft_kind(params.draft)
         limits = (np.int32(exit_live), np.int32(max_rounds))
         arguments = (params, state, settings, *limits)
         compiled = self._program(
-            self._window_name(program, params.draft, len(settings.stop_ids)),
+            self._window_name(program, draft_kind, len(settings.stop_ids)),
             lambda: run_window.lower(
                 self.policy,
                 *_abstract(arguments),

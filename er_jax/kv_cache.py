@@ -22,6 +22,9 @@ from er_jax.types import Cache, wide_dtype
 # Below this many queries per row and head group, reading the cache decides the cost.
 MERGED_QUERIES = 16
 
+# On CPU, up to this many merged queries per row the keys are the left factor.
+KEYS_FIRST_QUERIES = 16
+
 
 def write(entries: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """Write one entry per position, in place where the caller's buffer allows it.
@@ -89,14 +92,26 @@ def attend(
     merged = (q[..., None, :] * own).reshape(
         batch, num_queries * heads, kv_heads * size
     )
-    scores = jnp.einsum("bqf,bsf->bqs", merged, keys, preferred_element_type=wide)
+
+    def product(merged: jax.Array, keys: jax.Array) -> jax.Array:
+        return jnp.einsum("bqf,bsf->bqs", merged, keys, preferred_element_type=wide)
+
+    def keys_first(merged: jax.Array, keys: jax.Array) -> jax.Array:
+        # XLA's CPU backend repacks the right factor: better the few queries.
+        scores = jnp.einsum("bsf,bqf->bsq", keys, merged, preferred_element_type=wide)
+        return jnp.swapaxes(lax.optimization_barrier(scores), 1, 2)
+
+    on_cpu = keys_first if num_queries * heads <= KEYS_FIRST_QUERIES else product
+    scores = lax.platform_dependent(merged, keys, cpu=on_cpu, default=product)
     scores = scores.reshape(batch, num_queries, heads, length)
     probs = weights(scores, visible[:, :, None])
     out = jnp.einsum(
         "bqs,bsf->bqf", probs.reshape(batch, num_queries * heads, length), values
     )
     out = out.reshape(batch, num_queries, kv_heads, group, kv_heads, size)
-    return jnp.sum(out * own, axis=-2).reshape(batch, num_queries, heads * size)
+    # Slices of the diagonal: a product with `own` would read all K parts again.
+    parts = [out[:, :, head, :, head] for head in range(kv_heads)]
+    return jnp.stack(parts, axis=2).reshape(batch, num_queries, heads * size)
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:

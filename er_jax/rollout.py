@@ -30,8 +30,9 @@ from er_jax.types import NONE, LogprobKind, Params, Policy, Sampling
 LOGPROB_KINDS = tuple(kind.name.lower() for kind in LogprobKind)
 
 # Tokens of prompts prefilled at once: enough to be bound by arithmetic, few enough
-# that refilling with one short prompt wastes little.
+# that refilling with one short prompt wastes little. A CPU is bound by it at once.
 PREFILL_TOKENS = 256
+PREFILL_TOKENS_CPU = 64
 MIN_PROMPT_BUCKET = 16
 
 
@@ -221,12 +222,13 @@ def rollout(
         if not isinstance(params, PolicyParams) and max(controller.gammas):
             # What cannot be quantized is found before anything is compiled.
             jax.eval_shape(lambda p: attach_draft(p, config.drafter), bare)
-    request = _with_memory(policy, params, request, controller)
+    request = _with_memory(programs, params, request, controller)
 
     stats = RolloutStats()
     before = len(programs.compiled)
     compiled_s = programs.compile_s
-    bad = programs.find_nonfinite(bare)
+    with stats.timed("check", lambda: programs.compile_s):
+        bad = programs.find_nonfinite(bare)
     if bad:
         raise ValueError(
             f"params holds NaN or infinity in {', '.join(bad[:5])}"
@@ -234,7 +236,9 @@ def rollout(
             "garbage: go back to the last finite parameters"
         )
     pair = _with_draft(programs, params, config, controller, stats)
-    calibrate.measure_draft_cost(programs, pair, controller, request.cache_lengths[-1])
+    with stats.timed("calibration", lambda: programs.compile_s):
+        longest = request.cache_lengths[-1]
+        calibrate.measure_draft_cost(programs, pair, controller, longest)
     completions = scheduler.run(
         programs,
         pair,
@@ -392,6 +396,8 @@ def _plan(
     lengths = [-(-whole // step) * step]
     while lengths[-1] // 2 >= max(bucket + 64, 128):
         lengths.append(-(-lengths[-1] // 2 // step) * step)
+    is_cpu = jax.default_backend() == "cpu"
+    chunk_tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
     return Request(
         prompts=unique,
         prompt_of=prompt_of,
@@ -400,12 +406,12 @@ def _plan(
         slots=min(config.max_slots, _power_of_two(len(sequence_ids), 1)),
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
-        chunk=min(max(PREFILL_TOKENS // bucket, 1), 16),
+        chunk=min(max(chunk_tokens // bucket, 1), 16),
     )
 
 
 def _with_memory(
-    policy: Policy,
+    programs: engine.Engine,
     params: Params | PolicyParams,
     request: Request,
     controller: Controller,
@@ -425,9 +431,7 @@ def _with_memory(
         weights = size(params)
         draft = sum(leaf.size for leaf in leaves) if max(controller.gammas) else 0
     rows, length = request.slots, request.cache_lengths[-1]
-    # Tokens and log-probabilities take eight bytes a position beside the cache.
-    position = 8 + size(jax.eval_shape(lambda: policy.init_cache(1, 1)))
-    states = rows * length * position
+    states = rows * length * programs.position_bytes
     if weights + draft + states > limit:
         raise ValueError(
             f"max_slots={rows} rows of {length} positions need "
@@ -438,7 +442,7 @@ def _with_memory(
         )
     return dataclasses.replace(
         request,
-        position_bytes=position,
+        position_bytes=programs.position_bytes,
         state_limit_bytes=limit - weights - draft,
     )
 
@@ -454,12 +458,9 @@ def _with_draft(
         return params
     if not max(controller.gammas):
         return PolicyParams(policy=params, draft=None)
-    start_s, compiled_s = time.perf_counter(), programs.compile_s
-    pair = programs.attach_draft(params, config.drafter)
-    jax.block_until_ready(pair.draft)
-    stats.seconds["draft refresh"] = (
-        time.perf_counter() - start_s - (programs.compile_s - compiled_s)
-    )
+    with stats.timed("draft refresh", lambda: programs.compile_s):
+        pair = programs.attach_draft(params, config.drafter)
+        jax.block_until_ready(pair.draft)
     return pair
 
 

@@ -121,13 +121,14 @@ def run(
             while batch.queue or batch.num_live:
                 if batch.is_refill_due():
                     batch.refill()
-                options = batch.options(controller.gammas)
-                program = controller.choose(
-                    options,
-                    batch.program,
-                    compile_s=batch.compile_s,
-                )
-                batch.move_to(program)
+                program = batch.program
+                if program is None or batch.is_decision_due():
+                    program = controller.choose(
+                        batch.options(controller.gammas),
+                        batch.program,
+                        compile_s=batch.compile_s,
+                    )
+                    batch.move_to(program)
                 seconds = controller.table.round_seconds(program)
                 finished = batch.run_window(program.gamma, seconds, controller)
                 for sequence in finished:
@@ -135,7 +136,10 @@ def run(
                     if on_finish is not None:
                         sequence_id = int(request.sequence_ids[sequence])
                         on_finish(sequence_id, batch.completions[sequence])
-                bar.set_postfix(live=batch.num_live, gamma=program.gamma, refresh=False)
+                if progress:
+                    bar.set_postfix_str(
+                        f"live={batch.num_live}, gamma={program.gamma}", refresh=False
+                    )
         except Exception as error:
             done = {
                 int(request.sequence_ids[s]): c for s, c in batch.completions.items()
@@ -170,7 +174,8 @@ class Batch:
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
         self.program: Program | None = None
-        self._compiled: set[Program] = set()
+        self._decided_ago_s = 0.0
+        self._draft_kind = engine.draft_kind(params.draft)
         rows, cache_length = request.slots, request.cache_lengths[-1]
         self.sequence = np.full(rows, NONE)
         self.resident = np.full(rows, NONE)
@@ -186,12 +191,21 @@ class Batch:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        """Book the wall time of device work, less its compilation, to a phase."""
-        start, compiling = time.perf_counter(), self.engine.compile_s
-        yield
-        jax.block_until_ready(self.state.length)
-        seconds = time.perf_counter() - start - (self.engine.compile_s - compiling)
-        self.stats.seconds[phase] += seconds
+        """Wait for device work on the state, and book its time."""
+        with self.stats.timed(phase, lambda: self.engine.compile_s):
+            yield
+            jax.block_until_ready(self.state.length)
+
+    def is_decision_due(self) -> bool:
+        """Whether another program may be better now, or the last one cannot go on.
+
+        While sequences wait, windows end for refills and little else changes.
+        """
+        assert self.program is not None
+        if not self.queue or self._decided_ago_s >= WINDOW_S:
+            return True
+        needed = max(self.needed_length(self.program.gamma), self.request.prompt_bucket)
+        return needed > self.program.cache_length
 
     def is_refill_due(self) -> bool:
         """Whether enough slots are free, and there is something to put in them."""
@@ -296,18 +310,18 @@ class Batch:
         With sequences waiting, the batch keeps all its slots. A cache is shortened only
         if the live rows leave a quarter of it free, so that it is not grown at once.
         """
-        slots = self.request.slots
+        slots, num_live = self.request.slots, self.num_live
         sizes = (slots,) if self.queue else row_buckets(slots)
+        sizes = tuple(rows for rows in sizes if rows >= num_live)
         prompts = self.request.prompt_bucket if self.queue else 1
         found = []
-        for gamma, rows, length in itertools.product(
-            sorted(gammas, reverse=True), sizes, self.request.cache_lengths
-        ):
-            needed = max(self.needed_length(gamma), prompts)
-            if length < self.state.cache_length:
-                needed += length // 4
-            if rows >= self.num_live and needed <= length and self._fits(rows, length):
-                found.append(Program(rows, length, gamma))
+        for gamma in sorted(gammas, reverse=True):
+            least = max(self.needed_length(gamma), prompts)
+            for rows, length in itertools.product(sizes, self.request.cache_lengths):
+                is_shorter = length < self.state.cache_length
+                needed = least + length // 4 if is_shorter else least
+                if needed <= length and self._fits(rows, length):
+                    found.append(Program(rows, length, gamma))
         return found
 
     def _fits(self, rows: int, length: int) -> bool:
@@ -324,21 +338,16 @@ class Batch:
     def compile_s(self, program: Program) -> float:
         """Return the seconds until this batch can run a program; 0 if it is ready."""
         seconds = 0.0
-        # Asked for every option before every window; once compiled, always compiled.
-        if program not in self._compiled:
-            if self.engine.has_window(
-                program, self.params, len(self.settings.stop_ids)
-            ):
-                self._compiled.add(program)
-            else:
-                seconds += self.engine.expected_compile_s("window")
+        num_stop_ids = len(self.settings.stop_ids)
+        if not self.engine.has_window(program, self._draft_kind, num_stop_ids):
+            seconds += self.engine.expected_compile_s("window")
         if not self.engine.has_take(self.state, program.rows, program.cache_length):
             seconds += self.engine.expected_compile_s("take")
         return seconds
 
     def move_to(self, program: Program) -> None:
         """Compact or grow the state to the shape of a program."""
-        self.program = program
+        self.program, self._decided_ago_s = program, 0.0
         old_rows = len(self.sequence)
         if (old_rows, self.state.cache_length) == (program.rows, program.cache_length):
             return
@@ -382,7 +391,9 @@ class Batch:
             gamma,
             exit_live=min(self._exit_live(), live_before - 1),
             max_rounds=max_rounds,
+            draft_kind=self._draft_kind,
         )
+        self._decided_ago_s += seconds
         is_active = self.sequence != NONE
         num_tokens = int((info.length - self.length)[is_active].sum())
         ended = np.flatnonzero(is_active & ~info.live)

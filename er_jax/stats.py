@@ -7,11 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
-PHASES = ("prefill", "draft refresh", "windows", "moves", "compile", "host")
+PHASES = (
+    "check",
+    "draft refresh",
+    "calibration",
+    "prefill",
+    "windows",
+    "moves",
+    "compile",
+    "host",
+)
 
 
 class Moment(NamedTuple):
@@ -37,9 +49,10 @@ class Moment(NamedTuple):
 class RolloutStats:
     """Counts and times of one rollout.
 
-    seconds: phase -> seconds. Phases are prefill, draft refresh, windows (device time
-      of the decoding loops), moves (compaction and growth), compile, and host (all
-      that is left of the wall time).
+    seconds: phase -> seconds. Phases are check (the pass over the parameters that looks
+      for NaN), draft refresh, calibration, prefill, windows (device time of the
+      decoding loops), moves (compaction and growth), compile, and host (all that is
+      left of the wall time).
     rounds: gamma -> row-rounds run by live rows.
     tokens: gamma -> tokens emitted.
     accepted: gamma -> int64 `[gamma + 1]`, row-rounds by number of drafts kept.
@@ -69,6 +82,17 @@ class RolloutStats:
     def num_tokens(self) -> int:
         """Tokens emitted."""
         return sum(self.tokens.values())
+
+    @contextmanager
+    def timed(self, phase: str, compile_s: Callable[[], float]) -> Iterator[None]:
+        """Book the wall time of a block of device work, less its compilation.
+
+        Args:
+          phase: one of `PHASES`. compile_s: the engine's seconds of compiling so far.
+        """
+        start, compiled = time.perf_counter(), compile_s()
+        yield
+        self.seconds[phase] += time.perf_counter() - start - (compile_s() - compiled)
 
     def add_window(self, moment: Moment, num_tokens: int, accepted: np.ndarray) -> None:
         """Book one window: what ran, tokens emitted, histogram of drafts kept."""

@@ -291,6 +291,30 @@ BUGS: tuple[PlantedBug, ...] = (
         "index = positions",
         ("tests/test_kv_cache.py::test_write_puts_entries_at_their_positions",),
     ),
+    # -- the switch
+    PlantedBug(
+        "expected tokens of a round without the last one",
+        "er_jax/control.py",
+        "return expected_tokens(list(self.keep_probs(gamma)))",
+        "return expected_tokens(list(self.keep_probs(gamma))) - 1",
+        ("tests/test_control.py::test_speed_is_expected_tokens_over_seconds",),
+    ),
+    PlantedBug(
+        "drafts behind a rejection counted as tested",
+        "er_jax/control.py",
+        "self.tested[:depth] += at_least[:depth]",
+        "self.tested[:depth] += at_least[0]",
+        ("tests/test_control.py::test_acceptance_by_hand",),
+    ),
+    PlantedBug(
+        "predictions trusted more the more was measured",
+        "er_jax/costs.py",
+        "return trust * measured + (1 - trust) * predicted",
+        "return trust * predicted + (1 - trust) * measured",
+        (
+            "tests/test_costs.py::test_few_rounds_count_for_little_beside_what_others_say",
+        ),
+    ),
 )
 
 

@@ -39,6 +39,34 @@ def test_readings_are_averaged_over_rounds() -> None:
     assert table.round_seconds(AR) == pytest.approx(1.5 - 0.5 * math.exp(-0.5))
 
 
+def test_the_first_readings_are_averaged_over_their_rounds() -> None:
+    table = LatencyTable()
+    for rounds, round_s in ((10, 1.0), (30, 1.4)):
+        table.observe(AR, rounds * round_s, rounds)
+    assert table.seconds[AR] == pytest.approx((10 * 1.0 + 30 * 1.4) / 40)
+    assert table.rounds[AR] == 40
+
+
+def test_few_rounds_count_for_little_beside_what_others_say() -> None:
+    """Between the reading and the prediction, in proportion to the rounds."""
+    table = known({(4, 256, 0): 2**0.3})
+    assert table.round_seconds(AR) == pytest.approx(1.0)
+    for rounds, trust in ((10, 0.2), (30, 0.8), (10, 1.0), (100, 1.0)):
+        table.observe(AR, rounds * 3.0, rounds)
+        assert table.round_seconds(AR) == pytest.approx(trust * 3.0 + (1 - trust) * 1.0)
+
+
+def test_a_program_that_began_badly_gets_another_chance() -> None:
+    """Its own first reading does not enter into what the others say of it."""
+    for program in (Program(4, 64, 0), Program(4, 64, 2)):
+        table = known({AR: 1.0, Program(4, 128, 2): 1.5})
+        promised = table.round_seconds(program)
+        assert promised is not None
+        table.observe(program, 5 * 4 * promised, 5)
+        # Of a reading four times as slow a tenth counts.
+        assert table.round_seconds(program) == pytest.approx(1.3 * promised)
+
+
 def test_a_stall_counts_at_most_twice_what_was_known() -> None:
     stalled, slow = known({AR: 1.0}), known({AR: 1.0})
     stalled.observe(AR, 20 * 1000.0, 20)

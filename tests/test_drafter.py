@@ -271,6 +271,24 @@ def test_dot_of_a_quantized_weight(
         np.testing.assert_allclose(out, plain, atol=0.05 * size.max())
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 32), (5, 32), (2, 3, 32)])
+def test_codes_may_be_either_factor(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integer sums are exact, so the results are the same bits."""
+    weight = quantize({"w": normal(32, 24, seed=2)}, DrafterConfig())["w"]
+    x = normal(*shape, seed=1)
+    out, programs = [], []
+    for size in (32 * 24, 32 * 24 + 1):
+        monkeypatch.setattr(drafter, "CODES_FIRST_SIZE", size)
+        # A new function each time, or the first trace would be used again.
+        traced = jax.jit(lambda x, w: er_jax.dot(x, w)).trace(x, weight)
+        programs.append(str(traced.jaxpr))
+        out.append(traced.lower().compile()(x, weight))
+    assert programs[0] != programs[1]
+    np.testing.assert_array_equal(out[0], out[1])
+
+
 @pytest.mark.parametrize("group", [None, 8])
 def test_dot_keeps_float64(x64: None, group: int | None) -> None:
     config = DrafterConfig(group_size=group, act_bits=16)

@@ -252,9 +252,9 @@ def test_programs_are_named_by_rows_length_and_gamma(params: PolicyParams) -> No
     programs = Engine(POLICY, "coupled")
     assert programs.expected_compile_s("window") == 1.0  # a guess, with nothing known
     program = Program(ROWS, S, 0)
-    assert not programs.has_window(program, params, 8)
+    assert not programs.has_window(program, programs.draft_kind(params.draft), 8)
     window(programs, params, start(programs), 0, max_rounds=1)
-    assert programs.has_window(program, params, 8)
+    assert programs.has_window(program, programs.draft_kind(params.draft), 8)
     count = len(programs.compiled)
     assert programs.expected_compile_s("window") == max(
         made.compile_s
@@ -267,15 +267,21 @@ def test_programs_are_named_by_rows_length_and_gamma(params: PolicyParams) -> No
     four_bits = er_jax.attach_draft(params.policy, DrafterConfig(bits=4))
     for draft in (None, params.policy, four_bits.draft):
         pair = PolicyParams(policy=params.policy, draft=draft)
-        assert programs.has_window(program, pair, 8)
+        assert programs.has_window(program, programs.draft_kind(pair.draft), 8)
         window(programs, pair, start(programs), 0, max_rounds=1)
     assert len(programs.compiled) == count
 
     # Speculation does: a program reads one kind of codes.
     for gamma in (1, 2):
-        assert not programs.has_window(Program(ROWS, S, gamma), params, 8)
-    assert not programs.has_window(Program(ROWS, 2 * S, 0), params, 8)
-    assert not programs.has_window(Program(ROWS + 1, S, 0), params, 8)
+        assert not programs.has_window(
+            Program(ROWS, S, gamma), programs.draft_kind(params.draft), 8
+        )
+    assert not programs.has_window(
+        Program(ROWS, 2 * S, 0), programs.draft_kind(params.draft), 8
+    )
+    assert not programs.has_window(
+        Program(ROWS + 1, S, 0), programs.draft_kind(params.draft), 8
+    )
 
 
 def test_a_draft_of_another_kind_is_another_program(
@@ -283,10 +289,10 @@ def test_a_draft_of_another_kind_is_another_program(
 ) -> None:
     window(programs, params, start(programs), 2, max_rounds=1)
     program = Program(ROWS, S, 2)
-    assert programs.has_window(program, params, 8)
+    assert programs.has_window(program, programs.draft_kind(params.draft), 8)
     for other in (DrafterConfig(bits=4), DrafterConfig(act_bits=16)):
         pair = er_jax.attach_draft(params.policy, other)
-        assert not programs.has_window(program, pair, 8)
+        assert not programs.has_window(program, programs.draft_kind(pair.draft), 8)
 
 
 def test_moves_are_programs_too(programs: Engine, params: PolicyParams) -> None:

@@ -70,6 +70,20 @@ def test_the_two_paths_agree(x64: None, monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-13)
 
 
+def test_keys_may_be_either_factor(monkeypatch: pytest.MonkeyPatch, x64: None) -> None:
+    query, keys, values = normal(3, 2, 4, 6), normal(3, S, 12), normal(3, S, 12)
+    positions = np.tile(np.arange(2, dtype=np.int32) + 9, (3, 1))
+    results, programs = [], []
+    for most in (8, 7):
+        monkeypatch.setattr(kv_cache, "KEYS_FIRST_QUERIES", most)
+        one_way = jax.jit(lambda *arrays: kv_cache.attend(*arrays))
+        traced = one_way.trace(query, keys, values, positions)
+        programs.append(str(traced.jaxpr))
+        results.append(traced.lower().compile()(query, keys, values, positions))
+    assert programs[0] != programs[1]
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("num_queries", [3, 20])
 def test_entries_that_are_not_visible_change_nothing(num_queries: int) -> None:
     """Bit for bit: a zero weight times any finite entry is zero."""

@@ -8,6 +8,7 @@ that big is allocated), operand types from the text lowered for each platform.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ import pytest
 
 import er_jax
 from er_jax import engine, steps
-from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.drafter import CODES_FIRST_SIZE, DrafterConfig, PolicyParams
 from er_jax.types import DecodeState, Sampling
 from tests.conftest import CompileCount
 
@@ -389,6 +390,23 @@ def products(text: str, rank: int = 2) -> list[tuple[str, str, str]]:
     return found
 
 
+def code_products(text: str, shapes: list[str]) -> list[tuple[str, str, str, int]]:
+    """Return (activation, codes, result, which factor the codes are) of draft passes.
+
+    The target's own weights lie the other way round, and meet more than one token.
+    """
+    found = []
+    for _, name, operands, result in operations(text):
+        if name != "dot_general":
+            continue
+        for at, codes in enumerate(operands):
+            other = operands[1 - at]
+            is_token = codes.count("x") == 3 or other.startswith(f"{B}x1x")
+            if codes.rpartition("x")[0] in shapes and is_token:
+                found.append((other, codes, result, at))
+    return found
+
+
 def codes_shape(name: str, group: int | None) -> str:
     num_in, num_out = WEIGHTS[name]
     if group is None:
@@ -413,24 +431,21 @@ def test_codes_enter_the_products_as_they_are(
     short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     stored = f"i{config.bits}"
     shapes = [codes_shape(name, config.group_size) for name in WEIGHTS]
-    rank = 2 if config.group_size is None else 3
     for platform in ("cpu", "tpu", "cuda"):
         text = lowered(traced, platform)
         wanted = "i8" if platform == "cpu" else short
         total = "i32" if platform == "cpu" else "f32"
-        drafts = [
-            (left, right, result)
-            for left, right, result in products(text, rank)
-            if right.rpartition("x")[0] in shapes
-            # The target's own weights lie the other way round.
-            and (rank == 3 or left.startswith(f"{B}x1x"))
-        ]
-        assert sorted(right for _, right, _ in drafts) == sorted(
+        drafts = code_products(text, shapes)
+        assert sorted(codes for _, codes, _, _ in drafts) == sorted(
             f"{shape}x{wanted}" for shape in shapes
         ), platform
-        for left, _, result in drafts:
-            assert left.endswith(f"x{wanted}"), (platform, left)
+        for other, codes, result, at in drafts:
+            assert other.endswith(f"x{wanted}"), (platform, other)
             assert result.endswith(f"x{total}"), (platform, result)
+            # A CPU repacks the right factor, and large codes are spared that.
+            size = math.prod(int(n) for n in codes.split("x")[:-1])
+            is_large = size >= CODES_FIRST_SIZE and config.group_size is None
+            assert at == (0 if platform == "cpu" and is_large else 1)
         # Whatever has a weight's shape comes out of a cast of the codes: nothing is
         # scaled, shifted or turned before it is multiplied.
         made = [

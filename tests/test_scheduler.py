@@ -183,9 +183,10 @@ class PretendedEngine:
         fields["sequence_id"] = np.where(rows >= 0, fields["sequence_id"], NONE)
         return self._keep(DecodeState(**fields))
 
-    def has_window(
-        self, program: Program, params: PolicyParams, num_stop_ids: int
-    ) -> bool:
+    def draft_kind(self, draft: Any) -> str:
+        return "draft"
+
+    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
         return ("window", *program) in self.compiled
 
     def expected_compile_s(self, kind: str) -> float:
@@ -200,6 +201,7 @@ class PretendedEngine:
         *,
         exit_live: int,
         max_rounds: int,
+        draft_kind: str,
     ) -> tuple[DecodeState, WindowInfo, float]:
         program = Program(state.rows, state.cache_length, gamma)
         self._name("window", *program)
