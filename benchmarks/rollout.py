@@ -62,12 +62,12 @@ class Size:
 
 # Flat and capped completions are many times as long on average as a tail's at the same
 # limit; theirs is this part of it, so that all kinds take minutes.
-LIMIT_SHARE = {"flat": 0.5, "tail": 1.0, "capped": 0.25}
+LIMIT_SHARE = {"flat": 0.25, "tail": 1.0, "capped": 0.125}
 
 SIZES = {
     "tiny": Size(num=12, slots=4, max_new_tokens=32, sweep_tokens=8),
     "3M": Size(num=128, slots=32, max_new_tokens=512, sweep_tokens=128),
-    "90M": Size(num=48, slots=16, max_new_tokens=256, sweep_tokens=48),
+    "90M": Size(num=48, slots=16, max_new_tokens=512, sweep_tokens=48),
 }
 
 

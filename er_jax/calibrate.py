@@ -101,5 +101,5 @@ def measure_draft_cost(
     for gamma in (0, middle):
         program = Program(1, cache_length, gamma)
         seconds = measure_round(engine, params, program)
-        rounds = costs.TRUSTED_ROUNDS  # The least of several readings stands.
+        rounds = costs.TRUSTED_POSITIONS  # The least of several readings stands.
         controller.table.observe(program, seconds * rounds, rounds)

@@ -18,6 +18,7 @@ equation 1, here with a chance per depth; rent or buy, Karlin et al. 1988
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,9 +77,12 @@ def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
 
 @dataclasses.dataclass
 class AcceptanceEstimate:
-    """Chance that the draft at each depth is kept, given that all before it were.
+    """Chance that the draft at each depth is used, given that all before it were.
 
-    tested, kept: decayed counts of row-rounds that reached a depth and kept its draft.
+    Used is kept and emitted: a draft behind a stop or a limit counts as lost like one
+    that is rejected, so short completions make long drafts worth less.
+
+    tested, kept: decayed counts of row-rounds that reached a depth and used its draft.
     """
 
     tested: np.ndarray
@@ -89,14 +93,16 @@ class AcceptanceEstimate:
         """Return an estimate that knows only the prior, for drafts up to `depth`."""
         return cls(tested=np.zeros(depth), kept=np.zeros(depth))
 
-    def observe(self, accepted: np.ndarray) -> None:
-        """Take in a histogram `[G + 1]` of row-rounds by the number of drafts kept."""
-        keep = np.exp(-FORGET_PER_ROUND * accepted.sum())
+    def observe(self, used: np.ndarray) -> None:
+        """Take in a histogram `[G + 1]` of row-rounds by the number of drafts used."""
+        keep = math.exp(-FORGET_PER_ROUND * int(used.sum()))
         self.tested *= keep
         self.kept *= keep
-        # at_least[k] counts the row-rounds that kept k drafts or more.
-        at_least = np.cumsum(accepted[::-1])[::-1].astype(float)
-        depth = min(len(accepted) - 1, len(self.tested))
+        if len(used) == 1:
+            return
+        # at_least[k] counts the row-rounds that used k drafts or more.
+        at_least = np.cumsum(used[::-1])[::-1].astype(float)
+        depth = min(len(used) - 1, len(self.tested))
         self.tested[:depth] += at_least[:depth]
         self.kept[:depth] += at_least[1 : depth + 1]
 
@@ -197,17 +203,17 @@ class Controller:
         return best_ready
 
     def observe(
-        self, program: Program, num_rounds: int, accepted: np.ndarray, seconds: float
+        self, program: Program, num_rounds: int, emitted: np.ndarray, seconds: float
     ) -> None:
         """Learn from a window, and book the time lost against programs not compiled.
 
         Args:
-          program: what ran. num_rounds: its rounds.
-          accepted: histogram `[G + 1]` of row-rounds by drafts kept.
+          program: what ran. num_rounds: its rounds; 0 where the seconds are no measure.
+          emitted: histogram `[G + 1]` of row-rounds by tokens emitted, from 1 upwards.
           seconds: the window's time on the device, compilation not counted.
         """
         self.table.observe(program, seconds, num_rounds)
-        self.acceptance.observe(accepted)
+        self.acceptance.observe(emitted)
         if not self._wanted:
             return
         speeds = self._speeds([program, *self._wanted])

@@ -2,10 +2,10 @@
 
 Plain Python floats on the host. A program that never ran is predicted from those that
 did, by power laws in rows and cache length and by what drafts and verifications cost in
-autoregressive steps. One that ran for few rounds lies in between, because a first
-window may be slow for its own reasons and would otherwise never get a second; one that
-ran for long is taken as measured. So what looks better than it is gets measured and
-then seen through, and what looks worse than it is, too.
+autoregressive steps. One that ran for long is taken as measured. One that ran for few
+rounds gets the benefit of the doubt, because a first window may be slow for reasons of
+its own, and a program that looks slow would never get a second. So what looks better
+than it is gets measured and then seen through, and what looks worse than it is, too.
 
 Left out: rooflines of devices that are not here.
 """
@@ -13,6 +13,7 @@ Left out: rooflines of devices that are not here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
@@ -29,8 +30,10 @@ DRAFT_SHARE = 0.5
 # After so many rounds e ** -1 is left of what was measured before them.
 MEMORY_ROUNDS = 200.0
 
-# Measured for so many rounds, a program is no longer predicted.
-TRUSTED_ROUNDS = 50
+# Measured for so many positions (rounds times gamma + 1), a program is no longer
+# predicted; until then it may be faster than it seems by up to this share.
+TRUSTED_POSITIONS = 50
+DOUBT = 0.2
 
 
 @dataclasses.dataclass
@@ -76,11 +79,12 @@ class LatencyTable:
         measured = self.seconds.get(program)
         if measured is None:
             return self._predicted(program)
-        trust = self.rounds.get(program, TRUSTED_ROUNDS) / TRUSTED_ROUNDS
-        predicted = None if trust >= 1 else self._predicted(program)
-        if predicted is None:
+        rounds = self.rounds.get(program, TRUSTED_POSITIONS)
+        doubt = 1 - rounds * (program.gamma + 1) / TRUSTED_POSITIONS
+        if doubt <= 0:
             return measured
-        return trust * measured + (1 - trust) * predicted
+        predicted = min(measured, self._predicted(program) or measured)
+        return (measured + doubt * (predicted - measured)) * (1 - DOUBT * doubt)
 
     def _predicted(self, program: Program) -> float | None:
         """Return what the other programs say of this one.
@@ -189,6 +193,7 @@ def _power_law(line: list[tuple[int, float]], rows: int) -> float:
     return t0 * (rows / r0) ** min(max(exponent, 0.0), 1.0)
 
 
+@functools.cache
 def row_buckets(slots: int) -> tuple[int, ...]:
     """Return the batch sizes worth compiling: 1, 2, 3, 4, 6, 8, 12, ... and `slots`."""
     sizes = {slots}

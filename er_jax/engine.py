@@ -83,34 +83,36 @@ def run_window(
     def one_round(
         _: Any, carry: tuple[DecodeState, jax.Array]
     ) -> tuple[DecodeState, jax.Array]:
-        state, accepted = carry
+        state, counts = carry
         state, info = steps.decode_round(
             policy, params, state, settings, gamma=gamma, accept=accept
         )
-        kinds = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
-        is_kind = (info.num_accepted[:, None] == kinds) & info.is_live[:, None]
-        return state, accepted + jnp.sum(is_kind, axis=0, dtype=jnp.int32)
+        kinds = jnp.arange(gamma + 1, dtype=jnp.int32)
+        found = jnp.stack([info.num_accepted, jnp.maximum(info.num_emitted - 1, 0)])
+        is_kind = (found[..., None] == kinds[None, None]) & info.is_live[None, :, None]
+        return state, counts + jnp.sum(is_kind, axis=1, dtype=jnp.int32)
 
     def several(
         carry: tuple[DecodeState, jax.Array, jax.Array],
     ) -> tuple[DecodeState, jax.Array, jax.Array]:
-        state, num_rounds, accepted = carry
+        state, num_rounds, counts = carry
         if rounds_per_test == 1:
-            state, accepted = one_round(0, (state, accepted))
+            state, counts = one_round(0, (state, counts))
         else:
-            state, accepted = lax.fori_loop(
-                0, rounds_per_test, one_round, (state, accepted)
+            state, counts = lax.fori_loop(
+                0, rounds_per_test, one_round, (state, counts)
             )
-        return state, num_rounds + rounds_per_test, accepted
+        return state, num_rounds + rounds_per_test, counts
 
-    start = (state, jnp.int32(0), jnp.zeros(gamma + 1, jnp.int32))
-    state, num_rounds, accepted = lax.while_loop(goes_on, several, start)
+    start = (state, jnp.int32(0), jnp.zeros((2, gamma + 1), jnp.int32))
+    state, num_rounds, counts = lax.while_loop(goes_on, several, start)
     info = WindowInfo(
         live=state.live,
         length=state.length,
         finish_reason=state.finish_reason,
         num_rounds=num_rounds,
-        accepted=accepted,
+        accepted=counts[0],
+        emitted=counts[1],
     )
     return state, info
 

@@ -335,11 +335,14 @@ class Batch:
         moving = positions + shape[0] * shape[1]
         return max(moving, regrown) * self.request.position_bytes <= limit
 
+    def _is_compiled(self, program: Program) -> bool:
+        num_stop_ids = len(self.settings.stop_ids)
+        return self.engine.has_window(program, self._draft_kind, num_stop_ids)
+
     def compile_s(self, program: Program) -> float:
         """Return the seconds until this batch can run a program; 0 if it is ready."""
         seconds = 0.0
-        num_stop_ids = len(self.settings.stop_ids)
-        if not self.engine.has_window(program, self._draft_kind, num_stop_ids):
+        if not self._is_compiled(program):
             seconds += self.engine.expected_compile_s("window")
         if not self.engine.has_take(self.state, program.rows, program.cache_length):
             seconds += self.engine.expected_compile_s("take")
@@ -380,9 +383,10 @@ class Batch:
         controller: Controller,
     ) -> list[int]:
         """Run one window, book it, and return the sequences that finished in it."""
-        max_rounds = 64 if round_s is None else int(WINDOW_S / round_s)
-        max_rounds = min(max(max_rounds, MIN_ROUNDS), MAX_ROUNDS)
         program = Program(len(self.sequence), self.state.cache_length, gamma)
+        has_run = self._is_compiled(program)
+        max_rounds = 64 if round_s is None else int(WINDOW_S / round_s)
+        max_rounds = min(max(max_rounds, MIN_ROUNDS), MAX_ROUNDS) if has_run else 1
         second, live_before = time.perf_counter() - self.start_s, self.num_live
         self.state, info, seconds = self.engine.window(
             self.params,
@@ -412,7 +416,10 @@ class Batch:
             num_rounds=int(info.num_rounds),
         )
         self.stats.add_window(moment, num_tokens, info.accepted)
-        controller.observe(program, int(info.num_rounds), info.accepted, seconds)
+        # A program's first run touches memory and packs weights for the first time: a
+        # part of its compilation, and no measure of its rounds.
+        num_rounds = int(info.num_rounds) if has_run else 0
+        controller.observe(program, num_rounds, info.emitted, seconds)
         return finished
 
     def _collect(

@@ -197,6 +197,8 @@ class WindowInfo:
     live: bool `[B]`; length: int32 `[B]`; finish_reason: int32 `[B]`: as in the state.
     num_rounds: int32 `[]`, rounds run.
     accepted: int32 `[G + 1]`, how many row-rounds kept exactly k drafts.
+    emitted: int32 `[G + 1]`, how many emitted exactly k + 1 tokens: fewer where a stop
+      or a limit lay inside the drafts. (A bad logit can leave none: counted at k = 0.)
     """
 
     live: Array
@@ -204,6 +206,7 @@ class WindowInfo:
     finish_reason: Array
     num_rounds: Array
     accepted: Array
+    emitted: Array
 
 
 @struct.dataclass

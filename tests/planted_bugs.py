@@ -309,8 +309,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "predictions trusted more the more was measured",
         "er_jax/costs.py",
-        "return trust * measured + (1 - trust) * predicted",
-        "return trust * predicted + (1 - trust) * measured",
+        "return (measured + doubt * (predicted - measured))",
+        "return (predicted + doubt * (measured - predicted))",
         (
             "tests/test_costs.py::test_few_rounds_count_for_little_beside_what_others_say",
         ),

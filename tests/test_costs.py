@@ -16,10 +16,14 @@ def known(seconds: dict[tuple[int, int, int], float]) -> LatencyTable:
     return LatencyTable({Program(*name): value for name, value in seconds.items()})
 
 
-def test_the_first_reading_is_taken_as_it_is() -> None:
+def test_the_first_reading_is_all_there_is() -> None:
     table = LatencyTable()
     assert table.round_seconds(AR) is None
     table.observe(AR, 0.6, 3)
+    assert table.seconds[AR] == pytest.approx(0.2)
+    # Three rounds of fifty: it may be nearly a fifth faster.
+    assert table.round_seconds(AR) == pytest.approx(0.2 * (1 - 0.2 * 47 / 50))
+    table.observe(AR, 47 * 0.2, 47)
     assert table.round_seconds(AR) == pytest.approx(0.2)
 
 
@@ -48,12 +52,28 @@ def test_the_first_readings_are_averaged_over_their_rounds() -> None:
 
 
 def test_few_rounds_count_for_little_beside_what_others_say() -> None:
-    """Between the reading and the prediction, in proportion to the rounds."""
+    """Between the reading and the prediction, less a part for the doubt itself."""
     table = known({(4, 256, 0): 2**0.3})
     assert table.round_seconds(AR) == pytest.approx(1.0)
-    for rounds, trust in ((10, 0.2), (30, 0.8), (10, 1.0), (100, 1.0)):
+    for rounds, doubt in ((10, 0.8), (30, 0.2), (10, 0.0), (100, 0.0)):
         table.observe(AR, rounds * 3.0, rounds)
-        assert table.round_seconds(AR) == pytest.approx(trust * 3.0 + (1 - trust) * 1.0)
+        expected = (doubt * 1.0 + (1 - doubt) * 3.0) * (1 - 0.2 * doubt)
+        assert table.round_seconds(AR) == pytest.approx(expected)
+
+
+def test_a_round_of_many_drafts_tells_as_much_as_many_steps() -> None:
+    table, spec = known({AR: 1.0}), Program(4, 128, 4)
+    table.observe(spec, 4 * 3.0, 4)  # 20 positions of 50; nothing else drafted
+    assert table.round_seconds(spec) == pytest.approx(3.0 * (1 - 0.2 * 0.6))
+    table.observe(spec, 6 * 3.0, 6)
+    assert table.round_seconds(spec) == pytest.approx(3.0)
+
+
+def test_a_reading_below_the_prediction_is_believed() -> None:
+    """Whatever else runs on a machine only ever adds time."""
+    table = known({(4, 256, 0): 2**0.3})
+    table.observe(AR, 10 * 0.5, 10)
+    assert table.round_seconds(AR) == pytest.approx(0.5 * (1 - 0.2 * 0.8))
 
 
 def test_a_program_that_began_badly_gets_another_chance() -> None:
@@ -62,9 +82,11 @@ def test_a_program_that_began_badly_gets_another_chance() -> None:
         table = known({AR: 1.0, Program(4, 128, 2): 1.5})
         promised = table.round_seconds(program)
         assert promised is not None
-        table.observe(program, 5 * 4 * promised, 5)
-        # Of a reading four times as slow a tenth counts.
-        assert table.round_seconds(program) == pytest.approx(1.3 * promised)
+        rounds = 6 // (program.gamma + 1)
+        table.observe(program, rounds * 4 * promised, rounds)
+        # Of a reading four times as slow 6 parts in 50 count.
+        slower = (0.88 * 1 + 0.12 * 4) * (1 - 0.2 * 0.88)
+        assert table.round_seconds(program) == pytest.approx(slower * promised)
 
 
 def test_a_stall_counts_at_most_twice_what_was_known() -> None:

@@ -95,6 +95,7 @@ def test_it_runs_until_nothing_is_live(
     if gamma == 0:
         assert info.num_rounds == 31
         np.testing.assert_array_equal(info.accepted, [(limits - 1).sum()])
+        np.testing.assert_array_equal(info.emitted, info.accepted)
     else:
         # A good draft: near three tokens a round, and never more.
         assert 11 <= info.num_rounds < 25
@@ -103,6 +104,9 @@ def test_it_runs_until_nothing_is_live(
         assert row_rounds <= info.num_rounds * ROWS
         # Each row-round emits its kept drafts and one more, less what limits cut off.
         assert (limits - 1).sum() <= kept + row_rounds <= (limits - 1).sum() + 2 * ROWS
+        # What was emitted adds up exactly.
+        assert info.emitted.sum() == row_rounds
+        assert info.emitted @ np.arange(1, 4) == (limits - 1).sum()
 
 
 @pytest.mark.parametrize("gamma", [0, 2])
@@ -113,11 +117,13 @@ def test_a_window_is_rounds(programs: Engine, params: PolicyParams, gamma: int) 
     one_round = jax.jit(
         functools.partial(steps.decode_round, POLICY, gamma=gamma, accept="coupled")
     )
-    accepted = np.zeros(gamma + 1, int)
+    accepted, emitted = np.zeros(gamma + 1, int), np.zeros(gamma + 1, int)
     for _ in range(5):
         by_hand, done = one_round(params, by_hand, SETTINGS)
         accepted += np.bincount(done.num_accepted, minlength=gamma + 1)
+        emitted += np.bincount(done.num_emitted - 1, minlength=gamma + 1)
     np.testing.assert_array_equal(info.accepted, accepted)
+    np.testing.assert_array_equal(info.emitted, emitted)
     np.testing.assert_array_equal(state.tokens, by_hand.tokens)
     np.testing.assert_array_equal(state.length, by_hand.length)
     np.testing.assert_allclose(state.logprobs, by_hand.logprobs, rtol=0, atol=1e-5)
@@ -233,7 +239,7 @@ def test_one_small_transfer_per_window(
 
     monkeypatch.setattr(jax, "device_get", counted)
     state, info = window(programs, params, start(programs), 2, max_rounds=1)
-    assert sent == [ROWS * (1 + 4 + 4) + 4 + 3 * 4]
+    assert sent == [ROWS * (1 + 4 + 4) + 4 + 2 * 3 * 4]
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(info))
     monkeypatch.undo()
     for field in ("live", "length", "finish_reason"):
