@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import er_jax
 from benchmarks import measure, passes, presets, workloads
-from er_jax import Controller, PolicyParams, Rollout, RolloutConfig
+from er_jax import Controller, PolicyParams, Rollout, RolloutConfig, engine
 from er_jax.types import Policy
 
 Part = Literal["workloads", "rows", "cold"]
@@ -261,6 +261,7 @@ def measure_task(
     task: Task, args: Args, *, static: bool
 ) -> tuple[dict[str, Any], dict[str, Runner]]:
     """Run a task under every control, interleaved, and return the point."""
+    engine.forget_engines()
     runners = {name: Runner(task, name, args) for name in controls_of(args.gammas)}
     cases = {name: runner.run for name, runner in runners.items()}
     for runner in runners.values():

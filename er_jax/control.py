@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from er_jax.acceptance import expected_tokens
-from er_jax.costs import LatencyTable
+from er_jax.costs import DOUBT, LatencyTable
 from er_jax.types import Program
 
 DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
@@ -185,6 +185,10 @@ class Controller:
         speeds = self._speeds(options)
         # Reversed, so that the fall-back wins while nothing is known.
         ready = [p for p in reversed(options) if not compile_s(p)] or [options[-1]]
+        for program in ready:
+            if program not in self.table.seconds:
+                # Compiled, by another controller say, and never timed: cheap to try.
+                speeds[program] /= 1 - DOUBT
         best_ready = max(ready, key=speeds.__getitem__)
         worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
         self._wanted = [p for p in options if speeds[p] > worthwhile]

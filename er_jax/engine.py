@@ -384,6 +384,15 @@ def engine_for(policy: Policy, params: Params, accept: AcceptRule) -> Engine:
     return engine
 
 
+def forget_engines() -> None:
+    """Drop all kept engines with their programs and controllers.
+
+    For processes that go through many models or shapes: on CPU some hundred compiled
+    programs use up the memory mappings that Linux allows a process.
+    """
+    _engines.clear()
+
+
 def device_memory_bytes() -> int | None:
     """Return the memory of the default device in bytes, None where it is unknown."""
     device = jax.devices()[0]

@@ -194,6 +194,21 @@ def test_small_gains_do_not_move_the_batch() -> None:
         assert controller.choose([other, AR], None, compile_s=FREE) == other
 
 
+def test_what_is_compiled_and_was_never_timed_is_tried() -> None:
+    """At a promise of up to a fifth less; what would have to be compiled is not."""
+    controller = made({AR: 0.010, SPEC: 0.0450}, keep=0.9)
+    other = SPEC._replace(gamma=2)
+    promised, known = controller.speed(other), controller.speed(AR)
+    assert promised is not None and known is not None
+    assert 0.8 * known < promised < known
+    options = [SPEC, other, AR]
+    assert controller.choose(options, AR, compile_s=FREE) == other
+    price = compiled_are([AR, SPEC], cost=1.0)
+    assert controller.choose(options, AR, compile_s=price) == AR
+    controller.table.seconds[other] = controller.table.round_seconds(other) or 0.0
+    assert controller.choose(options, AR, compile_s=FREE) == AR
+
+
 def test_a_current_program_that_cannot_run_any_more_is_left() -> None:
     controller = made({AR: 0.010, SPEC: 0.009})
     bigger = Program(8, 128, 0)
