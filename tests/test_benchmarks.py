@@ -154,7 +154,9 @@ def test_a_record_says_what_it_was_measured_on(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1  # what was there before, untouched
 
 
-@pytest.mark.parametrize("path", sorted(measure.RESULTS.glob("*.json")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted(measure.RESULTS.glob("*.json")), ids=lambda p: p.name
+)
 def test_committed_records_can_be_quoted(path: Path) -> None:
     record = json.loads(path.read_text())
     assert measure.problems(record) == []

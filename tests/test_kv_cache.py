@@ -54,30 +54,28 @@ def test_attention_by_either_path_equals_the_oracle(
     assert (np.asarray(out)[1, 0] == 0).all()  # padding sees nothing
 
 
-def test_the_two_paths_agree(x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, keys = normal(3, 8, 6, 4), normal(3, S, 3 * 4, seed=1)
-    values = normal(3, S, 3 * 4, seed=2)
-    positions = np.tile(np.arange(8, dtype=np.int32) + 9, (3, 1))
+@pytest.mark.parametrize(
+    ("constant", "num_queries", "heads"),
+    [("MERGED_QUERIES", 8, 6), ("KEYS_FIRST_QUERIES", 2, 4)],
+)
+def test_the_two_paths_agree(
+    x64: None,
+    monkeypatch: pytest.MonkeyPatch,
+    constant: str,
+    num_queries: int,
+    heads: int,
+) -> None:
+    """Eight queries, merged over heads or not: at the limit, and one above it."""
+    query = normal(3, num_queries, heads, 4)
+    keys = normal(3, S, heads // 2 * 4, seed=1)
+    values = normal(3, S, heads // 2 * 4, seed=2)
+    positions = np.tile(np.arange(num_queries, dtype=np.int32) + 9, (3, 1))
     results, programs = [], []
-    for most_merged in (8, 7):
-        monkeypatch.setattr(kv_cache, "MERGED_QUERIES", most_merged)
+    for most in (8, 7):
+        monkeypatch.setattr(kv_cache, constant, most)
         # A new function each time, or the first trace would be used again.
         one_path = jax.jit(lambda *arrays: kv_cache.attend(*arrays))
         traced = one_path.trace(query, keys, values, positions)
-        programs.append(str(traced.jaxpr))
-        results.append(traced.lower().compile()(query, keys, values, positions))
-    assert programs[0] != programs[1]
-    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-13)
-
-
-def test_keys_may_be_either_factor(monkeypatch: pytest.MonkeyPatch, x64: None) -> None:
-    query, keys, values = normal(3, 2, 4, 6), normal(3, S, 12), normal(3, S, 12)
-    positions = np.tile(np.arange(2, dtype=np.int32) + 9, (3, 1))
-    results, programs = [], []
-    for most in (8, 7):
-        monkeypatch.setattr(kv_cache, "KEYS_FIRST_QUERIES", most)
-        one_way = jax.jit(lambda *arrays: kv_cache.attend(*arrays))
-        traced = one_way.trace(query, keys, values, positions)
         programs.append(str(traced.jaxpr))
         results.append(traced.lower().compile()(query, keys, values, positions))
     assert programs[0] != programs[1]
