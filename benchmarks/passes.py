@@ -312,7 +312,9 @@ class Bench:
             reach = self.rounds_per_test * (pass_.gamma + 1)
             room = max((self.cache_length - 1 - reach) // (pass_.gamma + 1), 1)
             limit = np.int32(min(room, num_passes - done))
-            self._state, info = call(weights, state, self.settings, np.int32(0), limit)
+            self._state, info, _ = call(
+                weights, state, self.settings, np.int32(0), limit
+            )
             info = jax.device_get(info)
             seconds += time.perf_counter() - start
             done += int(info.num_rounds)

@@ -68,9 +68,10 @@ def measure_round(
             sequence_id=np.arange(rows, dtype=np.int32),
             live=np.ones(rows, bool),
         )
-        state, info, seconds = engine.window(
+        state, window = engine.start_window(
             params, state, settings, program.gamma, exit_live=0, max_rounds=num_rounds
         )
+        info, seconds, _ = window.wait()
         return state, seconds / max(int(info.num_rounds), 1)
 
     state, round_s = run(state, min(4, room))

@@ -30,6 +30,10 @@ DRAFT_SHARE = 0.5
 # After so many rounds e ** -1 is left of what was measured before them.
 MEMORY_ROUNDS = 200.0
 
+# Predictions stand until a measured program has moved by more than this share: dozens
+# are asked for before every window, and they are no better than that.
+STALE = 0.01
+
 # Measured for so many positions (rounds times gamma + 1), a program is no longer
 # predicted; until then it may be faster than it seems by up to this share.
 TRUSTED_POSITIONS = 50
@@ -53,6 +57,12 @@ class LatencyTable:
     _steps: dict[Program, float | None] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _predictions: dict[Program, float | None] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _predicted_from: dict[Program, float] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def observe(self, program: Program, seconds: float, num_rounds: int) -> None:
         """Take in a window: `seconds` in total over `num_rounds` rounds.
@@ -62,7 +72,6 @@ class LatencyTable:
         """
         if num_rounds < 1:
             return
-        self._steps.clear()
         reading = seconds / num_rounds
         known = self.seconds.get(program)
         if known is None:
@@ -72,7 +81,11 @@ class LatencyTable:
         if program in self.rounds:
             self.rounds[program] += num_rounds
             weight = max(weight, num_rounds / self.rounds[program])
-        self.seconds[program] = known + weight * (min(reading, 2 * known) - known)
+        now = known + weight * (min(reading, 2 * known) - known)
+        self.seconds[program] = now
+        before = self._predicted_from.setdefault(program, known)
+        if abs(now - before) > STALE * before:
+            self._forget_predictions()
 
     def round_seconds(self, program: Program) -> float | None:
         """Return measured or predicted seconds per round; None if nothing is known."""
@@ -87,7 +100,14 @@ class LatencyTable:
         return (measured + doubt * (predicted - measured)) * (1 - DOUBT * doubt)
 
     def _predicted(self, program: Program) -> float | None:
-        """Return what the other programs say of this one.
+        """Return what the other programs say of this one, remembered for a while."""
+        self._neighbours()
+        if program not in self._predictions:
+            self._predictions[program] = self._prediction(program)
+        return self._predictions[program]
+
+    def _prediction(self, program: Program) -> float | None:
+        """Work out what the other programs say of this one.
 
         A speculative round costs a step, as gamma = 0 does, and for its drafts what
         they cost in the nearest round that ran, in proportion to `_extra`.
@@ -115,9 +135,8 @@ class LatencyTable:
         return gamma * DRAFT_SHARE * step + verification - step
 
     def _step(self, rows: int, length: int) -> float | None:
-        """Return the seconds of an AR step, remembered until something is observed."""
+        """Return the seconds of an AR step, remembered as long as predictions are."""
         program = Program(rows, length, 0)
-        self._neighbours()
         if program not in self._steps:
             known = self.seconds.get(program)
             self._steps[program] = self._curve(*program) if known is None else known
@@ -136,8 +155,13 @@ class LatencyTable:
         """Return who lies near whom among the measured, which are never taken out."""
         if len(self._found.measured) != len(self.seconds):
             self._found = _Neighbours(tuple(self.seconds))
-            self._steps.clear()
+            self._forget_predictions()
         return self._found
+
+    def _forget_predictions(self) -> None:
+        self._steps.clear()
+        self._predictions.clear()
+        self._predicted_from.clear()
 
 
 class _Neighbours:

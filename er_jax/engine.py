@@ -20,7 +20,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ from er_jax.types import (
     WindowInfo,
 )
 
+# Tokens int32 `[B, S]` and log-probabilities float32 `[B, S]`.
+Text: TypeAlias = tuple[jax.Array, jax.Array]
+
 
 @functools.partial(
     jax.jit,
@@ -57,7 +60,7 @@ def run_window(
     gamma: int,
     accept: AcceptRule,
     rounds_per_test: int,
-) -> tuple[DecodeState, WindowInfo]:
+) -> tuple[DecodeState, WindowInfo, Text]:
     """Run rounds until `exit_live` or fewer rows are live; at least none, at most max.
 
     Args:
@@ -68,7 +71,9 @@ def run_window(
         back (and is a collective on a mesh); up to this many rounds minus one run idle
         at the end.
     Returns:
-      The state and what the host needs to know.
+      The state; what the host needs to know; copies of the state's tokens and
+      log-probabilities, for rows that ended: they may be fetched while the next window
+      runs on the state.
     Effects: donates `state`.
     """
     reach = rounds_per_test * (gamma + 1)
@@ -114,7 +119,7 @@ def run_window(
         accepted=counts[0],
         emitted=counts[1],
     )
-    return state, info
+    return state, info, (state.tokens, state.logprobs)
 
 
 @functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("state",))
@@ -184,6 +189,38 @@ class CompiledProgram:
 
     call: Callable[..., Any]
     compile_s: float
+
+
+class RunningWindow:
+    """A window the device was told to run; the host is free until it calls `wait`.
+
+    text: the tokens and log-probabilities after it, as `run_window` returns them.
+    """
+
+    def __init__(self, info: WindowInfo, text: Text, start_s: float) -> None:
+        self._info = info
+        self.text = text
+        self._start_s = start_s
+        self._told_s = time.perf_counter()
+        # Where dispatch itself waits, its end is the window's.
+        self._is_sync = info.num_rounds.is_ready()
+
+    def wait(self) -> tuple[WindowInfo, float, bool]:
+        """Wait for the window.
+
+        Returns:
+          The info as NumPy arrays; the seconds the window took, compilation not
+          counted; whether those were measured. They were not where the window was over
+          before it was waited for: then they are only what it took to start it and to
+          fetch the info.
+        """
+        asked_s = time.perf_counter()
+        was_over = self._info.num_rounds.is_ready()
+        info = jax.device_get(self._info)
+        seconds = time.perf_counter() - self._start_s
+        if was_over:
+            seconds -= asked_s - self._told_s
+        return info, seconds, self._is_sync or not was_over
 
 
 def _abstract(tree: Any) -> Any:
@@ -300,7 +337,7 @@ class Engine:
         """Return the seconds one more program of a kind should take to compile."""
         return self._slowest_s.get(kind, 1.0)
 
-    def window(
+    def start_window(
         self,
         params: PolicyParams,
         state: DecodeState,
@@ -310,8 +347,8 @@ class Engine:
         exit_live: int,
         max_rounds: int,
         draft_kind: str | None = None,
-    ) -> tuple[DecodeState, WindowInfo, float]:
-        """Run one window and wait for it.
+    ) -> tuple[DecodeState, RunningWindow]:
+        """Run one window, and do not wait for it.
 
         Args:
           params: target and draft. state: donated. settings: traced sampling settings.
@@ -319,8 +356,7 @@ class Engine:
           draft_kind: of `params.draft`, for callers of many windows, who need to find
             it only once.
         Returns:
-          The state, the info as NumPy arrays, and the seconds the window took on the
-          device, compilation not counted.
+          The state after the window, and what is to be waited for.
         """
         program = Program(state.rows, state.cache_length, gamma)
         if gamma == 0:
@@ -340,9 +376,8 @@ class Engine:
             ),
         )
         start = time.perf_counter()
-        state, info = compiled.call(*arguments)
-        info = jax.device_get(info)
-        return state, info, time.perf_counter() - start
+        state, info, text = compiled.call(*arguments)
+        return state, RunningWindow(info, text, start)
 
     def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
         """Derive the draft of bare policy parameters."""

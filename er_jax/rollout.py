@@ -175,7 +175,8 @@ def rollout(
       controller: learns costs and acceptance; keep it across calls. None uses one
         that lives as long as the process, per policy, control and drafter.
       mesh: not supported yet; None runs on the default device.
-      on_finish: called with (sequence id, `Completion`) as rows finish.
+      on_finish: called with (sequence id, `Completion`) as rows finish, while the
+        device goes on with the others: the place for rewards of single completions.
       progress: show a progress bar.
     Returns:
       A `Rollout`.

@@ -15,11 +15,12 @@ Left out: time, acceptance, compile costs (`control`); shapes of requests (`roll
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from er_jax.control import Controller
 from er_jax.costs import row_buckets
 from er_jax.drafter import PolicyParams
-from er_jax.engine import Engine
+from er_jax.engine import Engine, RunningWindow, Text
 from er_jax.stats import Moment, RolloutStats
 from er_jax.types import FINISH_NAMES, NONE, Admission, Program, Sampling
 
@@ -116,6 +117,14 @@ def run(
       RolloutError: anything failed on the way; it carries the finished completions.
     """
     batch = Batch(engine, params, request, stats, settings)
+
+    def deliver(finished: list[int]) -> None:
+        for sequence in finished:
+            bar.update()
+            if on_finish is not None:
+                sequence_id = int(request.sequence_ids[sequence])
+                on_finish(sequence_id, batch.completions[sequence])
+
     with tqdm(total=len(request.prompt_of), unit="seq", disable=not progress) as bar:
         try:
             while batch.queue or batch.num_live:
@@ -129,18 +138,22 @@ def run(
                         compile_s=batch.compile_s,
                     )
                     batch.move_to(program)
-                seconds = controller.table.round_seconds(program)
-                finished = batch.run_window(program.gamma, seconds, controller)
-                for sequence in finished:
-                    bar.update()
-                    if on_finish is not None:
-                        sequence_id = int(request.sequence_ids[sequence])
-                        on_finish(sequence_id, batch.completions[sequence])
+                batch.start_window(program, controller.table.round_seconds(program))
+                # What ended in the window before is delivered while this one runs.
+                deliver(batch.collect())
                 if progress:
                     bar.set_postfix_str(
                         f"live={batch.num_live}, gamma={program.gamma}", refresh=False
                     )
+                batch.end_window(controller)
+            deliver(batch.collect())
         except Exception as error:
+            # A window may be under way, or over and not yet collected. Where the device
+            # itself has failed, there is nothing more to fetch.
+            with contextlib.suppress(Exception):
+                batch.end_window(controller)
+            with contextlib.suppress(Exception):
+                batch.collect()
             done = {
                 int(request.sequence_ids[s]): c for s, c in batch.completions.items()
             }
@@ -150,6 +163,32 @@ def run(
                 done,
             ) from error
     return [batch.completions[s] for s in range(len(request.prompt_of))]
+
+
+class _Running(NamedTuple):
+    """A window under way: its program, whether that ran before, when, live rows."""
+
+    window: RunningWindow
+    program: Program
+    has_run: bool
+    second: float
+    num_live: int
+
+
+class _EndedRow(NamedTuple):
+    """A row that ended; length as in the state, prompt included."""
+
+    slot: int
+    sequence: int
+    length: int
+    finish_reason: int
+
+
+class _Ended(NamedTuple):
+    """The rows that ended in the last window and are not collected yet."""
+
+    rows: list[_EndedRow]
+    text: Text | None
 
 
 class Batch:
@@ -176,6 +215,8 @@ class Batch:
         self.program: Program | None = None
         self._decided_ago_s = 0.0
         self._draft_kind = engine.draft_kind(params.draft)
+        self._running: _Running | None = None
+        self._ended = _Ended([], None)
         rows, cache_length = request.slots, request.cache_lengths[-1]
         self.sequence = np.full(rows, NONE)
         self.resident = np.full(rows, NONE)
@@ -189,7 +230,7 @@ class Batch:
         """Rows that still generate."""
         return int((self.sequence != NONE).sum())
 
-    @contextmanager
+    @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """Wait for device work on the state, and book its time."""
         with self.stats.timed(phase, lambda: self.engine.compile_s):
@@ -307,8 +348,10 @@ class Batch:
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run the live rows now, the safest one last.
 
-        With sequences waiting, the batch keeps all its slots. A cache is shortened only
-        if the live rows leave a quarter of it free, so that it is not grown at once.
+        With sequences waiting, the batch keeps all its slots. A batch of fewer rows is
+        not made larger for a program that would have to be compiled, but for the last.
+        A cache is shortened only if the live rows leave a quarter of it free, so that
+        it is not grown at once.
         """
         slots, num_live = self.request.slots, self.num_live
         sizes = (slots,) if self.queue else row_buckets(slots)
@@ -320,8 +363,12 @@ class Batch:
             for rows, length in itertools.product(sizes, self.request.cache_lengths):
                 is_shorter = length < self.state.cache_length
                 needed = least + length // 4 if is_shorter else least
-                if needed <= length and self._fits(rows, length):
-                    found.append(Program(rows, length, gamma))
+                if needed > length or not self._fits(rows, length):
+                    continue
+                program = Program(rows, length, gamma)
+                is_larger = len(self.sequence) < rows < slots
+                if not is_larger or self._is_compiled(program):
+                    found.append(program)
         return found
 
     def _fits(self, rows: int, length: int) -> bool:
@@ -376,35 +423,47 @@ class Batch:
         smaller = [b for b in row_buckets(self.request.slots) if b < self.num_live]
         return max(smaller, default=0)
 
-    def run_window(
-        self,
-        gamma: int,
-        round_s: float | None,
-        controller: Controller,
-    ) -> list[int]:
-        """Run one window, book it, and return the sequences that finished in it."""
-        program = Program(len(self.sequence), self.state.cache_length, gamma)
+    def start_window(self, program: Program, round_s: float | None) -> None:
+        """Have the device run a window.
+
+        Args:
+          program: of the state's own shape. round_s: seconds a round should take; None
+            if nothing is known.
+        """
         has_run = self._is_compiled(program)
         max_rounds = 64 if round_s is None else int(WINDOW_S / round_s)
         max_rounds = min(max(max_rounds, MIN_ROUNDS), MAX_ROUNDS) if has_run else 1
-        second, live_before = time.perf_counter() - self.start_s, self.num_live
-        self.state, info, seconds = self.engine.window(
+        second, num_live = time.perf_counter() - self.start_s, self.num_live
+        self.state, window = self.engine.start_window(
             self.params,
             self.state,
             self.settings,
-            gamma,
-            exit_live=min(self._exit_live(), live_before - 1),
+            program.gamma,
+            exit_live=min(self._exit_live(), num_live - 1),
             max_rounds=max_rounds,
             draft_kind=self._draft_kind,
         )
+        self._running = _Running(window, program, has_run, second, num_live)
+
+    def end_window(self, controller: Controller) -> None:
+        """Wait for the window that runs, if any, book it, and free what ended."""
+        if self._running is None:
+            return
+        (window, program, has_run, second, live_before) = self._running
+        self._running = None
+        info, seconds, is_measured = window.wait()
         self._decided_ago_s += seconds
         is_active = self.sequence != NONE
         num_tokens = int((info.length - self.length)[is_active].sum())
-        ended = np.flatnonzero(is_active & ~info.live)
-        finished = [int(s) for s in self.sequence[ended]]
-        self._collect(ended, info.length, info.finish_reason)
+        rows = [
+            _EndedRow(int(s), int(self.sequence[s]), int(info.length[s]), int(reason))
+            for s, reason in enumerate(info.finish_reason)
+            if is_active[s] and not info.live[s]
+        ]
+        self._ended = _Ended(rows, window.text)
         self.length = info.length.astype(int)
-        self.sequence[ended] = NONE
+        self.sequence[is_active & ~info.live] = NONE
+        num_rounds = int(info.num_rounds)
         moment = Moment(
             second=second,
             duration_s=seconds,
@@ -412,30 +471,35 @@ class Batch:
             num_live_after=self.num_live,
             rows=program.rows,
             cache_length=program.cache_length,
-            gamma=gamma,
-            num_rounds=int(info.num_rounds),
+            gamma=program.gamma,
+            num_rounds=num_rounds,
         )
         self.stats.add_window(moment, num_tokens, info.accepted)
         # A program's first run touches memory and packs weights for the first time: a
         # part of its compilation, and no measure of its rounds.
-        num_rounds = int(info.num_rounds) if has_run else 0
-        controller.observe(program, num_rounds, info.emitted, seconds)
-        return finished
+        is_measured &= has_run
+        controller.observe(
+            program, num_rounds if is_measured else 0, info.emitted, seconds
+        )
 
-    def _collect(
-        self, ended: np.ndarray, length: np.ndarray, reason: np.ndarray
-    ) -> None:
-        """Fetch the completions of rows that ended, before anything overwrites them."""
-        if not len(ended):
-            return
-        tokens, logprobs = jax.device_get((self.state.tokens, self.state.logprobs))
-        for slot in ended:
-            sequence = int(self.sequence[slot])
-            start = len(self.request.prompts[self.request.prompt_of[sequence]])
-            part = slice(start, int(length[slot]))
-            # Copies: on CPU the fetched arrays may be the device's own buffers.
-            self.completions[sequence] = Completion(
-                token_ids=np.array(tokens[slot, part]),
-                logprobs=np.array(logprobs[slot, part]),
-                finish_reason=FINISH_NAMES[int(reason[slot])],
+    def collect(self) -> list[int]:
+        """Fetch the completions that ended in the last window; return their sequences.
+
+        They come from the window's own copies, so it makes no difference what has been
+        started on the state since.
+        """
+        ended, self._ended = self._ended, _Ended([], None)
+        if not ended.rows:
+            return []
+        tokens, logprobs = jax.device_get(ended.text)
+        for row in ended.rows:
+            prompt = self.request.prompts[self.request.prompt_of[row.sequence]]
+            part = slice(len(prompt), row.length)
+            # Copies: the fetched arrays may be the device's own buffers, and hold all
+            # the rows.
+            self.completions[row.sequence] = Completion(
+                token_ids=np.array(tokens[row.slot, part]),
+                logprobs=np.array(logprobs[row.slot, part]),
+                finish_reason=FINISH_NAMES[row.finish_reason],
             )
+        return [row.sequence for row in ended.rows]

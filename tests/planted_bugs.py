@@ -315,6 +315,23 @@ BUGS: tuple[PlantedBug, ...] = (
             "tests/test_costs.py::test_few_rounds_count_for_little_beside_what_others_say",
         ),
     ),
+    PlantedBug(
+        "predictions remembered for good",
+        "er_jax/costs.py",
+        "if abs(now - before) > STALE * before:",
+        "if before < 0:",
+        ("tests/test_costs.py::test_predictions_follow_what_is_observed",),
+    ),
+    PlantedBug(
+        "rows that ended fetched from the wrong slots",
+        "er_jax/scheduler.py",
+        "token_ids=np.array(tokens[row.slot, part]),",
+        "token_ids=np.array(tokens[row.slot - 1, part]),",
+        (
+            "tests/test_scheduler.py::"
+            "test_completions_do_not_change_when_their_rows_are_used_again",
+        ),
+    ),
 )
 
 

@@ -10,6 +10,7 @@ from er_jax.costs import LatencyTable, bucket_of, row_buckets
 from er_jax.types import Program
 
 AR = Program(rows=4, cache_length=128, gamma=0)
+SPECULATIVE = Program(rows=4, cache_length=128, gamma=4)
 
 
 def known(seconds: dict[tuple[int, int, int], float]) -> LatencyTable:
@@ -188,6 +189,20 @@ def test_speculation_alone_does_not_tell_what_a_step_costs() -> None:
     assert table.round_seconds(Program(1, 128, 0)) is None
     assert table.round_seconds(Program(1, 128, 2)) is None
     assert table.round_seconds(Program(4, 128, 4)) == pytest.approx(36.0)
+
+
+def test_predictions_follow_what_is_observed() -> None:
+    """They stand while a measured program wavers, not when it moves."""
+    table, asked = known({AR: 1.0, SPECULATIVE: 3.0}), Program(8, 128, 2)
+    before = table.round_seconds(asked)
+    table.observe(SPECULATIVE, 10 * 3.03, 10)
+    assert table.round_seconds(asked) == before
+    for _ in range(20):
+        table.observe(SPECULATIVE, 10 * 3.6, 10)
+    fresh = LatencyTable(dict(table.seconds)).round_seconds(asked)
+    assert before is not None and fresh is not None
+    assert abs(fresh / before - 1) > 0.05
+    assert table.round_seconds(asked) == pytest.approx(fresh, rel=0.02)
 
 
 def test_predictions_grow_with_rows_length_and_gamma() -> None:

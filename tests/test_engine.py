@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import jax
@@ -76,9 +77,10 @@ def window(
     exit_live: int = 0,
     max_rounds: int = FOREVER,
 ) -> tuple[DecodeState, WindowInfo]:
-    state, info, seconds = programs.window(
+    state, running = programs.start_window(
         params, state, SETTINGS, gamma, exit_live=exit_live, max_rounds=max_rounds
     )
+    info, seconds, _ = running.wait()
     assert seconds > 0
     return state, info
 
@@ -196,7 +198,7 @@ def test_a_limit_at_the_end_of_the_cache_is_reached(
 def test_tests_may_be_rare(programs: Engine, params: PolicyParams) -> None:
     """Three rounds between exit tests: the same tokens, some idle rounds at the end."""
     limits = np.array([5, 9, 12, 2])
-    state, info = engine.run_window(
+    state, info, _ = engine.run_window(
         POLICY,
         params,
         start(programs, limits),
@@ -212,7 +214,7 @@ def test_tests_may_be_rare(programs: Engine, params: PolicyParams) -> None:
     np.testing.assert_array_equal(state.tokens, usual.tokens)
     np.testing.assert_array_equal(info.accepted, [(limits - 1).sum()])
     # Whoever could outgrow the cache between two tests ends the window first.
-    _, info = engine.run_window(
+    _, info, _ = engine.run_window(
         POLICY,
         params,
         start(programs, limits=2 * S),
@@ -377,7 +379,41 @@ def test_more_stop_ids_than_there_is_room_for(
     """Their number is a shape, so it has to be part of what names a program."""
     window(programs, params, start(programs), 0, max_rounds=1)
     many = dataclasses.replace(SETTINGS, stop_ids=np.full(16, NONE, np.int32))
-    _, info, _ = programs.window(
+    _, running = programs.start_window(
         params, start(programs), many, 0, exit_live=0, max_rounds=1
     )
-    assert info.num_rounds == 1
+    assert running.wait()[0].num_rounds == 1
+
+
+def test_what_ended_can_be_fetched_while_the_next_window_runs(
+    programs: Engine, params: PolicyParams
+) -> None:
+    state, first = programs.start_window(
+        params, start(programs), SETTINGS, 0, exit_live=0, max_rounds=3
+    )
+    info, _, _ = first.wait()
+    wanted = np.array(state.tokens), np.array(state.logprobs)
+    assert (info.length == 4).all() and wanted[0][:, 1:4].any()
+    state, second = programs.start_window(
+        params, state, SETTINGS, 0, exit_live=0, max_rounds=3
+    )
+    np.testing.assert_array_equal(first.text[0], wanted[0])
+    np.testing.assert_array_equal(first.text[1], wanted[1])
+    assert (second.wait()[0].length == 7).all()
+    assert not np.array_equal(state.tokens, wanted[0])
+
+
+def test_seconds_of_a_window_leave_out_what_the_host_did_meanwhile(
+    programs: Engine, params: PolicyParams
+) -> None:
+    def timed(pause_s: float) -> tuple[float, bool]:
+        _, running = programs.start_window(
+            params, start(programs), SETTINGS, 0, exit_live=0, max_rounds=20
+        )
+        time.sleep(pause_s)
+        return running.wait()[1:]
+
+    assert any(is_measured for _, is_measured in (timed(0) for _ in range(10)))
+    seconds, is_measured = timed(0.5)
+    assert 0 < seconds < 0.5
+    assert not is_measured

@@ -73,7 +73,7 @@ def run(
         policy, params, state, config, np.int32(0), np.int32(max_rounds),
         gamma=gamma, accept=rule, rounds_per_test=1,
     )  # fmt: skip
-    return jax.device_get(out)
+    return jax.device_get(out[:2])
 
 
 # -- every outcome of a round ----------------------------------------------------------

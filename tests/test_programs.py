@@ -253,7 +253,9 @@ def test_a_window_gives_its_state_the_same_buffers(
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= num_bytes(state)
     info = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    assert info < 1000  # what else comes back is small
+    # Beside the text, which may be fetched while the next window runs on the state,
+    # what comes back is small.
+    assert info < num_bytes((state.tokens, state.logprobs)) + 1000
 
 
 def test_a_window_needs_no_room_for_copies(

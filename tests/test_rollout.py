@@ -392,10 +392,10 @@ def test_a_failing_callback_loses_nothing(params: Any, out: er_jax.Rollout) -> N
     with pytest.raises(er_jax.RolloutError, match="no such reward") as error:
         sample(params, on_finish=fail)
     assert isinstance(error.value.__cause__, KeyError)
-    # All four rows of the batch had ended together.
+    # All four rows of the batch had ended together, and the last two were under way.
     done = error.value.completions
-    assert sorted(done) == [0, 1, 2, 3]
-    assert [done[i].token_ids.tolist() for i in range(4)] == rows(out)[:4]
+    assert sorted(done) == [0, 1, 2, 3, 4, 5]
+    assert [done[i].token_ids.tolist() for i in range(6)] == rows(out)
 
 
 def test_nothing_is_printed_unless_asked(

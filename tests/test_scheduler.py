@@ -192,7 +192,7 @@ class PretendedEngine:
     def expected_compile_s(self, kind: str) -> float:
         return 0.01
 
-    def window(
+    def start_window(
         self,
         params: PolicyParams,
         state: DecodeState,
@@ -202,7 +202,7 @@ class PretendedEngine:
         exit_live: int,
         max_rounds: int,
         draft_kind: str,
-    ) -> tuple[DecodeState, WindowInfo, float]:
+    ) -> tuple[DecodeState, PretendedWindow]:
         program = Program(state.rows, state.cache_length, gamma)
         self._name("window", *program)
         if len(self.windows) == self.fail_at_window:
@@ -229,7 +229,9 @@ class PretendedEngine:
             accepted=accepted,
             emitted=accepted,
         )
-        return self._keep(state), info, self.seconds(program) * num_rounds
+        text = state.tokens.copy(), state.logprobs.copy()
+        seconds = self.seconds(program) * num_rounds
+        return self._keep(state), PretendedWindow(info, text, seconds)
 
     def _round(self, state: DecodeState, row: int, gamma: int) -> int:
         """Emit up to gamma + 1 tokens, by a pattern that rejects at every depth."""
@@ -255,6 +257,16 @@ class PretendedEngine:
         return kept
 
 
+class PretendedWindow:
+    """A window that is over as soon as it is asked for."""
+
+    def __init__(self, info: WindowInfo, text: Any, seconds: float) -> None:
+        self.info, self.text, self.seconds = info, text, seconds
+
+    def wait(self) -> tuple[WindowInfo, float, bool]:
+        return self.info, self.seconds, True
+
+
 class CheckedBatch(Batch):
     """A batch that compares its record with the device after every window."""
 
@@ -263,14 +275,14 @@ class CheckedBatch(Batch):
             assert program.rows == self.request.slots, "compacted with a queue"
         super().move_to(program)
 
-    def run_window(self, *args: Any, **options: Any) -> list[int]:
-        finished = super().run_window(*args, **options)
+    def end_window(self, *args: Any) -> None:
+        super().end_window(*args)
         request, state = self.request, self.state
         rows = len(self.sequence)
         here = self.sequence[self.sequence != NONE].tolist()
-        everyone = sorted([*here, *self.queue, *self.completions])
+        ended = [row.sequence for row in self._ended.rows]
+        everyone = sorted([*here, *self.queue, *self.completions, *ended])
         assert everyone == list(range(len(request.prompt_of))), "lost, or there twice"
-        assert set(finished) <= set(self.completions)
         assert state.tokens.shape == (rows, state.cache_length)
         assert self.program is not None
         assert self.program[:2] == (rows, state.cache_length)
@@ -288,7 +300,6 @@ class CheckedBatch(Batch):
                 assert state.length[row] == self.length[row] < self.limit[row]
                 assert self.limit[row] == state.limit[row] == request.limit(sequence)
                 assert self.length[row] <= state.cache_length
-        return finished
 
 
 @pytest.fixture(autouse=True)
@@ -719,6 +730,19 @@ def test_what_had_finished_is_not_lost_when_a_callback_fails() -> None:
         wanted = expected(sequence_id, PROMPTS[0], 24)
         np.testing.assert_array_equal(completion.token_ids, wanted.token_ids)
         np.testing.assert_array_equal(completion.logprobs, wanted.logprobs)
+
+
+def test_callbacks_run_while_the_next_window_does() -> None:
+    engine = PretendedEngine(flat)
+    windows_started: list[int] = []
+
+    def on_finish(sequence_id: int, completion: Completion) -> None:
+        windows_started.append(len(engine.windows))
+
+    request = make_request([0] * 6, slots=2)
+    _, _, stats = run(request, engine=engine, on_finish=on_finish)
+    ends = [i for i, m in enumerate(stats.timeline) if m.num_live_after < m.live]
+    assert set(windows_started) == {min(i + 2, len(stats.timeline)) for i in ends}
 
 
 @pytest.mark.parametrize("at", [0, 3])
