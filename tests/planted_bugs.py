@@ -327,10 +327,7 @@ BUGS: tuple[PlantedBug, ...] = (
         "er_jax/scheduler.py",
         "token_ids=np.array(tokens[row.slot, part]),",
         "token_ids=np.array(tokens[row.slot - 1, part]),",
-        (
-            "tests/test_scheduler.py::"
-            "test_completions_do_not_change_when_their_rows_are_used_again",
-        ),
+        ("tests/test_scheduler.py::test_names_of_sequences_are_what_decides",),
     ),
 )
 
