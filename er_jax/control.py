@@ -20,12 +20,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from er_jax.acceptance import expected_tokens
 from er_jax.costs import DOUBT, LatencyTable
+from er_jax.pass_costs import Kind
 from er_jax.types import Program
 
 DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
@@ -39,8 +40,10 @@ PRIOR_ROUNDS = 20.0
 # about fourteen thousand row-rounds.
 FORGET_PER_ROUND = 5e-5
 
-# A change of program must promise this much, so that noise does not move the batch.
+# A change of program must promise this much, so that noise does not move the batch; one
+# of gamma alone moves nothing, and need only be more than rounding.
 HYSTERESIS = 0.03
+GAMMA_HYSTERESIS = 0.005
 
 
 def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
@@ -200,11 +203,13 @@ class Controller:
         if paid:
             self._wanted = []
             return max(paid, key=speeds.__getitem__)
-        if current in ready and speeds[best_ready] <= speeds[current] * (
-            1 + HYSTERESIS
-        ):
-            return current
-        return best_ready
+        if current not in ready:
+            return best_ready
+        is_same_shape = best_ready[:2] == current[:2]
+        margin = GAMMA_HYSTERESIS if is_same_shape else HYSTERESIS
+        if speeds[best_ready] > speeds[current] * (1 + margin):
+            return best_ready
+        return current
 
     def observe(
         self, program: Program, num_rounds: int, emitted: np.ndarray, seconds: float
@@ -259,3 +264,100 @@ class Controller:
         self.acceptance = AcceptanceEstimate(
             tested=np.array(state["tested"]), kept=np.array(state["kept"])
         )
+
+
+# The published switch and ladder, with the constants of the published code.
+PAPER_SPEED_UP = 1.05
+PAPER_RAMP_ROWS = 32
+PAPER_LADDER = (5, 7, 9, 11)
+PAPER_RAISE, PAPER_LOWER = 0.94, 0.85
+PAPER_PERSISTENCE = 2
+
+
+class PassPredictor(Protocol):
+    """What prices single passes: `pass_costs.PassCosts` and `pass_costs.Roofline`."""
+
+    def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
+        """Return the seconds of one pass."""
+
+
+class PaperRule:
+    """The published switch and draft length, as a baseline.
+
+    Plain decoding until the batch has once held more than `PAPER_RAMP_ROWS` rows and a
+    round is then predicted to be `PAPER_SPEED_UP` times as fast; from there on drafts,
+    to the end of the rollout. The prediction takes the tokens per round of the rollout
+    before. The draft length is one of a ladder for a whole rollout: a step up after
+    `PAPER_PERSISTENCE` rollouts in a row that kept at least `PAPER_RAISE` of their
+    drafts, a step down after as many that kept at most `PAPER_LOWER`. The cost model
+    has no part in that.
+
+    Args:
+      costs: prices passes; the published rule uses a roofline.
+      gamma: draft length to begin with, one of the ladder; held if `is_adaptive` is
+        False.
+
+    Source: EfficientRollout (arXiv 2606.18967) and its published code. Kept as it is
+    there: the tokens per round after a change of length are those of the old one.
+    """
+
+    def __init__(
+        self, costs: PassPredictor, *, gamma: int = 5, is_adaptive: bool = True
+    ) -> None:
+        if is_adaptive and gamma not in PAPER_LADDER:
+            raise ValueError(
+                f"gamma={gamma} is not on the ladder {PAPER_LADDER}; begin with one of "
+                "these or give is_adaptive=False"
+            )
+        self.costs = costs
+        self.gamma = gamma
+        self.is_adaptive = is_adaptive
+        self.tokens_per_round = float(gamma)
+        self._num_high = self._num_low = 0
+        self.start_rollout()
+
+    def start_rollout(self) -> None:
+        """Begin a rollout: speculation off, nothing counted."""
+        self.is_on = False
+        self._has_ramped = False
+        self._num_rounds = self._num_kept = 0
+
+    def choose(self, live: int, length: float) -> int:
+        """Return the draft length of the next round, 0 while speculation is off.
+
+        Args:
+          live: rows that generate. length: their mean tokens, prompt included.
+        """
+        self._has_ramped |= live > PAPER_RAMP_ROWS
+        if not self.is_on and self._has_ramped:
+            gamma, at = self.gamma, (live, round(length))
+            target = self.costs.pass_seconds("target", *at)
+            cycle = gamma * self.costs.pass_seconds("draft", *at, gamma)
+            cycle += self.costs.pass_seconds("verify", *at, gamma)
+            self.is_on = self.tokens_per_round * target / cycle >= PAPER_SPEED_UP
+        return self.gamma if self.is_on else 0
+
+    def observe(self, kept: np.ndarray) -> None:
+        """Count a histogram `[G + 1]` of row-rounds by the number of drafts kept."""
+        self._num_rounds += int(kept.sum())
+        self._num_kept += int(kept @ np.arange(len(kept)))
+
+    def end_rollout(self) -> None:
+        """Learn from the rollout for the next one."""
+        if not self._num_rounds:
+            return
+        self.tokens_per_round = 1 + self._num_kept / self._num_rounds
+        if not self.is_adaptive:
+            return
+        share = self._num_kept / (self._num_rounds * self.gamma)
+        self._num_high = self._num_high + 1 if share >= PAPER_RAISE else 0
+        self._num_low = self._num_low + 1 if share <= PAPER_LOWER else 0
+        rung = PAPER_LADDER.index(self.gamma)
+        if self._num_high >= PAPER_PERSISTENCE:
+            rung = min(rung + 1, len(PAPER_LADDER) - 1)
+        elif self._num_low >= PAPER_PERSISTENCE:
+            rung = max(rung - 1, 0)
+        else:
+            return
+        self._num_high = self._num_low = 0
+        self.gamma = PAPER_LADDER[rung]

@@ -1,13 +1,13 @@
 """What a round costs: measured seconds per program, and a guess for the others.
 
-Plain Python floats on the host. A program that never ran is predicted from those that
-did, by power laws in rows and cache length and by what drafts and verifications cost in
-autoregressive steps. One that ran for long is taken as measured. One that ran for few
-rounds gets the benefit of the doubt, because a first window may be slow for reasons of
-its own, and a program that looks slow would never get a second. So what looks better
-than it is gets measured and then seen through, and what looks worse than it is, too.
-
-Left out: rooflines of devices that are not here.
+Plain Python floats on the host. A program that never ran is predicted: from what its
+passes cost, where single passes were timed (`pass_costs`); else from the programs that
+did run, by power laws in rows and cache length and by what drafts and verifications
+cost in autoregressive steps. One that ran for long is taken as measured. One that ran
+for few rounds gets the benefit of the doubt, because a first window may be slow for
+reasons of its own, and a program that looks slow would never get a second. So what
+looks better than it is gets measured and then seen through, and what looks worse than
+it is, too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,8 @@ import functools
 import math
 from collections.abc import Iterable
 
+from er_jax.pass_costs import LENGTH_EXPONENT, ROWS_EXPONENT, PassCosts
 from er_jax.types import Program
-
-# How seconds grow with rows and cache length where nothing says so: between free
-# (bound by weights) and proportional (bound by arithmetic or by the cache).
-ROWS_EXPONENT = 0.5
-LENGTH_EXPONENT = 0.3
 
 # A draft pass in AR steps, where none was measured: int8 weights against 16-bit ones.
 DRAFT_SHARE = 0.5
@@ -47,10 +43,12 @@ class LatencyTable:
     seconds: program -> seconds per round: the mean over rounds, later an exponential
       average.
     rounds: program -> rounds behind it; one without an entry is trusted.
+    passes: what single passes cost; None where none were timed.
     """
 
     seconds: dict[Program, float] = dataclasses.field(default_factory=dict)
     rounds: dict[Program, int] = dataclasses.field(default_factory=dict)
+    passes: PassCosts | None = None
     _found: _Neighbours = dataclasses.field(
         default_factory=lambda: _Neighbours(()), init=False, repr=False, compare=False
     )
@@ -107,11 +105,21 @@ class LatencyTable:
         return self._predictions[program]
 
     def _prediction(self, program: Program) -> float | None:
-        """Work out what the other programs say of this one.
+        """Work out what passes or the other programs say of this one.
 
-        A speculative round costs a step, as gamma = 0 does, and for its drafts what
-        they cost in the nearest round that ran, in proportion to `_extra`.
+        Of passes, in proportion to what the nearest program that ran took beside what
+        its passes say: a slower machine than the one they were timed on shows there.
+
+        Of programs: a speculative round costs a step, as gamma = 0 does, and for its
+        drafts what they cost in the nearest round that ran, in proportion to `_extra`.
         """
+        if self.passes is not None:
+            expected = self.passes.round_seconds(program)
+            others = [other for other in self.seconds if other != program]
+            near = min(others, key=lambda p: _distance(p, program), default=None)
+            if near is None:
+                return expected
+            return expected * self.seconds[near] / self.passes.round_seconds(near)
         if program.gamma == 0:
             return self._curve(*program)
         step = self._step(program.rows, program.cache_length)

@@ -1,0 +1,340 @@
+"""What single passes cost, from timed ones: a surface per kind, and the roofline.
+
+A pass is a target pass (one autoregressive step), a draft pass or a verification. A
+`Surface` is fitted to the readings of one kind and gamma over rows and length, and
+`PassCosts` holds one for each. `Roofline` is the published model in three equations,
+fitted to the same readings.
+
+Plain Python floats on the host. Left out: whole rounds that ran (`costs`), where
+readings come from (`calibrate`, `sweep`).
+
+Source: the three equations, EfficientRollout (arXiv 2606.18967), section 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from er_jax.types import Program
+
+# How seconds grow with rows and cache length where nothing says so: between free
+# (bound by weights) and proportional (bound by arithmetic or by the cache).
+ROWS_EXPONENT = 0.5
+LENGTH_EXPONENT = 0.3
+
+Kind = Literal["target", "draft", "verify"]
+
+# What a kink in the cost of a position, from one number of rows to the next, weighs
+# against errors of fit: enough that few readings do not make a surface of their noise.
+KINK_WEIGHT = 0.1
+
+
+class Reading(NamedTuple):
+    """One timed pass.
+
+    kind: "target" (an autoregressive step), "draft" (one draft pass) or "verify" (one
+      target pass over gamma + 1 positions). rows: of the batch. length: positions read
+      per row. gamma: of the round it belongs to; 0 for "target".
+    seconds: of one pass. weight: 1, or less where it is in doubt.
+    """
+
+    kind: Kind
+    rows: int
+    length: int
+    gamma: int
+    seconds: float
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Surface:
+    """Seconds of one kind of pass over rows and length.
+
+    Linear in length (weights once, and every entry of the cache once), piecewise linear
+    in rows, and never falling in either as far as rows were measured.
+
+    rows: numbers of rows that were measured, ascending.
+    shortest, longest: lengths at which `low` and `high` hold.
+    low, high: seconds at those, for each of `rows`.
+    """
+
+    rows: tuple[int, ...]
+    shortest: int
+    longest: int
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, readings: Sequence[Reading]) -> Surface:
+        """Fit a surface by least absolute relative deviations.
+
+        A linear program: errors and kinks are paid for, order is a constraint. Absolute
+        deviations, because a reading of a shared machine is wrong by a lot or not at
+        all.
+
+        Args:
+          readings: at least one, all of one kind and gamma.
+        """
+        from scipy import optimize
+
+        rows = sorted({reading.rows for reading in readings})
+        shortest = min(reading.length for reading in readings)
+        longest = max(reading.length for reading in readings)
+        count, num_rows = len(readings), len(rows)
+        num_kinks = max(num_rows - 2, 0)
+        # Unknowns: low and high of every row, then what is too little and too much of
+        # every reading, then of every kink.
+        num_unknowns = 2 * (num_rows + count + num_kinks)
+        usual = float(np.median([reading.seconds for reading in readings]))
+
+        equal = np.zeros((count + num_kinks, num_unknowns))
+        wanted = np.zeros(count + num_kinks)
+        for i, reading in enumerate(readings):
+            at = rows.index(reading.rows)
+            share = (reading.length - shortest) / max(longest - shortest, 1)
+            equal[i, at] = (1 - share) / reading.seconds
+            equal[i, num_rows + at] = share / reading.seconds
+            wanted[i] = 1
+        for i in range(num_kinks):
+            before, here, after = rows[i : i + 3]
+            share = (here - before) / (after - before)
+            for at, factor in ((i, share - 1), (i + 1, 1.0), (i + 2, -share)):
+                equal[count + i, at] = -factor / usual
+                equal[count + i, num_rows + at] = factor / usual
+        first = 2 * num_rows
+        for i in range(count + num_kinks):
+            equal[i, first + 2 * i] = 1
+            equal[i, first + 2 * i + 1] = -1
+        weights = [reading.weight for reading in readings] + [KINK_WEIGHT] * num_kinks
+        price = np.concatenate([np.zeros(first), np.repeat(weights, 2)])
+
+        ascending = np.zeros((3 * num_rows - 2, num_unknowns))
+        for i in range(num_rows - 1):
+            ascending[2 * i, [i, i + 1]] = 1, -1
+            ascending[2 * i + 1, [num_rows + i, num_rows + i + 1]] = 1, -1
+        for i in range(num_rows):
+            ascending[2 * num_rows - 2 + i, [i, num_rows + i]] = 1, -1
+        found = optimize.linprog(
+            price,
+            A_ub=ascending,
+            b_ub=np.zeros(len(ascending)),
+            A_eq=equal,
+            b_eq=wanted,
+        )
+        low, high = found.x[:num_rows], found.x[num_rows:first]
+        if shortest == longest:
+            low = high
+        return cls(
+            rows=tuple(rows),
+            shortest=shortest,
+            longest=longest,
+            low=tuple(low.tolist()),
+            high=tuple(high.tolist()),
+        )
+
+    def seconds(self, rows: int, length: int) -> float:
+        """Return the seconds of a pass.
+
+        Outside of what was measured: fewer rows cost what the fewest do; more rows go
+        on as the last two do, between free and proportional; lengths go on linearly.
+        Where only one number of rows, or one length, was measured, `ROWS_EXPONENT` and
+        `LENGTH_EXPONENT` say how seconds grow.
+        """
+        if self.shortest == self.longest:
+            seconds = self._at_rows(self.low, rows)
+            return seconds * (length / self.longest) ** LENGTH_EXPONENT
+        low, high = np.array(self.low), np.array(self.high)
+        share = (length - self.shortest) / (self.longest - self.shortest)
+        # Even an empty cache needs the weights: below, at most in proportion.
+        least = low * min(length / self.shortest, 1.0)
+        # Slopes may differ, so lines that cross outside must be put in order again.
+        at_length = np.maximum.accumulate(np.maximum(low + share * (high - low), least))
+        return self._at_rows(tuple(at_length.tolist()), rows)
+
+    def _at_rows(self, seconds: tuple[float, ...], rows: int) -> float:
+        if len(self.rows) == 1:
+            return seconds[0] * (rows / self.rows[0]) ** ROWS_EXPONENT
+        if rows <= self.rows[-1]:
+            return float(np.interp(rows, self.rows, seconds))
+        slope = (seconds[-1] - seconds[-2]) / (self.rows[-1] - self.rows[-2])
+        slope = min(slope, seconds[-1] / self.rows[-1])
+        return seconds[-1] + slope * (rows - self.rows[-1])
+
+    def is_measured(self, rows: int, length: int) -> bool:
+        """Whether a point lies within the measured rows and lengths."""
+        within_rows = self.rows[0] <= rows <= self.rows[-1]
+        return within_rows and self.shortest <= length <= self.longest
+
+
+class PassCosts:
+    """Seconds of single passes, from readings over a grid.
+
+    Args:
+      readings: of any kinds, shapes and gammas; a target reading at least.
+    Raises:
+      ValueError: no target reading.
+    """
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        self.readings = tuple(readings)
+        groups: dict[tuple[Kind, int], list[Reading]] = {}
+        for reading in self.readings:
+            groups.setdefault((reading.kind, reading.gamma), []).append(reading)
+        if ("target", 0) not in groups:
+            raise ValueError(
+                "readings hold no target pass at gamma 0, without which nothing can be "
+                "compared; time an autoregressive step as well"
+            )
+        self.surfaces = {name: Surface.fit(group) for name, group in groups.items()}
+
+    def gammas(self, kind: Kind) -> list[int]:
+        """Return the gammas at which a kind of pass was measured, ascending."""
+        return sorted(gamma for name, gamma in self.surfaces if name == kind)
+
+    def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
+        """Return the seconds of one pass.
+
+        Between measured gammas it is linear, a verification at gamma 0 being a target
+        pass; beyond them a verification goes on as the last two do, and a draft pass
+        costs what the nearest does.
+
+        Args:
+          kind: of pass. rows: of the batch. length: positions read per row.
+          gamma: of the round, for drafts and verifications.
+        Raises:
+          ValueError: this kind was not measured.
+        """
+        if kind == "target":
+            return self.surfaces["target", 0].seconds(rows, length)
+        if (kind, gamma) in self.surfaces:
+            return self.surfaces[kind, gamma].seconds(rows, length)
+        known = self.gammas(kind)
+        if not known:
+            raise ValueError(f"no {kind} pass was measured; give readings of it")
+        seconds = [self.surfaces[kind, g].seconds(rows, length) for g in known]
+        if kind == "verify":
+            target = self.surfaces["target", 0].seconds(rows, length)
+            known, seconds = [0, *known], [target, *seconds]
+            # More positions never cost less, whatever the noise of the readings.
+            seconds = np.maximum.accumulate(seconds).tolist()
+            if gamma > known[-1]:
+                slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
+                return seconds[-1] + slope * (gamma - known[-1])
+        return float(np.interp(gamma, known, seconds))
+
+    def round_seconds(self, program: Program) -> float:
+        """Return the seconds of a whole round, drafts and verification."""
+        rows, length, gamma = program
+        if gamma == 0:
+            return self.pass_seconds("target", rows, length)
+        drafts = gamma * self.pass_seconds("draft", rows, length, gamma)
+        return drafts + self.pass_seconds("verify", rows, length, gamma)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The published cost model: a pass is bound by bytes or by arithmetic.
+
+    All of it in seconds, so that no device and no model needs to be known: bytes over
+    bandwidth and operations over throughput appear as their quotients. With B rows of S
+    positions and n positions per row (1, or gamma + 1 in a verification):
+
+        pass = max(weights + cache B S, n B (dense + attention S)) + overhead B
+
+    target_weights_s, draft_weights_s: reading the weights once.
+    cache_s: reading one position of one row. dense_s: one position's products with the
+      weights. attention_s: one position's attention to another one.
+    target_overhead_s, draft_overhead_s, verify_overhead_s: per row and pass.
+    """
+
+    target_weights_s: float
+    draft_weights_s: float
+    cache_s: float
+    dense_s: float
+    attention_s: float
+    target_overhead_s: float
+    draft_overhead_s: float
+    verify_overhead_s: float
+
+    @classmethod
+    def fit(cls, readings: Sequence[Reading]) -> Roofline:
+        """Fit to passes by relative error, outliers counted less.
+
+        Starting points and bounds come from the readings themselves.
+
+        Args:
+          readings: target passes at least; without drafts or verifications, what only
+            they would tell is taken from the target's.
+        """
+        from scipy import optimize
+
+        kinds = np.array([reading.kind for reading in readings])
+        rows = np.array([reading.rows for reading in readings], float)
+        length = np.array([reading.length for reading in readings], float)
+        positions = np.array(
+            [r.gamma + 1 if r.kind == "verify" else 1 for r in readings], float
+        )
+        seconds = np.array([reading.seconds for reading in readings])
+        weight = np.sqrt([reading.weight for reading in readings])
+        is_draft, is_verify = kinds == "draft", kinds == "verify"
+
+        fastest = seconds[kinds == "target"].min()
+        fastest_draft = seconds[is_draft].min() if is_draft.any() else fastest
+        work = (positions * rows).max()
+        dense = seconds[positions * rows == work].min() / work
+        cache = np.ptp(seconds[kinds == "target"]) / (rows * length).max()
+        least = 1e-6 * fastest / work
+        start = np.array(
+            [0.9 * fastest, 0.9 * fastest_draft, cache, dense, dense / 1e4]
+            + [fastest / 100] * 3
+        )
+        start = np.maximum(start, least)
+
+        def error(log_values: np.ndarray) -> np.ndarray:
+            weights, draft, cache, dense, attention, *over = np.exp(log_values)
+            read = np.where(is_draft, draft, weights) + cache * rows * length
+            computed = positions * rows * (dense + attention * length)
+            overhead = np.select([is_draft, is_verify], over[1:], over[0])
+            predicted = np.maximum(read, computed) + overhead * rows
+            return weight * np.log(predicted / seconds)
+
+        bounds = (np.full(8, np.log(least) - 20), np.full(8, np.log(seconds.max()) + 1))
+        best = None
+        # The larger of two is not smooth; several starts find the right side of it.
+        for dense_factor, overhead_factor in itertools.product((0.3, 1.0), (0.1, 1.0)):
+            factors = np.array([1, 1, 1, dense_factor, 1] + [overhead_factor] * 3)
+            found = optimize.least_squares(
+                error,
+                np.log(start * factors),
+                bounds=bounds,
+                loss="soft_l1",
+                f_scale=0.03,
+            )
+            if best is None or found.cost < best.cost:
+                best = found
+        assert best is not None
+        return cls(*np.exp(best.x).tolist())
+
+    def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
+        """Return the seconds of one pass; arguments as in `PassCosts.pass_seconds`."""
+        weights, overhead, positions = {
+            "target": (self.target_weights_s, self.target_overhead_s, 1),
+            "draft": (self.draft_weights_s, self.draft_overhead_s, 1),
+            "verify": (self.target_weights_s, self.verify_overhead_s, gamma + 1),
+        }[kind]
+        read = weights + self.cache_s * rows * length
+        computed = positions * rows * (self.dense_s + self.attention_s * length)
+        return max(read, computed) + overhead * rows
+
+    def round_seconds(self, program: Program) -> float:
+        """Return the seconds of a whole round, drafts and verification."""
+        rows, length, gamma = program
+        if gamma == 0:
+            return self.pass_seconds("target", rows, length)
+        drafts = gamma * self.pass_seconds("draft", rows, length)
+        return drafts + self.pass_seconds("verify", rows, length, gamma)

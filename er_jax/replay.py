@@ -1,0 +1,518 @@
+"""A controller on a trace of lengths and a table of costs: rollouts without a device.
+
+Sequences of known length are decoded in slots, refilled while any wait. A round costs
+what the table says of the live rows and their mean length. Whether the draft of a
+sequence's k-th token is kept was drawn beforehand, so every controller meets the same
+luck. Prefill, refresh of the draft and host work cost nothing here.
+
+Source: the lengths of `tail`, `capped` and `mixture` are fitted to what PolyTrace
+(arXiv 2509.25279) reports of the verl DAPO 32B run, of DeepCoder 14B and of Intern-S1.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from er_jax.control import Controller, PaperRule, PassPredictor, parse_control
+from er_jax.types import Program
+
+# Decisions are taken when a row ends, and after so many tokens of the fastest row.
+HORIZON = 64
+
+# Mean lengths are rounded up to a multiple of this, so that costs are looked up once.
+LENGTH_STEP = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Lengths of a rollout's completions, in the order in which they are started.
+
+    prompt_lengths, lengths: tokens, int `[N]`; every completion has at least one.
+    """
+
+    prompt_lengths: np.ndarray
+    lengths: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.lengths.shape != self.prompt_lengths.shape or not len(self.lengths):
+            raise ValueError(
+                f"a trace of {len(self.lengths)} lengths and "
+                f"{len(self.prompt_lengths)} prompt lengths; give one of each for "
+                "every completion, at least one"
+            )
+        if self.lengths.min() < 1:
+            raise ValueError(
+                f"a completion of {self.lengths.min()} tokens; each has at least one"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one JSON object per completion: prompt_length, length."""
+        with Path(path).open("w", encoding="utf-8") as file:
+            for prompt, length in zip(self.prompt_lengths, self.lengths, strict=True):
+                line = {"prompt_length": int(prompt), "length": int(length)}
+                file.write(json.dumps(line) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read what `save` wrote; a missing prompt_length is 0.
+
+        Raises:
+          ValueError: a line without a length.
+        """
+        found = []
+        text = Path(path).read_text("utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+                found.append(
+                    (int(values.get("prompt_length", 0)), int(values["length"]))
+                )
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f'{path}, line {number}: {line[:60]!r} is not like {{"length": 12}}'
+                ) from error
+        prompts, lengths = np.array(found or np.zeros((0, 2)), int).T
+        return cls(prompt_lengths=prompts, lengths=lengths)
+
+
+def tail_trace(num: int, *, cap: int, seed: int, prompt_length: int = 256) -> Trace:
+    """Return mostly short completions with a few long ones.
+
+    98.5 % are log-normal with median 460 and sigma 0.6, the rest with median 2700.
+    """
+    random = np.random.default_rng(seed)
+    median = np.where(random.random(num) < 0.985, 460, 2700)
+    lengths = median * np.exp(0.6 * random.standard_normal(num))
+    return _trace(lengths, cap, prompt_length)
+
+
+def capped_trace(
+    num: int, *, cap: int, seed: int, group: int = 8, prompt_length: int = 256
+) -> Trace:
+    """Return long completions of which many meet the cap, alike within a prompt.
+
+    At a cap of 16 000: prompts normal around 9400 with deviation 4800, their
+    completions around them with deviation 1800; scaled to `cap`.
+    """
+    random = np.random.default_rng(seed)
+    means = 9400 + 4800 * random.standard_normal(-(-num // group))
+    lengths = np.repeat(means, group)[:num] + 1800 * random.standard_normal(num)
+    return _trace(lengths * cap / 16_000, cap, prompt_length)
+
+
+def mixture_trace(num: int, *, cap: int, seed: int, prompt_length: int = 256) -> Trace:
+    """Return lengths of four kinds of mathematics problems, scaled to the cap.
+
+    At a cap of 32 000: normal around 4959, 12 720, 9175 and 17 655.
+    """
+    random = np.random.default_rng(seed)
+    kind = random.choice(4, num, p=[0.36 / 0.99, 0.07 / 0.99, 0.37 / 0.99, 0.19 / 0.99])
+    means = np.array([4959, 12_720, 9175, 17_655])[kind]
+    deviations = np.array([2192, 6067, 3416, 5267])[kind]
+    lengths = means + deviations * random.standard_normal(num)
+    return _trace(lengths * cap / 32_000, cap, prompt_length)
+
+
+TRACES = {"tail": tail_trace, "capped": capped_trace, "mixture": mixture_trace}
+
+
+def _trace(lengths: np.ndarray, cap: int, prompt_length: int) -> Trace:
+    lengths = np.clip(np.round(lengths), 1, cap).astype(int)
+    return Trace(prompt_lengths=np.full(len(lengths), prompt_length), lengths=lengths)
+
+
+class RoundCosts(Protocol):
+    """What prices rounds: `pass_costs.PassCosts` and `pass_costs.Roofline`."""
+
+    def round_seconds(self, program: Program) -> float:
+        """Return the seconds of a whole round."""
+
+
+class Situation(NamedTuple):
+    """What a decider may look at: live rows, mean length, tokens left of each row.
+
+    Only the oracle looks at `left`.
+    """
+
+    live: int
+    length: int
+    left: np.ndarray
+
+
+class Decider(Protocol):
+    """Chooses the draft length of the next rounds."""
+
+    def choose(self, situation: Situation) -> int:
+        """Return gamma."""
+
+    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+        """Learn from histograms `[G + 1]`: row-rounds by tokens emitted and by kept."""
+
+    def end(self) -> None:
+        """Learn from the rollout as a whole."""
+
+
+class Fixed:
+    """Always the same draft length; 0 is plain decoding."""
+
+    def __init__(self, gamma: int) -> None:
+        self.gamma = gamma
+
+    def choose(self, situation: Situation) -> int:
+        """Return gamma."""
+        return self.gamma
+
+    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+        """Learn nothing."""
+
+    def end(self) -> None:
+        """Learn nothing."""
+
+
+class Best:
+    """The library's controller, with a table that holds the true costs of passes."""
+
+    def __init__(self, costs: RoundCosts, gammas: Sequence[int]) -> None:
+        self.controller = Controller("best", gammas)
+        self._costs = costs
+        self._current: Program | None = None
+        self._known: dict[Program, float] = {}
+
+    def choose(self, situation: Situation) -> int:
+        """Return the gamma of the fastest program at this live count and length."""
+        table = self.controller.table
+        options = [
+            Program(situation.live, situation.length, gamma)
+            for gamma in reversed(self.controller.gammas)
+        ]
+        table.seconds = {p: self._costs.round_seconds(p) for p in options}
+        current = self._current
+        if current is not None:
+            current = options[0]._replace(gamma=current.gamma)
+        self._current = self.controller.choose(
+            options, current, compile_s=lambda program: 0.0
+        )
+        return self._current.gamma
+
+    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+        """Learn acceptance; costs are known."""
+        self.controller.acceptance.observe(emitted)
+
+    def end(self) -> None:
+        """Begin the next rollout with plain decoding, as a full batch asks for."""
+        self._current = None
+
+
+class Paper:
+    """The published rule, with the published kind of cost model."""
+
+    def __init__(self, rule: PaperRule) -> None:
+        self.rule = rule
+
+    def choose(self, situation: Situation) -> int:
+        """Return the ladder's gamma once the switch is on."""
+        return self.rule.choose(situation.live, situation.length)
+
+    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+        """Count drafts kept, if any were proposed."""
+        if len(kept) > 1:
+            self.rule.observe(kept)
+
+    def end(self) -> None:
+        """Move the ladder, and begin the next rollout with plain decoding."""
+        self.rule.end_rollout()
+        self.rule.start_rollout()
+
+
+class Oracle:
+    """Knows true costs, the true chance that a draft is kept, and what is left."""
+
+    def __init__(
+        self, costs: RoundCosts, gammas: Sequence[int], keep_prob: float
+    ) -> None:
+        self._costs, self._gammas, self._keep_prob = costs, tuple(gammas), keep_prob
+
+    def choose(self, situation: Situation) -> int:
+        """Return the gamma with the most expected tokens per second."""
+
+        def speed(gamma: int) -> float:
+            program = Program(situation.live, situation.length, gamma)
+            survival = self._keep_prob ** np.arange(gamma + 1)
+            reached = situation.left[:, None] > np.arange(gamma + 1)
+            tokens = float((reached * survival).sum())
+            return tokens / self._costs.round_seconds(program)
+
+        return max(self._gammas, key=speed)
+
+    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+        """Learn nothing."""
+
+    def end(self) -> None:
+        """Learn nothing."""
+
+
+class Luck:
+    """Which drafts would be kept, for every token of a trace.
+
+    Args:
+      trace: whose tokens. keep_prob: chance of each. seed: of the draws.
+    """
+
+    def __init__(self, trace: Trace, keep_prob: float, seed: int) -> None:
+        total = int(trace.lengths.sum())
+        is_kept = np.random.default_rng(seed).random(total) < keep_prob
+        self.start = np.concatenate([[0], np.cumsum(trace.lengths)[:-1]])
+        # At every token, how many drafts from it on are kept: up to the next that is
+        # not. A run may go on into the next sequence; the end of its own cuts it off.
+        rejected = np.where(is_kept, total, np.arange(total))
+        next_rejected = np.minimum.accumulate(rejected[::-1])[::-1]
+        self.run = next_rejected - np.arange(total)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a replayed rollout took.
+
+    seconds: in all. tokens: emitted. by_gamma: gamma -> seconds. by_live: live count,
+      rounded up to a power of two -> seconds. timeline: (second, live, gamma) of every
+      decision.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    by_gamma: dict[int, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+    by_live: dict[int, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+    timeline: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
+
+
+def replay(
+    trace: Trace,
+    costs: RoundCosts,
+    decider: Decider,
+    luck: Luck,
+    *,
+    slots: int | None = None,
+) -> Outcome:
+    """Run a decider over a trace.
+
+    Args:
+      trace: lengths. costs: prices rounds. decider: chooses gammas. luck: of this
+        trace. slots: rows decoded at once; None is all.
+    """
+    slots = len(trace.lengths) if slots is None else slots
+    waiting = len(trace.lengths)
+    rows = np.arange(min(slots, waiting))
+    waiting -= len(rows)
+    done = np.zeros(len(trace.lengths), int)
+    outcome = Outcome(tokens=int(trace.lengths.sum()))
+    seconds_of: dict[Program, float] = {}
+
+    def round_s(live: int, length: float, gamma: int) -> float:
+        program = Program(live, int(-(-length // LENGTH_STEP) * LENGTH_STEP), gamma)
+        if program not in seconds_of:
+            seconds_of[program] = costs.round_seconds(program)
+        return seconds_of[program]
+
+    while len(rows):
+        live = len(rows)
+        left = trace.lengths[rows] - done[rows]
+        length = float((trace.prompt_lengths[rows] + done[rows]).mean())
+        rounded = int(-(-length // LENGTH_STEP) * LENGTH_STEP)
+        gamma = decider.choose(Situation(live, rounded, left))
+        outcome.timeline.append((outcome.seconds, live, gamma))
+        if gamma == 0:
+            count = int(min(left.min(), HORIZON))
+            spent = count * round_s(live, length + count / 2, 0)
+            done[rows] += count
+            histogram = np.array([live * count])
+            decider.observe(histogram, histogram)
+        else:
+            spent = 0.0
+            emitted = np.zeros(gamma + 1, int)
+            kept = np.zeros(gamma + 1, int)
+            start, ends = luck.start[rows], trace.lengths[rows]
+            at = done[rows]
+            stop = min(HORIZON, int(left.min()))
+            while True:
+                run = np.minimum(luck.run[start + at], gamma)
+                gained = np.minimum(run + 1, ends - at)
+                at = at + gained
+                kept += np.bincount(run, minlength=gamma + 1)
+                emitted += np.bincount(gained - 1, minlength=gamma + 1)
+                mean = length + float((at - done[rows]).mean())
+                spent += round_s(live, mean, gamma)
+                if (at == ends).any() or int((at - done[rows]).max()) >= stop:
+                    break
+            done[rows] = at
+            decider.observe(emitted, kept)
+        outcome.seconds += spent
+        outcome.by_gamma[gamma] += spent
+        outcome.by_live[1 << (live - 1).bit_length()] += spent
+        rows = rows[done[rows] < trace.lengths[rows]]
+        fresh = min(slots - len(rows), waiting)
+        if fresh:
+            first = len(trace.lengths) - waiting
+            rows = np.concatenate([rows, np.arange(first, first + fresh)])
+            waiting -= fresh
+    decider.end()
+    return outcome
+
+
+CONTROLS = ("ar", "fixed:N", "paper", "best", "oracle")
+
+
+def make_decider(
+    control: str,
+    costs: RoundCosts,
+    roofline: PassPredictor,
+    gammas: Sequence[int],
+    keep_prob: float,
+) -> Decider:
+    """Return a decider by name.
+
+    Args:
+      control: one of `CONTROLS`, N a draft length. costs: the true ones. roofline: what
+        the published rule decides by. gammas: what `best` and the oracle choose from.
+      keep_prob: told to the oracle only.
+    Raises:
+      ValueError: an unknown control, or gammas without 0.
+    """
+    if control == "paper":
+        return Paper(PaperRule(roofline))
+    if control == "best":
+        return Best(costs, gammas)
+    if control == "oracle":
+        return Oracle(costs, gammas, keep_prob)
+    try:
+        return Fixed(*parse_control(control, gammas))
+    except ValueError as error:
+        raise ValueError(
+            f"control={control!r} is unknown; use one of {', '.join(CONTROLS)}"
+        ) from error
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Several controls on the same traces and the same luck.
+
+    outcomes: control -> one outcome per trace; "ar" is always among them.
+    """
+
+    outcomes: dict[str, list[Outcome]]
+
+    def saved(self, control: str) -> np.ndarray:
+        """Return, per trace, the share of plain decoding's seconds that was saved."""
+        plain = np.array([outcome.seconds for outcome in self.outcomes["ar"]])
+        return 1 - np.array([o.seconds for o in self.outcomes[control]]) / plain
+
+    def summary(self) -> str:
+        """Return a table: seconds, tokens per second, saved, time by gamma and live."""
+        lines = [
+            f"{'control':10}{'seconds':>9}{'tokens/s':>10}{'saved %':>9}{'+-':>6}"
+            "  seconds by gamma; by live rows"
+        ]
+        for control, outcomes in self.outcomes.items():
+            seconds = np.mean([outcome.seconds for outcome in outcomes])
+            tokens = np.mean([outcome.tokens for outcome in outcomes])
+            saved = 100 * self.saved(control)
+            lines.append(
+                f"{control:10}{seconds:9.1f}{tokens / seconds:10.0f}{saved.mean():9.1f}"
+                f"{saved.std():6.1f}  {_parts(outcomes, 'by_gamma', '')}; "
+                f"{_parts(outcomes, 'by_live', '<=')}"
+            )
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw live rows and gamma over time on the first trace, and save the picture.
+
+        Raises:
+          ImportError: matplotlib is missing; install the extra `plot`.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "drawing needs matplotlib; install it with pip install 'er-jax[plot]'"
+            ) from error
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        above, below = figure.subplots(2, sharex=True)
+        for control, outcomes in self.outcomes.items():
+            second, live, gamma = np.array(outcomes[0].timeline).T
+            end = outcomes[0].seconds
+            label = f"{control}, {end:.0f} s"
+            above.step([*second, end], [*live, 0], where="post", label=label)
+            below.step([*second, end], [*gamma, gamma[-1]], where="post")
+        above.set(ylabel="live rows", yscale="symlog")
+        below.set(xlabel="seconds", ylabel="gamma")
+        above.legend(fontsize="small")
+        figure.savefig(path, dpi=130)
+
+
+def _parts(outcomes: list[Outcome], field: str, prefix: str) -> str:
+    sums: dict[int, float] = collections.defaultdict(float)
+    for outcome in outcomes:
+        for key, seconds in getattr(outcome, field).items():
+            sums[key] += seconds / len(outcomes)
+    return ", ".join(f"{prefix}{key}: {sums[key]:.1f}" for key in sorted(sums))
+
+
+def compare(
+    traces: Sequence[Trace],
+    costs: RoundCosts,
+    roofline: PassPredictor,
+    controls: Sequence[str],
+    *,
+    gammas: Sequence[int],
+    keep_prob: float,
+    slots: int | None = None,
+    num_warm_ups: int = 8,
+    progress: bool = False,
+) -> Comparison:
+    """Replay several controls over the same traces, as rollouts one after the other.
+
+    Controllers are kept from one trace to the next, as in training, and see the first
+    traces once before anything is counted: the published ladder takes several rollouts
+    to settle.
+
+    Args:
+      traces: rollouts in order. costs: the true ones. roofline: what the published rule
+        decides by. controls: names, see `make_decider`; "ar" is added.
+      gammas: what "best" and the oracle choose from. keep_prob: chance that a draft is
+        kept, at any depth and position.
+      slots: rows decoded at once; None is all. num_warm_ups: rollouts not counted.
+      progress: show a progress bar.
+    """
+    deciders = {
+        control: make_decider(control, costs, roofline, gammas, keep_prob)
+        for control in dict.fromkeys(("ar", *controls))
+    }
+    comparison = Comparison({control: [] for control in deciders})
+    order = [*range(min(num_warm_ups, len(traces))), *range(len(traces))]
+    for turn, index in enumerate(
+        tqdm(order, unit="rollout", desc="replay", disable=not progress)
+    ):
+        is_counted = turn >= len(order) - len(traces)
+        trace = traces[index]
+        luck = Luck(trace, keep_prob, seed=turn)
+        for control, decider in deciders.items():
+            outcome = replay(trace, costs, decider, luck, slots=slots)
+            if is_counted:
+                comparison.outcomes[control].append(outcome)
+    return comparison
