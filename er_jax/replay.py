@@ -25,8 +25,9 @@ from tqdm import tqdm
 from er_jax.control import Controller, PaperRule, PassPredictor, parse_control
 from er_jax.types import Program
 
-# Decisions are taken when a row ends, and after so many tokens of the fastest row.
+# Decisions are taken when a row ends, and after so many rounds.
 HORIZON = 64
+SPECULATIVE_HORIZON = 16
 
 # Mean lengths are rounded up to a multiple of this, so that costs are looked up once.
 LENGTH_STEP = 32
@@ -347,8 +348,7 @@ def replay(
             kept = np.zeros(gamma + 1, int)
             start, ends = luck.start[rows], trace.lengths[rows]
             at = done[rows]
-            stop = min(HORIZON, int(left.min()))
-            while True:
+            for _ in range(SPECULATIVE_HORIZON):
                 run = np.minimum(luck.run[start + at], gamma)
                 gained = np.minimum(run + 1, ends - at)
                 at = at + gained
@@ -356,7 +356,7 @@ def replay(
                 emitted += np.bincount(gained - 1, minlength=gamma + 1)
                 mean = length + float((at - done[rows]).mean())
                 spent += round_s(live, mean, gamma)
-                if (at == ends).any() or int((at - done[rows]).max()) >= stop:
+                if (at == ends).any():
                     break
             done[rows] = at
             decider.observe(emitted, kept)
