@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,7 +30,7 @@ from er_jax.types import Program
 ROWS_EXPONENT = 0.5
 LENGTH_EXPONENT = 0.3
 
-Kind = Literal["target", "draft", "verify"]
+Kind = Literal["target", "draft", "verify", "round"]
 
 # What a kink in the cost of a position, from one number of rows to the next, weighs
 # against errors of fit: enough that few readings do not make a surface of their noise.
@@ -35,12 +38,13 @@ KINK_WEIGHT = 0.1
 
 
 class Reading(NamedTuple):
-    """One timed pass.
+    """One timed pass, or round.
 
-    kind: "target" (an autoregressive step), "draft" (one draft pass) or "verify" (one
-      target pass over gamma + 1 positions). rows: of the batch. length: positions read
-      per row. gamma: of the round it belongs to; 0 for "target".
-    seconds: of one pass. weight: 1, or less where it is in doubt.
+    kind: "target" (an autoregressive step), "draft" (one draft pass), "verify" (one
+      target pass over gamma + 1 positions) or "round" (gamma drafts and a verification
+      together). rows: of the batch. length: positions read per row. gamma: of the round
+      it belongs to; 0 for "target".
+    seconds: of one. weight: 1, or less where it is in doubt.
     """
 
     kind: Kind
@@ -193,19 +197,19 @@ class PassCosts:
         self.surfaces = {name: Surface.fit(group) for name, group in groups.items()}
 
     def gammas(self, kind: Kind) -> list[int]:
-        """Return the gammas at which a kind of pass was measured, ascending."""
+        """Return the gammas at which a kind was measured, ascending."""
         return sorted(gamma for name, gamma in self.surfaces if name == kind)
 
     def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
-        """Return the seconds of one pass.
+        """Return the seconds of one pass, or of a round that was measured as one.
 
-        Between measured gammas it is linear, a verification at gamma 0 being a target
-        pass; beyond them a verification goes on as the last two do, and a draft pass
+        Between measured gammas it is linear, a verification or a round at gamma 0 being
+        a target pass; beyond them those go on as the last two do, and a draft pass
         costs what the nearest does.
 
         Args:
           kind: of pass. rows: of the batch. length: positions read per row.
-          gamma: of the round, for drafts and verifications.
+          gamma: of the round, for all but target passes.
         Raises:
           ValueError: this kind was not measured.
         """
@@ -215,9 +219,9 @@ class PassCosts:
             return self.surfaces[kind, gamma].seconds(rows, length)
         known = self.gammas(kind)
         if not known:
-            raise ValueError(f"no {kind} pass was measured; give readings of it")
+            raise ValueError(f"no {kind} was measured; give readings of it")
         seconds = [self.surfaces[kind, g].seconds(rows, length) for g in known]
-        if kind == "verify":
+        if kind != "draft":
             target = self.surfaces["target", 0].seconds(rows, length)
             known, seconds = [0, *known], [target, *seconds]
             # More positions never cost less, whatever the noise of the readings.
@@ -228,12 +232,34 @@ class PassCosts:
         return float(np.interp(gamma, known, seconds))
 
     def round_seconds(self, program: Program) -> float:
-        """Return the seconds of a whole round, drafts and verification."""
+        """Return the seconds of a whole round, drafts and verification.
+
+        Of rounds that were measured as such, if any were; else of their passes.
+        """
         rows, length, gamma = program
         if gamma == 0:
             return self.pass_seconds("target", rows, length)
+        if self.gammas("round"):
+            return self.pass_seconds("round", rows, length, gamma)
         drafts = gamma * self.pass_seconds("draft", rows, length, gamma)
         return drafts + self.pass_seconds("verify", rows, length, gamma)
+
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
+        """Write the readings as JSON, with what they hold for: device, policy, ..."""
+        _save(path, "passes", about, [list(reading) for reading in self.readings])
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
+    ) -> PassCosts:
+        """Read what `save` wrote.
+
+        Args:
+          path: the file. about: what it must hold for; None takes anything.
+        Raises:
+          ValueError: no such file of readings, or of another device or policy.
+        """
+        return cls([Reading(*values) for values in _load(path, "passes", about)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,31 +289,31 @@ class Roofline:
 
     @classmethod
     def fit(cls, readings: Sequence[Reading]) -> Roofline:
-        """Fit to passes by relative error, outliers counted less.
+        """Fit to readings by relative error, outliers counted less.
 
         Starting points and bounds come from the readings themselves.
 
         Args:
-          readings: target passes at least; without drafts or verifications, what only
-            they would tell is taken from the target's.
+          readings: target passes, and drafts and verifications or rounds.
         """
         from scipy import optimize
 
         kinds = np.array([reading.kind for reading in readings])
         rows = np.array([reading.rows for reading in readings], float)
         length = np.array([reading.length for reading in readings], float)
-        positions = np.array(
-            [r.gamma + 1 if r.kind == "verify" else 1 for r in readings], float
-        )
+        gamma = np.array([reading.gamma for reading in readings], float)
         seconds = np.array([reading.seconds for reading in readings])
         weight = np.sqrt([reading.weight for reading in readings])
-        is_draft, is_verify = kinds == "draft", kinds == "verify"
+        is_target, is_draft = kinds == "target", kinds == "draft"
+        # How many draft passes a reading holds, and whether it holds a target's.
+        num_drafts = np.select([is_draft, kinds == "round"], [1.0, gamma], 0.0)
+        positions = np.where(is_target | is_draft, 1.0, gamma + 1)
 
-        fastest = seconds[kinds == "target"].min()
-        fastest_draft = seconds[is_draft].min() if is_draft.any() else fastest
+        fastest = seconds[is_target].min()
+        fastest_draft = seconds[is_draft].min() if is_draft.any() else fastest / 2
         work = (positions * rows).max()
         dense = seconds[positions * rows == work].min() / work
-        cache = np.ptp(seconds[kinds == "target"]) / (rows * length).max()
+        cache = np.ptp(seconds[is_target]) / (rows * length).max()
         least = 1e-6 * fastest / work
         start = np.array(
             [0.9 * fastest, 0.9 * fastest_draft, cache, dense, dense / 1e4]
@@ -297,10 +323,11 @@ class Roofline:
 
         def error(log_values: np.ndarray) -> np.ndarray:
             weights, draft, cache, dense, attention, *over = np.exp(log_values)
-            read = np.where(is_draft, draft, weights) + cache * rows * length
-            computed = positions * rows * (dense + attention * length)
-            overhead = np.select([is_draft, is_verify], over[1:], over[0])
-            predicted = np.maximum(read, computed) + overhead * rows
+            one = rows * (dense + attention * length)
+            drafted = np.maximum(draft + cache * rows * length, one) + over[1] * rows
+            verified = np.maximum(weights + cache * rows * length, positions * one)
+            verified += np.where(is_target, over[0], over[2]) * rows
+            predicted = num_drafts * drafted + ~is_draft * verified
             return weight * np.log(predicted / seconds)
 
         bounds = (np.full(8, np.log(least) - 20), np.full(8, np.log(seconds.max()) + 1))
@@ -322,6 +349,8 @@ class Roofline:
 
     def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
         """Return the seconds of one pass; arguments as in `PassCosts.pass_seconds`."""
+        if kind == "round":
+            return self.round_seconds(Program(rows, length, gamma))
         weights, overhead, positions = {
             "target": (self.target_weights_s, self.target_overhead_s, 1),
             "draft": (self.draft_weights_s, self.draft_overhead_s, 1),
@@ -338,3 +367,45 @@ class Roofline:
             return self.pass_seconds("target", rows, length)
         drafts = gamma * self.pass_seconds("draft", rows, length)
         return drafts + self.pass_seconds("verify", rows, length, gamma)
+
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
+        """Write the model as JSON, with what it holds for: device, policy, ..."""
+        _save(path, "roofline", about, dataclasses.asdict(self))
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
+    ) -> Roofline:
+        """Read what `save` wrote; arguments and errors as in `PassCosts.load`."""
+        return cls(**_load(path, "roofline", about))
+
+
+def _save(
+    path: str | os.PathLike[str], kind: str, about: Mapping[str, str], values: Any
+) -> None:
+    record = {"kind": kind, "about": dict(about), "values": values}
+    # Renamed into place: a reader never meets half a file.
+    whole = Path(path)
+    part = whole.with_name(f"{whole.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    part.replace(whole)
+
+
+def _load(
+    path: str | os.PathLike[str], kind: str, about: Mapping[str, str] | None
+) -> Any:
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        found, values = record["about"], record["values"]
+        is_kind = record["kind"] == kind
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no costs; measure them again") from error
+    if not is_kind:
+        raise ValueError(f"{path} holds {record['kind']}, not {kind}; give another file")
+    for name, wanted in (about or {}).items():
+        if found.get(name) != wanted:
+            raise ValueError(
+                f"{path} was measured with {name} {found.get(name)!r}, and this is "
+                f"{wanted!r}: costs do not carry over; measure them again"
+            )
+    return values

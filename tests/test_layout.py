@@ -35,6 +35,8 @@ ORDER = (
     "decoder",
     "steps",
     "engine",
+    "pass_costs",
+    "sweep",
     "costs",
     "control",
     "stats",
@@ -46,6 +48,7 @@ ORDER = (
     "plan",
     "hf",
     "integrations",
+    "cli",
 )
 
 OWN = ("er_jax", "train", "configs", "benchmarks", "tests")

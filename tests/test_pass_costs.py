@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from er_jax.pass_costs import PassCosts, Reading, Roofline, Surface
+from er_jax.pass_costs import Kind, PassCosts, Reading, Roofline, Surface
 from er_jax.types import Program
 
 ROWS, LENGTHS = (1, 4, 16, 64), (256, 1024, 4096)
@@ -162,7 +164,7 @@ def test_more_drafts_are_never_verified_for_less() -> None:
 
 def test_what_was_not_measured_is_named() -> None:
     target = [Reading("target", 1, 256, 0, 1.0)]
-    with pytest.raises(ValueError, match="no draft pass was measured"):
+    with pytest.raises(ValueError, match="no draft was measured"):
         PassCosts(target).pass_seconds("draft", 1, 256, 4)
     with pytest.raises(ValueError, match="no target pass"):
         PassCosts([Reading("draft", 1, 256, 4, 1.0)])
@@ -187,3 +189,62 @@ def test_a_roofline_is_found_from_its_passes(scale: float) -> None:
         kind, rows, length, gamma, seconds, _ = reading
         predicted = found.pass_seconds(kind, rows, length, gamma)
         assert predicted == pytest.approx(seconds, rel=0.02)
+
+
+def as_rounds() -> list[Reading]:
+    """What windows can measure: steps, and rounds as a whole."""
+    found = []
+    for cell in itertools.product((1, 2, 4, 8, 16, 32, 64), LENGTHS):
+        for gamma in (0, 2, 4, 8):
+            seconds = ROOFLINE.round_seconds(Program(*cell, gamma))
+            kind: Kind = "round" if gamma else "target"
+            found.append(Reading(kind, *cell, gamma, seconds))
+    return found
+
+
+def test_rounds_may_be_measured_as_a_whole() -> None:
+    costs = PassCosts(as_rounds())
+    for program in (Program(2, 512, 4), Program(32, 2048, 8), Program(64, 256, 0)):
+        wanted = ROOFLINE.round_seconds(program)
+        assert costs.round_seconds(program) == pytest.approx(wanted, rel=0.05)
+    one, two, four, six, eight = (
+        costs.round_seconds(Program(4, 512, gamma)) for gamma in (1, 2, 4, 6, 8)
+    )
+    assert six == pytest.approx((four + eight) / 2)
+    assert costs.round_seconds(Program(4, 512, 0)) < one < two
+
+
+def test_a_roofline_is_found_from_rounds() -> None:
+    found = Roofline.fit(as_rounds())
+    for reading in as_rounds():
+        predicted = found.round_seconds(Program(*reading[1:4]))
+        assert predicted == pytest.approx(reading.seconds, rel=0.03)
+        assert predicted == found.pass_seconds(*reading[:4])
+
+
+ABOUT = {"device": "A", "policy": "p"}
+
+
+def test_costs_are_kept_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    passes().save(path, ABOUT)
+    for about in (None, {}, ABOUT, {"device": "A"}):
+        assert PassCosts.load(path, about).readings == passes().readings
+    ROOFLINE.save(path, ABOUT)
+    assert Roofline.load(path, ABOUT) == ROOFLINE
+    assert [file.name for file in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_costs_of_another_device_or_policy_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    passes().save(path, ABOUT)
+    with pytest.raises(ValueError, match="measured with device 'A', and this is 'B'"):
+        PassCosts.load(path, {**ABOUT, "device": "B"})
+    with pytest.raises(ValueError, match="measured with jax None, and this is '1'"):
+        PassCosts.load(path, {"jax": "1"})
+    with pytest.raises(ValueError, match="holds passes, not roofline"):
+        Roofline.load(path)
+    for text in ("", "[]", "{}", "nonsense"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds no costs; measure them again"):
+            PassCosts.load(path)
