@@ -1,14 +1,15 @@
 """Which program next: draft length, batch size and cache length by measured speed.
 
-Three ideas. *Acceptance* is estimated per depth from the histogram of each window.
+Three ideas. *Acceptance* is estimated per depth and sampling setting from the histogram
+of each window; what contradicts the estimate far enough replaces it at once.
 *Speed* of a program is expected tokens per round over its seconds per round; gamma = 0
 is one of the choices, so switching speculation off is nothing special. *Rent or buy*
 decides about compiling: for every program that is not compiled, the time lost by
 running the best compiled one instead is added up, and the program is compiled when its
 sum reaches what its compilation takes.
 
-A controller is a host object, kept across RL steps. Left out: the published rule and
-its roofline, acceptance per temperature, probing.
+A controller is a host object, kept across RL steps. `PaperRule` is the published rule.
+Left out: probing.
 
 Source: the expected tokens of a round, Leviathan et al. 2023 (arXiv 2211.17192),
 equation 1, here with a chance per depth; rent or buy, Karlin et al. 1988
@@ -40,10 +41,22 @@ PRIOR_ROUNDS = 20.0
 # about fourteen thousand row-rounds.
 FORGET_PER_ROUND = 5e-5
 
+# A histogram this many standard deviations from the belief replaces it. Windows differ by
+# some DRIFT for reasons of their own, the text they are at for instance.
+CHANGE_DEVIATIONS = 6.0
+DRIFT = 0.05
+
+# Drafts kept at less than this share of what was expected are those of a broken drafter.
+DEAD_SHARE = 0.5
+
 # A change of program must promise this much, so that noise does not move the batch; one
 # of gamma alone moves nothing, and need only be more than rounding.
 HYSTERESIS = 0.03
 GAMMA_HYSTERESIS = 0.005
+
+
+# The sampling setting of those who name none.
+NO_SETTING: tuple[float, ...] = ()
 
 
 def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
@@ -109,6 +122,37 @@ class AcceptanceEstimate:
         self.tested[:depth] += at_least[:depth]
         self.kept[:depth] += at_least[1 : depth + 1]
 
+    def forget(self) -> None:
+        """Let all evidence so far weigh no more than a prior."""
+        most = float(self.tested.max(initial=0.0))
+        if most > PRIOR_ROUNDS:
+            self.tested *= PRIOR_ROUNDS / most
+            self.kept *= PRIOR_ROUNDS / most
+
+    def contradiction(self, used: np.ndarray) -> tuple[float, float] | None:
+        """Return the shares of drafts (expected, found) if a histogram contradicts them.
+
+        Args:
+          used: `[G + 1]`, as in `observe`, and not yet observed.
+        """
+        at_least = np.cumsum(used[::-1])[::-1].astype(float)
+        depth = min(len(used) - 1, len(self.tested))
+        tested, found = at_least[:depth], at_least[1 : depth + 1].sum()
+        total = tested.sum()
+        if not total:
+            return None
+        chance = self.keep_probs(depth)
+        expected = float(tested @ chance)
+        variance = float(tested @ (chance * (1 - chance))) + (DRIFT * total) ** 2
+        if abs(found - expected) <= CHANGE_DEVIATIONS * math.sqrt(variance):
+            return None
+        return expected / total, found / total
+
+    def keep_errors(self, gamma: int) -> np.ndarray:
+        """Return the standard deviations of `keep_probs`, as of beta distributions."""
+        chance = self.keep_probs(gamma)
+        return np.sqrt(chance * (1 - chance) / (self.tested[:gamma] + PRIOR_ROUNDS + 1))
+
     def keep_probs(self, gamma: int) -> np.ndarray:
         """Return the chances at depths 1 .. gamma, each drawn to the pooled one."""
         prior_kept, prior_tested = PRIOR_KEEP * PRIOR_ROUNDS, PRIOR_ROUNDS
@@ -147,12 +191,38 @@ class Controller:
         self.control = control
         self.patience = patience
         self.table = LatencyTable()
-        self.acceptance = AcceptanceEstimate.empty(max(self.gammas))
+        self._depth = max(self.gammas)
+        self._setting = NO_SETTING
+        self._estimates = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
+        self._drafters = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
+        self.broken_drafter: tuple[float, float] | None = None
         self._lost_s: dict[Program, float] = {}
         self._wanted: list[Program] = []
 
     def __repr__(self) -> str:
         return f"Controller({self.control!r}, gammas={self.gammas})"
+
+    @property
+    def acceptance(self) -> AcceptanceEstimate:
+        """Chances that drafts are used, at the setting of this rollout."""
+        return self._estimates[self._setting]
+
+    def start_rollout(self, setting: tuple[float, ...] = NO_SETTING) -> None:
+        """Begin a rollout.
+
+        Args:
+          setting: what acceptance depends on beside the policy: temperature, top_k,
+            top_p, min_p. One never met begins with what is known of the last one.
+        """
+        for known in (self._estimates, self._drafters):
+            if setting not in known:
+                last = known[self._setting]
+                known[setting] = dataclasses.replace(
+                    last, tested=last.tested.copy(), kept=last.kept.copy()
+                )
+                known[setting].forget()
+        self._setting = setting
+        self.broken_drafter = None
 
     def speed(self, program: Program) -> float | None:
         """Return expected tokens per second of each live row; None if unknown."""
@@ -212,7 +282,12 @@ class Controller:
         return current
 
     def observe(
-        self, program: Program, num_rounds: int, emitted: np.ndarray, seconds: float
+        self,
+        program: Program,
+        num_rounds: int,
+        emitted: np.ndarray,
+        seconds: float,
+        accepted: np.ndarray | None = None,
     ) -> None:
         """Learn from a window, and book the time lost against programs not compiled.
 
@@ -220,8 +295,19 @@ class Controller:
           program: what ran. num_rounds: its rounds; 0 where the seconds are no measure.
           emitted: histogram `[G + 1]` of row-rounds by tokens emitted, from 1 upwards.
           seconds: the window's time on the device, compilation not counted.
+          accepted: histogram `[G + 1]` of row-rounds by drafts kept, used or not; None
+            is `emitted`.
         """
         self.table.observe(program, seconds, num_rounds)
+        accepted = emitted if accepted is None else accepted
+        drafter = self._drafters[self._setting]
+        shares = drafter.contradiction(accepted)
+        if shares is not None:
+            drafter.forget()
+            self.acceptance.forget()
+            if shares[1] < DEAD_SHARE * shares[0]:
+                self.broken_drafter = shares
+        drafter.observe(accepted)
         self.acceptance.observe(emitted)
         if not self._wanted:
             return
@@ -239,8 +325,9 @@ class Controller:
             "seconds": [[*p, s] for p, s in self.table.seconds.items()],
             "rounds": [[*p, n] for p, n in self.table.rounds.items()],
             "lost_s": [[*p, s] for p, s in self._lost_s.items()],
-            "tested": self.acceptance.tested.tolist(),
-            "kept": self.acceptance.kept.tolist(),
+            "setting": list(self._setting),
+            "acceptance": _listed(self._estimates),
+            "drafters": _listed(self._drafters),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -261,9 +348,23 @@ class Controller:
             rounds={Program(*p): n for *p, n in state["rounds"]},
         )
         self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
-        self.acceptance = AcceptanceEstimate(
-            tested=np.array(state["tested"]), kept=np.array(state["kept"])
-        )
+        self._setting = tuple(state["setting"])
+        self._estimates = _unlisted(state["acceptance"])
+        self._drafters = _unlisted(state["drafters"])
+
+
+def _listed(estimates: dict[tuple[float, ...], AcceptanceEstimate]) -> list[Any]:
+    return [
+        [list(setting), estimate.tested.tolist(), estimate.kept.tolist()]
+        for setting, estimate in estimates.items()
+    ]
+
+
+def _unlisted(values: list[Any]) -> dict[tuple[float, ...], AcceptanceEstimate]:
+    return {
+        tuple(setting): AcceptanceEstimate(tested=np.array(tested), kept=np.array(kept))
+        for setting, tested, kept in values
+    }
 
 
 # The published switch and ladder, with the constants of the published code.

@@ -184,7 +184,8 @@ def rollout(
       ValueError: a wrong argument, before anything is compiled or allocated.
       RolloutError: a failure on the way, holding the completions finished so far.
     Warns:
-      RuntimeWarning: rows ended at a non-finite logit; it names their sequence ids.
+      RuntimeWarning: rows ended at a non-finite logit; it names their sequence ids. Or
+        drafts were kept far less often than expected: a stale or broken draft.
     Example:
       >>> import jax, er_jax
       >>> policy = er_jax.Decoder(er_jax.DecoderConfig(
@@ -225,6 +226,9 @@ def rollout(
             jax.eval_shape(lambda p: attach_draft(p, config.drafter), bare)
     request = _with_memory(programs, params, request, controller)
 
+    controller.start_rollout(
+        (config.temperature, float(config.top_k), config.top_p, config.min_p)
+    )
     stats = RolloutStats()
     before = len(programs.compiled)
     compiled_s = programs.compile_s
@@ -257,6 +261,16 @@ def rollout(
     stats.seconds["compile"] = programs.compile_s - compiled_s
     out = _assemble(arrays, completions, ids, config, stats)
     stats.seconds["host"] = time.perf_counter() - start_s - stats.total_s
+    if controller.broken_drafter is not None:
+        expected, found = controller.broken_drafter
+        warnings.warn(
+            f"drafts were kept at {100 * found:.0f} % where {100 * expected:.0f} % were "
+            "expected: the draft is stale, broken or of another policy. Derive it with "
+            "er_jax.attach_draft in every update. The rollout went on without drafting "
+            "wherever that is faster, and its tokens are not affected",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     bad_ids = out.sequence_ids[out.finish_reason == "nonfinite"]
     if len(bad_ids):
         warnings.warn(
