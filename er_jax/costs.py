@@ -28,7 +28,7 @@ MEMORY_ROUNDS = 200.0
 
 # Predictions stand until a measured program has moved by more than this share: dozens
 # are asked for before every window, and they are no better than that.
-STALE = 0.01
+STALE = 0.03
 
 # Measured for so many positions (rounds times gamma + 1), a program is no longer
 # predicted; until then it may be faster than it seems by up to this share.

@@ -300,14 +300,18 @@ def _checked_prompts(
                 f"prompts[{index}] has shape {array.shape} and dtype {array.dtype}; "
                 "give a flat sequence of integer token ids"
             )
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"prompts[{index}] holds token id {low if low < 0 else high}, outside "
-                f"the vocabulary 0 .. {vocab_size - 1}; use the policy's own tokenizer"
-            )
-        arrays.append(array.astype(np.int32))
-    return arrays
+        arrays.append(array)
+    tokens = np.concatenate(arrays)
+    is_bad = (tokens < 0) | (tokens >= vocab_size)
+    if is_bad.any():
+        at = int(np.argmax(is_bad))
+        ends = np.cumsum([len(array) for array in arrays])
+        index = int(np.searchsorted(ends, at, side="right"))
+        raise ValueError(
+            f"prompts[{index}] holds token id {tokens[at]}, outside the vocabulary "
+            f"0 .. {vocab_size - 1}; use the policy's own tokenizer"
+        )
+    return [array.astype(np.int32) for array in arrays]
 
 
 def _checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:

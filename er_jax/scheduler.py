@@ -31,7 +31,14 @@ from er_jax.costs import row_buckets
 from er_jax.drafter import PolicyParams
 from er_jax.engine import Engine, RunningWindow, Text
 from er_jax.stats import Moment, RolloutStats
-from er_jax.types import FINISH_NAMES, NONE, Admission, Program, Sampling
+from er_jax.types import (
+    FINISH_NAMES,
+    NONE,
+    Admission,
+    Program,
+    Sampling,
+    WindowInfo,
+)
 
 # A window is at most about this long, so that progress shows and decisions are fresh.
 WINDOW_S = 0.25
@@ -175,20 +182,14 @@ class _Running(NamedTuple):
     num_live: int
 
 
-class _EndedRow(NamedTuple):
-    """A row that ended; length as in the state, prompt included."""
+class _Over(NamedTuple):
+    """A window that is over and not yet booked; int `[rows]` as they were before it."""
 
-    slot: int
-    sequence: int
-    length: int
-    finish_reason: int
-
-
-class _Ended(NamedTuple):
-    """The rows that ended in the last window and are not collected yet."""
-
-    rows: list[_EndedRow]
-    text: Text | None
+    info: WindowInfo
+    text: Text
+    moment: Moment
+    sequence: np.ndarray
+    length: np.ndarray
 
 
 class Batch:
@@ -216,7 +217,7 @@ class Batch:
         self._decided_ago_s = 0.0
         self._draft_kind = engine.draft_kind(params.draft)
         self._running: _Running | None = None
-        self._ended = _Ended([], None)
+        self._over: _Over | None = None
         rows, cache_length = request.slots, request.cache_lengths[-1]
         self.sequence = np.full(rows, NONE)
         self.resident = np.full(rows, NONE)
@@ -286,8 +287,7 @@ class Batch:
         prompts = list(fresh)
         num_chunks = -(-len(prompts) // request.chunk)
         num_prompts = -(-rows // request.chunk) * request.chunk
-        first_row = np.zeros(num_prompts // request.chunk, np.int32)
-        num_rows = np.zeros_like(first_row)
+        first_row, num_rows = np.zeros((2, num_prompts // request.chunk), np.int32)
         for index, prompt in enumerate(prompts):
             chunk = index // request.chunk
             if index % request.chunk == 0:
@@ -309,41 +309,44 @@ class Batch:
             ids = request.prompts[prompt]
             tokens[index, : len(ids)] = ids
             length[index] = len(ids)
-        for sequence, slot, index in order:
-            self.sequence[slot] = sequence
-            self.length[slot] = length[index]
-            self.limit[slot] = request.limit(sequence)
+        for sequence, row, index in order:
+            self.sequence[row] = sequence
+            self.length[row] = length[index]
+            self.limit[row] = request.limit(sequence)
         self.stats.num_prefilled += len(fresh)
         self.stats.num_cloned += len(clones)
 
-        def padded(values: list[int], fill: int) -> np.ndarray:
-            return np.array(values + [fill] * (rows - len(values)), np.int32)
-
+        to_row, prompt_index, sequence_id, limit = np.zeros((4, rows), np.int32)
+        to_row[:], sequence_id[:] = rows, NONE
+        for i, (sequence, row, index) in enumerate(order):
+            to_row[i], prompt_index[i] = row, index
+            sequence_id[i] = request.sequence_ids[sequence]
+            limit[i] = self.limit[row]
+        clone_from, clone_to, clone_length = np.zeros((3, rows), np.int32)
+        for i, (_, source, row) in enumerate(clones):
+            clone_from[i], clone_to[i] = source, row
+            clone_length[i] = self.length[row]
         return Admission(
             tokens=tokens,
             length=length,
             num_chunks=np.int32(num_chunks),
-            slot=padded([slot for _, slot, _ in order], rows),
-            prompt=padded([index for _, _, index in order], 0),
-            sequence_id=padded(
-                [int(request.sequence_ids[s]) for s, _, _ in order], NONE
-            ),
-            limit=padded([request.limit(s) for s, _, _ in order], 0),
+            slot=to_row,
+            prompt=prompt_index,
+            sequence_id=sequence_id,
+            limit=limit,
             first_row=first_row,
             num_rows=num_rows,
             num_clones=np.int32(len(clones)),
-            clone_from=padded([source for _, source, _ in clones], 0),
-            clone_to=padded([slot for _, _, slot in clones], 0),
-            clone_length=padded(
-                [len(request.prompts[request.prompt_of[s]]) for s, _, _ in clones], 0
-            ),
+            clone_from=clone_from,
+            clone_to=clone_to,
+            clone_length=clone_length,
         )
 
     def needed_length(self, gamma: int) -> int:
         """Return the cache length that one turn of a window needs for the live rows."""
         reach = self.engine.rounds_per_test * (gamma + 1)
-        live = self.sequence != NONE
-        return int(np.minimum(self.length + reach, self.limit)[live].max(initial=1))
+        needed = np.minimum(self.length + reach, self.limit)
+        return max(int((needed * (self.sequence != NONE)).max()), 1)
 
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run the live rows now, the safest one last.
@@ -446,23 +449,19 @@ class Batch:
         self._running = _Running(window, program, has_run, second, num_live)
 
     def end_window(self, controller: Controller) -> None:
-        """Wait for the window that runs, if any, book it, and free what ended."""
+        """Wait for the window that runs, if any, and free the rows that ended.
+
+        What need not be known for the next window is left to `collect`.
+        """
         if self._running is None:
             return
         (window, program, has_run, second, live_before) = self._running
         self._running = None
         info, seconds, is_measured = window.wait()
         self._decided_ago_s += seconds
-        is_active = self.sequence != NONE
-        num_tokens = int((info.length - self.length)[is_active].sum())
-        rows = [
-            _EndedRow(int(s), int(self.sequence[s]), int(info.length[s]), int(reason))
-            for s, reason in enumerate(info.finish_reason)
-            if is_active[s] and not info.live[s]
-        ]
-        self._ended = _Ended(rows, window.text)
+        sequence, length = self.sequence, self.length
+        self.sequence = np.where(info.live, sequence, NONE)
         self.length = info.length.astype(int)
-        self.sequence[is_active & ~info.live] = NONE
         num_rounds = int(info.num_rounds)
         moment = Moment(
             second=second,
@@ -474,7 +473,7 @@ class Batch:
             gamma=program.gamma,
             num_rounds=num_rounds,
         )
-        self.stats.add_window(moment, num_tokens, info.accepted)
+        self._over = _Over(info, window.text, moment, sequence, length)
         # A program's first run touches memory and packs weights for the first time: a
         # part of its compilation, and no measure of its rounds.
         is_measured &= has_run
@@ -483,23 +482,31 @@ class Batch:
         )
 
     def collect(self) -> list[int]:
-        """Fetch the completions that ended in the last window; return their sequences.
+        """Book the last window, and fetch what ended in it; return those sequences.
 
-        They come from the window's own copies, so it makes no difference what has been
-        started on the state since.
+        Completions come from the window's own copies, so it makes no difference what
+        has been started on the state since.
         """
-        ended, self._ended = self._ended, _Ended([], None)
-        if not ended.rows:
+        if self._over is None:
             return []
-        tokens, logprobs = jax.device_get(ended.text)
-        for row in ended.rows:
-            prompt = self.request.prompts[self.request.prompt_of[row.sequence]]
-            part = slice(len(prompt), row.length)
+        (info, text, moment, sequences, length_before) = self._over
+        self._over = None
+        was_live = sequences != NONE
+        num_tokens = int((info.length - length_before)[was_live].sum())
+        self.stats.add_window(moment, num_tokens, info.accepted)
+        ended = np.flatnonzero(was_live & ~info.live)
+        if not len(ended):
+            return []
+        tokens, logprobs = jax.device_get(text)
+        for slot in ended:
+            sequence = int(sequences[slot])
+            prompt = self.request.prompts[self.request.prompt_of[sequence]]
+            part = slice(len(prompt), int(info.length[slot]))
             # Copies: the fetched arrays may be the device's own buffers, and hold all
             # the rows.
-            self.completions[row.sequence] = Completion(
-                token_ids=np.array(tokens[row.slot, part]),
-                logprobs=np.array(logprobs[row.slot, part]),
-                finish_reason=FINISH_NAMES[row.finish_reason],
+            self.completions[sequence] = Completion(
+                token_ids=np.array(tokens[slot, part]),
+                logprobs=np.array(logprobs[slot, part]),
+                finish_reason=FINISH_NAMES[int(info.finish_reason[slot])],
             )
-        return [row.sequence for row in ended.rows]
+        return [int(sequences[slot]) for slot in ended]

@@ -325,8 +325,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "rows that ended fetched from the wrong slots",
         "er_jax/scheduler.py",
-        "token_ids=np.array(tokens[row.slot, part]),",
-        "token_ids=np.array(tokens[row.slot - 1, part]),",
+        "token_ids=np.array(tokens[slot, part]),",
+        "token_ids=np.array(tokens[slot - 1, part]),",
         ("tests/test_scheduler.py::test_names_of_sequences_are_what_decides",),
     ),
 )

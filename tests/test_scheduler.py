@@ -280,7 +280,9 @@ class CheckedBatch(Batch):
         request, state = self.request, self.state
         rows = len(self.sequence)
         here = self.sequence[self.sequence != NONE].tolist()
-        ended = [row.sequence for row in self._ended.rows]
+        assert self._over is not None
+        was_live = self._over.sequence != NONE
+        ended = self._over.sequence[was_live & ~self._over.info.live].tolist()
         everyone = sorted([*here, *self.queue, *self.completions, *ended])
         assert everyone == list(range(len(request.prompt_of))), "lost, or there twice"
         assert state.tokens.shape == (rows, state.cache_length)
