@@ -478,7 +478,11 @@ class Batch:
         # part of its compilation, and no measure of its rounds.
         is_measured &= has_run
         controller.observe(
-            program, num_rounds if is_measured else 0, info.emitted, seconds
+            program,
+            num_rounds if is_measured else 0,
+            info.emitted,
+            seconds,
+            info.accepted,
         )
 
     def collect(self) -> list[int]:

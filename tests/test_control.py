@@ -362,7 +362,104 @@ def test_speculation_switches_off_where_drafts_are_rejected() -> None:
         controller.observe(SPEC, 10, np.array([190, 5, 2, 2, 1]), 0.15)
         num_windows += 1
         assert num_windows < 100
-    assert num_windows >= 2  # one bad window of many rows is not enough
+    assert num_windows == 1  # two hundred rounds of this cannot be chance
+
+
+def test_a_slow_fall_of_acceptance_is_followed() -> None:
+    """Too little for a contradiction; the average follows, and nothing is reported."""
+    controller = made({AR: 0.010, SPEC: 0.015})
+    controller.acceptance.tested[:] = 1e3
+    controller.acceptance.kept[:] = 0.9e3
+    num_windows = 0
+    while controller.choose([SPEC, AR], SPEC, compile_s=FREE) == SPEC:
+        share = max(0.9 - 0.02 * num_windows, 0.0)
+        lost = round(200 * (1 - share))
+        controller.observe(SPEC, 10, np.array([lost, 0, 0, 0, 200 - lost]), 0.15)
+        num_windows += 1
+        assert num_windows < 100
+    assert num_windows > 10
+    assert controller.broken_drafter is None
+
+
+def windows_of(share: float, rows: int = 200) -> np.ndarray:
+    """Return a histogram in which each of four drafts is kept with this chance."""
+    survival = np.array([share**depth for depth in range(5)] + [0.0])
+    return np.round(rows * (survival[:-1] - survival[1:])).astype(int)
+
+
+def test_a_broken_drafter_is_named() -> None:
+    controller = Controller("best", (0, 4))
+    for _ in range(50):
+        controller.observe(SPEC, 10, windows_of(0.97), 0.1)
+    assert controller.broken_drafter is None
+    assert controller.acceptance.keep_probs(4).min() > 0.96
+    controller.observe(SPEC, 10, windows_of(0.05), 0.1)
+    assert controller.broken_drafter is not None
+    expected, found = controller.broken_drafter
+    assert expected == pytest.approx(0.97, abs=0.01)
+    assert found == pytest.approx(0.05, abs=0.02)
+    # All that was learnt before weighs as little as a prior now.
+    assert controller.acceptance.keep_probs(1)[0] < 0.2
+    controller.start_rollout()
+    assert controller.broken_drafter is None
+
+
+def test_a_better_drafter_is_noticed_and_not_reported() -> None:
+    controller = Controller("best", (0, 4))
+    for _ in range(50):
+        controller.observe(SPEC, 10, windows_of(0.5), 0.1)
+    controller.start_rollout()
+    controller.observe(SPEC, 10, windows_of(0.98), 0.1)
+    assert controller.broken_drafter is None
+    assert controller.acceptance.keep_probs(1)[0] > 0.9
+
+
+def test_stops_inside_drafts_are_no_broken_drafter() -> None:
+    """Used are few, because completions end; kept are as many as ever."""
+    controller = Controller("best", (0, 4))
+    controller.observe(SPEC, 10, windows_of(0.3), 0.1, windows_of(0.97))
+    assert controller.broken_drafter is None
+    assert controller.acceptance.keep_probs(1)[0] < 0.4
+
+
+def test_few_rounds_contradict_nothing() -> None:
+    estimate = AcceptanceEstimate.empty(4)
+    estimate.observe(windows_of(0.95, rows=1000))
+    assert estimate.contradiction(windows_of(0.0, rows=1)) is None
+    assert estimate.contradiction(windows_of(0.85, rows=10_000)) is None
+    assert estimate.contradiction(np.array([500])) is None
+    assert estimate.contradiction(windows_of(0.0, rows=100)) is not None
+
+
+def test_errors_of_the_estimate() -> None:
+    """Standard deviations of beta distributions: sqrt(p (1 - p) / (n + 1))."""
+    estimate = AcceptanceEstimate.empty(2)
+    before = estimate.keep_errors(2)
+    np.testing.assert_allclose(before, np.sqrt(0.95 * 0.05 / 21))
+    estimate.observe(windows_of(0.95, rows=1000))
+    assert (estimate.keep_errors(2) < before / 5).all()
+
+
+def test_acceptance_is_known_per_setting() -> None:
+    controller = Controller("best", (0, 4))
+    controller.start_rollout((1.0,))
+    for _ in range(20):
+        controller.observe(SPEC, 10, windows_of(0.9), 0.1)
+    hot = controller.acceptance.keep_probs(4)
+    controller.start_rollout((0.0,))
+    # What the last setting says is where another begins, with little weight.
+    np.testing.assert_allclose(controller.acceptance.keep_probs(4), hot, atol=0.03)
+    assert controller.acceptance.tested.max() <= 20
+    for _ in range(20):
+        controller.observe(SPEC, 10, windows_of(0.99), 0.1)
+    assert controller.acceptance.keep_probs(4).min() > 0.97
+    controller.start_rollout((1.0,))
+    np.testing.assert_allclose(controller.acceptance.keep_probs(4), hot)
+    again = Controller("best", (0, 4))
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    np.testing.assert_allclose(again.acceptance.keep_probs(4), hot)
+    again.start_rollout((0.0,))
+    assert again.acceptance.keep_probs(4).min() > 0.97
 
 
 def test_ar_and_fixed_have_one_gamma_to_choose() -> None:

@@ -373,6 +373,10 @@ def test_rule_controller_steps_down_by_fours_and_ignores_the_clock():
         options = [Program(r, n, 2) for r in buckets for n in (128, 256)]
         return controller.choose(options, None, compile_s=lambda program: 1e9)
 
+    # A batch of four rows is offered those below, and the full one.
+    small = [Program(rows, 256, 2) for rows in (3, 4, 64)]
+    assert controller.choose(small, small[1], compile_s=lambda program: 1e9).rows == 4
+
     before = controller.state_dict()
     chosen = [choose(live) for live in (64, 17, 16, 5, 4, 1)]
     assert [p.rows for p in chosen] == [64, 64, 16, 16, 4, 1]

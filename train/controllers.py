@@ -31,10 +31,12 @@ class RuleController(er_jax.Controller):
     ) -> Program:
         """Return the program for the live rows; a function of `options` alone."""
         longest = max(program.cache_length for program in options)
-        rows = max(program.rows for program in options)
         fits = {p.rows: p for p in options if p.cache_length == longest}
-        while rows // STEP_DOWN in fits:
-            rows //= STEP_DOWN
+        rows = size = max(fits)
+        # Sizes between may be missing: a small batch is not offered all larger ones.
+        while size >= STEP_DOWN:
+            size //= STEP_DOWN
+            rows = size if size in fits else rows
         return fits[rows]
 
     def observe(self, *args: Any, **kwargs: Any) -> None:
