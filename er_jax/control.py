@@ -9,7 +9,6 @@ running the best compiled one instead is added up, and the program is compiled w
 sum reaches what its compilation takes.
 
 A controller is a host object, kept across RL steps. `PaperRule` is the published rule.
-Left out: probing.
 
 Source: the expected tokens of a round, Leviathan et al. 2023 (arXiv 2211.17192),
 equation 1, here with a chance per depth; rent or buy, Karlin et al. 1988
@@ -37,8 +36,9 @@ DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
 PRIOR_KEEP = 0.95
 PRIOR_ROUNDS = 20.0
 
-# Evidence is forgotten at this rate, because the policy moves: half is left after
-# about fourteen thousand row-rounds.
+# Evidence is forgotten at these rates, because the policy moves: half is left after about
+# fourteen thousand row-rounds that drafted, and this share after every rollout.
+KEEP_PER_ROLLOUT = 0.8
 FORGET_PER_ROUND = 5e-5
 
 # A histogram this many standard deviations from the belief replaces it. Windows differ by
@@ -48,6 +48,11 @@ DRIFT = 0.05
 
 # Drafts kept at less than this share of what was expected are those of a broken drafter.
 DEAD_SHARE = 0.5
+
+# While nothing is drafted nothing is learnt of drafts: this share of the seconds of plain
+# decoding may be spent on finding out.
+PROBE_SHARE = 0.01
+PROBE_ROUNDS = 16
 
 # A change of program must promise this much, so that noise does not move the batch; one
 # of gamma alone moves nothing, and need only be more than rounding.
@@ -111,23 +116,24 @@ class AcceptanceEstimate:
 
     def observe(self, used: np.ndarray) -> None:
         """Take in a histogram `[G + 1]` of row-rounds by the number of drafts used."""
-        keep = math.exp(-FORGET_PER_ROUND * int(used.sum()))
-        self.tested *= keep
-        self.kept *= keep
         if len(used) == 1:
             return
+        self.decay(math.exp(-FORGET_PER_ROUND * int(used.sum())))
         # at_least[k] counts the row-rounds that used k drafts or more.
         at_least = np.cumsum(used[::-1])[::-1].astype(float)
         depth = min(len(used) - 1, len(self.tested))
         self.tested[:depth] += at_least[:depth]
         self.kept[:depth] += at_least[1 : depth + 1]
 
+    def decay(self, share: float) -> None:
+        """Let evidence weigh this share of what it did."""
+        self.tested *= share
+        self.kept *= share
+
     def forget(self) -> None:
         """Let all evidence so far weigh no more than a prior."""
         most = float(self.tested.max(initial=0.0))
-        if most > PRIOR_ROUNDS:
-            self.tested *= PRIOR_ROUNDS / most
-            self.kept *= PRIOR_ROUNDS / most
+        self.decay(min(1.0, PRIOR_ROUNDS / max(most, 1e-9)))
 
     def contradiction(self, used: np.ndarray) -> tuple[float, float] | None:
         """Return the shares of drafts (expected, found) if a histogram contradicts them.
@@ -196,6 +202,9 @@ class Controller:
         self._estimates = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
         self._drafters = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
         self.broken_drafter: tuple[float, float] | None = None
+        """Shares of drafts (expected, found) that said so in this rollout."""
+        self._plain_s = self._probed_s = 0.0
+        self._is_probing = False
         self._lost_s: dict[Program, float] = {}
         self._wanted: list[Program] = []
 
@@ -223,6 +232,8 @@ class Controller:
                 known[setting].forget()
         self._setting = setting
         self.broken_drafter = None
+        for known in (self._estimates, self._drafters):
+            known[setting].decay(KEEP_PER_ROLLOUT)
 
     def speed(self, program: Program) -> float | None:
         """Return expected tokens per second of each live row; None if unknown."""
@@ -270,16 +281,39 @@ class Controller:
             for program in self._wanted
             if self._lost_s.get(program, 0.0) >= self.patience * compile_s(program)
         ]
+        self._is_probing = False
         if paid:
             self._wanted = []
             return max(paid, key=speeds.__getitem__)
-        if current not in ready:
-            return best_ready
-        is_same_shape = best_ready[:2] == current[:2]
-        margin = GAMMA_HYSTERESIS if is_same_shape else HYSTERESIS
-        if speeds[best_ready] > speeds[current] * (1 + margin):
-            return best_ready
-        return current
+        chosen = best_ready
+        if current in ready:
+            is_same_shape = best_ready[:2] == current[:2]
+            margin = GAMMA_HYSTERESIS if is_same_shape else HYSTERESIS
+            if speeds[best_ready] <= speeds[current] * (1 + margin):
+                chosen = current
+        probe = self._find_probe(chosen, ready) if chosen.gamma == 0 else None
+        self._is_probing = probe is not None
+        return probe or chosen
+
+    def _find_probe(self, plain: Program, ready: Sequence[Program]) -> Program | None:
+        """Return what to draft with instead of decoding plainly, to see if it would pay.
+
+        The shortest draft at the same rows and cache length that would be faster if
+        drafts were kept as a good drafter's are, once the time for it has been earned.
+        """
+        plain_s = self.table.round_seconds(plain)
+        for program in sorted(ready, key=lambda p: p.gamma):
+            round_s = self.table.round_seconds(program)
+            if not program.gamma or program[:2] != plain[:2] or not round_s or not plain_s:
+                continue
+            known = self.acceptance.keep_probs(program.gamma)
+            tokens = expected_tokens(list(np.maximum(known, PRIOR_KEEP)))
+            is_earned = (
+                self._probed_s + PROBE_ROUNDS * round_s <= PROBE_SHARE * self._plain_s
+            )
+            if is_earned and tokens / round_s > (1 + HYSTERESIS) / plain_s:
+                return program
+        return None
 
     def observe(
         self,
@@ -298,6 +332,10 @@ class Controller:
           accepted: histogram `[G + 1]` of row-rounds by drafts kept, used or not; None
             is `emitted`.
         """
+        if program.gamma == 0:
+            self._plain_s += seconds
+        elif self._is_probing:
+            self._probed_s += seconds
         self.table.observe(program, seconds, num_rounds)
         accepted = emitted if accepted is None else accepted
         drafter = self._drafters[self._setting]
@@ -326,6 +364,7 @@ class Controller:
             "rounds": [[*p, n] for p, n in self.table.rounds.items()],
             "lost_s": [[*p, s] for p, s in self._lost_s.items()],
             "setting": list(self._setting),
+            "probing": [self._plain_s, self._probed_s],
             "acceptance": _listed(self._estimates),
             "drafters": _listed(self._drafters),
         }
@@ -349,6 +388,7 @@ class Controller:
         )
         self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
         self._setting = tuple(state["setting"])
+        self._plain_s, self._probed_s = state["probing"]
         self._estimates = _unlisted(state["acceptance"])
         self._drafters = _unlisted(state["drafters"])
 

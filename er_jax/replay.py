@@ -157,8 +157,13 @@ class Decider(Protocol):
     def choose(self, situation: Situation) -> int:
         """Return gamma."""
 
-    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
-        """Learn from histograms `[G + 1]`: row-rounds by tokens emitted and by kept."""
+    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
+        """Learn from a window.
+
+        Args:
+          emitted, kept: histograms `[G + 1]` of row-rounds by tokens emitted, and by
+            drafts kept. seconds: what it took.
+        """
 
     def end(self) -> None:
         """Learn from the rollout as a whole."""
@@ -174,7 +179,7 @@ class Fixed:
         """Return gamma."""
         return self.gamma
 
-    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
         """Learn nothing."""
 
     def end(self) -> None:
@@ -206,13 +211,15 @@ class Best:
         )
         return self._current.gamma
 
-    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
         """Learn acceptance; costs are known."""
-        self.controller.acceptance.observe(emitted)
+        assert self._current is not None
+        self.controller.observe(self._current, 0, emitted, seconds, kept)
 
     def end(self) -> None:
-        """Begin the next rollout with plain decoding, as a full batch asks for."""
+        """Begin the next rollout."""
         self._current = None
+        self.controller.start_rollout()
 
 
 class Paper:
@@ -225,7 +232,7 @@ class Paper:
         """Return the ladder's gamma once the switch is on."""
         return self.rule.choose(situation.live, situation.length)
 
-    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
         """Count drafts kept, if any were proposed."""
         if len(kept) > 1:
             self.rule.observe(kept)
@@ -256,7 +263,7 @@ class Oracle:
 
         return max(self._gammas, key=speed)
 
-    def observe(self, emitted: np.ndarray, kept: np.ndarray) -> None:
+    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
         """Learn nothing."""
 
     def end(self) -> None:
@@ -341,7 +348,7 @@ def replay(
             spent = count * round_s(live, length + count / 2, 0)
             done[rows] += count
             histogram = np.array([live * count])
-            decider.observe(histogram, histogram)
+            decider.observe(histogram, histogram, spent)
         else:
             spent = 0.0
             emitted = np.zeros(gamma + 1, int)
@@ -359,7 +366,7 @@ def replay(
                 if (at == ends).any():
                     break
             done[rows] = at
-            decider.observe(emitted, kept)
+            decider.observe(emitted, kept, spent)
         outcome.seconds += spent
         outcome.by_gamma[gamma] += spent
         outcome.by_live[1 << (live - 1).bit_length()] += spent

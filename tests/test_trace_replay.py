@@ -84,7 +84,8 @@ def test_what_controllers_are_told_adds_up() -> None:
     emitted, kept = np.zeros(4, int), np.zeros(4, int)
 
     class Listening(Fixed):
-        def observe(self, e: np.ndarray, k: np.ndarray) -> None:
+        def observe(self, e: np.ndarray, k: np.ndarray, seconds: float) -> None:
+            assert seconds > 0
             emitted[:] += e
             kept[:] += k
 
