@@ -534,8 +534,9 @@ def probing(share: float, num_windows: int) -> tuple[float, float]:
     """
     controller = made({AR: 0.010, SPEC: 0.030})
     controller.start_rollout()
-    controller.acceptance.tested[:] = 1000
-    controller.acceptance.kept[:] = 0
+    for estimate in (controller.acceptance, controller._drafters[()]):
+        estimate.tested[:] = 1000
+        estimate.kept[:] = 0
     spent = {AR: 0.0, SPEC: 0.0}
     current = AR
     for _ in range(num_windows):
