@@ -37,6 +37,7 @@ from benchmarks import measure
 from er_jax import DrafterConfig, PolicyParams, RolloutConfig, acceptance, sampling
 from er_jax.acceptance import ACCEPT_RULES
 from er_jax.calibrate import neutral_sampling
+from er_jax.drafter import draft_params
 from er_jax.types import NONE, Policy
 from train import checkpoints, tasks
 from train.controllers import RuleController
@@ -241,7 +242,7 @@ def study_format(
         pair = draft_of(params, form)
     except ValueError as error:
         return {"left_out": str(error)}
-    draft = distributions(policy, er_jax.drafter.draft_params(pair), tokens)
+    draft = distributions(policy, draft_params(pair), tokens)
     coupled, token = (np.asarray(x, float) for x in agreements(target, draft))
     measured = {}
     for rule in ACCEPT_RULES:

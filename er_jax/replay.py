@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from er_jax.control import Controller, PaperRule, PassPredictor, parse_control
+from er_jax.rollout import Rollout
 from er_jax.types import Program
 
 # Decisions are taken when a row ends, and after so many rounds.
@@ -54,6 +55,14 @@ class Trace:
             raise ValueError(
                 f"a completion of {self.lengths.min()} tokens; each has at least one"
             )
+
+    @classmethod
+    def of(cls, out: Rollout) -> Trace:
+        """Return the lengths of a rollout, to be saved or replayed."""
+        return cls(
+            prompt_lengths=out.prompt_mask.sum(axis=1).astype(int),
+            lengths=out.lengths.astype(int),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON object per completion: prompt_length, length."""

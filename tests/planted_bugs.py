@@ -329,6 +329,65 @@ BUGS: tuple[PlantedBug, ...] = (
         "token_ids=np.array(tokens[slot - 1, part]),",
         ("tests/test_scheduler.py::test_names_of_sequences_are_what_decides",),
     ),
+    PlantedBug(
+        "the published ladder climbs without persistence",
+        "er_jax/control.py",
+        "self._num_high + 1 if share >= PAPER_RAISE else 0",
+        "self._num_high + 1 if share >= PAPER_RAISE else self._num_high",
+        ("tests/test_trace_replay.py::test_the_ladder",),
+    ),
+    PlantedBug(
+        "the published switch turns back",
+        "er_jax/control.py",
+        "if not self.is_on and self._has_ramped:",
+        "if self._has_ramped:",
+        (
+            "tests/test_trace_replay.py::"
+            "test_the_switch_waits_for_a_full_batch_and_stays_on",
+        ),
+    ),
+    PlantedBug(
+        "probing without a bound",
+        "er_jax/control.py",
+        "<= PROBE_SHARE * self._plain_s",
+        "<= self._plain_s",
+        ("tests/test_control.py::test_probing_is_bounded",),
+    ),
+    PlantedBug(
+        "every window contradicts",
+        "er_jax/control.py",
+        "+ (DRIFT * total) ** 2",
+        "",
+        ("tests/test_control.py::test_few_rounds_contradict_nothing",),
+    ),
+    PlantedBug(
+        "a verification computed as one position",
+        "er_jax/pass_costs.py",
+        "computed = positions * rows * (self.dense_s",
+        "computed = rows * (self.dense_s",
+        ("tests/test_pass_costs.py::test_the_roofline_equations",),
+    ),
+    PlantedBug(
+        "a surface that may fall",
+        "er_jax/pass_costs.py",
+        "ascending[2 * i, [i, i + 1]] = 1, -1",
+        "pass",
+        ("tests/test_pass_costs.py::test_no_surface_falls_in_rows_or_length",),
+    ),
+    PlantedBug(
+        "means of a sweep read for medians",
+        "er_jax/sweep.py",
+        'seconds=float(row["median_ms"]) / 1e3',
+        'seconds=float(row["mean_ms"]) / 1e3',
+        ("tests/test_sweep.py::test_medians_are_read_in_seconds",),
+    ),
+    PlantedBug(
+        "luck the wrong way round",
+        "er_jax/replay.py",
+        "np.where(is_kept, total, np.arange(total))",
+        "np.where(is_kept, np.arange(total), total)",
+        ("tests/test_trace_replay.py::test_luck_is_a_matter_of_the_token",),
+    ),
 )
 
 

@@ -6,9 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import er_jax
 from er_jax import cli
 from er_jax.control import PAPER_LADDER, PaperRule
 from er_jax.pass_costs import PassCosts
@@ -269,6 +271,29 @@ def test_a_trace_is_saved_and_loaded(tmp_path: Path) -> None:
     loaded = Trace.load(path)
     np.testing.assert_array_equal(loaded.lengths, [3, 4])
     np.testing.assert_array_equal(loaded.prompt_lengths, [10, 10])
+
+
+def test_a_rollout_is_a_trace() -> None:
+    policy = er_jax.Decoder(
+        er_jax.DecoderConfig(
+            vocab_size=16,
+            dim=16,
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            hidden_dim=16,
+        )
+    )
+    out = er_jax.rollout(
+        policy,
+        policy.init(jax.random.key(0)),
+        [[1, 2, 3], [4]],
+        key=jax.random.key(1),
+        config=er_jax.RolloutConfig(max_new_tokens=5, control="ar"),
+    )
+    trace = Trace.of(out)
+    assert trace.prompt_lengths.tolist() == [3, 1]
+    assert trace.lengths.tolist() == [5, 5]
 
 
 @pytest.mark.parametrize("line", ['{"len": 3}', "12", "nonsense"])
