@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,9 +275,11 @@ def study_format(
     return {"measured": measured, "expected": expected}
 
 
-def lines(points: Sequence[dict[str, Any]]) -> str:
-    """Return the points as text: chances in per cent, tokens per round."""
-    rows = []
+def rows_of(
+    points: Sequence[Mapping[str, Any]],
+) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+    """Return header and rows: chances in per cent, tokens per round."""
+    rows: list[tuple[Any, ...]] = []
     for p in points:
         if "left_out" in p:
             rows.append((p["policy"], p["format"], "left out", *[""] * 7))
@@ -300,7 +302,7 @@ def lines(points: Sequence[dict[str, Any]]) -> str:
         *(f"{rule}, first kept %" for rule in ACCEPT_RULES),
         *(f"{rule}, tokens/round" for rule in ACCEPT_RULES),
     )
-    return measure.table(rows, header)
+    return header, rows
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -334,7 +336,8 @@ def main(args: Args) -> dict[str, Any]:
     for point in study(args):
         record["points"].append(point)
         measure.save(out / "acceptance.json", record)
-    print(lines(record["points"]))
+    header, rows = rows_of(record["points"])
+    print(measure.table(rows, header))
     plot(record, out / "acceptance.png")
     print(f"written: acceptance.json and .png in {out.name}", file=sys.stderr)
     return record

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -373,8 +373,11 @@ def compare_controls(
     return points
 
 
-def setting_table(points: Sequence[dict[str, Any]]) -> str:
-    """Return the replayed setting as text, shares in per cent."""
+Table = tuple[Sequence[str], list[tuple[Any, ...]]]
+
+
+def setting_rows(points: Sequence[Mapping[str, Any]]) -> Table:
+    """Return header and rows of the replayed setting, shares in per cent."""
     rows = [
         (
             p["model"],
@@ -395,11 +398,11 @@ def setting_table(points: Sequence[dict[str, Any]]) -> str:
         "published",
         "best %",
     )
-    return measure.table(rows, header)
+    return header, rows
 
 
-def controls_table(points: Sequence[dict[str, Any]]) -> str:
-    """Return the comparison of controls as text, shares in per cent."""
+def control_rows(points: Sequence[Mapping[str, Any]]) -> Table:
+    """Return header and rows of the comparison of controls, shares in per cent."""
     rows = [
         (
             p["costs"],
@@ -421,7 +424,7 @@ def controls_table(points: Sequence[dict[str, Any]]) -> str:
         "to oracle",
         "behind paper in",
     )
-    return measure.table(rows, header)
+    return header, rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -451,9 +454,11 @@ def main(args: Args) -> dict[str, Any]:
     settings = {"keeps": args.keeps, "seeds": args.seeds, "num": args.num}
     record = measure.new_record("published", settings)
     record["points"] = replay_setting(args.num)
-    print(setting_table(record["points"]), flush=True)
+    header, rows = setting_rows(record["points"])
+    print(measure.table(rows, header), flush=True)
     record["controls"] = compare_controls(args.sweeps, args.keeps, args.seeds)
-    print(controls_table(record["controls"]))
+    header, rows = control_rows(record["controls"])
+    print(measure.table(rows, header))
     measure.save(out / "published.json", record)
     print(f"written: published.json in {out.name}", file=sys.stderr)
     return record

@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import measure
+from benchmarks import acceptance, measure, published
 
 README = measure.ROOT / "benchmarks" / "README.md"
 MARKER = "<!-- Below: written by `python -m benchmarks.report` from results/*.json. -->"
@@ -183,6 +183,11 @@ def section(record: Mapping[str, Any]) -> str:
         if point.get("part") in ("workload", "rollout"):
             parts += control_table(point)
     parts += sweep_tables([p for p in points if p.get("part") == "rows"])
+    if record["benchmark"] == "published":
+        parts.append(markdown(*published.setting_rows(points)))
+        parts.append(markdown(*published.control_rows(record["controls"])))
+    if record["benchmark"] == "acceptance":
+        parts.append(markdown(*acceptance.rows_of(points)))
     for check in record.get("checks", ()):
         parts.append(
             f"Against the CPU, {check['dtype']}: logits differ by at most "
