@@ -1,23 +1,33 @@
-"""A first measurement: what speculation costs here, from the engine's own windows.
+"""Measuring what rounds cost here, from the engine's own windows.
 
-One autoregressive and one speculative window of the smallest batch are compiled and
-timed. That pair decides whether anything else is worth compiling: where drafting does
-not pay with one row, where it is bound by memory most, it pays nowhere.
+*First use.* One autoregressive and one speculative window of the smallest batch are
+compiled and timed. That pair decides whether anything else is worth compiling: where
+drafting does not pay with one row, where it is bound by memory most, it pays nowhere.
 
-Left out: a grid of shapes, tables on disk.
+*Survey.* On purpose, ahead of time: rounds at some cells of a grid of rows and lengths,
+next always where it is least certain whether speculation pays, until that is known or
+the time is spent (`er-jax calibrate`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from er_jax import costs
-from er_jax.control import Controller
+from er_jax.acceptance import expected_tokens
+from er_jax.control import PRIOR_KEEP, Controller
 from er_jax.drafter import PolicyParams
 from er_jax.engine import Engine
+from er_jax.pass_costs import PassCosts, Reading
 from er_jax.types import NONE, DecodeState, LogprobKind, Program, Sampling
 
 # Seconds of rounds behind one reading, and readings per program; the least is taken,
@@ -104,3 +114,204 @@ def measure_draft_cost(
         seconds = measure_round(engine, params, program)
         rounds = costs.TRUSTED_POSITIONS  # The least of several readings stands.
         controller.table.observe(program, seconds * rounds, rounds)
+
+
+# How much the logarithm of the speed-up is taken to change, at most, from a cell to its
+# neighbour at twice the rows or twice the length.
+CHANGE_PER_OCTAVE = 0.2
+
+
+class Cell(NamedTuple):
+    """A point of the grid: rows of a batch, length of its cache."""
+
+    rows: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a survey found.
+
+    costs: fitted to its readings. is_complete: whether it is known of every cell if
+      speculation pays there; else the time was spent. spent_s: seconds of measuring,
+      compilation not counted.
+    """
+
+    costs: PassCosts
+    is_complete: bool
+    spent_s: float
+
+
+def speed_up(costs: PassCosts, cell: Cell, keep_prob: float) -> float:
+    """Return the speed of the best measured gamma over plain decoding.
+
+    Args:
+      costs: with rounds. cell: where. keep_prob: chance of a draft at any depth.
+    """
+    plain_s = costs.round_seconds(Program(*cell, 0))
+    return max(
+        expected_tokens([keep_prob] * gamma)
+        * plain_s
+        / costs.round_seconds(Program(*cell, gamma))
+        for gamma in costs.gammas("round")
+    )
+
+
+def survey(
+    round_s: Callable[[Program], float],
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    gammas: Sequence[int],
+    *,
+    keep_prob: float = PRIOR_KEEP,
+    budget_s: float = 20.0,
+    spent_s: Callable[[], float],
+    progress: bool = False,
+) -> Survey:
+    """Measure rounds until it is known where speculation pays, or the time is spent.
+
+    The corners come first, plain and with a middling draft; then always the cell of
+    which it is least certain on which side of 1 its speed-up is: the farther from what
+    was measured, and the nearer to 1, the less. Other gammas are measured in the end,
+    where speculation pays most and where it is closest.
+
+    Args:
+      round_s: times a program; see `measure_round`. rows, lengths: the grid.
+      gammas: draft lengths; 0 is always measured.
+      keep_prob: chance of a draft, for the speed-up. budget_s: seconds; a reading begun
+        within them is finished. spent_s: seconds spent so far, compilation not counted.
+      progress: show a progress bar of the seconds.
+    Raises:
+      ValueError: an empty grid, or no gamma above 0.
+    """
+    drafting = sorted({gamma for gamma in gammas if gamma > 0})
+    if not drafting or not rows or not lengths:
+        raise ValueError(
+            f"rows={tuple(rows)}, lengths={tuple(lengths)}, gammas={tuple(gammas)}: a "
+            "survey needs a number of rows, a length and a gamma above 0"
+        )
+    grid = [Cell(*cell) for cell in itertools.product(sorted(rows), sorted(lengths))]
+    middle = min(drafting, key=lambda gamma: abs(gamma - 4))
+    begin_s, readings = spent_s(), list[Reading]()
+    bar = tqdm(
+        total=budget_s,
+        desc="calibration",
+        unit="s",
+        disable=not progress,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} s{postfix}",
+    )
+
+    def is_over() -> bool:
+        return spent_s() - begin_s >= budget_s
+
+    def measure(cell: Cell, gamma: int) -> None:
+        seconds = round_s(Program(*cell, gamma))
+        kind = "round" if gamma else "target"
+        readings.append(Reading(kind, *cell, gamma, seconds))  # type: ignore[arg-type]
+        bar.n = min(spent_s() - begin_s, budget_s)
+        bar.set_postfix_str(f"{len(readings)} readings", refresh=True)
+
+    def uncertainty(cell: Cell, fitted: PassCosts) -> float:
+        """How far the speed-up may be on the other side of 1; 0 or less if it is not."""
+        known = {Cell(r.rows, r.length) for r in readings if r.kind == "round"}
+        octaves = min(
+            abs(math.log2(cell.rows / other.rows))
+            + abs(math.log2(cell.length / other.length))
+            for other in known
+        )
+        certain = abs(math.log(speed_up(fitted, cell, keep_prob)))
+        return CHANGE_PER_OCTAVE * octaves - certain
+
+    with bar:
+        corners = [
+            Cell(*cell)
+            for cell in itertools.product(
+                dict.fromkeys((min(rows), max(rows))),
+                dict.fromkeys((min(lengths), max(lengths))),
+            )
+        ]
+        for cell in corners:
+            # One pair at least, or there is nothing to say.
+            if readings and is_over():
+                break
+            measure(cell, 0)
+            measure(cell, middle)
+        is_complete = False
+        while not is_over():
+            fitted = PassCosts(readings)
+            doubts = {cell: uncertainty(cell, fitted) for cell in grid}
+            cell = max(grid, key=doubts.__getitem__)
+            if doubts[cell] <= 0:
+                is_complete = True
+                break
+            measure(cell, 0)
+            measure(cell, middle)
+        if is_complete:
+            fitted = PassCosts(readings)
+            ups = {cell: speed_up(fitted, cell, keep_prob) for cell in grid}
+            most = max(grid, key=ups.__getitem__)
+            closest = min(grid, key=lambda cell: abs(math.log(ups[cell])))
+            for cell, gamma in itertools.product(
+                dict.fromkeys((most, closest)), drafting
+            ):
+                if is_over():
+                    break
+                if gamma != middle:
+                    measure(cell, gamma)
+    return Survey(PassCosts(readings), is_complete, spent_s() - begin_s)
+
+
+def plot_speed_up(
+    found: Survey,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    keep_prob: float,
+    path: str | os.PathLike[str],
+) -> None:
+    """Draw the predicted speed-up over rows and length, measured cells marked; save it.
+
+    Raises:
+      ImportError: matplotlib is missing; install the extra `plot`.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing needs matplotlib; install it with pip install 'er-jax[plot]'"
+        ) from error
+    values = [
+        [speed_up(found.costs, Cell(r, length), keep_prob) for r in sorted(rows)]
+        for length in sorted(lengths)
+    ]
+    largest = max(abs(math.log(value)) for line in values for value in line) or 1.0
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.pcolormesh(
+        range(len(rows)),
+        range(len(lengths)),
+        np.log(values),
+        cmap="RdBu",
+        vmin=-largest,
+        vmax=largest,
+        shading="nearest",
+    )
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small")
+    measured = {Cell(r.rows, r.length) for r in found.costs.readings}
+    axes.plot(
+        [sorted(rows).index(cell.rows) for cell in measured],
+        [sorted(lengths).index(cell.length) for cell in measured],
+        "ks",
+        markerfacecolor="none",
+        markersize=26,
+        label="measured",
+    )
+    axes.set_xticks(range(len(rows)), [str(r) for r in sorted(rows)])
+    axes.set_yticks(range(len(lengths)), [str(length) for length in sorted(lengths)])
+    axes.set(xlabel="rows", ylabel="cache length")
+    axes.set_title(f"speed-up of the best draft length, {keep_prob} of drafts kept")
+    figure.colorbar(image, label="log of the speed-up")
+    figure.savefig(path, dpi=130)
