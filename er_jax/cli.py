@@ -1,5 +1,6 @@
 """The command `er-jax`: what the library can say without a training run.
 
+er-jax calibrate                 where speculation pays on this device
 er-jax sweep FILE.csv ...        how well costs are predicted, on a latency sweep
 er-jax replay FILE.csv           controllers on a trace of lengths, without a device
 """
@@ -8,13 +9,98 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
-from er_jax import replay, sweep
+from er_jax import calibrate, replay, sweep
+from er_jax.control import DEFAULT_GAMMAS, PRIOR_KEEP
+from er_jax.decoder import Decoder, DecoderConfig
+from er_jax.drafter import DrafterConfig
+from er_jax.engine import Engine
 from er_jax.pass_costs import PassCosts, Roofline
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Measure on this device where speculation pays, for a decoder of given sizes.
+
+    Costs depend on sizes and not on values, so the parameters are random.
+
+    Args:
+      decoder: sizes of the built-in decoder.
+      drafter: how its draft is quantized.
+      slots: most rows of a batch. max_length: longest cache, tokens.
+      gammas: draft lengths.
+      keep: chance that a draft is kept, for the speed-up.
+      budget: seconds of measuring, compilation not counted.
+      out: where to save the readings (JSON). plot: where to save a picture.
+    """
+
+    decoder: DecoderConfig
+    drafter: DrafterConfig = DrafterConfig()
+    slots: int = 64
+    max_length: int = 1024
+    gammas: tuple[int, ...] = DEFAULT_GAMMAS
+    keep: float = PRIOR_KEEP
+    budget: float = 20.0
+    out: Path | None = None
+    plot: Path | None = None
+
+    def run(self) -> None:
+        """Measure, print a table, and save what was asked for."""
+        if self.slots < 1 or self.max_length < 64:
+            raise ValueError(
+                f"slots={self.slots} must be at least 1 and max_length="
+                f"{self.max_length} at least 64"
+            )
+        policy = Decoder(self.decoder)
+        params = policy.init(jax.random.key(0))
+        engine = Engine(policy, "coupled")
+        pair = engine.attach_draft(params, self.drafter)
+        rows = [1 << i for i in range(self.slots.bit_length()) if 1 << i < self.slots]
+        rows.append(self.slots)
+        lengths = sorted({max(self.max_length >> i, 64) for i in range(3)})
+        start_s, compiled_s = time.perf_counter(), engine.compile_s
+
+        def spent_s() -> float:
+            compiling_s = engine.compile_s - compiled_s
+            return time.perf_counter() - start_s - compiling_s
+
+        found = calibrate.survey(
+            lambda program: calibrate.measure_round(engine, pair, program),
+            rows,
+            lengths,
+            self.gammas,
+            keep_prob=self.keep,
+            budget_s=self.budget,
+            spent_s=spent_s,
+            progress=sys.stderr.isatty(),
+        )
+        about = {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "policy": repr(policy),
+            "drafter": repr(self.drafter),
+        }
+        print(
+            f"{about['device']}, jax {about['jax']}: {len(found.costs.readings)} "
+            f"readings in {found.spent_s:.1f} s, {engine.compile_s:.1f} s of compiling; "
+            f"{'complete' if found.is_complete else 'the time was spent first'}"
+        )
+        print(f"speed-up where {self.keep} of drafts are kept, by rows and cache length")
+        print("".join([f"{'':>8}", *(f"{length:>8}" for length in lengths)]))
+        for r in rows:
+            cells = [calibrate.Cell(r, length) for length in lengths]
+            ups = [calibrate.speed_up(found.costs, cell, self.keep) for cell in cells]
+            print("".join([f"{r:>8}", *(f"{up:>8.2f}" for up in ups)]))
+        if self.out is not None:
+            found.costs.save(self.out, about)
+        if self.plot is not None:
+            calibrate.plot_speed_up(found, rows, lengths, self.keep, self.plot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +129,8 @@ class Replay:
     """Replay controllers on traces of lengths and a cost table; no device is needed.
 
     Args:
-      costs: a latency sweep (CSV); the table is fitted to it, and the roofline by which
-        the published rule decides.
+      costs: a latency sweep (CSV), or what `er-jax calibrate` saved (JSON); the table
+        is fitted to it, and the roofline by which the published rule decides.
       trace: kind of generated lengths, or a JSONL file of {"length": ...}.
       num: completions of a generated trace. cap: their limit, tokens.
       slots: rows decoded at once; all if not given.
@@ -75,7 +161,10 @@ class Replay:
                 f"num={self.num}, cap={self.cap} and seeds={self.seeds} must be at "
                 "least 1"
             )
-        measured = sweep.read_sweep(self.costs).fitted()
+        if self.costs.suffix == ".json":
+            measured = list(PassCosts.load(self.costs).readings)
+        else:
+            measured = sweep.read_sweep(self.costs).fitted()
         if isinstance(self.trace, Path):
             traces = [replay.Trace.load(self.trace)] * self.seeds
         else:
@@ -102,14 +191,16 @@ class Replay:
 
 
 Command = (
-    Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
 )
 
 
 def main() -> None:
     """Run the command line."""
-    command: Sweep | Replay = tyro.cli(Command, prog="er-jax")  # type: ignore[arg-type]
+    command: Calibrate | Sweep | Replay
+    command = tyro.cli(Command, prog="er-jax")  # type: ignore[arg-type]
     try:
         command.run()
     except ValueError as error:
