@@ -16,7 +16,6 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +26,7 @@ from er_jax.acceptance import expected_tokens
 from er_jax.control import PRIOR_KEEP, Controller
 from er_jax.drafter import PolicyParams
 from er_jax.engine import Engine
-from er_jax.pass_costs import PassCosts, Reading
+from er_jax.pass_costs import Cell, PassCosts, Reading
 from er_jax.types import NONE, DecodeState, LogprobKind, Program, Sampling
 
 # Seconds of rounds behind one reading, and readings per program; the least is taken,
@@ -119,13 +118,6 @@ def measure_draft_cost(
 # How much the logarithm of the speed-up is taken to change, at most, from a cell to its
 # neighbour at twice the rows or twice the length.
 CHANGE_PER_OCTAVE = 0.2
-
-
-class Cell(NamedTuple):
-    """A point of the grid: rows of a batch, length of its cache."""
-
-    rows: int
-    length: int
 
 
 @dataclasses.dataclass(frozen=True)

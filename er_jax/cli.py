@@ -21,7 +21,7 @@ from er_jax.control import DEFAULT_GAMMAS, PRIOR_KEEP
 from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.drafter import DrafterConfig
 from er_jax.engine import Engine
-from er_jax.pass_costs import PassCosts, Roofline
+from er_jax.pass_costs import Cell, PassCosts, Roofline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Calibrate:
         print(f"speed-up where {self.keep} of drafts are kept, by rows and cache length")
         print("".join([f"{'':>8}", *(f"{length:>8}" for length in lengths)]))
         for r in rows:
-            cells = [calibrate.Cell(r, length) for length in lengths]
+            cells = [Cell(r, length) for length in lengths]
             ups = [calibrate.speed_up(found.costs, cell, self.keep) for cell in cells]
             print("".join([f"{r:>8}", *(f"{up:>8.2f}" for up in ups)]))
         if self.out is not None:

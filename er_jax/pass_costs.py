@@ -37,6 +37,13 @@ Kind = Literal["target", "draft", "verify", "round"]
 KINK_WEIGHT = 0.1
 
 
+class Cell(NamedTuple):
+    """A point of a grid: rows of a batch, and positions read per row."""
+
+    rows: int
+    length: int
+
+
 class Reading(NamedTuple):
     """One timed pass, or round.
 

@@ -27,11 +27,11 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from er_jax.pass_costs import Kind, PassCosts, Reading, Roofline
+from er_jax.pass_costs import Cell, Kind, PassCosts, Reading, Roofline
 
 MODES: dict[str, Kind] = {
     "target_decode": "target",
@@ -45,13 +45,6 @@ COLUMNS = ("model", "batch", "seq", "gamma", "mode", "mean_ms", "median_ms", "st
 DOUBTFUL_STD = 0.10
 DOUBTFUL_SPREAD = 0.25
 DOUBTFUL_WEIGHT = 0.1
-
-
-class Cell(NamedTuple):
-    """A point of a grid: rows and length."""
-
-    rows: int
-    length: int
 
 
 @dataclasses.dataclass(frozen=True)
