@@ -11,8 +11,8 @@ import pytest
 
 from er_jax import cli
 from er_jax.acceptance import expected_tokens
-from er_jax.calibrate import Cell, Survey, plot_speed_up, speed_up, survey
-from er_jax.pass_costs import PassCosts
+from er_jax.calibrate import Survey, plot_speed_up, speed_up, survey
+from er_jax.pass_costs import Cell, PassCosts
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE
 

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from er_jax.pass_costs import PassCosts, Roofline
+from er_jax.pass_costs import Cell, PassCosts, Roofline
 from er_jax.sweep import (
     DOUBTFUL_WEIGHT,
-    Cell,
     halves,
     joined,
     judge,
