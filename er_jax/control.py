@@ -26,7 +26,7 @@ import numpy as np
 
 from er_jax.acceptance import expected_tokens
 from er_jax.costs import DOUBT, LatencyTable
-from er_jax.pass_costs import Kind
+from er_jax.pass_costs import Kind, Roofline
 from er_jax.types import Program
 
 DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
@@ -68,16 +68,18 @@ def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
     """Return the gammas a control string allows.
 
     Args:
-      control: "best", "ar" or "fixed:g".
+      control: "best", "paper", "ar" or "fixed:g".
       gammas: what "best" may choose from.
     Returns:
-      Sorted gammas.
+      Sorted gammas; those of its ladder, and 0, for "paper".
     Raises:
       ValueError: an unknown control, a gamma below 0, or gammas without 0.
     """
-    remedy = "use 'best', 'ar' or 'fixed:g' with a whole number g >= 0"
+    remedy = "use 'best', 'paper', 'ar' or 'fixed:g' with a whole number g >= 0"
     if control == "ar":
         return (0,)
+    if control == "paper":
+        return (0, *PAPER_LADDER)
     if control.startswith("fixed:"):
         digits = control.removeprefix("fixed:")
         if not digits.isdecimal():
@@ -169,242 +171,6 @@ class AcceptanceEstimate:
     def tokens_per_round(self, gamma: int) -> float:
         """Return the expected tokens of a round of `gamma` drafts, 1 .. gamma + 1."""
         return expected_tokens(list(self.keep_probs(gamma)))
-
-
-class Controller:
-    """Chooses programs by expected tokens per second; learns from every window.
-
-    Args:
-      control: "best", "ar" or "fixed:g"; the last two leave only batch size and cache
-        length to choose.
-      gammas: draft lengths "best" may use; must contain 0.
-      patience: compile a better program when the time lost without it exceeds this many
-        times its compilation. 0 compiles at once.
-    Raises:
-      ValueError: as `parse_control`, or a negative patience.
-    """
-
-    def __init__(
-        self,
-        control: str = "best",
-        gammas: Sequence[int] = DEFAULT_GAMMAS,
-        *,
-        patience: float = 1.0,
-    ) -> None:
-        self.gammas = parse_control(control, gammas)
-        if patience < 0:
-            raise ValueError(f"patience={patience} must be at least 0")
-        self.control = control
-        self.patience = patience
-        self.table = LatencyTable()
-        self._depth = max(self.gammas)
-        self._setting = NO_SETTING
-        self._estimates = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
-        self._drafters = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
-        self.broken_drafter: tuple[float, float] | None = None
-        """Shares of drafts (expected, found) that said so in this rollout."""
-        self._plain_s = self._probed_s = 0.0
-        self._is_probing = False
-        self._lost_s: dict[Program, float] = {}
-        self._wanted: list[Program] = []
-
-    def __repr__(self) -> str:
-        return f"Controller({self.control!r}, gammas={self.gammas})"
-
-    @property
-    def acceptance(self) -> AcceptanceEstimate:
-        """Chances that drafts are used, at the setting of this rollout."""
-        return self._estimates[self._setting]
-
-    def start_rollout(self, setting: tuple[float, ...] = NO_SETTING) -> None:
-        """Begin a rollout.
-
-        Args:
-          setting: what acceptance depends on beside the policy: temperature, top_k,
-            top_p, min_p. One never met begins with what is known of the last one.
-        """
-        for known in (self._estimates, self._drafters):
-            if setting not in known:
-                last = known[self._setting]
-                known[setting] = dataclasses.replace(
-                    last, tested=last.tested.copy(), kept=last.kept.copy()
-                )
-                known[setting].forget()
-        self._setting = setting
-        self.broken_drafter = None
-        for known in (self._estimates, self._drafters):
-            known[setting].decay(KEEP_PER_ROLLOUT)
-
-    def speed(self, program: Program) -> float | None:
-        """Return expected tokens per second of each live row; None if unknown."""
-        return self._speeds([program])[program] or None
-
-    def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
-        """Return the speed of each, 0 where it is unknown."""
-        gammas = {program.gamma for program in programs}
-        tokens = {gamma: self.acceptance.tokens_per_round(gamma) for gamma in gammas}
-        seconds = {program: self.table.round_seconds(program) for program in programs}
-        return {
-            program: tokens[program.gamma] / round_s if round_s else 0.0
-            for program, round_s in seconds.items()
-        }
-
-    def choose(
-        self,
-        options: Sequence[Program],
-        current: Program | None,
-        *,
-        compile_s: Callable[[Program], float],
-    ) -> Program:
-        """Return the program to run next.
-
-        Args:
-          options: the programs that could run now; the last is the one to fall back on
-            and may be compiled without asking.
-          current: the program that ran last, kept unless another is clearly faster.
-          compile_s: seconds a program must be compiled for first; 0 if it is ready.
-        Returns:
-          One of `options`.
-        """
-        speeds = self._speeds(options)
-        # Reversed, so that the fall-back wins while nothing is known.
-        ready = [p for p in reversed(options) if not compile_s(p)] or [options[-1]]
-        for program in ready:
-            if program not in self.table.seconds:
-                # Compiled, by another controller say, and never timed: cheap to try.
-                speeds[program] /= 1 - DOUBT
-        best_ready = max(ready, key=speeds.__getitem__)
-        worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
-        self._wanted = [p for p in options if speeds[p] > worthwhile]
-        paid = [
-            program
-            for program in self._wanted
-            if self._lost_s.get(program, 0.0) >= self.patience * compile_s(program)
-        ]
-        self._is_probing = False
-        if paid:
-            self._wanted = []
-            return max(paid, key=speeds.__getitem__)
-        chosen = best_ready
-        if current in ready:
-            is_same_shape = best_ready[:2] == current[:2]
-            margin = GAMMA_HYSTERESIS if is_same_shape else HYSTERESIS
-            if speeds[best_ready] <= speeds[current] * (1 + margin):
-                chosen = current
-        probe = self._find_probe(chosen, ready) if chosen.gamma == 0 else None
-        self._is_probing = probe is not None
-        return probe or chosen
-
-    def _find_probe(self, plain: Program, ready: Sequence[Program]) -> Program | None:
-        """Return what to draft with instead of decoding plainly, to see if it would pay.
-
-        The shortest draft at the same rows and cache length that would be faster if
-        drafts were kept as a good drafter's are, once the time for it has been earned.
-        """
-        plain_s = self.table.round_seconds(plain)
-        for program in sorted(ready, key=lambda p: p.gamma):
-            round_s = self.table.round_seconds(program)
-            if not program.gamma or program[:2] != plain[:2] or not round_s or not plain_s:
-                continue
-            known = self.acceptance.keep_probs(program.gamma)
-            tokens = expected_tokens(list(np.maximum(known, PRIOR_KEEP)))
-            is_earned = (
-                self._probed_s + PROBE_ROUNDS * round_s <= PROBE_SHARE * self._plain_s
-            )
-            if is_earned and tokens / round_s > (1 + HYSTERESIS) / plain_s:
-                return program
-        return None
-
-    def observe(
-        self,
-        program: Program,
-        num_rounds: int,
-        emitted: np.ndarray,
-        seconds: float,
-        accepted: np.ndarray | None = None,
-    ) -> None:
-        """Learn from a window, and book the time lost against programs not compiled.
-
-        Args:
-          program: what ran. num_rounds: its rounds; 0 where the seconds are no measure.
-          emitted: histogram `[G + 1]` of row-rounds by tokens emitted, from 1 upwards.
-          seconds: the window's time on the device, compilation not counted.
-          accepted: histogram `[G + 1]` of row-rounds by drafts kept, used or not; None
-            is `emitted`.
-        """
-        if program.gamma == 0:
-            self._plain_s += seconds
-        elif self._is_probing:
-            self._probed_s += seconds
-        self.table.observe(program, seconds, num_rounds)
-        accepted = emitted if accepted is None else accepted
-        drafter = self._drafters[self._setting]
-        shares = drafter.contradiction(accepted)
-        if shares is not None:
-            drafter.forget()
-            self.acceptance.forget()
-            if shares[1] < DEAD_SHARE * shares[0]:
-                self.broken_drafter = shares
-        drafter.observe(accepted)
-        self.acceptance.observe(emitted)
-        if not self._wanted:
-            return
-        speeds = self._speeds([program, *self._wanted])
-        for wanted in self._wanted:
-            # `wanted` had a speed when it was chosen, and what has one keeps one.
-            lost = seconds * max(0.0, 1 - speeds[program] / speeds[wanted])
-            self._lost_s[wanted] = self._lost_s.get(wanted, 0.0) + lost
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that was learnt as JSON-ready values."""
-        return {
-            "control": self.control,
-            "gammas": list(self.gammas),
-            "seconds": [[*p, s] for p, s in self.table.seconds.items()],
-            "rounds": [[*p, n] for p, n in self.table.rounds.items()],
-            "lost_s": [[*p, s] for p, s in self._lost_s.items()],
-            "setting": list(self._setting),
-            "probing": [self._plain_s, self._probed_s],
-            "acceptance": _listed(self._estimates),
-            "drafters": _listed(self._drafters),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another controller of the same kind had learnt.
-
-        Raises:
-          ValueError: the state is of another control or other gammas.
-        """
-        mine = (self.control, list(self.gammas))
-        theirs = (state["control"], list(state["gammas"]))
-        if mine != theirs:
-            raise ValueError(
-                f"state is of control, gammas = {theirs}, this controller of {mine}; "
-                "make the controller with the same settings"
-            )
-        self.table = LatencyTable(
-            seconds={Program(*p): s for *p, s in state["seconds"]},
-            rounds={Program(*p): n for *p, n in state["rounds"]},
-        )
-        self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
-        self._setting = tuple(state["setting"])
-        self._plain_s, self._probed_s = state["probing"]
-        self._estimates = _unlisted(state["acceptance"])
-        self._drafters = _unlisted(state["drafters"])
-
-
-def _listed(estimates: dict[tuple[float, ...], AcceptanceEstimate]) -> list[Any]:
-    return [
-        [list(setting), estimate.tested.tolist(), estimate.kept.tolist()]
-        for setting, estimate in estimates.items()
-    ]
-
-
-def _unlisted(values: list[Any]) -> dict[tuple[float, ...], AcceptanceEstimate]:
-    return {
-        tuple(setting): AcceptanceEstimate(tested=np.array(tested), kept=np.array(kept))
-        for setting, tested, kept in values
-    }
 
 
 # The published switch and ladder, with the constants of the published code.
@@ -502,3 +268,284 @@ class PaperRule:
             return
         self._num_high = self._num_low = 0
         self.gamma = PAPER_LADDER[rung]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept from rollout to rollout as JSON-ready values."""
+        names = ("gamma", "tokens_per_round", "_num_high", "_num_low")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another rule had learnt, between rollouts."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.start_rollout()
+
+
+class Controller:
+    """Chooses programs by expected tokens per second; learns from every window.
+
+    Args:
+      control: "best", "paper" (see `PaperRule`), "ar" or "fixed:g"; all but the first
+        leave only batch size and cache length to choose by speed.
+      gammas: draft lengths "best" may use; must contain 0.
+      patience: compile a better program when the time lost without it exceeds this many
+        times its compilation. 0 compiles at once.
+    Raises:
+      ValueError: as `parse_control`, or a negative patience.
+    """
+
+    def __init__(
+        self,
+        control: str = "best",
+        gammas: Sequence[int] = DEFAULT_GAMMAS,
+        *,
+        patience: float = 1.0,
+    ) -> None:
+        self.gammas = parse_control(control, gammas)
+        if patience < 0:
+            raise ValueError(f"patience={patience} must be at least 0")
+        self.control = control
+        self.patience = patience
+        self.table = LatencyTable()
+        self._depth = max(self.gammas)
+        self._setting = NO_SETTING
+        self._estimates = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
+        self._drafters = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
+        self.broken_drafter: tuple[float, float] | None = None
+        """Shares of drafts (expected, found) that said so in this rollout."""
+        self._plain_s = self._probed_s = 0.0
+        self._is_probing = False
+        self._lost_s: dict[Program, float] = {}
+        self._wanted: list[Program] = []
+        self._rule = PaperRule(_TableRoofline(self)) if control == "paper" else None
+
+    def __repr__(self) -> str:
+        return f"Controller({self.control!r}, gammas={self.gammas})"
+
+    @property
+    def acceptance(self) -> AcceptanceEstimate:
+        """Chances that drafts are used, at the setting of this rollout."""
+        return self._estimates[self._setting]
+
+    def start_rollout(self, setting: tuple[float, ...] = NO_SETTING) -> None:
+        """Begin a rollout.
+
+        Args:
+          setting: what acceptance depends on beside the policy: temperature, top_k,
+            top_p, min_p. One never met begins with what is known of the last one.
+        """
+        for known in (self._estimates, self._drafters):
+            if setting not in known:
+                last = known[self._setting]
+                known[setting] = dataclasses.replace(
+                    last, tested=last.tested.copy(), kept=last.kept.copy()
+                )
+                known[setting].forget()
+        self._setting = setting
+        self.broken_drafter = None
+        if self._rule is not None:
+            self._rule.end_rollout()
+            self._rule.start_rollout()
+        for known in (self._estimates, self._drafters):
+            known[setting].decay(KEEP_PER_ROLLOUT)
+
+    def speed(self, program: Program) -> float | None:
+        """Return expected tokens per second of each live row; None if unknown."""
+        return self._speeds([program])[program] or None
+
+    def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
+        """Return the speed of each, 0 where it is unknown."""
+        gammas = {program.gamma for program in programs}
+        tokens = {gamma: self.acceptance.tokens_per_round(gamma) for gamma in gammas}
+        seconds = {program: self.table.round_seconds(program) for program in programs}
+        return {
+            program: tokens[program.gamma] / round_s if round_s else 0.0
+            for program, round_s in seconds.items()
+        }
+
+    def choose(
+        self,
+        options: Sequence[Program],
+        current: Program | None,
+        *,
+        compile_s: Callable[[Program], float],
+        live: int = 0,
+        length: float = 0.0,
+    ) -> Program:
+        """Return the program to run next.
+
+        Args:
+          options: the programs that could run now; the last is the one to fall back on
+            and may be compiled without asking.
+          current: the program that ran last, kept unless another is clearly faster.
+          compile_s: seconds a program must be compiled for first; 0 if it is ready.
+          live: rows that generate. length: their mean tokens; for "paper".
+        Returns:
+          One of `options`.
+        """
+        if self._rule is not None:
+            gamma = self._rule.choose(live, length)
+            options = [p for p in options if p.gamma == gamma] or options
+        speeds = self._speeds(options)
+        # Reversed, so that the fall-back wins while nothing is known.
+        ready = [p for p in reversed(options) if not compile_s(p)] or [options[-1]]
+        for program in ready:
+            if program not in self.table.seconds:
+                # Compiled, by another controller say, and never timed: cheap to try.
+                speeds[program] /= 1 - DOUBT
+        best_ready = max(ready, key=speeds.__getitem__)
+        worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
+        self._wanted = [p for p in options if speeds[p] > worthwhile]
+        paid = [
+            program
+            for program in self._wanted
+            if self._lost_s.get(program, 0.0) >= self.patience * compile_s(program)
+        ]
+        self._is_probing = False
+        # The published rule never draws back, and has no use for probes.
+        may_probe = self._rule is None
+        if paid:
+            self._wanted = []
+            return max(paid, key=speeds.__getitem__)
+        chosen = best_ready
+        if current in ready:
+            is_same_shape = best_ready[:2] == current[:2]
+            margin = GAMMA_HYSTERESIS if is_same_shape else HYSTERESIS
+            if speeds[best_ready] <= speeds[current] * (1 + margin):
+                chosen = current
+        may_probe &= chosen.gamma == 0
+        probe = self._find_probe(chosen, ready) if may_probe else None
+        self._is_probing = probe is not None
+        return probe or chosen
+
+    def _find_probe(self, plain: Program, ready: Sequence[Program]) -> Program | None:
+        """Return what to draft with instead of decoding plainly, to see if it would pay.
+
+        The shortest draft at the same rows and cache length that would be faster if
+        drafts were kept as a good drafter's are, once the time for it has been earned.
+        """
+        plain_s = self.table.round_seconds(plain)
+        for program in sorted(ready, key=lambda p: p.gamma):
+            round_s = self.table.round_seconds(program)
+            if not program.gamma or program[:2] != plain[:2] or not round_s or not plain_s:
+                continue
+            known = self.acceptance.keep_probs(program.gamma)
+            tokens = expected_tokens(list(np.maximum(known, PRIOR_KEEP)))
+            is_earned = (
+                self._probed_s + PROBE_ROUNDS * round_s <= PROBE_SHARE * self._plain_s
+            )
+            if is_earned and tokens / round_s > (1 + HYSTERESIS) / plain_s:
+                return program
+        return None
+
+    def observe(
+        self,
+        program: Program,
+        num_rounds: int,
+        emitted: np.ndarray,
+        seconds: float,
+        accepted: np.ndarray | None = None,
+    ) -> None:
+        """Learn from a window, and book the time lost against programs not compiled.
+
+        Args:
+          program: what ran. num_rounds: its rounds; 0 where the seconds are no measure.
+          emitted: histogram `[G + 1]` of row-rounds by tokens emitted, from 1 upwards.
+          seconds: the window's time on the device, compilation not counted.
+          accepted: histogram `[G + 1]` of row-rounds by drafts kept, used or not; None
+            is `emitted`.
+        """
+        if program.gamma == 0:
+            self._plain_s += seconds
+        elif self._is_probing:
+            self._probed_s += seconds
+        self.table.observe(program, seconds, num_rounds)
+        accepted = emitted if accepted is None else accepted
+        if self._rule is not None and program.gamma:
+            self._rule.observe(accepted)
+        drafter = self._drafters[self._setting]
+        shares = drafter.contradiction(accepted)
+        if shares is not None:
+            drafter.forget()
+            self.acceptance.forget()
+            if shares[1] < DEAD_SHARE * shares[0]:
+                self.broken_drafter = shares
+        drafter.observe(accepted)
+        self.acceptance.observe(emitted)
+        if not self._wanted:
+            return
+        speeds = self._speeds([program, *self._wanted])
+        for wanted in self._wanted:
+            # `wanted` had a speed when it was chosen, and what has one keeps one.
+            lost = seconds * max(0.0, 1 - speeds[program] / speeds[wanted])
+            self._lost_s[wanted] = self._lost_s.get(wanted, 0.0) + lost
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was learnt as JSON-ready values."""
+        return {
+            "control": self.control,
+            "gammas": list(self.gammas),
+            "seconds": [[*p, s] for p, s in self.table.seconds.items()],
+            "rounds": [[*p, n] for p, n in self.table.rounds.items()],
+            "lost_s": [[*p, s] for p, s in self._lost_s.items()],
+            "setting": list(self._setting),
+            "probing": [self._plain_s, self._probed_s],
+            "rule": self._rule.state_dict() if self._rule is not None else None,
+            "acceptance": _listed(self._estimates),
+            "drafters": _listed(self._drafters),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another controller of the same kind had learnt.
+
+        Raises:
+          ValueError: the state is of another control or other gammas.
+        """
+        mine = (self.control, list(self.gammas))
+        theirs = (state["control"], list(state["gammas"]))
+        if mine != theirs:
+            raise ValueError(
+                f"state is of control, gammas = {theirs}, this controller of {mine}; "
+                "make the controller with the same settings"
+            )
+        self.table = LatencyTable(
+            seconds={Program(*p): s for *p, s in state["seconds"]},
+            rounds={Program(*p): n for *p, n in state["rounds"]},
+        )
+        self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
+        self._setting = tuple(state["setting"])
+        self._plain_s, self._probed_s = state["probing"]
+        if self._rule is not None:
+            self._rule.load_state_dict(state["rule"])
+        self._estimates = _unlisted(state["acceptance"])
+        self._drafters = _unlisted(state["drafters"])
+
+
+class _TableRoofline:
+    """The roofline of what a controller's table has measured, fitted when asked."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._fitted: Roofline | None = None
+        self._num_readings = 0
+
+    def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
+        """Return the seconds of one pass."""
+        readings = self._controller.table.readings()
+        if self._fitted is None or len(readings) != self._num_readings:
+            self._fitted, self._num_readings = Roofline.fit(readings), len(readings)
+        return self._fitted.pass_seconds(kind, rows, length, gamma)
+
+
+def _listed(estimates: dict[tuple[float, ...], AcceptanceEstimate]) -> list[Any]:
+    return [
+        [list(setting), estimate.tested.tolist(), estimate.kept.tolist()]
+        for setting, estimate in estimates.items()
+    ]
+
+
+def _unlisted(values: list[Any]) -> dict[tuple[float, ...], AcceptanceEstimate]:
+    return {
+        tuple(setting): AcceptanceEstimate(tested=np.array(tested), kept=np.array(kept))
+        for setting, tested, kept in values
+    }

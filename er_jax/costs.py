@@ -17,7 +17,13 @@ import functools
 import math
 from collections.abc import Iterable
 
-from er_jax.pass_costs import LENGTH_EXPONENT, ROWS_EXPONENT, PassCosts
+from er_jax.pass_costs import (
+    LENGTH_EXPONENT,
+    ROWS_EXPONENT,
+    Kind,
+    PassCosts,
+    Reading,
+)
 from er_jax.types import Program
 
 # A draft pass in AR steps, where none was measured: int8 weights against 16-bit ones.
@@ -84,6 +90,14 @@ class LatencyTable:
         before = self._predicted_from.setdefault(program, known)
         if abs(now - before) > STALE * before:
             self._forget_predictions()
+
+    def readings(self) -> list[Reading]:
+        """Return all that was measured, passes and whole rounds."""
+        found = [] if self.passes is None else list(self.passes.readings)
+        for program, seconds in self.seconds.items():
+            kind: Kind = "round" if program.gamma else "target"
+            found.append(Reading(kind, *program, seconds))
+        return found
 
     def round_seconds(self, program: Program) -> float | None:
         """Return measured or predicted seconds per round; None if nothing is known."""

@@ -54,7 +54,7 @@ class RolloutConfig:
       pad_id: fills `prompt_ids` and `completion_ids` outside their masks.
       accept: "coupled" (replayable), "token" or "block"; all are exact.
       gammas: draft lengths the controller may choose from; must contain 0.
-      control: "best", "ar" or "fixed:g".
+      control: "best", "paper" (the published rule), "ar" or "fixed:g".
       logprobs: "raw" (the model's own distribution), "temperature" (after temperature,
         before truncation: what RL trainers recompute) or "processed" (what is sampled).
       max_slots: rows decoded at once, >= 1.

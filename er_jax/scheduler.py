@@ -143,6 +143,8 @@ def run(
                         batch.options(controller.gammas),
                         batch.program,
                         compile_s=batch.compile_s,
+                        live=batch.num_live,
+                        length=batch.mean_length,
                     )
                     batch.move_to(program)
                 batch.start_window(program, controller.table.round_seconds(program))
@@ -230,6 +232,12 @@ class Batch:
     def num_live(self) -> int:
         """Rows that still generate."""
         return int((self.sequence != NONE).sum())
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of the live rows, prompt included."""
+        is_live = self.sequence != NONE
+        return float(self.length @ is_live) / max(int(is_live.sum()), 1)
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -18,6 +18,7 @@ from er_jax.control import (
 )
 from er_jax.costs import row_buckets
 from er_jax.types import Program
+from tests.test_pass_costs import passes
 
 AR, SPEC = Program(4, 128, 0), Program(4, 128, 4)
 
@@ -570,3 +571,42 @@ def test_nothing_is_probed_that_could_not_pay() -> None:
     ready = compiled_are([AR], cost=1e9)
     assert controller.choose([SPEC, AR], AR, compile_s=ready) == AR, "not compiled"
     assert controller.choose([SPEC, AR], AR, compile_s=FREE) == SPEC
+
+
+# The published rule in a rollout; its own tests are in test_trace_replay.py.
+
+
+def test_the_published_rule_decides_on_gamma_and_speed_on_the_rest() -> None:
+    controller = Controller("paper")
+    assert controller.gammas == (0, 5, 7, 9, 11)
+    controller.table.passes = passes()
+    options = [
+        Program(rows, 512, gamma) for gamma in (11, 9, 7, 5, 0) for rows in (8, 64)
+    ]
+
+    def choose(live: int) -> Program:
+        return controller.choose(
+            options, None, compile_s=FREE, live=live, length=500.0
+        )
+
+    assert choose(8) == Program(8, 512, 0), "never more than 32 rows"
+    assert choose(64).gamma == 0
+    assert choose(8) == Program(8, 512, 5)
+    assert choose(64).gamma == 5, "one way"
+    for _ in range(2):
+        controller.observe(Program(8, 512, 5), 10, windows(5), 0.1)
+        controller.start_rollout()
+    choose(64)
+    assert choose(8) == Program(8, 512, 7), "two rollouts kept all: a step up"
+    again = Controller("paper")
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert again.state_dict() == controller.state_dict()
+    again.table.passes = passes()
+    assert again.choose(options, None, compile_s=FREE, live=64, length=9.0).gamma == 0
+    chosen = again.choose(options, None, compile_s=FREE, live=8, length=500.0)
+    assert chosen.gamma == 7
+
+
+def windows(gamma: int) -> np.ndarray:
+    """Return a histogram in which every draft was kept."""
+    return np.array([0] * gamma + [100])

@@ -448,6 +448,27 @@ def test_a_controller_is_kept_by_the_caller(params: Any) -> None:
     assert (controller.acceptance.tested > first * 1.5).all()
 
 
+def test_the_published_rule_samples_the_same_tokens(params: Any) -> None:
+    plain = sample(params, control="ar")
+    made = sample(params, control="paper")
+    assert rows(made) == rows(plain)
+
+
+def test_a_broken_draft_is_named_and_costs_no_token(params: Any) -> None:
+    plain = sample(params, control="ar", n=8, max_new_tokens=24)
+    pair = er_jax.attach_draft(params, er_jax.DrafterConfig())
+    noise = jax.tree.map(lambda x: x[::-1], pair.draft)
+    with pytest.warns(RuntimeWarning, match="drafts were kept at .* % where .* %"):
+        made = sample(
+            er_jax.PolicyParams(params, noise),
+            control="fixed:4",
+            n=8,
+            max_new_tokens=24,
+            controller=er_jax.Controller("fixed:4"),
+        )
+    assert rows(made) == rows(plain)
+
+
 def test_best_measures_once_and_then_knows(params: Any) -> None:
     controller = er_jax.Controller("best", (0, 2), patience=1e9)
     made = sample(params, control="best", gammas=(0, 2), controller=controller)

@@ -136,7 +136,7 @@ class RunConfig:
       steps: GRPO steps in all; a resumed run goes on to this number.
       dtype: "float32", or "float64", in which the result does not depend on how
         sequences were batched.
-      control: how draft lengths are chosen: "best", "ar" or "fixed:g".
+      control: how draft lengths are chosen: "best", "paper", "ar" or "fixed:g".
       reproducible: choose batch shapes by rule and not by the clock, so that float32
         runs repeat bit for bit; needs "ar" or "fixed:g", and is slower.
       data: JSONL of problems to train on; None generates them (see `task`). Lines
