@@ -41,9 +41,10 @@ PRIOR_ROUNDS = 20.0
 KEEP_PER_ROLLOUT = 0.8
 FORGET_PER_ROUND = 5e-5
 
-# A histogram this many standard deviations from the belief replaces it. Windows differ by
-# some DRIFT for reasons of their own, the text they are at for instance.
+# A histogram of so many drafts, this many standard deviations from the belief, replaces
+# it. Windows differ by some DRIFT for reasons of their own, the text they are at say.
 CHANGE_DEVIATIONS = 6.0
+CHANGE_DRAFTS = 32
 DRIFT = 0.05
 
 # Drafts kept at less than this share of what was expected are those of a broken drafter.
@@ -147,7 +148,7 @@ class AcceptanceEstimate:
         depth = min(len(used) - 1, len(self.tested))
         tested, found = at_least[:depth], at_least[1 : depth + 1].sum()
         total = tested.sum()
-        if not total:
+        if total < CHANGE_DRAFTS:
             return None
         chance = self.keep_probs(depth)
         expected = float(tested @ chance)

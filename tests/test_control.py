@@ -59,6 +59,7 @@ FREE = compiled_are((), cost=0.0)
         ("fixed:4", (0, 2), (4,)),
         ("fixed:0", (0, 2), (0,)),
         ("best", (4, 0, 2, 2), (0, 2, 4)),
+        ("paper", (0, 2), (0, 5, 7, 9, 11)),
     ],
 )
 def test_what_a_control_allows(
