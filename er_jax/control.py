@@ -308,10 +308,12 @@ class Controller:
         self.control = control
         self.patience = patience
         self.table = LatencyTable()
-        self._depth = max(self.gammas)
+        depth = max(self.gammas)
         self._setting = NO_SETTING
-        self._estimates = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
-        self._drafters = {NO_SETTING: AcceptanceEstimate.empty(self._depth)}
+        # By setting: drafts used, as the choice needs them, and drafts kept, which say
+        # whether the drafter is sound.
+        self._estimates = {NO_SETTING: AcceptanceEstimate.empty(depth)}
+        self._drafters = {NO_SETTING: AcceptanceEstimate.empty(depth)}
         self.broken_drafter: tuple[float, float] | None = None
         """Shares of drafts (expected, found) that said so in this rollout."""
         self._plain_s = self._probed_s = 0.0
@@ -426,15 +428,14 @@ class Controller:
         drafts were kept as a good drafter's are, once the time for it has been earned.
         """
         plain_s = self.table.round_seconds(plain)
-        for program in sorted(ready, key=lambda p: p.gamma):
+        for program in sorted(p for p in ready if p.gamma and p[:2] == plain[:2]):
             round_s = self.table.round_seconds(program)
-            if not program.gamma or program[:2] != plain[:2] or not round_s or not plain_s:
+            if not round_s or not plain_s:
                 continue
             known = self.acceptance.keep_probs(program.gamma)
             tokens = expected_tokens(list(np.maximum(known, PRIOR_KEEP)))
-            is_earned = (
-                self._probed_s + PROBE_ROUNDS * round_s <= PROBE_SHARE * self._plain_s
-            )
+            cost_s = self._probed_s + PROBE_ROUNDS * round_s
+            is_earned = cost_s <= PROBE_SHARE * self._plain_s
             if is_earned and tokens / round_s > (1 + HYSTERESIS) / plain_s:
                 return program
         return None
@@ -512,6 +513,7 @@ class Controller:
         self.table = LatencyTable(
             seconds={Program(*p): s for *p, s in state["seconds"]},
             rounds={Program(*p): n for *p, n in state["rounds"]},
+            passes=self.table.passes,
         )
         self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
         self._setting = tuple(state["setting"])

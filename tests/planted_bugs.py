@@ -349,8 +349,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "probing without a bound",
         "er_jax/control.py",
-        "<= PROBE_SHARE * self._plain_s",
-        "<= self._plain_s",
+        "is_earned = cost_s <= PROBE_SHARE * self._plain_s",
+        "is_earned = cost_s <= self._plain_s",
         ("tests/test_control.py::test_probing_is_bounded",),
     ),
     PlantedBug(
