@@ -426,6 +426,16 @@ def forget_engines() -> None:
     programs use up the memory mappings that Linux allows a process.
     """
     _engines.clear()
+    # JAX keeps what it has compiled for a function as long as the function lives.
+    for program in (
+        run_window,
+        run_admission,
+        run_take,
+        run_allocation,
+        run_attach,
+        run_finite_check,
+    ):
+        program.clear_cache()  # type: ignore[attr-defined]
 
 
 def device_memory_bytes() -> int | None:

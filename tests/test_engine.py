@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import time
 from typing import Any
 
@@ -371,6 +372,25 @@ def test_memory_of_this_device() -> None:
     limit = engine.device_memory_bytes()
     assert limit is not None
     assert 2**28 < limit < 2**50
+
+
+def test_forgotten_programs_are_freed(params: PolicyParams) -> None:
+    """On CPU some hundred of them exhaust the memory mappings of a process."""
+    client = jax.devices()[0].client
+
+    def num_programs() -> int:
+        gc.collect()
+        return len(client.live_executables())
+
+    engine.forget_engines()
+    before = num_programs()
+    programs = engine.engine_for(POLICY, params.policy, "coupled")
+    window(programs, params, start(programs), 0, max_rounds=1)
+    window(programs, params, start(programs), 2, max_rounds=1)
+    assert num_programs() >= before + 3
+    del programs
+    engine.forget_engines()
+    assert num_programs() <= before
 
 
 def test_more_stop_ids_than_there_is_room_for(
