@@ -10,11 +10,12 @@ held-out prompts.
 *Measured*: rollouts that draft in every round, under each rule; the chance that a draft
 is kept given that all before it were, by depth. *Expected*: on texts that the policy
 itself sampled, from the two distributions at every position: the closed forms of the
-coupled and the token rule, and the product of neighbours for deeper drafts. What is kept
-up to some depth is what the policy would have sampled, so these meet the same prefixes;
-rounds begin where the last one ended, and not everywhere alike, which is left out.
+coupled and the token rule, and the product of neighbours for deeper drafts. What is
+kept up to some depth is what the policy would have sampled, so these meet the same
+prefixes; rounds begin where the last one ended, and not everywhere alike, which is left
+out.
 
-Says how a drafter's format changes acceptance of this small policy. Other policies differ.
+Says how a drafter's format changes acceptance of this small policy. Others differ.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def texts_of(out: er_jax.Rollout) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chain_by_depth(chance: np.ndarray, index: np.ndarray, gamma: int) -> list[float]:
-    """Return expected chances by depth, from rounds that begin anywhere in a completion.
+    """Return expected chances by depth, of rounds that begin anywhere in completions.
 
     Args:
       chance: `[N, T]`, of a draft at each position. index: `[N, T]`, place in the
@@ -249,7 +250,9 @@ def study_format(
         made = sample(
             pair,
             config=RolloutConfig(
-                control=f"fixed:{args.gamma}", accept=rule, **settings
+                control=f"fixed:{args.gamma}",
+                accept=rule,  # type: ignore[arg-type]
+                **settings,
             ),
             controller=RuleController(f"fixed:{args.gamma}"),
         )
@@ -258,7 +261,9 @@ def study_format(
         measured[rule] = {
             "by_depth": keep_by_depth(histogram),
             "rounds": rounds,
-            "tokens_per_round": float(1 + histogram @ np.arange(args.gamma + 1) / rounds),
+            "tokens_per_round": float(
+                1 + histogram @ np.arange(args.gamma + 1) / rounds
+            ),
         }
     expected = {
         rule: {

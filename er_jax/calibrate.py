@@ -135,7 +135,7 @@ class Survey:
 
 
 def speed_up(costs: PassCosts, cell: Cell, keep_prob: float) -> float:
-    """Return the speed of the best measured gamma over plain decoding.
+    """Return the speed of the measured gamma over plain decoding, the best of several.
 
     Args:
       costs: with rounds. cell: where. keep_prob: chance of a draft at any depth.
@@ -169,7 +169,7 @@ def survey(
 
     Args:
       round_s: times a program; see `measure_round`. rows, lengths: the grid.
-      gammas: draft lengths; 0 is always measured.
+      gammas: draft lengths, of which the one nearest to 4 is measured; 0 always is.
       keep_prob: chance of a draft, for the speed-up. budget_s: seconds; a reading begun
         within them is finished. spent_s: seconds spent so far, compilation not counted.
       progress: show a progress bar of the seconds.
@@ -204,7 +204,7 @@ def survey(
         bar.set_postfix_str(f"{len(readings)} readings", refresh=True)
 
     def uncertainty(cell: Cell, fitted: PassCosts) -> float:
-        """How far the speed-up may be on the other side of 1; 0 or less if it is not."""
+        """How far the speed-up may be on the other side of 1; 0 or less if never."""
         known = {Cell(r.rows, r.length) for r in readings if r.kind == "round"}
         octaves = min(
             abs(math.log2(cell.rows / other.rows))
@@ -238,18 +238,6 @@ def survey(
                 break
             measure(cell, 0)
             measure(cell, middle)
-        if is_complete:
-            fitted = PassCosts(readings)
-            ups = {cell: speed_up(fitted, cell, keep_prob) for cell in grid}
-            most = max(grid, key=ups.__getitem__)
-            closest = min(grid, key=lambda cell: abs(math.log(ups[cell])))
-            for cell, gamma in itertools.product(
-                dict.fromkeys((most, closest)), drafting
-            ):
-                if is_over():
-                    break
-                if gamma != middle:
-                    measure(cell, gamma)
     return Survey(PassCosts(readings), is_complete, spent_s() - begin_s)
 
 
@@ -304,6 +292,7 @@ def plot_speed_up(
     axes.set_xticks(range(len(rows)), [str(r) for r in sorted(rows)])
     axes.set_yticks(range(len(lengths)), [str(length) for length in sorted(lengths)])
     axes.set(xlabel="rows", ylabel="cache length")
-    axes.set_title(f"speed-up of the best draft length, {keep_prob} of drafts kept")
+    drafts = ", ".join(str(gamma) for gamma in found.costs.gammas("round"))
+    axes.set_title(f"speed-up of drafts of {drafts}, {keep_prob} of them kept")
     figure.colorbar(image, label="log of the speed-up")
     figure.savefig(path, dpi=130)

@@ -41,7 +41,7 @@ class Calibrate:
     """
 
     decoder: DecoderConfig
-    drafter: DrafterConfig = DrafterConfig()
+    drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
     slots: int = 64
     max_length: int = 1024
     gammas: tuple[int, ...] = DEFAULT_GAMMAS
@@ -88,10 +88,14 @@ class Calibrate:
         }
         print(
             f"{about['device']}, jax {about['jax']}: {len(found.costs.readings)} "
-            f"readings in {found.spent_s:.1f} s, {engine.compile_s:.1f} s of compiling; "
-            f"{'complete' if found.is_complete else 'the time was spent first'}"
+            f"readings in {found.spent_s:.1f} s, {engine.compile_s:.1f} s of compiling "
+            f"apart; {'complete' if found.is_complete else 'the time was spent first'}"
         )
-        print(f"speed-up where {self.keep} of drafts are kept, by rows and cache length")
+        gammas = ", ".join(str(gamma) for gamma in found.costs.gammas("round"))
+        print(
+            f"speed-up of drafts of {gammas} where {self.keep} are kept, by rows and "
+            "cache length"
+        )
         print("".join([f"{'':>8}", *(f"{length:>8}" for length in lengths)]))
         for r in rows:
             cells = [Cell(r, length) for length in lengths]

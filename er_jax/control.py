@@ -36,8 +36,8 @@ DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
 PRIOR_KEEP = 0.95
 PRIOR_ROUNDS = 20.0
 
-# Evidence is forgotten at these rates, because the policy moves: half is left after about
-# fourteen thousand row-rounds that drafted, and this share after every rollout.
+# Evidence is forgotten at these rates, because the policy moves: half is left after
+# about fourteen thousand row-rounds that drafted, and this share after every rollout.
 KEEP_PER_ROLLOUT = 0.8
 FORGET_PER_ROUND = 5e-5
 
@@ -47,11 +47,11 @@ CHANGE_DEVIATIONS = 6.0
 CHANGE_DRAFTS = 32
 DRIFT = 0.05
 
-# Drafts kept at less than this share of what was expected are those of a broken drafter.
+# Kept at less than this share of what was expected, drafts are of a broken drafter.
 DEAD_SHARE = 0.5
 
-# While nothing is drafted nothing is learnt of drafts: this share of the seconds of plain
-# decoding may be spent on finding out.
+# While nothing is drafted nothing is learnt of drafts: this share of the seconds of
+# plain decoding may be spent on finding out.
 PROBE_SHARE = 0.01
 PROBE_ROUNDS = 16
 
@@ -139,7 +139,7 @@ class AcceptanceEstimate:
         self.decay(min(1.0, PRIOR_ROUNDS / max(most, 1e-9)))
 
     def contradiction(self, used: np.ndarray) -> tuple[float, float] | None:
-        """Return the shares of drafts (expected, found) if a histogram contradicts them.
+        """Return the shares of drafts (expected, found) if a histogram contradicts.
 
         Args:
           used: `[G + 1]`, as in `observe`, and not yet observed.
@@ -318,6 +318,8 @@ class Controller:
         """Shares of drafts (expected, found) that said so in this rollout."""
         self._plain_s = self._probed_s = 0.0
         self._is_probing = False
+        # By rows and gamma: row-rounds of live rows, and of rows live at the beginning.
+        self._row_rounds: dict[tuple[int, int], tuple[float, float]] = {}
         self._lost_s: dict[Program, float] = {}
         self._wanted: list[Program] = []
         self._rule = PaperRule(_TableRoofline(self)) if control == "paper" else None
@@ -360,11 +362,21 @@ class Controller:
         """Return the speed of each, 0 where it is unknown."""
         gammas = {program.gamma for program in programs}
         tokens = {gamma: self.acceptance.tokens_per_round(gamma) for gamma in gammas}
-        seconds = {program: self.table.round_seconds(program) for program in programs}
-        return {
-            program: tokens[program.gamma] / round_s if round_s else 0.0
-            for program, round_s in seconds.items()
-        }
+        speeds = {}
+        for program in programs:
+            round_s = self.table.round_seconds(program)
+            emitted = tokens[program.gamma] * self._live_share(program)
+            speeds[program] = emitted / round_s if round_s else 0.0
+        return speeds
+
+    def _live_share(self, program: Program) -> float:
+        """Return the share of a window's rounds that its rows are live for.
+
+        Rows that end idle until the window does. Long drafts make few rounds, and rows
+        that would end together end rounds apart.
+        """
+        live, all_rounds = self._row_rounds.get((program.rows, program.gamma), (0, 0))
+        return (live + PRIOR_ROUNDS) / (all_rounds + PRIOR_ROUNDS)
 
     def choose(
         self,
@@ -422,7 +434,7 @@ class Controller:
         return probe or chosen
 
     def _find_probe(self, plain: Program, ready: Sequence[Program]) -> Program | None:
-        """Return what to draft with instead of decoding plainly, to see if it would pay.
+        """Return what to run instead of plain decoding, to see if drafts would pay.
 
         The shortest draft at the same rows and cache length that would be faster if
         drafts were kept as a good drafter's are, once the time for it has been earned.
@@ -447,6 +459,7 @@ class Controller:
         emitted: np.ndarray,
         seconds: float,
         accepted: np.ndarray | None = None,
+        live: int = 0,
     ) -> None:
         """Learn from a window, and book the time lost against programs not compiled.
 
@@ -456,11 +469,21 @@ class Controller:
           seconds: the window's time on the device, compilation not counted.
           accepted: histogram `[G + 1]` of row-rounds by drafts kept, used or not; None
             is `emitted`.
+          live: rows that were live at its beginning; 0 if that is not known.
         """
         if program.gamma == 0:
             self._plain_s += seconds
         elif self._is_probing:
             self._probed_s += seconds
+        row_rounds = int(emitted.sum())
+        if live:
+            name = (program.rows, program.gamma)
+            keep = math.exp(-FORGET_PER_ROUND * row_rounds)
+            alive, in_all = self._row_rounds.get(name, (0.0, 0.0))
+            self._row_rounds[name] = (
+                keep * alive + row_rounds,
+                keep * in_all + max(live * num_rounds, row_rounds),
+            )
         self.table.observe(program, seconds, num_rounds)
         accepted = emitted if accepted is None else accepted
         if self._rule is not None and program.gamma:
@@ -492,6 +515,7 @@ class Controller:
             "lost_s": [[*p, s] for p, s in self._lost_s.items()],
             "setting": list(self._setting),
             "probing": [self._plain_s, self._probed_s],
+            "row_rounds": [[*name, *r] for name, r in self._row_rounds.items()],
             "rule": self._rule.state_dict() if self._rule is not None else None,
             "acceptance": _listed(self._estimates),
             "drafters": _listed(self._drafters),
@@ -518,6 +542,10 @@ class Controller:
         self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
         self._setting = tuple(state["setting"])
         self._plain_s, self._probed_s = state["probing"]
+        self._row_rounds = {
+            (rows, gamma): (alive, in_all)
+            for rows, gamma, alive, in_all in state["row_rounds"]
+        }
         if self._rule is not None:
             self._rule.load_state_dict(state["rule"])
         self._estimates = _unlisted(state["acceptance"])

@@ -408,7 +408,9 @@ def _load(
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no costs; measure them again") from error
     if not is_kind:
-        raise ValueError(f"{path} holds {record['kind']}, not {kind}; give another file")
+        raise ValueError(
+            f"{path} holds {record['kind']}, not {kind}; give another file"
+        )
     for name, wanted in (about or {}).items():
         if found.get(name) != wanted:
             raise ValueError(

@@ -264,10 +264,10 @@ def rollout(
     if controller.broken_drafter is not None:
         expected, found = controller.broken_drafter
         warnings.warn(
-            f"drafts were kept at {100 * found:.0f} % where {100 * expected:.0f} % were "
-            "expected: the draft is stale, broken or of another policy. Derive it with "
-            "er_jax.attach_draft in every update. The rollout went on without drafting "
-            "wherever that is faster, and its tokens are not affected",
+            f"drafts were kept at {100 * found:.0f} % where {100 * expected:.0f} % "
+            "were expected: the draft is stale, broken or of another policy. Derive it "
+            "with er_jax.attach_draft in every update. The rollout went on without "
+            "drafting wherever that is faster, and its tokens are not affected",
             RuntimeWarning,
             stacklevel=2,
         )

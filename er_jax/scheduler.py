@@ -491,6 +491,7 @@ class Batch:
             info.emitted,
             seconds,
             info.accepted,
+            live=live_before if is_measured else 0,
         )
 
     def collect(self) -> list[int]:

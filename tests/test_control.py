@@ -453,10 +453,10 @@ def test_acceptance_is_known_per_setting() -> None:
         controller.observe(SPEC, 10, windows_of(0.99), 0.1)
     assert controller.acceptance.keep_probs(4).min() > 0.97
     controller.start_rollout((1.0,))
-    np.testing.assert_allclose(controller.acceptance.keep_probs(4), hot)
+    np.testing.assert_allclose(controller.acceptance.keep_probs(4), hot, rtol=1e-4)
     again = Controller("best", (0, 4))
     again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
-    np.testing.assert_allclose(again.acceptance.keep_probs(4), hot)
+    np.testing.assert_allclose(again.acceptance.keep_probs(4), hot, rtol=1e-4)
     again.start_rollout((0.0,))
     assert again.acceptance.keep_probs(4).min() > 0.97
 
@@ -532,7 +532,7 @@ def test_repr_says_what_it_is() -> None:
 def probing(share: float, num_windows: int) -> tuple[float, float]:
     """Run a controller whose drafts were broken, and may be again; seconds by kind.
 
-    A round of four drafts takes three steps: at 0.95 kept it would be 1.5 times as fast.
+    A round of four drafts takes three steps: at 0.95 kept it is 1.5 times as fast.
     """
     controller = made({AR: 0.010, SPEC: 0.030})
     controller.start_rollout()
@@ -586,9 +586,7 @@ def test_the_published_rule_decides_on_gamma_and_speed_on_the_rest() -> None:
     ]
 
     def choose(live: int) -> Program:
-        return controller.choose(
-            options, None, compile_s=FREE, live=live, length=500.0
-        )
+        return controller.choose(options, None, compile_s=FREE, live=live, length=500.0)
 
     assert choose(8) == Program(8, 512, 0), "never more than 32 rows"
     assert choose(64).gamma == 0
@@ -611,3 +609,24 @@ def test_the_published_rule_decides_on_gamma_and_speed_on_the_rest() -> None:
 def windows(gamma: int) -> np.ndarray:
     """Return a histogram in which every draft was kept."""
     return np.array([0] * gamma + [100])
+
+
+# Rows that idle.
+
+
+def test_rows_that_idle_make_a_program_slower() -> None:
+    """Four rows for ten rounds, of which rows were live in 25 of 40 row-rounds."""
+    controller = made({AR: 0.010, SPEC: 0.020})
+    before = controller.speed(SPEC)
+    emitted = np.array([0, 0, 0, 0, 25])
+    controller.observe(SPEC, 10, emitted, 0.2, live=4)
+    after = controller.speed(SPEC)
+    assert before and after
+    assert after / before == pytest.approx((25 + 20) / (40 + 20), rel=0.01)
+    # Where all rows were live throughout, nothing changes; nor for other programs.
+    plain = controller.speed(AR)
+    controller.observe(AR, 10, np.array([40]), 0.1, live=4)
+    assert controller.speed(AR) == pytest.approx(plain)
+    again = Controller("best", controller.gammas)
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert again.speed(SPEC) == pytest.approx(controller.speed(SPEC))

@@ -302,7 +302,7 @@ RULES: list[tuple[Rule, list[Texts]]] = [
     (
         undeclared_dependencies,
         [
-            {"er_jax/costs.py": "import scipy.stats"},
+            {"er_jax/costs.py": "import pandas"},
             {"er_jax/costs.py": "import matplotlib.pyplot as plt"},
             {"train/grpo.py": "def f():\n    import chex"},
         ],

@@ -164,11 +164,7 @@ class Restless(er_jax.Controller):
         self.rng = np.random.default_rng(seed)
 
     def choose(
-        self,
-        options: Sequence[Program],
-        current: Program | None,
-        *,
-        compile_s: Callable[[Program], float],
+        self, options: Sequence[Program], current: Program | None, **unused: Any
     ) -> Program:
         allowed = [p for p in options if p.rows in self.work.rows]
         return allowed[self.rng.integers(len(allowed))]
