@@ -71,9 +71,14 @@ def test_readings_in_doubt_count_less() -> None:
     assert Surface.fit(sure + trusted).seconds(1, 256) == pytest.approx(2.0)
 
 
-def test_no_surface_falls_in_rows_or_length() -> None:
+@pytest.mark.parametrize("falling", [0.0, 1.0])
+def test_no_surface_falls_in_rows_or_length(falling: float) -> None:
+    """Not where the readings are noise, and not where they do fall."""
     random = np.random.default_rng(0)
-    noisy = {cell: 1e-3 * random.uniform(1, 2) for cell in exact()}
+    noisy = {
+        cell: 1e-3 * random.uniform(1, 2) / (cell[0] * cell[1]) ** falling
+        for cell in exact()
+    }
     surface = Surface.fit(readings(noisy))
     grid = [
         [surface.seconds(rows, length) for length in range(128, 8193, 448)]
