@@ -368,10 +368,10 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_pass_costs.py::test_the_roofline_equations",),
     ),
     PlantedBug(
-        "a surface that may fall",
+        "lines of a surface that cross outside of it",
         "er_jax/pass_costs.py",
-        "ascending[2 * i, [i, i + 1]] = 1, -1",
-        "pass",
+        "np.maximum.accumulate(np.maximum(low + share * (high - low), least))",
+        "np.maximum(low + share * (high - low), least)",
         ("tests/test_pass_costs.py::test_no_surface_falls_in_rows_or_length",),
     ),
     PlantedBug(
