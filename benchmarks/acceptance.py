@@ -217,6 +217,9 @@ def study(args: Args) -> Iterator[dict[str, Any]]:
         target = distributions(policy, params, tokens)
         for form in tqdm(forms, desc=label, unit="format"):
             yield {
+                "preset": args.run.name,
+                "rows": settings["max_slots"],
+                "dtype": policy.config.dtype,
                 "policy": label,
                 "format": form.name,
                 "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),

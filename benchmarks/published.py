@@ -319,6 +319,9 @@ def replay_setting(num: int) -> list[dict[str, Any]]:
 
             points.append(
                 {
+                    "preset": "published",
+                    "rows": ENGINE,
+                    "dtype": "bfloat16",
                     "model": name,
                     "lengths_of": source,
                     "mean_length": float(here.mean()),
