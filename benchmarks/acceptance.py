@@ -1,7 +1,7 @@
 """How often drafts are kept: by quantization, acceptance rule, depth and position.
 
     python -m train.grpo arithmetic                        # a policy to study
-    python -m benchmarks.acceptance runs/arithmetic        # about 15 minutes on 2 cores
+    python -m benchmarks.acceptance runs/arithmetic
     python -m benchmarks.acceptance runs/arithmetic --quick
 
 For the policy after its warm-up and the trained one, at temperature 1, on the run's own

@@ -28,6 +28,8 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
+from er_jax.figures import new_figure
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 QUICK_RESULTS = ROOT / "runs" / "benchmarks"
@@ -294,11 +296,7 @@ def figure(columns: int, rows: int = 1, *, width: float = 4.6) -> tuple[Any, Any
     Raises:
       ImportError: matplotlib is missing; install the extra `plot`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(width * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(picture)
+    picture = new_figure(width * columns, 3.6 * rows)
     return picture, picture.subplots(rows, columns, squeeze=False)
 
 

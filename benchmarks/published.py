@@ -1,6 +1,6 @@
 """The published setting, replayed: what the published rule saves, and what `best` does.
 
-    python -m benchmarks.published                       # both parts, about 15 minutes
+    python -m benchmarks.published                       # both parts
     python -m benchmarks.published --sweeps A.csv B.csv  # and on measured tables
     python -m benchmarks.published --quick
 
@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from benchmarks import measure
 from er_jax import replay, sweep
-from er_jax.control import PaperRule, PassPredictor
-from er_jax.pass_costs import Kind, PassCosts, Roofline
+from er_jax.control import PaperRule
+from er_jax.pass_costs import PassCosts, PassPredictor, Roofline, seconds_of_passes
 from er_jax.replay import RoundCosts, Trace
 from er_jax.types import Program
 
@@ -172,13 +172,9 @@ class WithOverhead:
 
     def round_seconds(self, program: Program) -> float:
         """Return the seconds of a whole round."""
-        rows, length, gamma = program
-        kind: Kind = "verify" if gamma else "target"
-        seconds = self.passes.pass_seconds(kind, rows, length, gamma) + self.head_s
-        if gamma:
-            draft = self.passes.pass_seconds("draft", rows, length, gamma) + self.head_s
-            seconds += gamma * (draft + self.draft_s + self.draft_row_s * rows)
-        return seconds
+        per_draft = self.head_s + self.draft_s + self.draft_row_s * program.rows
+        passes = seconds_of_passes(self.passes, program)
+        return passes + self.head_s + program.gamma * per_draft
 
 
 def lengths_of(model: Published, costs: RoundCosts) -> np.ndarray:

@@ -26,6 +26,7 @@ from er_jax.acceptance import expected_tokens
 from er_jax.control import PRIOR_KEEP, Controller
 from er_jax.drafter import PolicyParams
 from er_jax.engine import Engine
+from er_jax.figures import new_figure
 from er_jax.pass_costs import Cell, PassCosts, Reading
 from er_jax.types import NONE, DecodeState, LogprobKind, Program, Sampling
 
@@ -164,8 +165,8 @@ def survey(
 
     The corners come first, plain and with a middling draft; then always the cell of
     which it is least certain on which side of 1 its speed-up is: the farther from what
-    was measured, and the nearer to 1, the less. Other gammas are measured in the end,
-    where speculation pays most and where it is closest.
+    was measured, and the nearer to 1, the less. Other gammas follow from these two, see
+    `PassCosts.pass_seconds`.
 
     Args:
       round_s: times a program; see `measure_round`. rows, lengths: the grid.
@@ -253,20 +254,12 @@ def plot_speed_up(
     Raises:
       ImportError: matplotlib is missing; install the extra `plot`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing needs matplotlib; install it with pip install 'er-jax[plot]'"
-        ) from error
     values = [
         [speed_up(found.costs, Cell(r, length), keep_prob) for r in sorted(rows)]
         for length in sorted(lengths)
     ]
     largest = max(abs(math.log(value)) for line in values for value in line) or 1.0
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     image = axes.pcolormesh(
         range(len(rows)),

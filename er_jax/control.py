@@ -20,13 +20,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from er_jax.acceptance import expected_tokens
 from er_jax.costs import DOUBT, LatencyTable
-from er_jax.pass_costs import Kind, Roofline
+from er_jax.pass_costs import Kind, PassPredictor, Roofline, seconds_of_passes
 from er_jax.types import Program
 
 DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
@@ -182,13 +182,6 @@ PAPER_RAISE, PAPER_LOWER = 0.94, 0.85
 PAPER_PERSISTENCE = 2
 
 
-class PassPredictor(Protocol):
-    """What prices single passes: `pass_costs.PassCosts` and `pass_costs.Roofline`."""
-
-    def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
-        """Return the seconds of one pass."""
-
-
 class PaperRule:
     """The published switch and draft length, as a baseline.
 
@@ -238,10 +231,9 @@ class PaperRule:
         """
         self._has_ramped |= live > PAPER_RAMP_ROWS
         if not self.is_on and self._has_ramped:
-            gamma, at = self.gamma, (live, round(length))
-            target = self.costs.pass_seconds("target", *at)
-            cycle = gamma * self.costs.pass_seconds("draft", *at, gamma)
-            cycle += self.costs.pass_seconds("verify", *at, gamma)
+            plain = Program(live, round(length), 0)
+            target = seconds_of_passes(self.costs, plain)
+            cycle = seconds_of_passes(self.costs, plain._replace(gamma=self.gamma))
             self.is_on = self.tokens_per_round * target / cycle >= PAPER_SPEED_UP
         return self.gamma if self.is_on else 0
 

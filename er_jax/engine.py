@@ -268,11 +268,14 @@ class Engine:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sized))
 
     def _program(
-        self, name: tuple[Any, ...], lower: Callable[[], Any]
+        self, name: tuple[Any, ...], function: Any, lower: Callable[[Any], Any]
     ) -> CompiledProgram:
         if name not in self.compiled:
             start = time.perf_counter()
-            call = lower().compile()
+            call = lower(function).compile()
+            # JAX keeps what it compiles for a function as long as the function lives;
+            # here programs are to live as long as their engine.
+            function.clear_cache()
             seconds = time.perf_counter() - start
             self.compiled[name] = CompiledProgram(call=call, compile_s=seconds)
             self.compile_s += seconds
@@ -284,7 +287,8 @@ class Engine:
         """Return a state of `rows` empty slots of `cache_length` positions."""
         program = self._program(
             ("allocate", rows, cache_length),
-            lambda: run_allocation.lower(self.policy, rows, cache_length),
+            run_allocation,
+            lambda f: f.lower(self.policy, rows, cache_length),
         )
         return program.call()
 
@@ -296,7 +300,8 @@ class Engine:
         arguments = (params.policy, state, admission)
         program = self._program(
             ("admit", *shape, admission.first_row.shape[0]),
-            lambda: run_admission.lower(self.policy, *_abstract(arguments)),
+            run_admission,
+            lambda f: f.lower(self.policy, *_abstract(arguments)),
         )
         return program.call(*arguments)
 
@@ -313,7 +318,8 @@ class Engine:
         name = ("take", state.rows, state.cache_length, len(rows), length)
         program = self._program(
             name,
-            lambda: run_take.lower(*_abstract((state, rows)), cache_length=length),
+            run_take,
+            lambda f: f.lower(*_abstract((state, rows)), cache_length=length),
         )
         return program.call(state, rows)
 
@@ -367,7 +373,8 @@ class Engine:
         arguments = (params, state, settings, *limits)
         compiled = self._program(
             self._window_name(program, draft_kind, len(settings.stop_ids)),
-            lambda: run_window.lower(
+            run_window,
+            lambda f: f.lower(
                 self.policy,
                 *_abstract(arguments),
                 gamma=gamma,
@@ -383,14 +390,15 @@ class Engine:
         """Derive the draft of bare policy parameters."""
         program = self._program(
             ("attach", config),
-            lambda: run_attach.lower(_abstract(params), config=config),
+            run_attach,
+            lambda f: f.lower(_abstract(params), config=config),
         )
         return PolicyParams(policy=params, draft=program.call(params))
 
     def find_nonfinite(self, params: Params) -> list[str]:
         """Return the paths of floating-point leaves that hold NaN or infinity."""
         program = self._program(
-            ("finite",), lambda: run_finite_check.lower(_abstract(params))
+            ("finite",), run_finite_check, lambda f: f.lower(_abstract(params))
         )
         flags = jax.device_get(program.call(params))
         paths = [
@@ -426,16 +434,6 @@ def forget_engines() -> None:
     programs use up the memory mappings that Linux allows a process.
     """
     _engines.clear()
-    # JAX keeps what it has compiled for a function as long as the function lives.
-    for program in (
-        run_window,
-        run_admission,
-        run_take,
-        run_allocation,
-        run_attach,
-        run_finite_check,
-    ):
-        program.clear_cache()  # type: ignore[attr-defined]
 
 
 def device_memory_bytes() -> int | None:

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -60,6 +60,22 @@ class Reading(NamedTuple):
     gamma: int
     seconds: float
     weight: float = 1.0
+
+
+class PassPredictor(Protocol):
+    """What prices single passes: `PassCosts` and `Roofline`."""
+
+    def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
+        """Return the seconds of one pass."""
+
+
+def seconds_of_passes(costs: PassPredictor, program: Program) -> float:
+    """Return the seconds of a round as the sum of its passes."""
+    rows, length, gamma = program
+    if gamma == 0:
+        return costs.pass_seconds("target", rows, length)
+    drafts = gamma * costs.pass_seconds("draft", rows, length, gamma)
+    return drafts + costs.pass_seconds("verify", rows, length, gamma)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,11 +192,6 @@ class Surface:
         slope = min(slope, seconds[-1] / self.rows[-1])
         return seconds[-1] + slope * (rows - self.rows[-1])
 
-    def is_measured(self, rows: int, length: int) -> bool:
-        """Whether a point lies within the measured rows and lengths."""
-        within_rows = self.rows[0] <= rows <= self.rows[-1]
-        return within_rows and self.shortest <= length <= self.longest
-
 
 class PassCosts:
     """Seconds of single passes, from readings over a grid.
@@ -243,13 +254,9 @@ class PassCosts:
 
         Of rounds that were measured as such, if any were; else of their passes.
         """
-        rows, length, gamma = program
-        if gamma == 0:
-            return self.pass_seconds("target", rows, length)
-        if self.gammas("round"):
-            return self.pass_seconds("round", rows, length, gamma)
-        drafts = gamma * self.pass_seconds("draft", rows, length, gamma)
-        return drafts + self.pass_seconds("verify", rows, length, gamma)
+        if program.gamma and self.gammas("round"):
+            return self.pass_seconds("round", *program)
+        return seconds_of_passes(self, program)
 
     def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
         """Write the readings as JSON, with what they hold for: device, policy, ..."""
@@ -369,11 +376,7 @@ class Roofline:
 
     def round_seconds(self, program: Program) -> float:
         """Return the seconds of a whole round, drafts and verification."""
-        rows, length, gamma = program
-        if gamma == 0:
-            return self.pass_seconds("target", rows, length)
-        drafts = gamma * self.pass_seconds("draft", rows, length)
-        return drafts + self.pass_seconds("verify", rows, length, gamma)
+        return seconds_of_passes(self, program)
 
     def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
         """Write the model as JSON, with what it holds for: device, policy, ..."""

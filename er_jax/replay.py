@@ -22,7 +22,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from er_jax.control import Controller, PaperRule, PassPredictor, parse_control
+from er_jax.control import Controller, PaperRule, parse_control
+from er_jax.figures import new_figure
+from er_jax.pass_costs import PassPredictor
 from er_jax.rollout import Rollout
 from er_jax.types import Program
 
@@ -202,7 +204,6 @@ class Best:
         self.controller = Controller("best", gammas)
         self._costs = costs
         self._current: Program | None = None
-        self._known: dict[Program, float] = {}
 
     def choose(self, situation: Situation) -> int:
         """Return the gamma of the fastest program at this live count and length."""
@@ -339,8 +340,11 @@ def replay(
     outcome = Outcome(tokens=int(trace.lengths.sum()))
     seconds_of: dict[Program, float] = {}
 
+    def rounded(length: float) -> int:
+        return int(-(-length // LENGTH_STEP) * LENGTH_STEP)
+
     def round_s(live: int, length: float, gamma: int) -> float:
-        program = Program(live, int(-(-length // LENGTH_STEP) * LENGTH_STEP), gamma)
+        program = Program(live, rounded(length), gamma)
         if program not in seconds_of:
             seconds_of[program] = costs.round_seconds(program)
         return seconds_of[program]
@@ -349,8 +353,7 @@ def replay(
         live = len(rows)
         left = trace.lengths[rows] - done[rows]
         length = float((trace.prompt_lengths[rows] + done[rows]).mean())
-        rounded = int(-(-length // LENGTH_STEP) * LENGTH_STEP)
-        gamma = decider.choose(Situation(live, rounded, left))
+        gamma = decider.choose(Situation(live, rounded(length), left))
         outcome.timeline.append((outcome.seconds, live, gamma))
         if gamma == 0:
             count = int(min(left.min(), HORIZON))
@@ -459,15 +462,7 @@ class Comparison:
         Raises:
           ImportError: matplotlib is missing; install the extra `plot`.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "drawing needs matplotlib; install it with pip install 'er-jax[plot]'"
-            ) from error
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(8, 5)
         above, below = figure.subplots(2, sharex=True)
         for control, outcomes in self.outcomes.items():
             second, live, gamma = np.array(outcomes[0].timeline).T

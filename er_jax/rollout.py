@@ -226,9 +226,6 @@ def rollout(
             jax.eval_shape(lambda p: attach_draft(p, config.drafter), bare)
     request = _with_memory(programs, params, request, controller)
 
-    controller.start_rollout(
-        (config.temperature, float(config.top_k), config.top_p, config.min_p)
-    )
     stats = RolloutStats()
     before = len(programs.compiled)
     compiled_s = programs.compile_s
@@ -244,6 +241,9 @@ def rollout(
     with stats.timed("calibration", lambda: programs.compile_s):
         longest = request.cache_lengths[-1]
         calibrate.measure_draft_cost(programs, pair, controller, longest)
+    controller.start_rollout(
+        (config.temperature, float(config.top_k), config.top_p, config.min_p)
+    )
     completions = scheduler.run(
         programs,
         pair,

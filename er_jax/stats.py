@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from er_jax.figures import new_figure
+
 PHASES = (
     "check",
     "draft refresh",
@@ -157,17 +159,9 @@ class RolloutStats:
         Raises:
           ImportError: matplotlib is missing; install the extra `plot`.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-            from matplotlib.patches import Patch
-        except ImportError as error:
-            raise ImportError(
-                "drawing needs matplotlib; install it with pip install 'er-jax[plot]'"
-            ) from error
+        figure = new_figure(8, 3.5)
+        from matplotlib.patches import Patch
 
-        figure = Figure(figsize=(8, 3.5), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         gammas = sorted({moment.gamma for moment in self.timeline})
         shades = {g: 0.85 - 0.6 * i / max(len(gammas), 1) for i, g in enumerate(gammas)}

@@ -27,11 +27,19 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from er_jax.pass_costs import Cell, Kind, PassCosts, Reading, Roofline
+from er_jax.pass_costs import (
+    Cell,
+    Kind,
+    PassCosts,
+    PassPredictor,
+    Reading,
+    Roofline,
+    seconds_of_passes,
+)
+from er_jax.types import Program
 
 MODES: dict[str, Kind] = {
     "target_decode": "target",
@@ -52,7 +60,7 @@ class Sweep:
     """The passes of one model on one device.
 
     model: its name in the file. readings: all of them, those that are not to be fitted
-      to as well. grid: the cells, in order of rows and length.
+      to as well.
     """
 
     model: str
@@ -134,13 +142,6 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
     return Sweep(model=rows[0]["model"], readings=tuple(readings))
 
 
-class Predictor(Protocol):
-    """What can be judged: `PassCosts` and `Roofline`."""
-
-    def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
-        """Return the seconds of one pass."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Miss:
     """A cycle whose speed-up was predicted on the wrong side of 1."""
@@ -196,7 +197,7 @@ def joined(parts: Sequence[Judgement]) -> Judgement:
     )
 
 
-def judge(model: Predictor, sweep: Sweep, cells: Sequence[Cell]) -> Judgement:
+def judge(model: PassPredictor, sweep: Sweep, cells: Sequence[Cell]) -> Judgement:
     """Compare predictions with a sweep.
 
     The speed-up of a cycle is that of gamma tokens gained: gamma target passes over
@@ -218,8 +219,7 @@ def judge(model: Predictor, sweep: Sweep, cells: Sequence[Cell]) -> Judgement:
             if draft is None or verify is None:
                 continue
             cycle = gamma * draft + verify
-            predicted = gamma * model.pass_seconds("draft", *cell, gamma)
-            predicted += model.pass_seconds("verify", *cell, gamma)
+            predicted = seconds_of_passes(model, Program(*cell, gamma))
             error, is_doubtful = (
                 abs(predicted / cycle - 1),
                 sweep.is_doubtful(cell, gamma),
@@ -259,7 +259,7 @@ def report(sweep: Sweep) -> str:
         f"{sweep.model}: {len(sweep.grid)} cells, gammas "
         f"{', '.join(map(str, sweep.gammas))}; speed-up of gamma tokens a cycle"
     ]
-    fits: dict[str, Callable[[Sequence[Reading]], Predictor]] = {
+    fits: dict[str, Callable[[Sequence[Reading]], PassPredictor]] = {
         "table": PassCosts,
         "roofline": Roofline.fit,
     }

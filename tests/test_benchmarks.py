@@ -21,6 +21,7 @@ from benchmarks import (
     measure,
     passes,
     presets,
+    published,
     report,
     rollout,
     steps,
@@ -28,6 +29,8 @@ from benchmarks import (
 )
 from benchmarks.passes import Pass
 from er_jax import Decoder, DecoderConfig, DrafterConfig, RolloutConfig
+from er_jax.acceptance import expected_tokens
+from er_jax.types import Program
 
 SMALL = Decoder(
     DecoderConfig(
@@ -454,3 +457,18 @@ def test_rollouts_run(tmp_path: Path) -> None:
     assert [entry["control"] for entry in rows["controls"]] == ["ar", "fixed:2", "best"]
     assert (tmp_path / "rollout.png").stat().st_size > 1000
     assert (tmp_path / "rollout_timeline.png").stat().st_size > 1000
+
+
+def test_the_documented_example_is_what_the_published_model_says() -> None:
+    text = (measure.ROOT / "docs" / "system-aware.md").read_text("utf-8")
+    costs = published.MODELS["Qwen2.5-7B"].costs
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    gammas = next([int(g) for g in c[1:-1]] for c in cells if c[0] == "rows")
+    rows = [c for c in cells if len(c) == len(gammas) + 2 and c[0].isdecimal()]
+    assert [int(c[0]) for c in rows] == [128, 64, 32, 16, 4, 1]
+    for first, *quoted, _ in rows:
+        plain_s = costs.round_seconds(Program(int(first), 1024, 0))
+        for gamma, value in zip(gammas, quoted, strict=True):
+            round_s = costs.round_seconds(Program(int(first), 1024, gamma))
+            speed = expected_tokens([0.95] * gamma) * plain_s / round_s
+            assert f"{speed:.2f}" == value

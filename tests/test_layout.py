@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
     "types",
+    "figures",
     "sampling",
     "acceptance",
     "drafter",

@@ -45,7 +45,6 @@ def test_a_surface_goes_through_what_it_can_express() -> None:
         (1, 2, 5, 16, 40, 64), (256, 300, 2000, 4096)
     ):
         assert surface.seconds(rows, length) == pytest.approx(plane(rows, length))
-        assert surface.is_measured(rows, length)
 
 
 def test_half_of_the_cells_say_what_the_others_are() -> None:
@@ -98,8 +97,6 @@ def test_outside_of_what_was_measured() -> None:
     assert surface.seconds(8, 50) == pytest.approx(2.0)
     assert surface.seconds(8, 0) == pytest.approx(1.0)
     assert surface.seconds(8, 1) >= 0.01 * surface.seconds(8, 100)
-    assert not surface.is_measured(1, 100)
-    assert not surface.is_measured(2, 400)
 
 
 def test_one_reading_is_a_surface() -> None:

@@ -479,7 +479,11 @@ def test_bad_grpo_configs(name, value, message):
         ({"dtype": "float16"}, "dtype='float16': choose from"),
         ({"save_every": 0}, "save_every=0: give >= 1"),
         ({"control": "worst"}, "control='worst'"),
-        ({"reproducible": True}, 'reproducible=True: control="best" follows the clock'),
+        ({"reproducible": True}, "reproducible=True: control='best' follows the clock"),
+        (
+            {"reproducible": True, "control": "paper"},
+            "reproducible=True: control='paper' follows the clock",
+        ),
         (
             {"grpo": GRPOConfig(max_new_tokens=100)},
             "max_new_tokens=100: the longest solution has 240 tokens",

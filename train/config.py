@@ -172,10 +172,10 @@ class RunConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "give >= 1")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"choose from {DTYPES}")
         require(
-            not (self.reproducible and self.control == "best"),
+            not (self.reproducible and self.control in ("best", "paper")),
             "reproducible",
             self.reproducible,
-            'control="best" follows the clock; use control="ar" or "fixed:g"',
+            f"control={self.control!r} follows the clock; use 'ar' or 'fixed:g'",
         )
         self.rollout_config(group_size=2, stop_token_id=0)  # checks `control`
         if self.data is None:

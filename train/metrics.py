@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from er_jax.figures import new_figure
+
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -91,19 +93,10 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     Raises:
       ImportError: matplotlib is missing; install the extra `plot`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing needs matplotlib; install it with pip install 'er-jax[plot]'"
-        ) from error
-
     steps = [record for record in records if record["kind"] == "step"]
     evals = [record for record in records if record["kind"] == "eval"]
     x = [record["step"] for record in steps]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 6)
     reward, length, seconds, gap = figure.subplots(2, 2).flat
 
     reward.plot(x, [r["reward"] for r in steps], label="training prompts")
