@@ -383,6 +383,7 @@ def test_forgotten_programs_are_freed(params: PolicyParams) -> None:
         return len(client.live_executables())
 
     engine.forget_engines()
+    jax.clear_caches()  # Of other tests, which compiling would empty in between.
     before = num_programs()
     programs = engine.engine_for(POLICY, params.policy, "coupled")
     window(programs, params, start(programs), 0, max_rounds=1)
@@ -434,6 +435,7 @@ def test_seconds_of_a_window_leave_out_what_the_host_did_meanwhile(
         return running.wait()[1:]
 
     assert any(is_measured for _, is_measured in (timed(0) for _ in range(10)))
-    seconds, is_measured = timed(0.5)
-    assert 0 < seconds < 0.5
-    assert not is_measured
+    # Now and then a window is over as soon as it was started, and measured by that.
+    pauses = [timed(0.2) for _ in range(10)]
+    assert all(0 < seconds < 0.2 for seconds, _ in pauses)
+    assert not all(is_measured for _, is_measured in pauses)
