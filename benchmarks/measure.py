@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
+from er_jax.calibrate import CACHE_VARIABLE
 from er_jax.figures import new_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,10 +187,14 @@ def environment() -> dict[str, Any]:
 def new_record(benchmark: str, settings: Any) -> dict[str, Any]:
     """Return a record with no points yet.
 
+    Nothing kept by earlier processes has a part in it: from here on this process, and
+    those it starts, neither take costs from the disk nor keep any there.
+
     Args:
       benchmark: name of the script.
       settings: JSON-ready values the script ran under.
     """
+    os.environ[CACHE_VARIABLE] = ""
     return {
         "benchmark": benchmark,
         "schema": SCHEMA,

@@ -3,6 +3,7 @@
 *First use.* One autoregressive and one speculative window of the smallest batch are
 compiled and timed. That pair decides whether anything else is worth compiling: where
 drafting does not pay with one row, where it is bound by memory most, it pays nowhere.
+What rollouts learn from there on is kept on disk, for the next process to begin with.
 
 *Survey.* On purpose, ahead of time: rounds at some cells of a grid of rows and lengths,
 next always where it is least certain whether speculation pays, until that is known or
@@ -12,10 +13,16 @@ the time is spent (`er-jax calibrate`).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,8 +31,9 @@ from tqdm import tqdm
 from er_jax import costs
 from er_jax.acceptance import expected_tokens
 from er_jax.control import PRIOR_KEEP, Controller
+from er_jax.costs import LatencyTable
 from er_jax.drafter import PolicyParams
-from er_jax.engine import Engine
+from er_jax.engine import Engine, signature
 from er_jax.figures import new_figure
 from er_jax.pass_costs import Cell, PassCosts, Reading
 from er_jax.types import NONE, DecodeState, LogprobKind, Program, Sampling
@@ -34,6 +42,12 @@ from er_jax.types import NONE, DecodeState, LogprobKind, Program, Sampling
 # because other work on the machine only ever adds time.
 READING_S = 0.03
 NUM_READINGS = 3
+
+# Seconds that a first rollout may be held up for, compilation not counted.
+FIRST_BUDGET_S = 20.0
+
+# Names the directory in which costs are kept between processes; nothing keeps none.
+CACHE_VARIABLE = "ER_JAX_CACHE"
 
 
 def neutral_sampling() -> Sampling:
@@ -54,6 +68,8 @@ def measure_round(
     params: PolicyParams,
     program: Program,
     settings: Sampling | None = None,
+    *,
+    budget_s: float = math.inf,
 ) -> float:
     """Time one program on a batch of junk and return seconds per round.
 
@@ -61,6 +77,7 @@ def measure_round(
       engine, params: what to time. program: rows, cache length, gamma; compiled if it
         is not yet, which is not counted.
       settings: traced sampling settings; None is `neutral_sampling`.
+      budget_s: no reading is begun after so many seconds, but for the first.
     """
     if settings is None:
         settings = neutral_sampling()
@@ -68,7 +85,7 @@ def measure_round(
     reach = engine.rounds_per_test * (program.gamma + 1)
     room = max(program.cache_length - 1 - reach, reach) // (program.gamma + 1)
 
-    def run(state: DecodeState, num_rounds: int) -> tuple[DecodeState, float]:
+    def run(state: DecodeState, num_rounds: int) -> tuple[DecodeState, float, float]:
         rows = program.rows
         state = dataclasses.replace(
             state,
@@ -82,38 +99,117 @@ def measure_round(
             params, state, settings, program.gamma, exit_live=0, max_rounds=num_rounds
         )
         info, seconds, _ = window.wait()
-        return state, seconds / max(int(info.num_rounds), 1)
+        return state, seconds, seconds / max(int(info.num_rounds), 1)
 
-    state, round_s = run(state, min(4, room))
-    num_rounds = min(max(int(READING_S / round_s), 4), room)
-    readings = []
-    for _ in range(NUM_READINGS):
-        state, seconds = run(state, num_rounds)
-        readings.append(seconds)
+    # The first run touches memory for the first time: it only says how long to read.
+    state, spent_s, round_s = run(state, 1)
+    readings: list[float] = []
+    while not readings or (len(readings) < NUM_READINGS and spent_s < budget_s):
+        num_rounds = min(max(int(READING_S / round_s), 1), room)
+        state, seconds, round_s = run(state, num_rounds)
+        readings.append(round_s)
+        spent_s += seconds
     jax.block_until_ready(state.length)
     return min(readings)
 
 
-def measure_draft_cost(
-    engine: Engine, params: PolicyParams, controller: Controller, cache_length: int
+def conditions(engine: Engine, params: PolicyParams) -> dict[str, str]:
+    """Return what measured costs hold for: device, versions, policy, draft."""
+    device = jax.devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return {
+        "device": kind,
+        "jax": jax.__version__,
+        "er_jax": importlib.metadata.version("er-jax"),
+        "policy": repr(engine.policy),
+        "accept": engine.accept,
+        "parameters": _digest(signature(params.policy)),
+        "draft": _digest(signature(params.draft)),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def cache_path(about: Mapping[str, str]) -> Path | None:
+    """Return where costs of such a device and policy are kept between processes.
+
+    In the directory named by `ER_JAX_CACHE`, else in the user's cache directory; None
+    where that variable is set to nothing. Versions are not part of the name, so what an
+    older one measured is found, refused and replaced.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    place = os.environ.get(CACHE_VARIABLE, str(Path(caches, "er_jax")))
+    named = [about[name] for name in about if name not in ("jax", "er_jax")]
+    return Path(place) / f"costs-{_digest(named)}.json" if place else None
+
+
+def prepare(
+    engine: Engine,
+    params: PolicyParams,
+    controller: Controller,
+    cache_length: int,
+    *,
+    budget_s: float = FIRST_BUDGET_S,
 ) -> None:
-    """Give a controller that may speculate its first pair of readings, if it has none.
+    """Tell a controller that may speculate what rounds cost, if it does not know.
+
+    From what was kept on disk; else from a first pair of readings, of one row.
 
     Args:
       engine, params: what to time. controller: its table is filled in.
-      cache_length: of the programs measured.
+      cache_length: of the programs measured. budget_s: seconds after which no reading
+        is begun, compilation not counted; one of each program there always is.
+    Warns:
+      RuntimeWarning: what was kept is of other versions or damaged; measured again.
     """
     drafting = [gamma for gamma in controller.gammas if gamma]
-    if not drafting or len(controller.gammas) < 2:
+    table = controller.table
+    is_known = table.passes is not None or any(p.gamma for p in table.seconds)
+    if not drafting or len(controller.gammas) < 2 or is_known:
         return
-    if any(program.gamma for program in controller.table.seconds):
-        return
+    about = conditions(engine, params)
+    path = cache_path(about)
+    if path is not None and path.exists():
+        try:
+            controller.table = LatencyTable.load(path, about)
+            return
+        except (ValueError, OSError) as error:
+            warnings.warn(f"kept costs are not used: {error}", RuntimeWarning, 3)
     middle = min(drafting, key=lambda gamma: abs(gamma - 4))
     for gamma in (0, middle):
         program = Program(1, cache_length, gamma)
-        seconds = measure_round(engine, params, program)
+        seconds = measure_round(engine, params, program, budget_s=budget_s / 2)
         rounds = costs.TRUSTED_POSITIONS  # The least of several readings stands.
         controller.table.observe(program, seconds * rounds, rounds)
+
+
+def remember(engine: Engine, params: PolicyParams, controller: Controller) -> None:
+    """Keep on disk what a controller that may speculate has learnt, if it is news.
+
+    News are a program that had not been timed, and twice the rounds.
+
+    Warns:
+      RuntimeWarning: it cannot be written.
+    """
+    if len(controller.gammas) < 2 or not controller.table.is_news:
+        return
+    about = conditions(engine, params)
+    path = cache_path(about)
+    if path is None:
+        return
+    try:
+        controller.table.save(path, about)
+    except OSError as error:
+        warnings.warn(
+            f"costs cannot be kept for the next process: {error}; name a directory "
+            f"that can be written in {CACHE_VARIABLE}, or set it to nothing",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 # How much the logarithm of the speed-up is taken to change, at most, from a cell to its

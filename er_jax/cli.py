@@ -17,7 +17,9 @@ import jax
 import tyro
 
 from er_jax import calibrate, replay, sweep
+from er_jax.acceptance import AcceptRule
 from er_jax.control import DEFAULT_GAMMAS, PRIOR_KEEP
+from er_jax.costs import LatencyTable
 from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.drafter import DrafterConfig
 from er_jax.engine import Engine
@@ -28,16 +30,18 @@ from er_jax.pass_costs import Cell, PassCosts, Roofline
 class Calibrate:
     """Measure on this device where speculation pays, for a decoder of given sizes.
 
-    Costs depend on sizes and not on values, so the parameters are random.
+    Costs depend on sizes and not on values, so the parameters are random. Rollouts of
+    such a policy, under the same acceptance rule and with such a draft, begin with what
+    was measured.
 
     Args:
       decoder: sizes of the built-in decoder.
       drafter: how its draft is quantized.
       slots: most rows of a batch. max_length: longest cache, tokens.
-      gammas: draft lengths.
+      gammas: draft lengths. accept: acceptance rule.
       keep: chance that a draft is kept, for the speed-up.
       budget: seconds of measuring, compilation not counted.
-      out: where to save the readings (JSON). plot: where to save a picture.
+      out: where to save the readings as well (JSON). plot: where to save a picture.
     """
 
     decoder: DecoderConfig
@@ -45,6 +49,7 @@ class Calibrate:
     slots: int = 64
     max_length: int = 1024
     gammas: tuple[int, ...] = DEFAULT_GAMMAS
+    accept: AcceptRule = "coupled"
     keep: float = PRIOR_KEEP
     budget: float = 20.0
     out: Path | None = None
@@ -59,7 +64,7 @@ class Calibrate:
             )
         policy = Decoder(self.decoder)
         params = policy.init(jax.random.key(0))
-        engine = Engine(policy, "coupled")
+        engine = Engine(policy, self.accept)
         pair = engine.attach_draft(params, self.drafter)
         rows = [1 << i for i in range(self.slots.bit_length()) if 1 << i < self.slots]
         rows.append(self.slots)
@@ -80,12 +85,7 @@ class Calibrate:
             spent_s=spent_s,
             progress=sys.stderr.isatty(),
         )
-        about = {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "policy": repr(policy),
-            "drafter": repr(self.drafter),
-        }
+        about = calibrate.conditions(engine, pair)
         print(
             f"{about['device']}, jax {about['jax']}: {len(found.costs.readings)} "
             f"readings in {found.spent_s:.1f} s, {engine.compile_s:.1f} s of compiling "
@@ -101,8 +101,12 @@ class Calibrate:
             cells = [Cell(r, length) for length in lengths]
             ups = [calibrate.speed_up(found.costs, cell, self.keep) for cell in cells]
             print("".join([f"{r:>8}", *(f"{up:>8.2f}" for up in ups)]))
-        if self.out is not None:
-            found.costs.save(self.out, about)
+        kept = calibrate.cache_path(about)
+        for path in (kept, self.out):
+            if path is not None:
+                LatencyTable(passes=found.costs).save(path, about)
+        if kept is not None:
+            print(f"kept for rollouts of such a policy in {kept}")
         if self.plot is not None:
             calibrate.plot_speed_up(found, rows, lengths, self.keep, self.plot)
 
@@ -166,7 +170,7 @@ class Replay:
                 "least 1"
             )
         if self.costs.suffix == ".json":
-            measured = list(PassCosts.load(self.costs).readings)
+            measured = LatencyTable.load(self.costs).readings()
         else:
             measured = sweep.read_sweep(self.costs).fitted()
         if isinstance(self.trace, Path):

@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 
 from er_jax.pass_costs import (
     LENGTH_EXPONENT,
@@ -23,6 +24,8 @@ from er_jax.pass_costs import (
     Kind,
     PassCosts,
     Reading,
+    load_record,
+    save_record,
 )
 from er_jax.types import Program
 
@@ -41,6 +44,10 @@ STALE = 0.03
 TRUSTED_POSITIONS = 50
 DOUBT = 0.2
 
+# What a file says of a program is worth so many positions: half of what is trusted, for
+# the machine may have been busy then, and a program that looks slow is never run.
+SAVED_POSITIONS = 25
+
 
 @dataclasses.dataclass
 class LatencyTable:
@@ -55,6 +62,9 @@ class LatencyTable:
     seconds: dict[Program, float] = dataclasses.field(default_factory=dict)
     rounds: dict[Program, int] = dataclasses.field(default_factory=dict)
     passes: PassCosts | None = None
+    _kept_rounds: int = dataclasses.field(
+        default=0, init=False, repr=False, compare=False
+    )
     _found: _Neighbours = dataclasses.field(
         default_factory=lambda: _Neighbours(()), init=False, repr=False, compare=False
     )
@@ -80,6 +90,7 @@ class LatencyTable:
         known = self.seconds.get(program)
         if known is None:
             self.seconds[program], self.rounds[program] = reading, num_rounds
+            self._kept_rounds = 0
             return
         weight = 1 - math.exp(-num_rounds / MEMORY_ROUNDS)
         if program in self.rounds:
@@ -90,6 +101,40 @@ class LatencyTable:
         before = self._predicted_from.setdefault(program, known)
         if abs(now - before) > STALE * before:
             self._forget_predictions()
+
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
+        """Write all readings as JSON, with what they hold for; see `save_record`."""
+        values = {
+            "passes": [] if self.passes is None else [*map(list, self.passes.readings)],
+            "programs": [[*program, s] for program, s in self.seconds.items()],
+        }
+        save_record(path, "latency table", about, values)
+        self._kept_rounds = sum(self.rounds.values())
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
+    ) -> LatencyTable:
+        """Read what `save` wrote. Programs are trusted less than if they had run here.
+
+        Args:
+          path: the file. about: what it must hold for; None takes anything.
+        Raises:
+          ValueError: no latency table, or of another device, version or policy.
+          OSError: the file cannot be read.
+        """
+        values = load_record(path, "latency table", about)
+        seconds = {Program(*p): s for *p, s in values["programs"]}
+        rounds = {p: max(SAVED_POSITIONS // (p.gamma + 1), 1) for p in seconds}
+        readings = [Reading(*reading) for reading in values["passes"]]
+        table = cls(seconds, rounds, PassCosts(readings) if readings else None)
+        table._kept_rounds = sum(rounds.values())
+        return table
+
+    @property
+    def is_news(self) -> bool:
+        """Whether a program was timed since it was saved, or twice the rounds."""
+        return sum(self.rounds.values()) > 2 * self._kept_rounds
 
     def readings(self) -> list[Reading]:
         """Return all that was measured, passes and whole rounds."""

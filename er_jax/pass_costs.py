@@ -258,23 +258,6 @@ class PassCosts:
             return self.pass_seconds("round", *program)
         return seconds_of_passes(self, program)
 
-    def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
-        """Write the readings as JSON, with what they hold for: device, policy, ..."""
-        _save(path, "passes", about, [list(reading) for reading in self.readings])
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
-    ) -> PassCosts:
-        """Read what `save` wrote.
-
-        Args:
-          path: the file. about: what it must hold for; None takes anything.
-        Raises:
-          ValueError: no such file of readings, or of another device or policy.
-        """
-        return cls([Reading(*values) for values in _load(path, "passes", about)])
-
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
@@ -379,31 +362,47 @@ class Roofline:
         return seconds_of_passes(self, program)
 
     def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
-        """Write the model as JSON, with what it holds for: device, policy, ..."""
-        _save(path, "roofline", about, dataclasses.asdict(self))
+        """Write the model as JSON, with what it holds for; see `save_record`."""
+        save_record(path, "roofline", about, dataclasses.asdict(self))
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
     ) -> Roofline:
-        """Read what `save` wrote; arguments and errors as in `PassCosts.load`."""
-        return cls(**_load(path, "roofline", about))
+        """Read what `save` wrote; errors as in `load_record`."""
+        return cls(**load_record(path, "roofline", about))
 
 
-def _save(
+def save_record(
     path: str | os.PathLike[str], kind: str, about: Mapping[str, str], values: Any
 ) -> None:
+    """Write costs as JSON.
+
+    Args:
+      path: the file; its directory is made. kind: of costs, "roofline" for instance.
+      about: what they hold for: device, versions, policy, ...
+      values: JSON-ready.
+    """
     record = {"kind": kind, "about": dict(about), "values": values}
     # Renamed into place: a reader never meets half a file.
     whole = Path(path)
+    whole.parent.mkdir(parents=True, exist_ok=True)
     part = whole.with_name(f"{whole.name}.{os.getpid()}.part")
     part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     part.replace(whole)
 
 
-def _load(
+def load_record(
     path: str | os.PathLike[str], kind: str, about: Mapping[str, str] | None
 ) -> Any:
+    """Read the values that `save_record` wrote.
+
+    Args:
+      path: the file. kind: of costs. about: what it must hold for; None takes anything.
+    Raises:
+      ValueError: no such record, or of another device, version or policy.
+      OSError: the file cannot be read.
+    """
     try:
         record = json.loads(Path(path).read_text("utf-8"))
         found, values = record["about"], record["values"]

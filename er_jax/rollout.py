@@ -240,7 +240,7 @@ def rollout(
     pair = _with_draft(programs, params, config, controller, stats)
     with stats.timed("calibration", lambda: programs.compile_s):
         longest = request.cache_lengths[-1]
-        calibrate.measure_draft_cost(programs, pair, controller, longest)
+        calibrate.prepare(programs, pair, controller, longest)
     controller.start_rollout(
         (config.temperature, float(config.top_k), config.top_p, config.min_p)
     )
@@ -260,6 +260,7 @@ def rollout(
     ]
     stats.seconds["compile"] = programs.compile_s - compiled_s
     out = _assemble(arrays, completions, ids, config, stats)
+    calibrate.remember(programs, pair, controller)
     stats.seconds["host"] = time.perf_counter() - start_s - stats.total_s
     if controller.broken_drafter is not None:
         expected, found = controller.broken_drafter

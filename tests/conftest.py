@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager
 # Read when jax and matplotlib are imported, and inherited by the processes tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# No test begins with costs that an earlier run has kept, or leaves any behind.
+os.environ["ER_JAX_CACHE"] = ""
 
 import jax
 import pytest

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
-from er_jax import cli
+import er_jax
+from er_jax import calibrate, cli
 from er_jax.acceptance import expected_tokens
-from er_jax.calibrate import Survey, plot_speed_up, speed_up, survey
-from er_jax.pass_costs import Cell, PassCosts
+from er_jax.calibrate import CACHE_VARIABLE, Survey, plot_speed_up, speed_up, survey
+from er_jax.costs import LatencyTable
+from er_jax.engine import Engine
+from er_jax.pass_costs import Cell
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE
 
@@ -125,14 +133,168 @@ def test_the_command_measures_saves_and_draws(
     grid = "--slots 2 --max-length 64 --gammas 0 2 --budget 0.5"
     command = f"er-jax calibrate {sizes} {heads} {grid} --out {out} --plot {plot}"
     monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "kept"))
     cli.main()
     printed = capsys.readouterr().out
     assert "readings in" in printed and "speed-up of drafts of 2" in printed
-    costs = PassCosts.load(out)
-    assert {reading.kind for reading in costs.readings} == {"target", "round"}
+    # Rollouts of such a policy begin with it.
+    kept = kept_path()
+    assert (tmp_path / "kept") == kept.parent and str(kept) in printed
+    assert kept.read_text() == out.read_text()
+    readings = LatencyTable.load(out).readings()
+    assert {reading.kind for reading in readings} == {"target", "round"}
     assert plot.stat().st_size > 1000
     # And a replay can be run on it.
     replay = f"er-jax replay {out} --num 4 --cap 32 --seeds 1 --gammas 0 2"
     monkeypatch.setattr(sys, "argv", replay.split())
     cli.main()
     assert "best" in capsys.readouterr().out
+
+
+SIZES = er_jax.DecoderConfig(
+    vocab_size=32, dim=16, num_layers=1, num_heads=1, num_kv_heads=1, hidden_dim=16
+)
+POLICY = er_jax.Decoder(SIZES)
+
+
+def kept_path(policy: er_jax.Decoder = POLICY, bits: int = 8) -> Path:
+    """Return where the costs of such a policy are kept."""
+    engine = Engine(policy, "coupled")
+    params = policy.init(jax.random.key(0))
+    pair = engine.attach_draft(params, er_jax.DrafterConfig(bits=bits))
+    path = calibrate.cache_path(calibrate.conditions(engine, pair))
+    assert path is not None
+    return path
+
+
+def sample(controller: er_jax.Controller) -> er_jax.Rollout:
+    return er_jax.rollout(
+        POLICY,
+        POLICY.init(jax.random.key(0)),
+        [[1, 2, 3]],
+        key=jax.random.key(1),
+        config=er_jax.RolloutConfig(max_new_tokens=24, n=2, gammas=(0, 2)),
+        controller=controller,
+    )
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory in which costs are kept, unlike in other tests."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def new_controller() -> er_jax.Controller:
+    return er_jax.Controller("best", (0, 2))
+
+
+def test_what_rollouts_learn_is_kept_for_the_next_process(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = new_controller()
+    out = sample(first)
+    assert list(cache.iterdir()) == [kept_path()]
+    kept = LatencyTable.load(kept_path())
+    assert {(1, 64, 0), (1, 64, 2)} <= kept.seconds.keys() <= first.table.seconds.keys()
+
+    def measure_round(*_: Any, **__: Any) -> float:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(calibrate, "measure_round", measure_round)
+    second = new_controller()
+    again = sample(second)
+    assert again.completion_ids.tolist() == out.completion_ids.tolist()
+    assert kept.seconds.keys() <= second.table.seconds.keys()
+
+
+def test_costs_are_kept_apart_by_policy_and_draft(cache: Path) -> None:
+    bigger = er_jax.Decoder(dataclasses.replace(SIZES, num_layers=2))
+    paths = {kept_path(), kept_path(bigger), kept_path(bits=4)}
+    assert len(paths) == 3
+    assert {path.parent for path in paths} == {cache}
+
+
+@pytest.mark.parametrize("change", ["jax", "policy", "nothing"])
+def test_costs_of_something_else_are_refused_and_replaced(
+    cache: Path, change: str
+) -> None:
+    """An older version of JAX, or a file put in another's place."""
+    sample(new_controller())
+    path = kept_path()
+    record = json.loads(path.read_text())
+    wanted = record["about"].get(change)
+    record["about"][change] = "another"
+    # What could not have been measured here.
+    record["values"]["programs"] = [[7, 7, 0, 7.0], [7, 7, 2, 7.0]]
+    path.write_text(json.dumps(record))
+    controller = new_controller()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sample(controller)
+    is_taken = Program(7, 7, 0) in controller.table.seconds
+    assert is_taken == (change == "nothing")
+    assert len(caught) == (not is_taken)
+    if not is_taken:
+        text = str(caught[0].message)
+        assert f"measured with {change} 'another', and this is {wanted!r}" in text
+        assert json.loads(path.read_text())["about"][change] == wanted
+
+
+def test_a_damaged_file_is_replaced(cache: Path) -> None:
+    kept_path().write_text("{")
+    with pytest.warns(RuntimeWarning, match="holds no costs; measure them again"):
+        sample(new_controller())
+    assert LatencyTable.load(kept_path()).seconds
+
+
+def test_costs_that_cannot_be_kept_cost_nothing_but_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "below"))
+    with pytest.warns(RuntimeWarning, match=f"can be written in {CACHE_VARIABLE}"):
+        out = sample(new_controller())
+    assert out.lengths.tolist() == [24, 24]
+
+
+def test_costs_are_kept_where_the_user_keeps_such_things(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {"device": "A", "jax": "1", "er_jax": "2", "policy": "p"}
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    assert calibrate.cache_path(about) is None
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = calibrate.cache_path(about)
+    assert path is not None and path.parent == tmp_path / "er_jax"
+    # Other versions meet the same file, which says so; other policies do not.
+    assert calibrate.cache_path({**about, "jax": "3"}) == path
+    assert calibrate.cache_path({**about, "policy": "q"}) != path
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = calibrate.cache_path(about)
+    assert path is not None and path.parent == tmp_path / ".cache" / "er_jax"
+
+
+def test_a_first_rollout_is_not_held_up_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over the budget, one reading of each program and not several."""
+    engine = Engine(POLICY, "coupled")
+    pair = engine.attach_draft(POLICY.init(jax.random.key(0)), er_jax.DrafterConfig())
+    started: list[int] = []
+    start_window = engine.start_window
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        started.append(arguments[3])
+        return start_window(*arguments, **options)
+
+    monkeypatch.setattr(engine, "start_window", counted)
+    for budget_s, readings in ((0.0, 1), (60.0, 3)):
+        started.clear()
+        controller = new_controller()
+        calibrate.prepare(engine, pair, controller, 64, budget_s=budget_s)
+        # The first window of each only says how long to read.
+        assert started == [0] * (1 + readings) + [2] * (1 + readings)
+        assert controller.table.seconds.keys() == {(1, 64, 0), (1, 64, 2)}

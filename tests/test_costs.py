@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from er_jax.costs import LatencyTable, bucket_of, row_buckets
+from er_jax.pass_costs import PassCosts, Reading
 from er_jax.types import Program
 
 AR = Program(rows=4, cache_length=128, gamma=0)
@@ -242,3 +244,56 @@ def test_row_buckets(slots: int, sizes: tuple[int, ...]) -> None:
 
 def test_bucket_of() -> None:
     assert [bucket_of(n, (2, 4, 8)) for n in (1, 2, 3, 8)] == [2, 2, 4, 8]
+
+
+ABOUT = {"device": "A", "policy": "p"}
+
+
+def test_a_table_is_kept_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    passes = PassCosts(
+        [Reading("target", 1, 64, 0, 0.1), Reading("draft", 1, 64, 2, 1)]
+    )
+    table = known({AR: 1.0, SPECULATIVE: 3.0})
+    table.passes = passes
+    table.save(path, ABOUT)
+    found = LatencyTable.load(path, ABOUT)
+    assert found.seconds == table.seconds
+    assert found.passes is not None
+    assert found.passes.readings == passes.readings
+    with pytest.raises(ValueError, match="measured with device 'A', and this is 'B'"):
+        LatencyTable.load(path, {**ABOUT, "device": "B"})
+    known({AR: 1.0}).save(path, ABOUT)
+    assert LatencyTable.load(path).passes is None
+
+
+def test_what_was_kept_is_believed_less_than_what_ran(tmp_path: Path) -> None:
+    """Half of the doubt about a program that never ran, whatever its gamma."""
+    path = tmp_path / "costs.json"
+    known({AR: 1.0, SPECULATIVE: 3.0}).save(path, ABOUT)
+    table = LatencyTable.load(path)
+    for program, seconds in ((AR, 1.0), (SPECULATIVE, 3.0)):
+        assert table.round_seconds(program) == pytest.approx(0.9 * seconds)
+    # A single window of this process outweighs it.
+    table.observe(AR, 100 * 0.5, 100)
+    assert table.round_seconds(AR) == pytest.approx((25 * 1.0 + 100 * 0.5) / 125)
+
+
+def test_news_are_a_program_or_twice_the_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    table = LatencyTable()
+    assert not table.is_news
+    table.observe(AR, 1.0, 10)
+    assert table.is_news
+    for kept in (table, None):
+        table.save(path, ABOUT)
+        table = kept or LatencyTable.load(path)
+        assert not table.is_news
+    rounds = sum(table.rounds.values())
+    table.observe(AR, 1.0, rounds)
+    assert not table.is_news
+    table.observe(AR, 1.0, 1)
+    assert table.is_news
+    table.save(path, ABOUT)
+    table.observe(SPECULATIVE, 1.0, 1)
+    assert table.is_news
