@@ -82,10 +82,21 @@ def formats() -> list[Format]:
 
 
 def draft_of(params: Any, form: Format) -> PolicyParams:
-    """Return the parameters with a draft of this format."""
-    pair = er_jax.attach_draft(params, form.body)
-    head = er_jax.attach_draft({HEAD: params[HEAD]}, form.head)
-    return PolicyParams(params, {**pair.draft, **head.draft})
+    """Return the parameters with a draft of this format.
+
+    Groups that do not divide an input are as large as they can be below that.
+    """
+
+    def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        config = form.head if name == HEAD else form.body
+        if config.group_size is not None and weight.ndim > 1:
+            size = weight.shape[-2]
+            group = next(g for g in range(config.group_size, 0, -1) if size % g == 0)
+            config = dataclasses.replace(config, group_size=group)
+        return er_jax.attach_draft({name: weight}, config).draft[name]
+
+    return PolicyParams(params, jax.tree_util.tree_map_with_path(leaf, params))
 
 
 def keep_by_depth(histogram: np.ndarray) -> list[float]:
@@ -241,11 +252,8 @@ def study_format(
     index: np.ndarray,
     args: Args,
 ) -> dict[str, Any]:
-    """Return what is measured and expected of one format, or why it is left out."""
-    try:
-        pair = draft_of(params, form)
-    except ValueError as error:
-        return {"left_out": str(error)}
+    """Return what is measured and expected of one format."""
+    pair = draft_of(params, form)
     draft = distributions(policy, draft_params(pair), tokens)
     coupled, token = (np.asarray(x, float) for x in agreements(target, draft))
     measured = {}
@@ -289,9 +297,6 @@ def rows_of(
     """Return header and rows: chances in per cent, tokens per round."""
     rows: list[tuple[Any, ...]] = []
     for p in points:
-        if "left_out" in p:
-            rows.append((p["policy"], p["format"], "left out", *[""] * 7))
-            continue
         found, expected = p["measured"], p["expected"]
         rows.append(
             (
@@ -315,7 +320,7 @@ def rows_of(
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Draw chances by depth, measured and expected, and by position, and save it."""
-    points = [p for p in record["points"] if "left_out" not in p]
+    points = record["points"]
     labels = list(dict.fromkeys(p["policy"] for p in points))
     picture, axes = measure.figure(2, len(labels))
     for line, label in zip(axes, labels, strict=True):

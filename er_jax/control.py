@@ -44,7 +44,7 @@ FORGET_PER_ROUND = 5e-5
 # A histogram of so many drafts, this many standard deviations from the belief, replaces
 # it. Windows differ by some DRIFT for reasons of their own, the text they are at say.
 CHANGE_DEVIATIONS = 6.0
-CHANGE_DRAFTS = 32
+CHANGE_DRAFTS = 16
 DRIFT = 0.05
 
 # Kept at less than this share of what was expected, drafts are of a broken drafter.
@@ -61,7 +61,8 @@ HYSTERESIS = 0.03
 GAMMA_HYSTERESIS = 0.005
 
 
-# The sampling setting of those who name none.
+# What a sampling setting says, and the one of those who name none.
+SETTING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 NO_SETTING: tuple[float, ...] = ()
 
 
@@ -319,6 +320,27 @@ class Controller:
     def __repr__(self) -> str:
         return f"Controller({self.control!r}, gammas={self.gammas})"
 
+    def summary(self) -> str:
+        """Return what was learnt of programs and drafts, as text for people."""
+        lines = [f"{self!r}: {len(self.table.seconds)} programs timed"]
+        for setting, estimate in self._estimates.items():
+            if not estimate.tested.any():
+                continue
+            depth = int(np.flatnonzero(estimate.tested)[-1]) + 1
+            pairs = zip(
+                100 * estimate.keep_probs(depth),
+                100 * estimate.keep_errors(depth),
+                strict=True,
+            )
+            named = zip(SETTING_NAMES, setting, strict=False)
+            label = ", ".join(f"{name} {value:g}" for name, value in named)
+            lines.append(
+                f"{label or 'drafts'}: used at each depth, if all before were: "
+                + ", ".join(f"{chance:.1f} ± {error:.1f}" for chance, error in pairs)
+                + " %"
+            )
+        return "\n".join(lines)
+
     @property
     def acceptance(self) -> AcceptanceEstimate:
         """Chances that drafts are used, at the setting of this rollout."""
@@ -328,8 +350,8 @@ class Controller:
         """Begin a rollout.
 
         Args:
-          setting: what acceptance depends on beside the policy: temperature, top_k,
-            top_p, min_p. One never met begins with what is known of the last one.
+          setting: what acceptance depends on beside the policy, as `SETTING_NAMES`.
+            One never met begins with what is known of the last one.
         """
         for known in (self._estimates, self._drafters):
             if setting not in known:

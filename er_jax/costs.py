@@ -32,8 +32,9 @@ from er_jax.types import Program
 # A draft pass in AR steps, where none was measured: int8 weights against 16-bit ones.
 DRAFT_SHARE = 0.5
 
-# After so many rounds e ** -1 is left of what was measured before them.
-MEMORY_ROUNDS = 200.0
+# After windows of so many seconds e ** -1 is left of what was known of their program:
+# in seconds, as windows and stalls are, whatever a round takes.
+MEMORY_S = 1.0
 
 # Predictions stand until a measured program has moved by more than this share: dozens
 # are asked for before every window, and they are no better than that.
@@ -92,7 +93,8 @@ class LatencyTable:
             self.seconds[program], self.rounds[program] = reading, num_rounds
             self._kept_rounds = 0
             return
-        weight = 1 - math.exp(-num_rounds / MEMORY_ROUNDS)
+        # Of the seconds that were to be expected: a stall does not weigh by its length.
+        weight = 1 - math.exp(-num_rounds * known / MEMORY_S)
         if program in self.rounds:
             self.rounds[program] += num_rounds
             weight = max(weight, num_rounds / self.rounds[program])

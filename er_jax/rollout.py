@@ -208,7 +208,7 @@ def rollout(
     ids = _checked_sequence_ids(sequence_ids, len(arrays) * config.n)
     _check_token_ids(config, policy.vocab_size)
     _check_length(arrays, config, getattr(policy, "max_length", None))
-    request = _plan(arrays, ids, config)
+    request = request_of(arrays, ids, config)
     settings = _settings(config, key)
     bare = params.policy if isinstance(params, PolicyParams) else params
     programs = engine.engine_for(policy, bare, config.accept)
@@ -401,7 +401,7 @@ def _power_of_two(size: int, least: int) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def _plan(
+def request_of(
     prompts: list[np.ndarray], sequence_ids: np.ndarray, config: RolloutConfig
 ) -> Request:
     """Round sizes up to buckets, so that other prompts meet the same programs."""

@@ -44,6 +44,10 @@ from er_jax.types import (
 WINDOW_S = 0.25
 MIN_ROUNDS, MAX_ROUNDS = 16, 4096
 
+# The first window that drafts, after one that did not, is a trial of so many
+# row-rounds: enough to tell a broken draft from a good one, and little is lost by it.
+TRIAL_ROW_ROUNDS = 64
+
 # Slots are refilled when this share of them is free: a prefill is shared by the rows
 # it fills, and an idle row costs only its share of a step.
 REFILL_SHARE = 8
@@ -217,6 +221,7 @@ class Batch:
         self.start_s = time.perf_counter()
         self.program: Program | None = None
         self._decided_ago_s = 0.0
+        self._is_drafting = self._is_trial = False
         self._draft_kind = engine.draft_kind(params.draft)
         self._running: _Running | None = None
         self._over: _Over | None = None
@@ -252,7 +257,7 @@ class Batch:
         While sequences wait, windows end for refills and little else changes.
         """
         assert self.program is not None
-        if not self.queue or self._decided_ago_s >= WINDOW_S:
+        if not self.queue or self._is_trial or self._decided_ago_s >= WINDOW_S:
             return True
         needed = max(self.needed_length(self.program.gamma), self.request.prompt_bucket)
         return needed > self.program.cache_length
@@ -445,6 +450,11 @@ class Batch:
         max_rounds = 64 if round_s is None else int(WINDOW_S / round_s)
         max_rounds = min(max(max_rounds, MIN_ROUNDS), MAX_ROUNDS) if has_run else 1
         second, num_live = time.perf_counter() - self.start_s, self.num_live
+        self._is_trial = program.gamma > 0 and not self._is_drafting
+        self._is_drafting = program.gamma > 0
+        if self._is_trial:
+            enough = -(-TRIAL_ROW_ROUNDS // num_live)
+            max_rounds = min(max_rounds, enough, MIN_ROUNDS)
         self.state, window = self.engine.start_window(
             self.params,
             self.state,

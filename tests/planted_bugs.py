@@ -323,6 +323,32 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_costs.py::test_predictions_follow_what_is_observed",),
     ),
     PlantedBug(
+        "a stall weighs by its length",
+        "er_jax/costs.py",
+        "math.exp(-num_rounds * known / MEMORY_S)",
+        "math.exp(-seconds / MEMORY_S)",
+        ("tests/test_costs.py::test_a_stall_counts_at_most_twice_what_was_known",),
+    ),
+    PlantedBug(
+        "costs of another version taken for this one's",
+        "er_jax/calibrate.py",
+        "controller.table = LatencyTable.load(path, about)",
+        "controller.table = LatencyTable.load(path)",
+        (
+            "tests/test_calibrate.py::"
+            "test_costs_of_something_else_are_refused_and_replaced[jax]",
+        ),
+    ),
+    PlantedBug(
+        "a broken draft runs for a whole window",
+        "er_jax/scheduler.py",
+        "max_rounds = min(max_rounds, enough, MIN_ROUNDS)",
+        "max_rounds = max(max_rounds, enough, MIN_ROUNDS)",
+        (
+            "tests/test_scheduler.py::test_the_first_window_that_drafts_is_a_short_trial",
+        ),
+    ),
+    PlantedBug(
         "rows that ended fetched from the wrong slots",
         "er_jax/scheduler.py",
         "token_ids=np.array(tokens[slot, part]),",

@@ -18,8 +18,10 @@ import pytest
 import er_jax
 from benchmarks import (
     accelerator,
+    disturbed,
     measure,
     passes,
+    predicted,
     presets,
     published,
     report,
@@ -30,6 +32,9 @@ from benchmarks import (
 from benchmarks.passes import Pass
 from er_jax import Decoder, DecoderConfig, DrafterConfig, RolloutConfig
 from er_jax.acceptance import expected_tokens
+from er_jax.costs import LatencyTable
+from er_jax.pass_costs import PassCosts, Reading
+from er_jax.scheduler import Request
 from er_jax.types import Program
 
 SMALL = Decoder(
@@ -472,3 +477,89 @@ def test_the_documented_example_is_what_the_published_model_says() -> None:
             round_s = costs.round_seconds(Program(int(first), 1024, gamma))
             speed = expected_tokens([0.95] * gamma) * plain_s / round_s
             assert f"{speed:.2f}" == value
+
+
+def simulated(
+    control: str, keep_prob: float, believed: float
+) -> tuple[predicted.SimulatedEngine, er_jax.Controller, er_jax.RolloutStats]:
+    """Run 48 long-tailed completions in 16 slots on costs like those of the 90M."""
+    readings = [
+        Reading(kind, rows, length, gamma, round_s)  # type: ignore[arg-type]
+        for rows, step_s in ((1, 0.010), (4, 0.014), (16, 0.026))
+        for length in (128, 512)
+        for kind, gamma, round_s in (
+            ("target", 0, step_s),
+            ("round", 4, (1.4 + 0.8 * rows**0.35) * step_s + 0.001),
+            ("round", 8, (2.8 + 1.2 * rows**0.4) * step_s + 0.001),
+        )
+    ]
+    table = LatencyTable(passes=PassCosts(readings))
+    lengths = workloads.tail_lengths(48, 512)
+    request = Request(
+        prompts=[np.arange(16, dtype=np.int32)],
+        prompt_of=np.zeros(48, int),
+        sequence_ids=np.arange(48),
+        max_new_tokens=512,
+        slots=16,
+        cache_lengths=(128, 256, 640),
+        prompt_bucket=16,
+        chunk=4,
+    )
+    engine = predicted.SimulatedEngine(
+        table,
+        lambda num_chunks: 0.0,
+        dict(enumerate(lengths.tolist())),
+        np.full(8, keep_prob),
+        rounds_per_test=1,
+    )
+    controller = er_jax.Controller(control, (0, 4, 8), patience=0)
+    controller.table.passes = table.passes
+    for estimate in (controller.acceptance, controller._drafters[()]):
+        estimate.tested[:] = 2000
+        estimate.kept[:] = 2000 * believed
+    stats = predicted.simulate(engine, request, controller)
+    assert stats.num_tokens == lengths.sum()
+    return engine, controller, stats
+
+
+def test_a_draft_of_noise_costs_little_and_ends_in_plain_decoding() -> None:
+    plain, _, _ = simulated("ar", 0.0, 0.95)
+    noise, controller, stats = simulated("best", 0.0, 0.95)
+    assert controller.broken_drafter is not None
+    assert 1 < noise.seconds / plain.seconds < 1.1
+    assert stats.timeline[0].gamma > 0
+    assert {moment.gamma for moment in stats.timeline[-10:]} == {0}
+    # And good drafts pay on the same costs, or the above would say nothing.
+    good, controller, _ = simulated("best", 0.95, 0.95)
+    assert controller.broken_drafter is None
+    assert good.seconds < 0.95 * plain.seconds
+
+
+def test_a_simulated_rollout_takes_what_its_rounds_do() -> None:
+    """Windows by the table, and the same tokens whatever is drafted."""
+    for control in ("ar", "fixed:4"):
+        engine, _, stats = simulated(control, 1.0, 1.0)
+        assert stats.seconds["windows"] == pytest.approx(engine.seconds)
+    # Nearly all rounds of four drafts that are always kept emit five tokens.
+    assert stats.num_tokens / sum(stats.rounds.values()) > 4
+
+
+def test_random_codes_make_no_drafts_worth_keeping(params: Any) -> None:
+    draft = er_jax.attach_draft(params, DrafterConfig()).draft
+    noise = disturbed.noise_draft(draft)
+    assert str(jax.tree.structure(noise)) == str(jax.tree.structure(draft))
+    for before, after in zip(
+        jax.tree.leaves(draft), jax.tree.leaves(noise), strict=True
+    ):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype)
+        is_code = jnp.issubdtype(before.dtype, jnp.integer)
+        assert bool(jnp.all(before == after)) == (not is_code)
+
+
+@pytest.mark.slow
+def test_disturbances_run(tmp_path: Path) -> None:
+    record = disturbed.main(disturbed.Args(quick=True, out=tmp_path))
+    assert [point["part"] for point in record["points"]] == ["noise", "slowed"]
+    for point in record["points"]:
+        assert point["agreement"]["unexplained"] == []
+    assert (tmp_path / "disturbed.json").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -524,6 +526,23 @@ def test_state_of_another_kind(control: str, gammas: tuple[int, ...]) -> None:
 
 def test_repr_says_what_it_is() -> None:
     assert repr(Controller("best", (0, 4))) == "Controller('best', gammas=(0, 4))"
+
+
+def test_the_summary_names_settings_and_deviations() -> None:
+    controller = Controller("best", (0, 2, 4))
+    assert controller.summary() == f"{controller!r}: 0 programs timed"
+    controller.start_rollout((0.7, 0.0, 1.0, 0.0))
+    controller.observe(Program(4, 64, 2), 100, np.array([40, 36, 324]), 1.0)
+    first, line = controller.summary().splitlines()
+    assert first == f"{controller!r}: 1 programs timed"
+    assert line.startswith("temperature 0.7, top_k 0, top_p 1, min_p 0: ")
+    # 360 of 400 and 324 of 360, each drawn a little to what was believed before.
+    chances = controller.acceptance.keep_probs(2)
+    assert 0.9 < chances.min() and chances.max() < 0.91
+    error = 100 * math.sqrt(0.09 / 400)
+    found = [float(word) for word in re.findall(r"± ([\d.]+)", line)]
+    assert found == pytest.approx([error, error], rel=0.1)
+    assert re.findall(r"([\d.]+) ±", line) == [f"{100 * c:.1f}" for c in chances]
 
 
 # Probing.

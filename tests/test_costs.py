@@ -37,20 +37,33 @@ def test_a_window_without_rounds_says_nothing() -> None:
 
 
 def test_readings_are_averaged_over_rounds() -> None:
-    """1 - exp(-n / 200) of the way: two windows weigh what one of both would."""
-    table, whole = known({AR: 1.0}), known({AR: 1.0})
-    table.observe(AR, 30 * 1.5, 30)
-    table.observe(AR, 70 * 1.5, 70)
-    whole.observe(AR, 100 * 1.5, 100)
-    assert table.round_seconds(AR) == pytest.approx(whole.round_seconds(AR))
-    assert table.round_seconds(AR) == pytest.approx(1.5 - 0.5 * math.exp(-0.5))
+    """1 - exp(-seconds) of the way, however many rounds and windows those are."""
+    for round_s in (1e-3, 1e-2):
+        rounds = round(0.5 / round_s)
+        table, parts = known({AR: round_s}), known({AR: round_s})
+        table.observe(AR, rounds * round_s * 1.1, rounds)
+        expected = round_s * (1.1 - 0.1 * math.exp(-0.5))
+        assert table.round_seconds(AR) == pytest.approx(expected)
+        for part in (rounds // 5, rounds - rounds // 5):
+            parts.observe(AR, part * round_s * 1.1, part)
+        assert parts.round_seconds(AR) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_slowed_machine_is_followed_within_a_few_windows() -> None:
+    """80 % of the way after five windows of a quarter of a second, of any rounds."""
+    for round_s in (1e-3, 2e-2, 0.125):
+        table = known({AR: round_s})
+        for _ in range(5):
+            rounds = max(round(0.25 / round_s), 1)
+            table.observe(AR, rounds * 2 * round_s, rounds)
+        assert table.seconds[AR] > 1.8 * round_s
 
 
 def test_the_first_readings_are_averaged_over_their_rounds() -> None:
     table = LatencyTable()
-    for rounds, round_s in ((10, 1.0), (30, 1.4)):
+    for rounds, round_s in ((10, 1e-3), (30, 1.4e-3)):
         table.observe(AR, rounds * round_s, rounds)
-    assert table.seconds[AR] == pytest.approx((10 * 1.0 + 30 * 1.4) / 40)
+    assert table.seconds[AR] == pytest.approx((10 * 1e-3 + 30 * 1.4e-3) / 40)
     assert table.rounds[AR] == 40
 
 
@@ -93,11 +106,11 @@ def test_a_program_that_began_badly_gets_another_chance() -> None:
 
 
 def test_a_stall_counts_at_most_twice_what_was_known() -> None:
-    stalled, slow = known({AR: 1.0}), known({AR: 1.0})
-    stalled.observe(AR, 20 * 1000.0, 20)
-    slow.observe(AR, 20 * 2.0, 20)
+    stalled, slow = known({AR: 1e-3}), known({AR: 1e-3})
+    stalled.observe(AR, 20 * 1.0, 20)
+    slow.observe(AR, 20 * 2e-3, 20)
     assert stalled.round_seconds(AR) == slow.round_seconds(AR)
-    assert 1.0 < stalled.seconds[AR] < 1.1
+    assert 1e-3 < stalled.seconds[AR] < 1.1e-3
 
 
 def test_a_lasting_change_gets_through() -> None:
@@ -270,13 +283,13 @@ def test_a_table_is_kept_on_disk(tmp_path: Path) -> None:
 def test_what_was_kept_is_believed_less_than_what_ran(tmp_path: Path) -> None:
     """Half of the doubt about a program that never ran, whatever its gamma."""
     path = tmp_path / "costs.json"
-    known({AR: 1.0, SPECULATIVE: 3.0}).save(path, ABOUT)
+    known({AR: 1e-3, SPECULATIVE: 3e-3}).save(path, ABOUT)
     table = LatencyTable.load(path)
-    for program, seconds in ((AR, 1.0), (SPECULATIVE, 3.0)):
+    for program, seconds in ((AR, 1e-3), (SPECULATIVE, 3e-3)):
         assert table.round_seconds(program) == pytest.approx(0.9 * seconds)
     # A single window of this process outweighs it.
-    table.observe(AR, 100 * 0.5, 100)
-    assert table.round_seconds(AR) == pytest.approx((25 * 1.0 + 100 * 0.5) / 125)
+    table.observe(AR, 100 * 0.5e-3, 100)
+    assert table.round_seconds(AR) == pytest.approx((25 * 1e-3 + 100 * 0.5e-3) / 125)
 
 
 def test_news_are_a_program_or_twice_the_rounds(tmp_path: Path) -> None:

@@ -780,3 +780,32 @@ def test_the_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) ->
     assert out == ""
     assert ("12/12" in err) == progress
     assert bool(err) == progress
+
+
+def test_the_first_window_that_drafts_is_a_short_trial() -> None:
+    """Whenever plain decoding went before; and it is decided upon at once."""
+    engine = PretendedEngine(flat)
+    request = make_request([0] * 64, slots=8)
+    chosen: list[int] = []
+
+    class Alternating(Controller):
+        """Drafts twice in three decisions."""
+
+        def choose(
+            self, options: Sequence[Program], *unused: Any, **also: Any
+        ) -> Program:
+            gamma = 0 if len(chosen) % 3 == 0 else 1
+            chosen.append(gamma)
+            return [p for p in options if p.gamma == gamma][-1]
+
+    completions, engine, _ = run(request, Alternating("best", (0, 1)), engine)
+    assert_all_as_expected(request, completions)
+    before = trials = 0
+    for program, _, max_rounds in engine.windows:
+        if program.gamma and not before:
+            assert max_rounds <= scheduler.MIN_ROUNDS
+            trials += 1
+        before = program.gamma
+    assert trials > 2
+    # A decision follows every trial, also while sequences wait.
+    assert len(chosen) >= 2 * trials

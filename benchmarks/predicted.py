@@ -1,0 +1,573 @@
+"""How well a calibration predicts: the best draft length, and whole rollouts.
+
+    python -m train.grpo arithmetic              # a policy to predict
+    python -m benchmarks.predicted runs/arithmetic
+    python -m benchmarks.predicted runs/arithmetic --quick
+
+One survey of 20 seconds (`er_jax.calibrate`) is all that predictions know of costs, and
+one rollout that always drafts all that they know of acceptance. *cells*: at every
+number of rows and cache length, the draft length that the controller chooses by them,
+against the one that is fastest when every one is timed. *rollouts*: the scheduler and
+the controller themselves run on a simulated engine, whose rounds take what the table
+says and whose rows end where those of the policy do; against the seconds of the real
+engine. Prefills are priced by timing one. Left out of a prediction, and not of what it
+is compared with: host work, moves of rows, the check of the parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import er_jax
+from benchmarks import measure
+from er_jax import Controller, PolicyParams, RolloutConfig, RolloutStats, calibrate
+from er_jax import engine as engines
+from er_jax.calibrate import neutral_sampling
+from er_jax.control import DEFAULT_GAMMAS
+from er_jax.costs import LatencyTable
+from er_jax.engine import Engine
+from er_jax.rollout import request_of
+from er_jax.scheduler import Batch, Request
+from er_jax.scheduler import run as run_schedule
+from er_jax.types import Admission, Finish, Program, WindowInfo
+from train import checkpoints, tasks
+
+CONTROLS = ("ar", "fixed:4", "best")
+
+# A chosen draft length is as good as the best one within this share of its speed.
+GOOD_SHARE = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One kind of rollout: prompts, completions of each, slots, limit in tokens."""
+
+    num_prompts: int
+    n: int
+    slots: int
+    max_new_tokens: int
+
+
+SHAPES = (
+    Shape(1, 1, 1, 240),
+    Shape(4, 1, 4, 240),
+    Shape(2, 8, 16, 240),
+    Shape(32, 1, 32, 240),
+    Shape(64, 1, 16, 240),
+    Shape(48, 4, 32, 240),
+    Shape(96, 1, 8, 96),
+    Shape(64, 2, 32, 64),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to predict.
+
+    Args:
+      run: directory of a run of train.grpo.
+      rows, lengths: the grid of cells. gammas: draft lengths.
+      budget: seconds of the survey, compilation not counted.
+      repeats: readings of every rollout.
+      out: where to write. quick: few cells and rollouts, to see that it runs.
+    """
+
+    run: tyro.conf.Positional[Path]
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    lengths: tuple[int, ...] = (128, 256, 512)
+    gammas: tuple[int, ...] = DEFAULT_GAMMAS
+    budget: float = 20.0
+    repeats: int = 5
+    out: Path | None = None
+    quick: bool = False
+
+    def shortened(self) -> Args:
+        """Return the same with the sizes of a quick run."""
+        return dataclasses.replace(
+            self, rows=(1, 4), lengths=(128, 256), gammas=(0, 2), repeats=2
+        )
+
+
+@dataclasses.dataclass
+class SimulatedState:
+    """Rows of the simulated engine; int `[rows]` each. `end`: where a row will end."""
+
+    cache_length: int
+    sequence_id: np.ndarray
+    length: np.ndarray
+    limit: np.ndarray
+    end: np.ndarray
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Nothing, of the shape that tokens have."""
+        shape = (len(self.length), self.cache_length)
+        return np.broadcast_to(np.int32(0), shape)
+
+    @property
+    def live(self) -> np.ndarray:
+        """Which rows generate."""
+        return self.length < self.end
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedWindow:
+    """A window that is over."""
+
+    info: WindowInfo
+    text: tuple[np.ndarray, np.ndarray]
+    seconds: float
+
+    def wait(self) -> tuple[WindowInfo, float, bool]:
+        """Return what a real window does."""
+        return self.info, self.seconds, True
+
+
+class SimulatedEngine:
+    """What the scheduler asks of an engine, on lengths and costs instead of a device.
+
+    All programs are compiled. `seconds` is the time of everything so far.
+
+    Args:
+      costs: of rounds. admission_s: seconds of prefilling so many chunks.
+      lengths: tokens of each sequence's completion, by its id.
+      keep_probs: chance of the draft at each depth. rounds_per_test: of the engine.
+    """
+
+    compile_s = 0.0
+
+    def __init__(
+        self,
+        costs: LatencyTable,
+        admission_s: Callable[[int], float],
+        lengths: Mapping[int, int],
+        keep_probs: np.ndarray,
+        rounds_per_test: int,
+    ) -> None:
+        self._costs, self._admission_s = costs, admission_s
+        self._lengths, self._keep_probs = lengths, keep_probs
+        self.rounds_per_test = rounds_per_test
+        self._random = np.random.default_rng(0)
+        self.seconds = 0.0
+
+    def allocate(self, rows: int, cache_length: int) -> SimulatedState:
+        """Return a state of empty slots."""
+        zeros = np.zeros((4, rows), int)
+        return SimulatedState(cache_length, *zeros)
+
+    def admit(
+        self, params: PolicyParams, state: SimulatedState, plan: Admission
+    ) -> SimulatedState:
+        """Start sequences in free slots."""
+        for slot, prompt, sequence, limit in zip(
+            plan.slot, plan.prompt, plan.sequence_id, plan.limit, strict=True
+        ):
+            if slot < len(state.length):
+                state.sequence_id[slot], state.limit[slot] = sequence, limit
+                state.length[slot] = plan.length[prompt]
+                state.end[slot] = plan.length[prompt] + self._lengths[int(sequence)]
+        self.seconds += self._admission_s(int(plan.num_chunks))
+        return state
+
+    def has_take(self, state: SimulatedState, rows: int, length: int) -> bool:
+        """Whether a state can be given this size without compiling anything."""
+        return True
+
+    def take(
+        self, state: SimulatedState, rows: np.ndarray, length: int
+    ) -> SimulatedState:
+        """Move rows (`NONE` for an empty one) to a state of another size."""
+        columns = (state.sequence_id, state.length, state.limit, state.end)
+        moved = [np.where(rows >= 0, column[rows], 0) for column in columns]
+        return SimulatedState(length, *moved)
+
+    def draft_kind(self, draft: Any) -> str:
+        """Return a name for all drafts."""
+        return "draft"
+
+    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
+        """Whether this window is compiled."""
+        return True
+
+    def expected_compile_s(self, kind: str) -> float:
+        """Return the seconds one more program should take to compile."""
+        return 0.0
+
+    def start_window(
+        self,
+        params: PolicyParams,
+        state: SimulatedState,
+        settings: Any,
+        gamma: int,
+        *,
+        exit_live: int,
+        max_rounds: int,
+        draft_kind: str,
+    ) -> tuple[SimulatedState, SimulatedWindow]:
+        """Run rounds until the conditions of a real window end it."""
+        program = Program(len(state.length), state.cache_length, gamma)
+        reach = self.rounds_per_test * (gamma + 1)
+        accepted, emitted = np.zeros((2, gamma + 1), int)
+        num_rounds = 0
+        while state.live.sum() > exit_live and num_rounds < max_rounds:
+            needed = np.minimum(state.length + reach, state.limit)[state.live]
+            if needed.max() > state.cache_length:
+                break
+            for _ in range(self.rounds_per_test):
+                live = np.flatnonzero(state.live)
+                draws = self._random.random((len(live), gamma))
+                is_kept = draws < self._keep_probs[:gamma]
+                kept = np.logical_and.accumulate(is_kept, axis=1).sum(axis=1)
+                gained = np.minimum(kept + 1, (state.end - state.length)[live])
+                state.length[live] += gained
+                accepted += np.bincount(kept, minlength=gamma + 1)
+                emitted += np.bincount(gained - 1, minlength=gamma + 1)
+            num_rounds += self.rounds_per_test
+        seconds = num_rounds * (self._costs.round_seconds(program) or 0.0)
+        self.seconds += seconds
+        info = WindowInfo(
+            live=state.live,
+            length=state.length.copy(),
+            finish_reason=np.full(len(state.length), Finish.STOP),
+            num_rounds=np.int32(num_rounds),
+            accepted=accepted,
+            emitted=emitted,
+        )
+        return state, SimulatedWindow(info, (state.tokens, state.tokens), seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The policy that is predicted, and what was learnt of it beforehand.
+
+    costs: from the survey. keep_probs: by depth, from a rollout that always drafted.
+    """
+
+    policy: er_jax.Decoder
+    params: PolicyParams
+    prompts: Sequence[Sequence[int]]
+    engine: Engine
+    costs: LatencyTable
+    survey: calibrate.Survey
+    keep_probs: np.ndarray
+    gammas: tuple[int, ...]
+
+    def controller(self, control: str) -> Controller:
+        """Return a controller that knows what the survey does, and compiles at once."""
+        controller = Controller(control, self.gammas, patience=0)
+        controller.table.passes = self.costs.passes
+        return controller
+
+    def config(self, shape: Shape, control: str) -> RolloutConfig:
+        """Return how to sample rollouts of a shape."""
+        return RolloutConfig(
+            max_new_tokens=shape.max_new_tokens,
+            n=shape.n,
+            stop_token_ids=(tasks.EOS,),
+            max_slots=shape.slots,
+            gammas=self.gammas,
+            control=control,
+        )
+
+    def prompts_of(self, shape: Shape) -> list[Sequence[int]]:
+        """Return the prompts of rollouts of a shape."""
+        return list(itertools.islice(itertools.cycle(self.prompts), shape.num_prompts))
+
+    def run(
+        self, shape: Shape, control: str, controller: Controller
+    ) -> tuple[er_jax.Rollout, float]:
+        """Return a rollout and its seconds, compilation not counted."""
+        start = time.perf_counter()
+        out = er_jax.rollout(
+            self.policy,
+            self.params,
+            self.prompts_of(shape),
+            key=jax.random.key(3),
+            config=self.config(shape, control),
+            controller=controller,
+        )
+        seconds = time.perf_counter() - start
+        return out, seconds - out.stats.seconds["compile"]
+
+
+def prepare(args: Args) -> Subject:
+    """Load the policy, survey its costs and observe its acceptance."""
+    policy, params, tokenizer = checkpoints.load_policy(args.run)
+    problems = tasks.read_jsonl(args.run / "data" / "eval.jsonl", tokenizer)
+    prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
+    engine = engines.engine_for(policy, params, "coupled")
+    pair = engine.attach_draft(params, er_jax.DrafterConfig())
+    start_s, compiled_s = time.perf_counter(), engine.compile_s
+    survey = calibrate.survey(
+        lambda program: calibrate.measure_round(engine, pair, program),
+        args.rows,
+        args.lengths,
+        args.gammas,
+        budget_s=args.budget,
+        spent_s=lambda: time.perf_counter() - start_s - (engine.compile_s - compiled_s),
+        progress=True,
+    )
+    longest = max(args.gammas)
+    drafting = Controller(f"fixed:{longest}")
+    er_jax.rollout(
+        policy,
+        pair,
+        prompts[: max(args.rows)],
+        key=jax.random.key(2),
+        config=RolloutConfig(
+            max_new_tokens=240,
+            stop_token_ids=(tasks.EOS,),
+            max_slots=max(args.rows),
+            control=drafting.control,
+        ),
+        controller=drafting,
+    )
+    return Subject(
+        policy=policy,
+        params=pair,
+        prompts=prompts,
+        engine=engine,
+        costs=LatencyTable(passes=survey.costs),
+        survey=survey,
+        keep_probs=drafting.acceptance.keep_probs(longest),
+        gammas=tuple(sorted(args.gammas)),
+    )
+
+
+def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
+    """Return, per cell, the speeds of all draft lengths and the predicted best."""
+    controller = subject.controller("best")
+    tokens = {
+        gamma: er_jax.acceptance.expected_tokens(list(subject.keep_probs[:gamma]))
+        for gamma in subject.gammas
+    }
+    # The controller is to know the same of acceptance.
+    estimate = controller.acceptance
+    estimate.tested[:] = 1e9
+    estimate.kept[:] = 1e9 * subject.keep_probs
+    found = []
+    cells = list(itertools.product(args.rows, args.lengths))
+    for rows, length in tqdm(cells, desc="cells", unit="cell"):
+        options = [Program(rows, length, gamma) for gamma in reversed(subject.gammas)]
+        chosen = controller.choose(options, None, compile_s=lambda program: 0.0)
+        speeds = {
+            p.gamma: tokens[p.gamma]
+            / calibrate.measure_round(subject.engine, subject.params, p)
+            for p in options
+        }
+        best = max(speeds, key=speeds.__getitem__)
+        found.append(
+            {
+                "rows": rows,
+                "cache_length": length,
+                "speed_over_ar": {g: s / speeds[0] for g, s in speeds.items()},
+                "chosen": chosen.gamma,
+                "best": best,
+                "chosen_over_best": speeds[chosen.gamma] / speeds[best],
+            }
+        )
+    return found
+
+
+def time_admission(subject: Subject, request: Request) -> Callable[[int], float]:
+    """Return seconds by number of chunks prefilled, from filling all slots."""
+    readings = []
+    for _ in range(4):
+        batch = Batch(
+            subject.engine,
+            subject.params,
+            dataclasses.replace(
+                request,
+                prompt_of=request.prompt_of[: request.slots],
+                sequence_ids=request.sequence_ids[: request.slots],
+            ),
+            RolloutStats(),
+            neutral_sampling(),
+        )
+        start = time.perf_counter()
+        batch.refill()
+        readings.append(time.perf_counter() - start)
+        num_chunks = -(-batch.stats.num_prefilled // request.chunk)
+    # The first may compile.
+    return lambda chunks: chunks * min(readings[1:]) / num_chunks
+
+
+def predict(subject: Subject, shape: Shape, control: str, out: er_jax.Rollout) -> float:
+    """Return the seconds of a rollout whose completions have these lengths."""
+    config = subject.config(shape, control)
+    arrays = [np.asarray(prompt, np.int32) for prompt in subject.prompts_of(shape)]
+    request = request_of(arrays, out.sequence_ids, config)
+    simulated = SimulatedEngine(
+        subject.costs,
+        time_admission(subject, request),
+        dict(zip(out.sequence_ids.tolist(), out.lengths.tolist(), strict=True)),
+        subject.keep_probs,
+        subject.engine.rounds_per_test,
+    )
+    controller = subject.controller(control)
+    if control == "best":
+        # The second time, acceptance is known, as it was when the real one was timed.
+        for _ in range(2):
+            simulated.seconds = 0.0
+            simulate(simulated, request, controller)
+    else:
+        simulate(simulated, request, controller)
+    return simulated.seconds
+
+
+def simulate(
+    simulated: SimulatedEngine, request: Request, controller: Controller
+) -> RolloutStats:
+    """Run a request on a simulated engine; return the scheduler's own record."""
+    controller.start_rollout()
+    stats = RolloutStats()
+    run_schedule(
+        simulated,  # type: ignore[arg-type]
+        PolicyParams(policy=None, draft=None),
+        request,
+        neutral_sampling(),
+        controller,
+        stats,
+    )
+    return stats
+
+
+def measure_rollouts(subject: Subject, args: Args) -> list[dict[str, Any]]:
+    """Return predicted and measured seconds of rollouts of all shapes and controls."""
+    shapes = SHAPES[::4] if args.quick else SHAPES
+    found = []
+    cases = list(itertools.product(shapes, CONTROLS))
+    for shape, control in tqdm(cases, desc="rollouts", unit="rollout"):
+        controller = subject.controller(control)
+        out, _ = subject.run(shape, control, controller)
+        for _ in range(10):
+            if not out.stats.compiled:
+                break
+            out, _ = subject.run(shape, control, controller)
+        predicted = predict(subject, shape, control, out)
+        seconds = []
+        for _ in range(args.repeats):
+            out, taken = subject.run(shape, control, controller)
+            seconds.append(taken)
+        measured = measure.spread(seconds)
+        steady = {k: s for k, s in out.stats.seconds.items() if k != "compile"}
+        found.append(
+            {
+                **dataclasses.asdict(shape),
+                "control": control,
+                "tokens": int(out.lengths.sum()),
+                "tokens_by_gamma": out.stats.tokens,
+                "predicted_s": predicted,
+                "seconds": measured,
+                "windows_share": steady["windows"] / sum(steady.values()),
+                "error": predicted / measured["median"] - 1,
+            }
+        )
+    return found
+
+
+Table = tuple[Sequence[str], list[tuple[Any, ...]]]
+
+
+def cell_rows(point: Mapping[str, Any]) -> Table:
+    """Return header and rows of the cells."""
+    gammas = list(point["cells"][0]["speed_over_ar"])
+    rows = [
+        (
+            cell["rows"],
+            cell["cache_length"],
+            *(cell["speed_over_ar"][gamma] for gamma in gammas),
+            cell["best"],
+            cell["chosen"],
+            cell["chosen_over_best"],
+        )
+        for cell in point["cells"]
+    ]
+    header = ["rows", "cache length", *(f"gamma {g} / ar" for g in gammas)]
+    return [*header, "best", "chosen", "chosen / best"], rows
+
+
+def rollout_rows(point: Mapping[str, Any]) -> Table:
+    """Return header and rows of the rollouts."""
+    rows = [
+        (
+            f"{r['num_prompts']} x {r['n']}",
+            r["slots"],
+            r["max_new_tokens"],
+            r["control"],
+            r["tokens"],
+            r["predicted_s"],
+            r["seconds"]["median"],
+            100 * (r["seconds"]["q3"] - r["seconds"]["q1"]) / r["seconds"]["median"],
+            100 * r["error"],
+        )
+        for r in point["rollouts"]
+    ]
+    header = (
+        "completions",
+        "slots",
+        "limit",
+        "control",
+        "tokens",
+        "predicted s",
+        "measured s",
+        "IQR %",
+        "error %",
+    )
+    return header, rows
+
+
+def summary(point: Mapping[str, Any]) -> str:
+    """Return what the point says, in two sentences."""
+    good = [cell["chosen_over_best"] >= 1 - GOOD_SHARE for cell in point["cells"]]
+    errors = np.abs([r["error"] for r in point["rollouts"]])
+    return (
+        f"The chosen draft length is the best one, or within {100 * GOOD_SHARE:.0f} % "
+        f"of its speed, in {sum(good)} of {len(good)} cells. Predicted seconds of "
+        f"{len(errors)} rollouts are off by {100 * np.median(errors):.1f} % in the "
+        f"median, {100 * errors.max():.1f} % at most, from {point['num_readings']} "
+        f"readings in {point['survey_s']:.1f} s."
+    )
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Predict, measure, print and write the record; return it."""
+    if args.quick:
+        args = args.shortened()
+    out = measure.results_dir(args.out, args.quick)
+    settings = {"run": args.run.name, "gammas": args.gammas, "budget": args.budget}
+    record = measure.new_record("predicted", settings)
+    subject = prepare(args)
+    point = {
+        "preset": args.run.name,
+        "rows": max(args.rows),
+        "dtype": subject.policy.config.dtype,
+        "num_readings": len(subject.survey.costs.readings),
+        "survey_s": subject.survey.spent_s,
+        "is_complete": subject.survey.is_complete,
+        "keep_probs": subject.keep_probs.tolist(),
+        "rollouts": measure_rollouts(subject, args),
+        "cells": measure_cells(subject, args),
+    }
+    record["points"].append(point)
+    for header, rows in (cell_rows(point), rollout_rows(point)):
+        print(measure.table(rows, header))
+    print(summary(point))
+    measure.save(out / "predicted.json", record)
+    print(f"written: predicted.json in {out.name}", file=sys.stderr)
+    return record
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__, prog="python -m benchmarks.predicted"))
