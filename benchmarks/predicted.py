@@ -2,6 +2,7 @@
 
     python -m train.grpo arithmetic              # a policy to predict
     python -m benchmarks.predicted runs/arithmetic
+    python -m benchmarks.predicted 90M --rows 1 4 16 --lengths 128 512
     python -m benchmarks.predicted runs/arithmetic --quick
 
 One survey of 20 seconds (`er_jax.calibrate`) is all that predictions know of costs, and
@@ -10,8 +11,9 @@ number of rows and cache length, the draft length that the controller chooses by
 against the one that is fastest when every one is timed. *rollouts*: the scheduler and
 the controller themselves run on a simulated engine, whose rounds take what the table
 says and whose rows end where those of the policy do; against the seconds of the real
-engine. Prefills are priced by timing one. Left out of a prediction, and not of what it
-is compared with: host work, moves of rows, the check of the parameters.
+engine. Prefills are priced by timing one, and so is a rollout of a single token, which
+is taken for what every rollout takes beside. Left out of a prediction, and not of what
+it is compared with: other host work, and moves of rows.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import tyro
 from tqdm import tqdm
 
 import er_jax
-from benchmarks import measure
+from benchmarks import measure, presets, workloads
 from er_jax import Controller, PolicyParams, RolloutConfig, RolloutStats, calibrate
 from er_jax import engine as engines
 from er_jax.calibrate import neutral_sampling
@@ -40,7 +42,7 @@ from er_jax.engine import Engine
 from er_jax.rollout import request_of
 from er_jax.scheduler import Batch, Request
 from er_jax.scheduler import run as run_schedule
-from er_jax.types import Admission, Finish, Program, WindowInfo
+from er_jax.types import Admission, Finish, Policy, Program, WindowInfo
 from train import checkpoints, tasks
 
 CONTROLS = ("ar", "fixed:4", "best")
@@ -59,6 +61,8 @@ class Shape:
     max_new_tokens: int
 
 
+# Shapes of a trained policy's rollouts, by its own lengths; and of a preset's, whose
+# lengths are planned.
 SHAPES = (
     Shape(1, 1, 1, 240),
     Shape(4, 1, 4, 240),
@@ -69,6 +73,15 @@ SHAPES = (
     Shape(96, 1, 8, 96),
     Shape(64, 2, 32, 64),
 )
+PLANNED_SHAPES = (
+    Shape(1, 1, 1, 512),
+    Shape(2, 1, 2, 512),
+    Shape(4, 1, 4, 512),
+    Shape(12, 1, 4, 256),
+    Shape(16, 1, 16, 512),
+    Shape(32, 1, 8, 256),
+    Shape(48, 1, 16, 512),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +89,14 @@ class Args:
     """What to predict.
 
     Args:
-      run: directory of a run of train.grpo.
+      subject: directory of a run of train.grpo, or a preset of benchmarks/presets.py.
       rows, lengths: the grid of cells. gammas: draft lengths.
       budget: seconds of the survey, compilation not counted.
       repeats: readings of every rollout.
       out: where to write. quick: few cells and rollouts, to see that it runs.
     """
 
-    run: tyro.conf.Positional[Path]
+    subject: tyro.conf.Positional[str]
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     lengths: tuple[int, ...] = (128, 256, 512)
     gammas: tuple[int, ...] = DEFAULT_GAMMAS
@@ -95,7 +108,7 @@ class Args:
     def shortened(self) -> Args:
         """Return the same with the sizes of a quick run."""
         return dataclasses.replace(
-            self, rows=(1, 4), lengths=(128, 256), gammas=(0, 2), repeats=2
+            self, rows=(1, 4), lengths=(128, 256), gammas=(0, 4), repeats=2
         )
 
 
@@ -251,12 +264,16 @@ class SimulatedEngine:
 class Subject:
     """The policy that is predicted, and what was learnt of it beforehand.
 
-    costs: from the survey. keep_probs: by depth, from a rollout that always drafted.
+    prompts: of a trained policy; None where they are planned. costs: from the survey.
+    keep_probs: by depth, from a rollout that always drafted.
     """
 
-    policy: er_jax.Decoder
+    policy: Policy
     params: PolicyParams
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Sequence[int]] | None
+    stop_id: int
+    dtype: str
+    shapes: tuple[Shape, ...]
     engine: Engine
     costs: LatencyTable
     survey: calibrate.Survey
@@ -274,7 +291,7 @@ class Subject:
         return RolloutConfig(
             max_new_tokens=shape.max_new_tokens,
             n=shape.n,
-            stop_token_ids=(tasks.EOS,),
+            stop_token_ids=(self.stop_id,),
             max_slots=shape.slots,
             gammas=self.gammas,
             control=control,
@@ -282,6 +299,10 @@ class Subject:
 
     def prompts_of(self, shape: Shape) -> list[Sequence[int]]:
         """Return the prompts of rollouts of a shape."""
+        if self.prompts is None:
+            lengths = workloads.tail_lengths(shape.num_prompts, shape.max_new_tokens)
+            vocab_size = self.policy.vocab_size
+            return list(workloads.planned_prompts(lengths.tolist(), vocab_size))
         return list(itertools.islice(itertools.cycle(self.prompts), shape.num_prompts))
 
     def run(
@@ -301,13 +322,35 @@ class Subject:
         return out, seconds - out.stats.seconds["compile"]
 
 
+def load(name: str) -> dict[str, Any]:
+    """Return the fields of `Subject` that a trained policy or a preset brings."""
+    if name in presets.PRESETS:
+        inner = presets.decoder(name)
+        return {
+            "policy": workloads.PlannedLengths(policy=inner, stop_id=0),
+            "params": presets.random_params(inner),
+            "prompts": None,
+            "stop_id": 0,
+            "dtype": inner.config.dtype,
+            "shapes": PLANNED_SHAPES,
+        }
+    policy, params, tokenizer = checkpoints.load_policy(Path(name))
+    problems = tasks.read_jsonl(Path(name) / "data" / "eval.jsonl", tokenizer)
+    return {
+        "policy": policy,
+        "params": params,
+        "prompts": [tokenizer.encode_prompt(problem.prompt) for problem in problems],
+        "stop_id": tasks.EOS,
+        "dtype": policy.config.dtype,
+        "shapes": SHAPES,
+    }
+
+
 def prepare(args: Args) -> Subject:
     """Load the policy, survey its costs and observe its acceptance."""
-    policy, params, tokenizer = checkpoints.load_policy(args.run)
-    problems = tasks.read_jsonl(args.run / "data" / "eval.jsonl", tokenizer)
-    prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
-    engine = engines.engine_for(policy, params, "coupled")
-    pair = engine.attach_draft(params, er_jax.DrafterConfig())
+    loaded = load(args.subject)
+    engine = engines.engine_for(loaded["policy"], loaded["params"], "coupled")
+    pair = engine.attach_draft(loaded.pop("params"), er_jax.DrafterConfig())
     start_s, compiled_s = time.perf_counter(), engine.compile_s
     survey = calibrate.survey(
         lambda program: calibrate.measure_round(engine, pair, program),
@@ -319,30 +362,21 @@ def prepare(args: Args) -> Subject:
         progress=True,
     )
     longest = max(args.gammas)
-    drafting = Controller(f"fixed:{longest}")
-    er_jax.rollout(
-        policy,
-        pair,
-        prompts[: max(args.rows)],
-        key=jax.random.key(2),
-        config=RolloutConfig(
-            max_new_tokens=240,
-            stop_token_ids=(tasks.EOS,),
-            max_slots=max(args.rows),
-            control=drafting.control,
-        ),
-        controller=drafting,
-    )
-    return Subject(
-        policy=policy,
+    subject = Subject(
         params=pair,
-        prompts=prompts,
         engine=engine,
         costs=LatencyTable(passes=survey.costs),
         survey=survey,
-        keep_probs=drafting.acceptance.keep_probs(longest),
+        keep_probs=np.ones(longest),
         gammas=tuple(sorted(args.gammas)),
+        **loaded,
     )
+    # The largest batch of the shapes that are not refilled says how drafts are kept.
+    shape = max(subject.shapes, key=lambda s: (s.num_prompts * s.n <= s.slots, s.slots))
+    drafting = Controller(f"fixed:{longest}", patience=0)
+    subject.run(shape, drafting.control, drafting)
+    keep_probs = drafting.acceptance.keep_probs(longest)
+    return dataclasses.replace(subject, keep_probs=keep_probs)
 
 
 def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
@@ -445,7 +479,11 @@ def simulate(
 
 def measure_rollouts(subject: Subject, args: Args) -> list[dict[str, Any]]:
     """Return predicted and measured seconds of rollouts of all shapes and controls."""
-    shapes = SHAPES[::4] if args.quick else SHAPES
+    shapes = subject.shapes[::4] if args.quick else subject.shapes
+    # What a rollout takes beside its rounds and prefills, from one of a single token.
+    single = Shape(1, 1, 1, 1)
+    controller = subject.controller("ar")
+    beside_s = min(subject.run(single, "ar", controller)[1] for _ in range(10))
     found = []
     cases = list(itertools.product(shapes, CONTROLS))
     for shape, control in tqdm(cases, desc="rollouts", unit="rollout"):
@@ -455,7 +493,7 @@ def measure_rollouts(subject: Subject, args: Args) -> list[dict[str, Any]]:
             if not out.stats.compiled:
                 break
             out, _ = subject.run(shape, control, controller)
-        predicted = predict(subject, shape, control, out)
+        predicted = beside_s + predict(subject, shape, control, out)
         seconds = []
         for _ in range(args.repeats):
             out, taken = subject.run(shape, control, controller)
@@ -546,13 +584,14 @@ def main(args: Args) -> dict[str, Any]:
     if args.quick:
         args = args.shortened()
     out = measure.results_dir(args.out, args.quick)
-    settings = {"run": args.run.name, "gammas": args.gammas, "budget": args.budget}
+    name = Path(args.subject).name
+    settings = {"subject": name, "gammas": args.gammas, "budget": args.budget}
     record = measure.new_record("predicted", settings)
     subject = prepare(args)
     point = {
-        "preset": args.run.name,
+        "preset": name,
         "rows": max(args.rows),
-        "dtype": subject.policy.config.dtype,
+        "dtype": subject.dtype,
         "num_readings": len(subject.survey.costs.readings),
         "survey_s": subject.survey.spent_s,
         "is_complete": subject.survey.is_complete,
@@ -564,8 +603,8 @@ def main(args: Args) -> dict[str, Any]:
     for header, rows in (cell_rows(point), rollout_rows(point)):
         print(measure.table(rows, header))
     print(summary(point))
-    measure.save(out / "predicted.json", record)
-    print(f"written: predicted.json in {out.name}", file=sys.stderr)
+    measure.save(out / f"predicted_{name}.json", record)
+    print(f"written: predicted_{name}.json in {out.name}", file=sys.stderr)
     return record
 
 
