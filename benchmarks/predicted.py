@@ -380,7 +380,12 @@ def prepare(args: Args) -> Subject:
 
 
 def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
-    """Return, per cell, the speeds of all draft lengths and the predicted best."""
+    """Return, per cell, the speeds of all draft lengths and the predicted best.
+
+    Drops the programs of the subject's engine.
+    """
+    engines.forget_engines()
+    subject.engine.compiled.clear()
     controller = subject.controller("best")
     tokens = {
         gamma: er_jax.acceptance.expected_tokens(list(subject.keep_probs[:gamma]))
@@ -395,9 +400,11 @@ def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
     for rows, length in tqdm(cells, desc="cells", unit="cell"):
         options = [Program(rows, length, gamma) for gamma in reversed(subject.gammas)]
         chosen = controller.choose(options, None, compile_s=lambda program: 0.0)
+        # An engine for each cell: on CPU a process holds no hundreds of programs.
+        engine = Engine(subject.policy, "coupled")
         speeds = {
             p.gamma: tokens[p.gamma]
-            / calibrate.measure_round(subject.engine, subject.params, p)
+            / calibrate.measure_round(engine, subject.params, p)
             for p in options
         }
         best = max(speeds, key=speeds.__getitem__)
