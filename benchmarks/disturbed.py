@@ -149,7 +149,7 @@ class Watched(Controller):
     def __init__(self, source: Controller, patience: float) -> None:
         super().__init__(source.control, source.gammas, patience=patience)
         self.load_state_dict(source.state_dict())
-        self.before = dict(self.table.seconds)
+        self.before = {p: self.table.round_seconds(p) for p in self.table.seconds}
         self.notes: list[tuple[Program, float, float]] = []
 
     def observe(
@@ -164,7 +164,8 @@ class Watched(Controller):
         """Learn, and note: program, seconds per round, the table's of them."""
         super().observe(program, num_rounds, emitted, seconds, accepted, live)
         if num_rounds:
-            known_s = self.table.seconds[program]
+            known_s = self.table.round_seconds(program)
+            assert known_s is not None
             self.notes.append((program, seconds / num_rounds, known_s))
 
 
@@ -209,8 +210,11 @@ def slowed(
             on_finish=on_finish,
         )
     # In units of what each program took before.
-    usual = watched.before
-    notes = [(r / usual[p], k / usual[p]) for p, r, k in watched.notes if p in usual]
+    notes = [
+        (reading / usual, known / usual)
+        for program, reading, known in watched.notes
+        if (usual := watched.before.get(program))
+    ]
     after = notes[onset:]
     level = statistics.median(reading for reading, _ in after)
     wanted = 1 + FOLLOWED_SHARE * (level - 1)

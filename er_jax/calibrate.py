@@ -216,6 +216,9 @@ def remember(engine: Engine, params: PolicyParams, controller: Controller) -> No
 # neighbour at twice the rows or twice the length.
 CHANGE_PER_OCTAVE = 0.2
 
+# Where a middling draft is this fast or faster, another length may pay.
+NEARLY = 0.9
+
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
@@ -261,12 +264,14 @@ def survey(
 
     The corners come first, plain and with a middling draft; then always the cell of
     which it is least certain on which side of 1 its speed-up is: the farther from what
-    was measured, and the nearer to 1, the less. Other gammas follow from these two, see
-    `PassCosts.pass_seconds`.
+    was measured, and the nearer to 1, the less. When all is known of that, or half of
+    the time is spent, the longest and the shortest draft where the middling one pays,
+    or nearly: the others lie on a line, see `PassCosts.pass_seconds`.
 
     Args:
       round_s: times a program; see `measure_round`. rows, lengths: the grid.
-      gammas: draft lengths, of which the one nearest to 4 is measured; 0 always is.
+      gammas: draft lengths, of which the one nearest to 4 decides where speculation
+        pays; 0 always is measured.
       keep_prob: chance of a draft, for the speed-up. budget_s: seconds; a reading begun
         within them is finished. spent_s: seconds spent so far, compilation not counted.
       progress: show a progress bar of the seconds.
@@ -290,8 +295,8 @@ def survey(
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} s{postfix}",
     )
 
-    def is_over() -> bool:
-        return spent_s() - begin_s >= budget_s
+    def is_over(share: float = 1.0) -> bool:
+        return spent_s() - begin_s >= share * budget_s
 
     def measure(cell: Cell, gamma: int) -> None:
         seconds = round_s(Program(*cell, gamma))
@@ -326,7 +331,7 @@ def survey(
             measure(cell, 0)
             measure(cell, middle)
         is_complete = False
-        while not is_over():
+        while not is_over(0.5):
             fitted = PassCosts(readings)
             doubts = {cell: uncertainty(cell, fitted) for cell in grid}
             cell = max(grid, key=doubts.__getitem__)
@@ -335,6 +340,16 @@ def survey(
                 break
             measure(cell, 0)
             measure(cell, middle)
+        fitted = PassCosts(readings)
+        known = dict.fromkeys(Cell(r.rows, r.length) for r in readings)
+        ups = {cell: speed_up(fitted, cell, keep_prob) for cell in known}
+        others = {drafting[-1], drafting[0]} - {middle}
+        near = sorted((c for c in known if ups[c] >= NEARLY), key=ups.__getitem__)
+        for cell, gamma in itertools.product(reversed(near), sorted(others)):
+            if is_over():
+                is_complete = False
+                break
+            measure(cell, gamma)
     return Survey(PassCosts(readings), is_complete, spent_s() - begin_s)
 
 

@@ -526,6 +526,7 @@ class Controller:
             "gammas": list(self.gammas),
             "seconds": [[*p, s] for p, s in self.table.seconds.items()],
             "rounds": [[*p, n] for p, n in self.table.rounds.items()],
+            "pace": self.table.pace,
             "lost_s": [[*p, s] for p, s in self._lost_s.items()],
             "setting": list(self._setting),
             "probing": [self._plain_s, self._probed_s],
@@ -552,6 +553,7 @@ class Controller:
             seconds={Program(*p): s for *p, s in state["seconds"]},
             rounds={Program(*p): n for *p, n in state["rounds"]},
             passes=self.table.passes,
+            pace=state["pace"],
         )
         self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
         self._setting = tuple(state["setting"])

@@ -36,6 +36,14 @@ DRAFT_SHARE = 0.5
 # in seconds, as windows and stalls are, whatever a round takes.
 MEMORY_S = 1.0
 
+# A program that is well known and takes this many times what it did, or this part of
+# it, has not changed: the machine has, for all of them. Its pace is followed faster,
+# until readings are as expected again, but for a part that is taken for the program's
+# own.
+SURPRISE, SETTLED = 1.25, 1.05
+PACE_MEMORY_S = 0.5
+OWN_SHARE = 0.2
+
 # Predictions stand until a measured program has moved by more than this share: dozens
 # are asked for before every window, and they are no better than that.
 STALE = 0.03
@@ -54,15 +62,21 @@ SAVED_POSITIONS = 25
 class LatencyTable:
     """Seconds per round of each program, from windows that really ran.
 
-    seconds: program -> seconds per round: the mean over rounds, later an exponential
-      average.
+    seconds: program -> seconds per round at pace 1: the mean over rounds, later an
+      exponential average.
     rounds: program -> rounds behind it; one without an entry is trusted.
     passes: what single passes cost; None where none were timed.
+    pace: how many times as long as usual everything takes now, on a machine that is
+      throttled or shared.
     """
 
     seconds: dict[Program, float] = dataclasses.field(default_factory=dict)
     rounds: dict[Program, int] = dataclasses.field(default_factory=dict)
     passes: PassCosts | None = None
+    pace: float = 1.0
+    _is_changing: bool = dataclasses.field(
+        default=False, init=False, repr=False, compare=False
+    )
     _kept_rounds: int = dataclasses.field(
         default=0, init=False, repr=False, compare=False
     )
@@ -87,18 +101,28 @@ class LatencyTable:
         """
         if num_rounds < 1:
             return
-        reading = seconds / num_rounds
+        reading = seconds / num_rounds / self.pace
         known = self.seconds.get(program)
         if known is None:
             self.seconds[program], self.rounds[program] = reading, num_rounds
             self._kept_rounds = 0
             return
         # Of the seconds that were to be expected: a stall does not weigh by its length.
-        weight = 1 - math.exp(-num_rounds * known / MEMORY_S)
+        expected_s = num_rounds * known * self.pace
+        weight = 1 - math.exp(-expected_s / MEMORY_S)
+        is_trusted = self._doubt(program) <= 0
         if program in self.rounds:
             self.rounds[program] += num_rounds
             weight = max(weight, num_rounds / self.rounds[program])
-        now = known + weight * (min(reading, 2 * known) - known)
+        reading = min(reading, 2 * known)
+        if is_trusted:
+            usual = SETTLED if self._is_changing else SURPRISE
+            self._is_changing = not 1 / usual <= reading / known <= usual
+        if is_trusted and self._is_changing:
+            share = 1 - math.exp(-expected_s / PACE_MEMORY_S)
+            self.pace *= (reading / known) ** share
+            weight *= OWN_SHARE
+        now = known + weight * (reading - known)
         self.seconds[program] = now
         before = self._predicted_from.setdefault(program, known)
         if abs(now - before) > STALE * before:
@@ -150,13 +174,19 @@ class LatencyTable:
         """Return measured or predicted seconds per round; None if nothing is known."""
         measured = self.seconds.get(program)
         if measured is None:
-            return self._predicted(program)
-        rounds = self.rounds.get(program, TRUSTED_POSITIONS)
-        doubt = 1 - rounds * (program.gamma + 1) / TRUSTED_POSITIONS
+            predicted = self._predicted(program)
+            return None if predicted is None else predicted * self.pace
+        doubt = self._doubt(program)
         if doubt <= 0:
-            return measured
+            return measured * self.pace
         predicted = min(measured, self._predicted(program) or measured)
-        return (measured + doubt * (predicted - measured)) * (1 - DOUBT * doubt)
+        believed = measured + doubt * (predicted - measured)
+        return believed * (1 - DOUBT * doubt) * self.pace
+
+    def _doubt(self, program: Program) -> float:
+        """Return how little a measured program is known: 1 not at all, 0 well."""
+        rounds = self.rounds.get(program, TRUSTED_POSITIONS)
+        return 1 - rounds * (program.gamma + 1) / TRUSTED_POSITIONS
 
     def _predicted(self, program: Program) -> float | None:
         """Return what the other programs say of this one, remembered for a while."""

@@ -221,9 +221,10 @@ class PassCosts:
     def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
         """Return the seconds of one pass, or of a round that was measured as one.
 
-        Between measured gammas it is linear, a verification or a round at gamma 0 being
-        a target pass; beyond them those go on as the last two do, and a draft pass
-        costs what the nearest does.
+        Between measured gammas it is linear, and beyond them it goes on as the nearest
+        two do; a draft pass costs what the nearest does. A verification of one position
+        is a target pass. A round is one and gamma drafts: where only one gamma was
+        measured, rounds are on the line to a target pass, and nowhere below one.
 
         Args:
           kind: of pass. rows: of the batch. length: positions read per row.
@@ -241,12 +242,17 @@ class PassCosts:
         seconds = [self.surfaces[kind, g].seconds(rows, length) for g in known]
         if kind != "draft":
             target = self.surfaces["target", 0].seconds(rows, length)
-            known, seconds = [0, *known], [target, *seconds]
+            if kind == "verify" or len(known) == 1:
+                known, seconds = [0, *known], [target, *seconds]
             # More positions never cost less, whatever the noise of the readings.
-            seconds = np.maximum.accumulate(seconds).tolist()
-            if gamma > known[-1]:
-                slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
-                return seconds[-1] + slope * (gamma - known[-1])
+            seconds = np.maximum.accumulate([target, *seconds])[1:].tolist()
+            for outside, (i, j) in (
+                (gamma > known[-1], (-1, -2)),
+                (gamma < known[0], (0, 1)),
+            ):
+                if outside:
+                    slope = (seconds[i] - seconds[j]) / (known[i] - known[j])
+                    return max(seconds[i] + slope * (gamma - known[i]), target)
         return float(np.interp(gamma, known, seconds))
 
     def round_seconds(self, program: Program) -> float:

@@ -309,8 +309,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "predictions trusted more the more was measured",
         "er_jax/costs.py",
-        "return (measured + doubt * (predicted - measured))",
-        "return (predicted + doubt * (measured - predicted))",
+        "believed = measured + doubt * (predicted - measured)",
+        "believed = predicted + doubt * (measured - predicted)",
         (
             "tests/test_costs.py::test_few_rounds_count_for_little_beside_what_others_say",
         ),
@@ -328,6 +328,13 @@ BUGS: tuple[PlantedBug, ...] = (
         "math.exp(-num_rounds * known / MEMORY_S)",
         "math.exp(-seconds / MEMORY_S)",
         ("tests/test_costs.py::test_a_stall_counts_at_most_twice_what_was_known",),
+    ),
+    PlantedBug(
+        "a slowed machine taken for a slowed program",
+        "er_jax/costs.py",
+        "if is_trusted and self._is_changing:",
+        "if False:",
+        ("tests/test_costs.py::test_a_machine_that_changes_changes_all_programs[2.0]",),
     ),
     PlantedBug(
         "costs of another version taken for this one's",

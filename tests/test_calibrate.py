@@ -76,7 +76,23 @@ def test_the_boundary_is_found_with_few_readings() -> None:
         assert (speed_up(found.costs, cell, KEEP) > 1) == is_faster, cell
     assert len(clock.asked) == len(set(clock.asked)) == found.spent_s
     assert len(clock.cells) < len(grid)
-    assert {program.gamma for program in clock.asked} == {0, 4}
+
+
+def test_other_drafts_are_measured_where_they_may_pay() -> None:
+    """The shortest and the longest, beside the middling one; then all lie on lines."""
+    found, clock = run()
+    cells = {
+        gamma: {Cell(p.rows, p.cache_length) for p in clock.asked if p.gamma == gamma}
+        for gamma in GAMMAS
+    }
+    assert cells[0] == cells[4]
+    near = {c for c in cells[4] if speed_up(found.costs, c, KEEP) > 1}
+    assert near <= cells[2] == cells[8] < cells[4]
+    for cell in near:
+        for gamma in range(1, 12):
+            program = Program(*cell, gamma)
+            wanted = ROOFLINE.round_seconds(program)
+            assert found.costs.round_seconds(program) == pytest.approx(wanted, rel=0.1)
 
 
 def test_cells_near_the_boundary_are_measured_rather_than_others() -> None:

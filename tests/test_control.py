@@ -299,9 +299,9 @@ def test_time_is_booked_against_what_was_wanted() -> None:
     """Not against programs that were no option, or were compiled."""
     other = Program(2, 128, 0)
     controller = made({AR: 0.010, SPEC: 0.02, other: 0.009})
-    price = compiled_are([AR], cost=3.0)
+    price = compiled_are([AR], cost=2.0)
     assert controller.choose([SPEC, AR], AR, compile_s=price) == AR
-    controller.observe(AR, 100, NO_DRAFTS, 5.0)
+    controller.observe(AR, 500, NO_DRAFTS, 5.0)
     # SPEC has been missed for its price; `other` has not.
     assert controller.choose([other, AR], AR, compile_s=price) == AR
     assert controller.choose([SPEC, AR], AR, compile_s=price) == SPEC

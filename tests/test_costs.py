@@ -56,7 +56,7 @@ def test_a_slowed_machine_is_followed_within_a_few_windows() -> None:
         for _ in range(5):
             rounds = max(round(0.25 / round_s), 1)
             table.observe(AR, rounds * 2 * round_s, rounds)
-        assert table.seconds[AR] > 1.8 * round_s
+        assert 1.8 * round_s < (table.round_seconds(AR) or 0) < 2.1 * round_s
 
 
 def test_the_first_readings_are_averaged_over_their_rounds() -> None:
@@ -119,6 +119,57 @@ def test_a_lasting_change_gets_through() -> None:
         for _ in range(30):
             table.observe(AR, 100 * factor, 100)
         assert table.round_seconds(AR) == pytest.approx(factor, rel=0.02)
+
+
+def slowed(factor: float, num_windows: int) -> LatencyTable:
+    """A table of two well known programs, and windows of one at another speed."""
+    table = known({AR: 1e-2, SPECULATIVE: 3e-2})
+    for _ in range(num_windows):
+        table.observe(AR, 25 * factor * 1e-2, 25)
+    return table
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_a_machine_that_changes_changes_all_programs(factor: float) -> None:
+    """Those that have not run since must not look fast, or slow, for that."""
+    table = slowed(factor, 6)
+    assert table.round_seconds(AR) == pytest.approx(1e-2 * factor, rel=0.1)
+    assert table.round_seconds(SPECULATIVE) == pytest.approx(3e-2 * factor, rel=0.25)
+    unknown = Program(4, 256, 0)
+    before = known({AR: 1e-2, SPECULATIVE: 3e-2}).round_seconds(unknown)
+    now = table.round_seconds(unknown)
+    assert before and now and now / before == pytest.approx(factor, rel=0.25)
+    # And back again.
+    for _ in range(12):
+        table.observe(AR, 25 * 1e-2, 25)
+    assert table.round_seconds(AR) == pytest.approx(1e-2, rel=0.05)
+    assert table.round_seconds(SPECULATIVE) == pytest.approx(3e-2, rel=0.2)
+
+
+@pytest.mark.parametrize("factor", [1.2, 0.85])
+def test_a_program_that_changes_a_little_is_alone_in_it(factor: float) -> None:
+    table = slowed(factor, 20)
+    assert table.round_seconds(AR) == pytest.approx(1e-2 * factor, rel=0.02)
+    assert table.round_seconds(SPECULATIVE) == pytest.approx(3e-2)
+
+
+def test_a_program_that_is_little_known_says_nothing_of_the_machine() -> None:
+    table = known({SPECULATIVE: 3e-2})
+    table.observe(AR, 5 * 1e-2, 5)
+    table.observe(AR, 5 * 4e-2, 5)
+    assert table.pace == 1.0
+    assert table.round_seconds(SPECULATIVE) == 3e-2
+
+
+def test_a_program_that_alone_became_slow_is_told_from_the_others() -> None:
+    """Two programs by turns: what is not the pace is the program's own in the end."""
+    table = known({AR: 1e-2, SPECULATIVE: 3e-2})
+    for _ in range(40):
+        table.observe(AR, 25 * 2e-2, 25)
+        table.observe(SPECULATIVE, 8 * 3e-2, 8)
+    ar_s, speculative_s = map(table.round_seconds, (AR, SPECULATIVE))
+    assert ar_s and speculative_s
+    assert speculative_s / ar_s == pytest.approx(1.5, rel=0.15)
 
 
 def test_rows_between_readings_are_on_a_power_law() -> None:

@@ -215,11 +215,34 @@ def test_rounds_may_be_measured_as_a_whole() -> None:
     for program in (Program(2, 512, 4), Program(32, 2048, 8), Program(64, 256, 0)):
         wanted = ROOFLINE.round_seconds(program)
         assert costs.round_seconds(program) == pytest.approx(wanted, rel=0.05)
-    one, two, four, six, eight = (
-        costs.round_seconds(Program(4, 512, gamma)) for gamma in (1, 2, 4, 6, 8)
+    one, two, four, six, eight, ten = (
+        costs.round_seconds(Program(4, 512, gamma)) for gamma in (1, 2, 4, 6, 8, 10)
     )
     assert six == pytest.approx((four + eight) / 2)
+    assert ten == pytest.approx(eight + (eight - four) / 2)
+    assert one == pytest.approx(two - (four - two) / 2)
     assert costs.round_seconds(Program(4, 512, 0)) < one < two
+
+
+def test_rounds_of_one_gamma_are_on_the_line_to_a_step() -> None:
+    costs = PassCosts([r for r in as_rounds() if r.gamma in (0, 4)])
+    none, two, four, eight = (
+        costs.round_seconds(Program(4, 512, gamma)) for gamma in (0, 2, 4, 8)
+    )
+    assert two == pytest.approx((none + four) / 2)
+    assert eight == pytest.approx(four + (four - none))
+
+
+def test_no_round_is_cheaper_than_a_step() -> None:
+    """Whatever the noise of two readings says of a shorter draft."""
+    costs = PassCosts(
+        [
+            Reading("target", 4, 512, 0, 1.0),
+            Reading("round", 4, 512, 4, 1.5),
+            Reading("round", 4, 512, 8, 9.0),
+        ]
+    )
+    assert costs.round_seconds(Program(4, 512, 2)) == pytest.approx(1.0)
 
 
 def test_a_roofline_is_found_from_rounds() -> None:
