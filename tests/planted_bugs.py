@@ -325,8 +325,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "a stall weighs by its length",
         "er_jax/costs.py",
-        "math.exp(-num_rounds * known / MEMORY_S)",
-        "math.exp(-seconds / MEMORY_S)",
+        "expected_s = num_rounds * known * self.pace",
+        "expected_s = seconds",
         ("tests/test_costs.py::test_a_stall_counts_at_most_twice_what_was_known",),
     ),
     PlantedBug(
