@@ -216,6 +216,7 @@ def slowed(
         if (usual := watched.before.get(program))
     ]
     after = notes[onset:]
+    seconds = [moment.duration_s for moment in out.stats.timeline[-len(after) :]]
     level = statistics.median(reading for reading, _ in after)
     wanted = 1 + FOLLOWED_SHARE * (level - 1)
     followed = [i for i, (_, known) in enumerate(after) if known >= wanted]
@@ -225,6 +226,7 @@ def slowed(
         "windows_after": len(after),
         "slowed_to": level,
         "windows_to_follow": followed[0] + 1 if followed else None,
+        "seconds_to_follow": sum(seconds[: followed[0] + 1]) if followed else None,
         "readings_after": [reading for reading, _ in after],
         "known_after": [known for _, known in after],
         "tokens_by_gamma": out.stats.tokens,
@@ -274,7 +276,8 @@ def lines(point: Mapping[str, Any]) -> str:
     return (
         f"{point['preset']}: slowed to {point['slowed_to']:.2f} times the usual "
         f"seconds; the table is {100 * FOLLOWED_SHARE:.0f} % of the way after "
-        f"{point['windows_to_follow']} of {point['windows_after']} windows; {tokens}"
+        f"{point['windows_to_follow']} of {point['windows_after']} windows, "
+        f"{point['seconds_to_follow'] or 0:.2f} s; {tokens}"
     )
 
 
@@ -293,7 +296,7 @@ def rows_of(
         else:
             said = (
                 f"rounds take {p['slowed_to']:.2f} times as long; followed after "
-                f"{p['windows_to_follow']} windows"
+                f"{p['windows_to_follow']} windows, {p['seconds_to_follow']:.2f} s"
             )
         wrong = len(p["agreement"]["unexplained"])
         rows.append((p["preset"], p["rows"], p["part"], said, wrong))

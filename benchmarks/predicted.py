@@ -11,9 +11,9 @@ number of rows and cache length, the draft length that the controller chooses by
 against the one that is fastest when every one is timed. *rollouts*: the scheduler and
 the controller themselves run on a simulated engine, whose rounds take what the table
 says and whose rows end where those of the policy do; against the seconds of the real
-engine. Prefills are priced by timing one, and so is a rollout of a single token, which
-is taken for what every rollout takes beside. Left out of a prediction, and not of what
-it is compared with: other host work, and moves of rows.
+engine. Prefills are priced by timing one; what a rollout and each window take beside,
+by completions of a single token. Left out of a prediction, and not of what it is
+compared with: moves of rows.
 """
 
 from __future__ import annotations
@@ -444,8 +444,10 @@ def time_admission(subject: Subject, request: Request) -> Callable[[int], float]
     return lambda chunks: chunks * min(readings[1:]) / num_chunks
 
 
-def predict(subject: Subject, shape: Shape, control: str, out: er_jax.Rollout) -> float:
-    """Return the seconds of a rollout whose completions have these lengths."""
+def predict(
+    subject: Subject, shape: Shape, control: str, out: er_jax.Rollout
+) -> tuple[float, int]:
+    """Return seconds and windows of a rollout whose completions have these lengths."""
     config = subject.config(shape, control)
     arrays = [np.asarray(prompt, np.int32) for prompt in subject.prompts_of(shape)]
     request = request_of(arrays, out.sequence_ids, config)
@@ -457,14 +459,11 @@ def predict(subject: Subject, shape: Shape, control: str, out: er_jax.Rollout) -
         subject.engine.rounds_per_test,
     )
     controller = subject.controller(control)
-    if control == "best":
-        # The second time, acceptance is known, as it was when the real one was timed.
-        for _ in range(2):
-            simulated.seconds = 0.0
-            simulate(simulated, request, controller)
-    else:
-        simulate(simulated, request, controller)
-    return simulated.seconds
+    # The second time, acceptance is known, as it was when the real one was timed.
+    for _ in range(2):
+        simulated.seconds = 0.0
+        stats = simulate(simulated, request, controller)
+    return simulated.seconds, len(stats.timeline)
 
 
 def simulate(
@@ -484,13 +483,27 @@ def simulate(
     return stats
 
 
+def time_beside(subject: Subject) -> tuple[float, float]:
+    """Return what a rollout, and each of its windows, take beside rounds and prefills.
+
+    From one completion of a single token, and from nine one after the other.
+    """
+    seconds, windows = [], []
+    for num_prompts in (1, 9):
+        shape = Shape(num_prompts, 1, 1, 1)
+        controller = subject.controller("ar")
+        runs = [subject.run(shape, "ar", controller) for _ in range(10)]
+        rounds_s, num_windows = predict(subject, shape, "ar", runs[-1][0])
+        seconds.append(min(taken for _, taken in runs) - rounds_s)
+        windows.append(num_windows)
+    window_s = (seconds[1] - seconds[0]) / (windows[1] - windows[0])
+    return seconds[0] - windows[0] * window_s, window_s
+
+
 def measure_rollouts(subject: Subject, args: Args) -> list[dict[str, Any]]:
     """Return predicted and measured seconds of rollouts of all shapes and controls."""
     shapes = subject.shapes[::4] if args.quick else subject.shapes
-    # What a rollout takes beside its rounds and prefills, from one of a single token.
-    single = Shape(1, 1, 1, 1)
-    controller = subject.controller("ar")
-    beside_s = min(subject.run(single, "ar", controller)[1] for _ in range(10))
+    rollout_s, window_s = time_beside(subject)
     found = []
     cases = list(itertools.product(shapes, CONTROLS))
     for shape, control in tqdm(cases, desc="rollouts", unit="rollout"):
@@ -500,7 +513,8 @@ def measure_rollouts(subject: Subject, args: Args) -> list[dict[str, Any]]:
             if not out.stats.compiled:
                 break
             out, _ = subject.run(shape, control, controller)
-        predicted = beside_s + predict(subject, shape, control, out)
+        rounds_s, num_windows = predict(subject, shape, control, out)
+        predicted = rollout_s + num_windows * window_s + rounds_s
         seconds = []
         for _ in range(args.repeats):
             out, taken = subject.run(shape, control, controller)
@@ -514,6 +528,8 @@ def measure_rollouts(subject: Subject, args: Args) -> list[dict[str, Any]]:
                 "tokens": int(out.lengths.sum()),
                 "tokens_by_gamma": out.stats.tokens,
                 "predicted_s": predicted,
+                "predicted_windows": num_windows,
+                "num_windows": len(out.stats.timeline),
                 "seconds": measured,
                 "windows_share": steady["windows"] / sum(steady.values()),
                 "error": predicted / measured["median"] - 1,

@@ -37,11 +37,11 @@ DRAFT_SHARE = 0.5
 MEMORY_S = 1.0
 
 # A program that is well known and takes this many times what it did, or this part of
-# it, has not changed: the machine has, for all of them. Its pace is followed faster,
-# until readings are as expected again, but for a part that is taken for the program's
-# own.
+# it, has not changed: the machine has, for all of them. Each window brings its pace so
+# far along, until readings are as expected again; no choice between programs is wrong
+# for a pace that is. A part of the change is taken for the program's own.
 SURPRISE, SETTLED = 1.25, 1.05
-PACE_MEMORY_S = 0.5
+PACE_SHARE = 0.5
 OWN_SHARE = 0.2
 
 # Predictions stand until a measured program has moved by more than this share: dozens
@@ -108,8 +108,7 @@ class LatencyTable:
             self._kept_rounds = 0
             return
         # Of the seconds that were to be expected: a stall does not weigh by its length.
-        expected_s = num_rounds * known * self.pace
-        weight = 1 - math.exp(-expected_s / MEMORY_S)
+        weight = 1 - math.exp(-num_rounds * known * self.pace / MEMORY_S)
         is_trusted = self._doubt(program) <= 0
         if program in self.rounds:
             self.rounds[program] += num_rounds
@@ -119,8 +118,7 @@ class LatencyTable:
             usual = SETTLED if self._is_changing else SURPRISE
             self._is_changing = not 1 / usual <= reading / known <= usual
         if is_trusted and self._is_changing:
-            share = 1 - math.exp(-expected_s / PACE_MEMORY_S)
-            self.pace *= (reading / known) ** share
+            self.pace *= (reading / known) ** PACE_SHARE
             weight *= OWN_SHARE
         now = known + weight * (reading - known)
         self.seconds[program] = now

@@ -14,6 +14,7 @@ Source: the three equations, EfficientRollout (arXiv 2606.18967), section 3.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -221,10 +222,9 @@ class PassCosts:
     def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
         """Return the seconds of one pass, or of a round that was measured as one.
 
-        Between measured gammas it is linear, and beyond them it goes on as the nearest
-        two do; a draft pass costs what the nearest does. A verification of one position
-        is a target pass. A round is one and gamma drafts: where only one gamma was
-        measured, rounds are on the line to a target pass, and nowhere below one.
+        Between measured gammas it is linear, a verification of one position being a
+        target pass; beyond them it goes on as the last two do, and a draft pass costs
+        what the nearest does. For rounds see `_round_pass`.
 
         Args:
           kind: of pass. rows: of the batch. length: positions read per row.
@@ -234,26 +234,65 @@ class PassCosts:
         """
         if kind == "target":
             return self.surfaces["target", 0].seconds(rows, length)
-        if (kind, gamma) in self.surfaces:
-            return self.surfaces[kind, gamma].seconds(rows, length)
         known = self.gammas(kind)
         if not known:
             raise ValueError(f"no {kind} was measured; give readings of it")
+        if kind == "round":
+            return self._round_pass(rows, length, gamma)
+        if gamma in known:
+            return self.surfaces[kind, gamma].seconds(rows, length)
         seconds = [self.surfaces[kind, g].seconds(rows, length) for g in known]
-        if kind != "draft":
+        if kind == "verify":
             target = self.surfaces["target", 0].seconds(rows, length)
-            if kind == "verify" or len(known) == 1:
-                known, seconds = [0, *known], [target, *seconds]
             # More positions never cost less, whatever the noise of the readings.
-            seconds = np.maximum.accumulate([target, *seconds])[1:].tolist()
-            for outside, (i, j) in (
-                (gamma > known[-1], (-1, -2)),
-                (gamma < known[0], (0, 1)),
-            ):
-                if outside:
-                    slope = (seconds[i] - seconds[j]) / (known[i] - known[j])
-                    return max(seconds[i] + slope * (gamma - known[i]), target)
+            rising = np.maximum.accumulate([target, *seconds]).tolist()
+            return _on_line(dict(zip([0, *known], rising, strict=True)), gamma)
         return float(np.interp(gamma, known, seconds))
+
+    def _round_pass(self, rows: int, length: int, gamma: int) -> float:
+        """Return the seconds of a round that was measured as one.
+
+        Gammas that were measured as often as any have surfaces. Of the others it is
+        known what part of a round's seconds beyond a target pass they take, beside one
+        of those: a few readings tell that well, and nothing of how rounds grow. Gammas
+        without readings are on the line of those parts; where only one gamma has any,
+        on the line to a target pass. No round is cheaper than that.
+        """
+        target = self.surfaces["target", 0].seconds(rows, length)
+        whole, parts = self._rounds
+        seconds = {g: self.surfaces["round", g].seconds(rows, length) for g in whole}
+        if gamma in seconds:
+            return seconds[gamma]
+        beyond = max(seconds[whole[0]] - target, 0.0)
+        known = {g: seconds[g] - target for g in whole}
+        known |= {g: part * beyond for g, part in parts.items()}
+        if len(known) == 1:
+            known[0] = 0.0
+        return target + max(_on_line(known, gamma), 0.0)
+
+    @functools.cached_property
+    def _rounds(self) -> tuple[list[int], dict[int, float]]:
+        """Return the gammas measured most often, and the parts that others take."""
+        found: dict[int, dict[Cell, float]] = {}
+        for reading in self.readings:
+            if reading.kind in ("round", "target"):
+                cell = Cell(reading.rows, reading.length)
+                found.setdefault(reading.gamma, {})[cell] = reading.seconds
+        targets = found.pop(0)
+        most = max(map(len, found.values()))
+        whole = [gamma for gamma in sorted(found) if len(found[gamma]) == most]
+        parts = {}
+        for gamma in found.keys() - set(whole):
+            beyond = []
+            for cell, seconds in found[gamma].items():
+                target = targets.get(cell, self.pass_seconds("target", *cell))
+                surface = self.surfaces["round", whole[0]]
+                other = found[whole[0]].get(cell, surface.seconds(*cell)) - target
+                if other > 0:
+                    beyond.append((seconds - target) / other)
+            # Where nothing tells, in proportion.
+            parts[gamma] = float(np.median(beyond or [gamma / whole[0]]))
+        return whole, parts
 
     def round_seconds(self, program: Program) -> float:
         """Return the seconds of a whole round, drafts and verification.
@@ -263,6 +302,16 @@ class PassCosts:
         if program.gamma and self.gammas("round"):
             return self.pass_seconds("round", *program)
         return seconds_of_passes(self, program)
+
+
+def _on_line(points: Mapping[int, float], x: int) -> float:
+    """Interpolate two points or more, and go on beyond as the nearest two do."""
+    at = sorted(points)
+    if at[0] <= x <= at[-1]:
+        return float(np.interp(x, at, [points[place] for place in at]))
+    near, next_ = (at[0], at[1]) if x < at[0] else (at[-1], at[-2])
+    slope = (points[near] - points[next_]) / (near - next_)
+    return points[near] + slope * (x - near)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -325,8 +325,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "a stall weighs by its length",
         "er_jax/costs.py",
-        "expected_s = num_rounds * known * self.pace",
-        "expected_s = seconds",
+        "math.exp(-num_rounds * known * self.pace / MEMORY_S)",
+        "math.exp(-seconds / MEMORY_S)",
         ("tests/test_costs.py::test_a_stall_counts_at_most_twice_what_was_known",),
     ),
     PlantedBug(

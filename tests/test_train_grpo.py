@@ -95,10 +95,16 @@ def test_any_file_of_problems(tmp_path):
 
 
 def start(out, *args):
+    """Start a run; those of one test compile their programs once between them."""
     command = [sys.executable, "-m", "train.grpo", "tiny", "--out", str(out)]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [*command, "--steps", "40", "--save-every", "4", *args],
         cwd=ROOT,
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
