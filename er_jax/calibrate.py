@@ -35,7 +35,7 @@ from er_jax.costs import LatencyTable
 from er_jax.drafter import PolicyParams
 from er_jax.engine import Engine, signature
 from er_jax.figures import new_figure
-from er_jax.pass_costs import Cell, PassCosts, Reading
+from er_jax.pass_costs import Cell, PassCosts
 from er_jax.types import NONE, DecodeState, LogprobKind, Program, Sampling
 
 # Seconds of rounds behind one reading, and readings per program; the least is taken,
@@ -266,7 +266,9 @@ def survey(
     which it is least certain on which side of 1 its speed-up is: the farther from what
     was measured, and the nearer to 1, the less. When all is known of that, or half of
     the time is spent, the longest and the shortest draft where the middling one pays,
-    or nearly: the others lie on a line, see `PassCosts.pass_seconds`.
+    or nearly: the others lie on a line, see `PassCosts.pass_seconds`. In the time that
+    is left all are measured again, and the lesser seconds stand: other work on the
+    machine lasts for longer than a reading does.
 
     Args:
       round_s: times a program; see `measure_round`. rows, lengths: the grid.
@@ -286,7 +288,7 @@ def survey(
         )
     grid = [Cell(*cell) for cell in itertools.product(sorted(rows), sorted(lengths))]
     middle = min(drafting, key=lambda gamma: abs(gamma - 4))
-    begin_s, readings = spent_s(), list[Reading]()
+    begin_s, measured = spent_s(), dict[Program, float]()
     bar = tqdm(
         total=budget_s,
         desc="calibration",
@@ -299,15 +301,19 @@ def survey(
         return spent_s() - begin_s >= share * budget_s
 
     def measure(cell: Cell, gamma: int) -> None:
-        seconds = round_s(Program(*cell, gamma))
-        kind = "round" if gamma else "target"
-        readings.append(Reading(kind, *cell, gamma, seconds))  # type: ignore[arg-type]
+        program = Program(*cell, gamma)
+        seconds = round_s(program)
+        measured[program] = min(seconds, measured.get(program, seconds))
         bar.n = min(spent_s() - begin_s, budget_s)
-        bar.set_postfix_str(f"{len(readings)} readings", refresh=True)
+        bar.set_postfix_str(f"{len(measured)} programs", refresh=True)
+
+    def fit() -> PassCosts:
+        table = LatencyTable(seconds=measured)
+        return PassCosts(table.readings())
 
     def uncertainty(cell: Cell, fitted: PassCosts) -> float:
         """How far the speed-up may be on the other side of 1; 0 or less if never."""
-        known = {Cell(r.rows, r.length) for r in readings if r.kind == "round"}
+        known = {Cell(p.rows, p.cache_length) for p in measured if p.gamma}
         octaves = min(
             abs(math.log2(cell.rows / other.rows))
             + abs(math.log2(cell.length / other.length))
@@ -326,13 +332,13 @@ def survey(
         ]
         for cell in corners:
             # One pair at least, or there is nothing to say.
-            if readings and is_over():
+            if measured and is_over():
                 break
             measure(cell, 0)
             measure(cell, middle)
         is_complete = False
         while not is_over(0.5):
-            fitted = PassCosts(readings)
+            fitted = fit()
             doubts = {cell: uncertainty(cell, fitted) for cell in grid}
             cell = max(grid, key=doubts.__getitem__)
             if doubts[cell] <= 0:
@@ -340,8 +346,8 @@ def survey(
                 break
             measure(cell, 0)
             measure(cell, middle)
-        fitted = PassCosts(readings)
-        known = dict.fromkeys(Cell(r.rows, r.length) for r in readings)
+        fitted = fit()
+        known = dict.fromkeys(Cell(p.rows, p.cache_length) for p in measured)
         ups = {cell: speed_up(fitted, cell, keep_prob) for cell in known}
         others = {drafting[-1], drafting[0]} - {middle}
         near = sorted((c for c in known if ups[c] >= NEARLY), key=ups.__getitem__)
@@ -350,7 +356,11 @@ def survey(
                 is_complete = False
                 break
             measure(cell, gamma)
-    return Survey(PassCosts(readings), is_complete, spent_s() - begin_s)
+        for rows_, length, gamma in list(measured):
+            if is_over():
+                break
+            measure(Cell(rows_, length), gamma)
+    return Survey(fit(), is_complete, spent_s() - begin_s)
 
 
 def plot_speed_up(
