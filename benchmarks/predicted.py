@@ -428,7 +428,7 @@ def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
 def time_admission(subject: Subject, request: Request) -> Callable[[int], float]:
     """Return seconds by number of chunks prefilled, from filling all slots."""
     readings = []
-    for _ in range(4):
+    for _ in range(6):
         batch = Batch(
             subject.engine,
             subject.params,
@@ -445,7 +445,7 @@ def time_admission(subject: Subject, request: Request) -> Callable[[int], float]
         readings.append(time.perf_counter() - start)
         num_chunks = -(-batch.stats.num_prefilled // request.chunk)
     # The first may compile.
-    return lambda chunks: chunks * min(readings[1:]) / num_chunks
+    return lambda chunks: chunks * float(np.median(readings[1:])) / num_chunks
 
 
 def predict(
@@ -487,18 +487,20 @@ def simulate(
     return stats
 
 
-def time_beside(subject: Subject) -> tuple[float, float]:
+def time_beside(subject: Subject, slots: int) -> tuple[float, float]:
     """Return what a rollout, and each of its windows, take beside rounds and prefills.
 
-    From one completion of a single token, and from nine one after the other.
+    From completions of a single token: of one prompt, as many as there are slots, and
+    of nine prompts. A window's part is more than the host's: after a prefill weights
+    and cache come from farther away.
     """
     seconds, windows = [], []
     for num_prompts in (1, 9):
-        shape = Shape(num_prompts, 1, 1, 1)
+        shape = Shape(num_prompts, slots, slots, 1)
         controller = subject.controller("ar")
         runs = [subject.run(shape, "ar", controller) for _ in range(10)]
         rounds_s, num_windows = predict(subject, shape, "ar", runs[-1][0])
-        seconds.append(min(taken for _, taken in runs) - rounds_s)
+        seconds.append(float(np.median([taken for _, taken in runs])) - rounds_s)
         windows.append(num_windows)
     window_s = (seconds[1] - seconds[0]) / (windows[1] - windows[0])
     return seconds[0] - windows[0] * window_s, window_s
@@ -507,7 +509,7 @@ def time_beside(subject: Subject) -> tuple[float, float]:
 def measure_rollouts(subject: Subject, args: Args) -> list[dict[str, Any]]:
     """Return predicted and measured seconds of rollouts of all shapes and controls."""
     shapes = subject.shapes[::4] if args.quick else subject.shapes
-    rollout_s, window_s = time_beside(subject)
+    beside = {slots: time_beside(subject, slots) for slots in {s.slots for s in shapes}}
     found = []
     cases = list(itertools.product(shapes, CONTROLS))
     for shape, control in tqdm(cases, desc="rollouts", unit="rollout"):
@@ -518,6 +520,7 @@ def measure_rollouts(subject: Subject, args: Args) -> list[dict[str, Any]]:
                 break
             out, _ = subject.run(shape, control, controller)
         rounds_s, num_windows = predict(subject, shape, control, out)
+        rollout_s, window_s = beside[shape.slots]
         predicted = rollout_s + num_windows * window_s + rounds_s
         seconds = []
         for _ in range(args.repeats):

@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import acceptance, measure, published
+from benchmarks import acceptance, disturbed, measure, predicted, published
 
 README = measure.ROOT / "benchmarks" / "README.md"
 MARKER = "<!-- Below: written by `python -m benchmarks.report` from results/*.json. -->"
@@ -188,6 +188,14 @@ def section(record: Mapping[str, Any]) -> str:
         parts.append(markdown(*published.control_rows(record["controls"])))
     if record["benchmark"] == "acceptance":
         parts.append(markdown(*acceptance.rows_of(points)))
+    if record["benchmark"] == "predicted":
+        for point in points:
+            parts.append(f"{point['preset']}, {point['dtype']}:")
+            parts += [predicted.summary(point)]
+            parts.append(markdown(*predicted.cell_rows(point)))
+            parts.append(markdown(*predicted.rollout_rows(point)))
+    if record["benchmark"] == "disturbed":
+        parts.append(markdown(*disturbed.rows_of(points)))
     for check in record.get("checks", ()):
         parts.append(
             f"Against the CPU, {check['dtype']}: logits differ by at most "
