@@ -206,9 +206,6 @@ def study(args: Args) -> Iterator[dict[str, Any]]:
     forms = formats()[::7] if args.quick else formats()
     for label, step in (("after the warm-up", 0), ("trained", None)):
         policy, params, tokenizer = checkpoints.load_policy(args.run, step=step)
-        # Bound to no device: compiled programs refuse 4-bit codes that are, by a layout
-        # that JAX itself gave them.
-        params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
         if problems_of is None:
             path = args.run / "data" / "eval.jsonl"
             problems_of = tasks.read_jsonl(path, tokenizer)[: 8 if args.quick else None]

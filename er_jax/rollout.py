@@ -475,13 +475,29 @@ def _with_draft(
     stats: RolloutStats,
 ) -> PolicyParams:
     if isinstance(params, PolicyParams):
-        return params
+        return _unbound(params)
     if not max(controller.gammas):
         return PolicyParams(policy=params, draft=None)
     with stats.timed("draft refresh", lambda: programs.compile_s):
         pair = programs.attach_draft(params, config.drafter)
         jax.block_until_ready(pair.draft)
     return pair
+
+
+def _unbound(params: PolicyParams) -> PolicyParams:
+    """Return a draft whose 4-bit codes are bound to no device, on CPU.
+
+    There compiled programs refuse codes that are, as those of restored parameters are:
+    they ask for a layout that JAX gives no array on a CPU.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+
+    def leaf(x: jax.Array) -> jax.Array:
+        is_bound = x.dtype in (jnp.int4, jnp.uint4) and x.committed
+        return jnp.asarray(np.asarray(x)) if is_bound else x
+
+    return dataclasses.replace(params, draft=jax.tree.map(leaf, params.draft))
 
 
 def _settings(config: RolloutConfig, key: jax.Array) -> Sampling:

@@ -547,3 +547,14 @@ def test_a_broken_draft_costs_no_token() -> None:
     ]
     assert rows(runs[0]) == rows(runs[1])
     assert runs[0].stats.keep_rate(2) > 0.9 > runs[1].stats.keep_rate(2)
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_parameters_bound_to_a_device_may_have_a_draft_of_4_bits(
+    params: Any, act_bits: int
+) -> None:
+    """As those are that a checkpoint was restored to."""
+    bound = jax.device_put(params, jax.devices()[0])
+    drafter = er_jax.DrafterConfig(bits=4, act_bits=act_bits)  # type: ignore[arg-type]
+    out = sample(er_jax.attach_draft(bound, drafter), control="fixed:2")
+    assert rows(out) == rows(sample(params))
