@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from benchmarks import measure, workloads
 from benchmarks.rollout import SIZES, Runner, Task, planned_task
 from benchmarks.rollout import Args as RolloutArgs
 from er_jax import Controller, PolicyParams, Rollout, engine
+from er_jax.costs import LatencyTable
 from er_jax.types import Program
 
 # Followed, when the table has gone this share of the way to the new level.
@@ -143,30 +145,20 @@ def with_noise(
     }
 
 
-class Watched(Controller):
-    """A controller that notes what every window took, and what its table says then."""
+class WatchedTable(LatencyTable):
+    """A table that notes what every window took, and what it says itself then."""
 
-    def __init__(self, source: Controller, patience: float) -> None:
-        super().__init__(source.control, source.gammas, patience=patience)
-        self.load_state_dict(source.state_dict())
-        self.before = {p: self.table.round_seconds(p) for p in self.table.seconds}
-        self.notes: list[tuple[Program, float, float]] = []
-
-    def observe(
-        self,
-        program: Program,
-        num_rounds: int,
-        emitted: np.ndarray,
-        seconds: float,
-        accepted: np.ndarray | None = None,
-        live: int = 0,
-    ) -> None:
+    def observe(self, program: Program, seconds: float, num_rounds: int) -> None:
         """Learn, and note: program, seconds per round, the table's of them."""
-        super().observe(program, num_rounds, emitted, seconds, accepted, live)
-        if num_rounds:
-            known_s = self.table.round_seconds(program)
-            assert known_s is not None
+        super().observe(program, seconds, num_rounds)
+        known_s = self.round_seconds(program)
+        if num_rounds and known_s is not None:
             self.notes.append((program, seconds / num_rounds, known_s))
+
+    @functools.cached_property
+    def notes(self) -> list[tuple[Program, float, float]]:
+        """All notes, in order."""
+        return []
 
 
 @contextlib.contextmanager
@@ -186,7 +178,12 @@ def slowed(
 ) -> dict[str, Any]:
     """Return how the table follows when every core gets other work half-way."""
     runner = Runner(task, "best", RolloutArgs(gammas=args.gammas))
-    watched = Watched(runners["best"].controller, patience)
+    controller = copied(runners["best"].controller, patience)
+    table = controller.table
+    before = {program: table.round_seconds(program) for program in table.seconds}
+    controller.table = watched = WatchedTable(
+        table.seconds, table.rounds, table.passes, table.pace
+    )
     onset, ended = 0, 0
 
     with busy_processes() as processes:
@@ -206,14 +203,14 @@ def slowed(
             task.prompts,
             key=task.key,
             config=runner.config,
-            controller=watched,
+            controller=controller,
             on_finish=on_finish,
         )
     # In units of what each program took before.
     notes = [
         (reading / usual, known / usual)
         for program, reading, known in watched.notes
-        if (usual := watched.before.get(program))
+        if (usual := before.get(program))
     ]
     after = notes[onset:]
     seconds = [moment.duration_s for moment in out.stats.timeline[-len(after) :]]
@@ -294,10 +291,13 @@ def rows_of(
                 f"controller {100 * (new['median'] - 1):+.1f} %"
             )
         else:
-            said = (
-                f"rounds take {p['slowed_to']:.2f} times as long; followed after "
-                f"{p['windows_to_follow']} windows, {p['seconds_to_follow']:.2f} s"
-            )
+            followed = "not followed"
+            if p["windows_to_follow"] is not None:
+                followed = (
+                    f"followed after {p['windows_to_follow']} windows, "
+                    f"{p['seconds_to_follow']:.2f} s"
+                )
+            said = f"rounds take {p['slowed_to']:.2f} times as long; {followed}"
         wrong = len(p["agreement"]["unexplained"])
         rows.append((p["preset"], p["rows"], p["part"], said, wrong))
     return ("decoder", "slots", "disturbance", "found", "wrong tokens"), rows

@@ -265,7 +265,7 @@ class SimulatedEngine:
 class Subject:
     """The policy that is predicted, and what was learnt of it beforehand.
 
-    prompts: of a trained policy; None where they are planned. costs: from the survey.
+    prompts: of a trained policy; None where they are planned. survey: of its costs.
     keep_probs: by depth, from a rollout that always drafted.
     """
 
@@ -276,10 +276,14 @@ class Subject:
     dtype: str
     shapes: tuple[Shape, ...]
     engine: Engine
-    costs: LatencyTable
     survey: calibrate.Survey
     keep_probs: np.ndarray
     gammas: tuple[int, ...]
+
+    @functools.cached_property
+    def costs(self) -> LatencyTable:
+        """What the survey says."""
+        return LatencyTable(passes=self.survey.costs)
 
     def controller(self, control: str) -> Controller:
         """Return a controller that knows what the survey does, and compiles at once."""
@@ -352,21 +356,19 @@ def prepare(args: Args) -> Subject:
     loaded = load(args.subject)
     engine = engines.engine_for(loaded["policy"], loaded["params"], "coupled")
     pair = engine.attach_draft(loaded.pop("params"), er_jax.DrafterConfig())
-    start_s, compiled_s = time.perf_counter(), engine.compile_s
-    survey = calibrate.survey(
-        lambda program: calibrate.measure_round(engine, pair, program),
+    survey = calibrate.survey_engine(
+        engine,
+        pair,
         args.rows,
         args.lengths,
         args.gammas,
         budget_s=args.budget,
-        spent_s=lambda: time.perf_counter() - start_s - (engine.compile_s - compiled_s),
         progress=True,
     )
     longest = max(args.gammas)
     subject = Subject(
         params=pair,
         engine=engine,
-        costs=LatencyTable(passes=survey.costs),
         survey=survey,
         keep_probs=np.ones(longest),
         gammas=tuple(sorted(args.gammas)),

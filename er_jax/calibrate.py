@@ -6,8 +6,8 @@ drafting does not pay with one row, where it is bound by memory most, it pays no
 What rollouts learn from there on is kept on disk, for the next process to begin with.
 
 *Survey.* On purpose, ahead of time: rounds at some cells of a grid of rows and lengths,
-next always where it is least certain whether speculation pays, until that is known or
-the time is spent (`er-jax calibrate`).
+next always where it is least certain whether speculation pays, until that and the cost
+of other drafts are known or the time is spent (`er-jax calibrate`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import platform
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -134,17 +135,26 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def cache_path(about: Mapping[str, str]) -> Path | None:
-    """Return where costs of such a device and policy are kept between processes.
+def cache_directory() -> Path | None:
+    """Return where costs are kept between processes.
 
     In the directory named by `ER_JAX_CACHE`, else in the user's cache directory; None
-    where that variable is set to nothing. Versions are not part of the name, so what an
-    older one measured is found, refused and replaced.
+    where that variable is set to nothing.
     """
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     place = os.environ.get(CACHE_VARIABLE, str(Path(caches, "er_jax")))
+    return Path(place) if place else None
+
+
+def cache_path(about: Mapping[str, str]) -> Path | None:
+    """Return the file for costs of such a device and policy, None if none are kept.
+
+    Versions are not part of its name, so what an older one measured is found, refused
+    and replaced.
+    """
+    directory = cache_directory()
     named = [about[name] for name in about if name not in ("jax", "er_jax")]
-    return Path(place) / f"costs-{_digest(named)}.json" if place else None
+    return directory / f"costs-{_digest(named)}.json" if directory else None
 
 
 def prepare(
@@ -195,12 +205,13 @@ def remember(engine: Engine, params: PolicyParams, controller: Controller) -> No
     Warns:
       RuntimeWarning: it cannot be written.
     """
-    if len(controller.gammas) < 2 or not controller.table.is_news:
+    # Asked after every rollout: what names the file is only found if there is one.
+    is_kept = cache_directory() is not None and len(controller.gammas) > 1
+    if not is_kept or not controller.table.is_news:
         return
     about = conditions(engine, params)
     path = cache_path(about)
-    if path is None:
-        return
+    assert path is not None
     try:
         controller.table.save(path, about)
     except OSError as error:
@@ -224,9 +235,10 @@ NEARLY = 0.9
 class Survey:
     """What a survey found.
 
-    costs: fitted to its readings. is_complete: whether it is known of every cell if
-      speculation pays there; else the time was spent. spent_s: seconds of measuring,
-      compilation not counted.
+    costs: fitted to its readings, one for each program. is_complete: whether it is
+      known of every cell if speculation pays there, and where it does what other drafts
+      cost; else the time was spent. spent_s: seconds of measuring, compilation not
+      counted.
     """
 
     costs: PassCosts
@@ -356,11 +368,40 @@ def survey(
                 is_complete = False
                 break
             measure(cell, gamma)
-        for rows_, length, gamma in list(measured):
+        for program in list(measured):
             if is_over():
                 break
-            measure(Cell(rows_, length), gamma)
+            measure(Cell(program.rows, program.cache_length), program.gamma)
     return Survey(fit(), is_complete, spent_s() - begin_s)
+
+
+def survey_engine(
+    engine: Engine,
+    params: PolicyParams,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    gammas: Sequence[int],
+    *,
+    keep_prob: float = PRIOR_KEEP,
+    budget_s: float = 20.0,
+    progress: bool = False,
+) -> Survey:
+    """Survey the rounds of an engine on this device; arguments as for `survey`."""
+    start_s, compiled_s = time.perf_counter(), engine.compile_s
+
+    def spent_s() -> float:
+        return time.perf_counter() - start_s - (engine.compile_s - compiled_s)
+
+    return survey(
+        lambda program: measure_round(engine, params, program),
+        rows,
+        lengths,
+        gammas,
+        keep_prob=keep_prob,
+        budget_s=budget_s,
+        spent_s=spent_s,
+        progress=progress,
+    )
 
 
 def plot_speed_up(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,20 +68,14 @@ class Calibrate:
         rows = [1 << i for i in range(self.slots.bit_length()) if 1 << i < self.slots]
         rows.append(self.slots)
         lengths = sorted({max(self.max_length >> i, 64) for i in range(3)})
-        start_s, compiled_s = time.perf_counter(), engine.compile_s
-
-        def spent_s() -> float:
-            compiling_s = engine.compile_s - compiled_s
-            return time.perf_counter() - start_s - compiling_s
-
-        found = calibrate.survey(
-            lambda program: calibrate.measure_round(engine, pair, program),
+        found = calibrate.survey_engine(
+            engine,
+            pair,
             rows,
             lengths,
             self.gammas,
             keep_prob=self.keep,
             budget_s=self.budget,
-            spent_s=spent_s,
             progress=sys.stderr.isatty(),
         )
         about = calibrate.conditions(engine, pair)

@@ -404,7 +404,12 @@ def _power_of_two(size: int, least: int) -> int:
 def request_of(
     prompts: list[np.ndarray], sequence_ids: np.ndarray, config: RolloutConfig
 ) -> Request:
-    """Round sizes up to buckets, so that other prompts meet the same programs."""
+    """Round sizes up to buckets, so that other prompts meet the same programs.
+
+    Args:
+      prompts: int32 `[length]` each. sequence_ids: `[len(prompts) * n]`.
+      config: how to sample.
+    """
     distinct: dict[bytes, int] = {}
     prompt_of = np.repeat(
         [distinct.setdefault(p.tobytes(), len(distinct)) for p in prompts], config.n
@@ -494,7 +499,7 @@ def _unbound(params: PolicyParams) -> PolicyParams:
         return params
 
     def leaf(x: jax.Array) -> jax.Array:
-        is_bound = x.dtype in (jnp.int4, jnp.uint4) and x.committed
+        is_bound = isinstance(x, jax.Array) and x.dtype == jnp.int4 and x.committed
         return jnp.asarray(np.asarray(x)) if is_bound else x
 
     return dataclasses.replace(params, draft=jax.tree.map(leaf, params.draft))

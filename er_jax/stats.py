@@ -160,6 +160,7 @@ class RolloutStats:
           ImportError: matplotlib is missing; install the extra `plot`.
         """
         figure = new_figure(8, 3.5)
+        # Only now: where matplotlib is missing, the line above has said what to do.
         from matplotlib.patches import Patch
 
         axes = figure.subplots()
