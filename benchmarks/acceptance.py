@@ -7,13 +7,15 @@
 For the policy after its warm-up and the trained one, at temperature 1, on the run's own
 held-out prompts.
 
-*Measured*: rollouts that draft in every round, under each rule; the chance that a draft
-is kept given that all before it were, by depth. *Expected*: on texts that the policy
-itself sampled, from the two distributions at every position: the closed forms of the
-coupled and the token rule, and the product of neighbours for deeper drafts. What is
-kept up to some depth is what the policy would have sampled, so these meet the same
-prefixes; rounds begin where the last one ended, and not everywhere alike, which is left
-out.
+*Measured*: rounds that all draft, under each rule, from a completion's first token to
+its last; the chance that a draft is kept given that all before it were. Drafts behind a
+completion's last token are counted apart: the policy meets no such text.
+
+*Expected*: on texts that the policy itself sampled, from the two distributions at every
+position: the closed forms of the coupled and the token rule, and the product of
+neighbours for deeper drafts. What is kept up to some depth is what the policy would
+have sampled, so these meet the same prefixes; rounds begin where the last one ended,
+and not everywhere alike, which is left out.
 
 Says how a drafter's format changes acceptance of this small policy. Others differ.
 """
@@ -31,15 +33,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax import lax
 from tqdm import tqdm
 
 import er_jax
 from benchmarks import measure
-from er_jax import DrafterConfig, PolicyParams, RolloutConfig, acceptance, sampling
-from er_jax.acceptance import ACCEPT_RULES
+from er_jax import (
+    DrafterConfig,
+    PolicyParams,
+    RolloutConfig,
+    acceptance,
+    sampling,
+    steps,
+)
+from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.calibrate import neutral_sampling
 from er_jax.drafter import draft_params
-from er_jax.types import NONE, Policy
+from er_jax.types import NONE, DecodeState, Policy, Sampling
 from train import checkpoints, tasks
 from train.controllers import RuleController
 
@@ -49,6 +59,11 @@ HEAD = "lm_head"
 POSITIONS = (0, 8, 16, 32, 64, 128)
 
 MAX_NEW_TOKENS = 256
+
+# Rows sampled together.
+BATCH = 64
+
+SEED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +114,6 @@ def draft_of(params: Any, form: Format) -> PolicyParams:
     return PolicyParams(params, jax.tree_util.tree_map_with_path(leaf, params))
 
 
-def keep_by_depth(histogram: np.ndarray) -> list[float]:
-    """Return the chance at each depth that a draft is kept, given all before it were.
-
-    Args:
-      histogram: `[G + 1]`, row-rounds by the number of drafts kept.
-    """
-    at_least = np.cumsum(histogram[::-1])[::-1].astype(float)
-    with np.errstate(invalid="ignore"):
-        return (at_least[1:] / at_least[:-1]).tolist()
-
-
 @functools.partial(jax.jit, static_argnames=("policy",))
 def distributions(policy: Policy, params: Any, tokens: jax.Array) -> jax.Array:
     """Return log-probabilities `[N, T, V]` of the next token, at temperature 1."""
@@ -129,6 +133,78 @@ def agreements(target: jax.Array, draft: jax.Array) -> tuple[jax.Array, jax.Arra
         lambda pair: acceptance.expected_coupled_prob(*pair), (target, draft)
     )
     return coupled, acceptance.expected_accept_prob(target, draft)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "cache_length"))
+def started(
+    policy: Policy, params: Any, prompts: jax.Array, ids: jax.Array, cache_length: int
+) -> DecodeState:
+    """Return live rows of prompts `[B, T]` (padding at the end is `NONE`)."""
+    state = steps.empty_state(policy, len(prompts), cache_length)
+    length = jnp.sum(prompts >= 0, axis=1, dtype=jnp.int32)
+    places = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None]
+    # The last token is left to the first round.
+    positions = jnp.where(places < length[:, None] - 1, places, NONE)
+    tokens = jnp.maximum(prompts, 0)
+    _, cache = policy.forward(params, tokens, positions, state.cache)
+    return dataclasses.replace(
+        state,
+        tokens=state.tokens.at[:, : prompts.shape[1]].set(tokens),
+        length=length,
+        prompt_length=length,
+        limit=length + MAX_NEW_TOKENS,
+        sequence_id=ids,
+        live=jnp.ones_like(state.live),
+        cache=cache,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "gamma", "accept"))
+def watch_rounds(
+    policy: Policy,
+    pair: PolicyParams,
+    state: DecodeState,
+    settings: Sampling,
+    gamma: int,
+    accept: AcceptRule,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """Run rounds until no row is live, and count drafts by where they were made.
+
+    Returns:
+      The state; int32 `[2, 2, gamma, len(POSITIONS)]`, drafts inside of completions and
+      behind their ends, reached (all before them were kept) and kept, by depth and by
+      position; int32 `[2]`, row-rounds and tokens.
+    """
+    depths = jnp.arange(gamma, dtype=jnp.int32)[None]
+    edges = jnp.asarray(POSITIONS[1:], jnp.int32)
+
+    def one_round(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        state, counts, totals = carry
+        position = (state.length - state.prompt_length)[:, None] + depths
+        state, info = steps.decode_round(
+            policy, pair, state, settings, gamma=gamma, accept=accept
+        )
+        is_live = info.is_live[:, None]
+        kept = (depths < info.num_accepted[:, None]) & is_live
+        reached = (depths <= info.num_accepted[:, None]) & is_live
+        inside = depths < info.num_emitted[:, None]
+        bucket = jnp.searchsorted(edges, position, side="right")
+        where = jax.nn.one_hot(bucket, len(POSITIONS), dtype=jnp.int32)
+        counted = jnp.stack([reached, kept])
+        chosen = jnp.stack([inside, ~inside])[:, None] & counted[None]
+        found = jnp.einsum("iabg,bgp->iagp", chosen.astype(jnp.int32), where)
+        sums = jnp.stack([jnp.sum(info.is_live), jnp.sum(info.num_emitted)])
+        return state, counts + found, totals + sums.astype(jnp.int32)
+
+    counts = jnp.zeros((2, 2, gamma, len(POSITIONS)), jnp.int32)
+    start = (state, counts, jnp.zeros(2, jnp.int32))
+    return lax.while_loop(lambda carry: jnp.any(carry[0].live), one_round, start)
+
+
+def shares(counts: np.ndarray) -> list[float | None]:
+    """Return kept over reached of counts `[2, N]`; None where nothing was reached."""
+    reached, kept = counts.tolist()
+    return [k / r if r else None for r, k in zip(reached, kept, strict=True)]
 
 
 def texts_of(out: er_jax.Rollout) -> tuple[np.ndarray, np.ndarray]:
@@ -195,100 +271,145 @@ class Args:
 
     run: tyro.conf.Positional[Path]
     gamma: int = 8
-    samples: int = 2
+    samples: int = 4
     out: Path | None = None
     quick: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What one policy sampled by plain decoding, and its distributions there.
+
+    tokens, index: `[N, T]`, see `texts_of`. target: `[N, T, V]` log-probabilities.
+    batches: rows sampled together, of like length. settings: what they were sampled by.
+    """
+
+    policy: Policy
+    params: Any
+    tokens: np.ndarray
+    index: np.ndarray
+    target: jax.Array
+    batches: list[np.ndarray]
+    settings: Sampling
+
+
+def sample_texts(
+    policy: Policy, params: Any, prompts: list[Any], num_samples: int
+) -> Texts:
+    """Sample completions of every prompt."""
+    key = jax.random.key(SEED)
+    config = RolloutConfig(
+        max_new_tokens=MAX_NEW_TOKENS,
+        n=num_samples,
+        stop_token_ids=(tasks.EOS,),
+        max_slots=BATCH,
+        control="ar",
+    )
+    plain = er_jax.rollout(
+        policy, params, prompts, key=key, config=config, controller=RuleController("ar")
+    )
+    tokens, index = texts_of(plain)
+    order = np.argsort(plain.lengths, kind="stable")
+    count = -(-len(order) // BATCH)
+    return Texts(
+        policy=policy,
+        params=params,
+        tokens=tokens,
+        index=index,
+        target=distributions(policy, params, tokens),
+        batches=np.array_split(order, count),
+        settings=dataclasses.replace(
+            neutral_sampling(),
+            key=np.asarray(jax.random.key_data(key)),
+            stop_ids=np.array([tasks.EOS], np.int32),
+        ),
+    )
+
+
 def study(args: Args) -> Iterator[dict[str, Any]]:
     """Yield one point per policy and format."""
-    problems_of: Sequence[Any] | None = None
+    problems: Sequence[Any] | None = None
     forms = formats()[::7] if args.quick else formats()
     for label, step in (("after the warm-up", 0), ("trained", None)):
         policy, params, tokenizer = checkpoints.load_policy(args.run, step=step)
-        if problems_of is None:
+        if problems is None:
             path = args.run / "data" / "eval.jsonl"
-            problems_of = tasks.read_jsonl(path, tokenizer)[: 8 if args.quick else None]
-        prompts = [tokenizer.encode_prompt(p.prompt) for p in problems_of]
-        sample = functools.partial(
-            er_jax.rollout, policy, prompts=prompts, key=jax.random.key(5)
-        )
-        settings: dict[str, Any] = dict(
-            max_new_tokens=MAX_NEW_TOKENS,
-            n=args.samples,
-            stop_token_ids=(tasks.EOS,),
-            max_slots=32,
-        )
-        plain = sample(
-            params,
-            config=RolloutConfig(control="ar", **settings),
-            controller=RuleController("ar"),
-        )
-        tokens, index = texts_of(plain)
-        target = distributions(policy, params, tokens)
+            problems = tasks.read_jsonl(path, tokenizer)[: 8 if args.quick else None]
+        prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
+        texts = sample_texts(policy, params, prompts, args.samples)
         for form in tqdm(forms, desc=label, unit="format"):
+            pair = draft_of(params, form)
             yield {
                 "preset": args.run.name,
-                "rows": settings["max_slots"],
+                "rows": len(texts.batches[0]),
                 "dtype": policy.config.dtype,
                 "policy": label,
                 "format": form.name,
                 "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
-                "num_tokens": int(plain.lengths.sum()),
-                **study_format(
-                    sample, settings, policy, params, form, target, tokens, index, args
-                ),
+                "num_tokens": int((texts.index >= 0).sum()),
+                "measured": {
+                    rule: measured(texts, pair, args.gamma, rule)
+                    for rule in ACCEPT_RULES
+                },
+                "expected": expected(texts, pair, args.gamma),
             }
 
 
-def study_format(
-    sample: Any,
-    settings: dict[str, Any],
-    policy: Policy,
-    params: Any,
-    form: Format,
-    target: jax.Array,
-    tokens: np.ndarray,
-    index: np.ndarray,
-    args: Args,
+def measured(
+    texts: Texts, pair: PolicyParams, gamma: int, rule: AcceptRule
 ) -> dict[str, Any]:
-    """Return what is measured and expected of one format."""
-    pair = draft_of(params, form)
-    draft = distributions(policy, draft_params(pair), tokens)
-    coupled, token = (np.asarray(x, float) for x in agreements(target, draft))
-    measured = {}
-    for rule in ACCEPT_RULES:
-        made = sample(
-            pair,
-            config=RolloutConfig(
-                control=f"fixed:{args.gamma}",
-                accept=rule,  # type: ignore[arg-type]
-                **settings,
-            ),
-            controller=RuleController(f"fixed:{args.gamma}"),
+    """Return what is kept when every round drafts."""
+    tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
+    prompt_lengths = (texts.index == 0).argmax(axis=1) + 1
+    prompts = np.where(places < prompt_lengths[:, None], tokens, NONE)
+    prompts = prompts[:, : prompt_lengths.max()]
+    inside = behind = np.zeros((2, gamma, len(POSITIONS)), int)
+    num_rounds = num_tokens = num_same = 0
+    for rows in texts.batches:
+        state = started(
+            texts.policy,
+            texts.params,
+            prompts[rows],
+            rows.astype(np.int32),
+            prompts.shape[1] + MAX_NEW_TOKENS,
         )
-        histogram = made.stats.accepted[args.gamma]
-        rounds = int(histogram.sum())
-        measured[rule] = {
-            "by_depth": keep_by_depth(histogram),
-            "rounds": rounds,
-            "tokens_per_round": float(
-                1 + histogram @ np.arange(args.gamma + 1) / rounds
-            ),
-        }
-    expected = {
-        rule: {
-            "by_depth": chain_by_depth(chance, index, args.gamma),
-            "by_position": by_position(chance, index),
-            "mean": float(chance[index >= 0].mean()),
-        }
-        for rule, chance in (("coupled", coupled), ("token", token))
+        state, counts, totals = watch_rounds(
+            texts.policy, pair, state, texts.settings, gamma, rule
+        )
+        inside, behind = np.stack([inside, behind]) + np.asarray(counts)
+        num_rounds += int(totals[0])
+        num_tokens += int(totals[1])
+        sampled = np.asarray(state.tokens)[:, : len(places)]
+        known = places < np.asarray(state.length)[:, None]
+        same = np.where(known, sampled, NONE) == tokens[rows]
+        num_same += int(same.all(axis=1).sum())
+    return {
+        "by_depth": shares(inside.sum(axis=-1)),
+        "by_depth_behind_the_end": shares(behind.sum(axis=-1)),
+        "by_position": shares(inside.sum(axis=-2)),
+        "behind_the_end": int(behind[0].sum()),
+        "reached": int(inside[0].sum()),
+        "kept": int((inside + behind)[1].sum()),
+        "rounds": num_rounds,
+        "tokens_per_round": num_tokens / num_rounds,
+        "same_as_plain_decoding": num_same / len(tokens),
     }
-    for values in expected.values():
-        chances = values["by_depth"]
-        assert isinstance(chances, list)
-        values["tokens_per_round"] = acceptance.expected_tokens(chances)
-    return {"measured": measured, "expected": expected}
+
+
+def expected(texts: Texts, pair: PolicyParams, gamma: int) -> dict[str, Any]:
+    """Return what the two distributions let expect of the closed-form rules."""
+    draft = distributions(texts.policy, draft_params(pair), texts.tokens)
+    chances = (np.asarray(x, float) for x in agreements(texts.target, draft))
+    found = {}
+    for rule, chance in zip(("coupled", "token"), chances, strict=True):
+        by_depth = chain_by_depth(chance, texts.index, gamma)
+        found[rule] = {
+            "by_depth": by_depth,
+            "by_position": by_position(chance, texts.index),
+            "mean": float(chance[texts.index >= 0].mean()),
+            "tokens_per_round": acceptance.expected_tokens(by_depth),
+        }
+    return found
 
 
 def rows_of(
@@ -319,23 +440,24 @@ def rows_of(
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw chances by depth, measured and expected, and by position, and save it."""
+    """Draw chances by depth and by position, measured and expected, and save it."""
     points = record["points"]
     labels = list(dict.fromkeys(p["policy"] for p in points))
     picture, axes = measure.figure(2, len(labels))
     for line, label in zip(axes, labels, strict=True):
         for number, p in enumerate(p for p in points if p["policy"] == label):
             color = f"C{number}"
-            measured = p["measured"]["coupled"]["by_depth"]
-            depths = range(1, len(measured) + 1)
-            line[0].plot(depths, measured, color=color, label=p["format"])
-            expected = p["expected"]["coupled"]
-            line[0].plot(depths, expected["by_depth"], ":", color=color)
+            found, awaited = p["measured"]["coupled"], p["expected"]["coupled"]
+            depths = range(1, len(found["by_depth"]) + 1)
+            line[0].plot(depths, found["by_depth"], color=color, label=p["format"])
+            line[0].plot(depths, awaited["by_depth"], ":", color=color)
             positions = [x + 1 for x in POSITIONS]
-            line[1].plot(positions, expected["by_position"], color=color)
+            for values, style in ((found, "-"), (awaited, ":")):
+                known = [np.nan if x is None else x for x in values["by_position"]]
+                line[1].plot(positions, known, style, color=color)
         line[0].set(title=f"{label}: kept at depth, coupled", xlabel="depth")
-        line[0].legend(fontsize="xx-small")
-        line[1].set(title="expected by position", xlabel="from this token on")
+        line[0].legend(fontsize="xx-small", title="dotted: expected")
+        line[1].set(title="kept from this token on, coupled", xlabel="token")
         line[1].set_xscale("log", base=2)
     picture.suptitle(measure.conditions(record), fontsize="small")
     picture.savefig(path, dpi=110)

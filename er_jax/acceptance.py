@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from er_jax.sampling import NEVER
 
 AcceptRule = Literal["coupled", "token", "block"]
-ACCEPT_RULES: tuple[str, ...] = get_args(AcceptRule)
+ACCEPT_RULES: tuple[AcceptRule, ...] = get_args(AcceptRule)
 
 
 def count_leading(keep: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import pytest
 import er_jax
 from benchmarks import (
     accelerator,
+    acceptance,
     disturbed,
     measure,
     passes,
@@ -31,11 +32,12 @@ from benchmarks import (
 )
 from benchmarks.passes import Pass
 from er_jax import Decoder, DecoderConfig, DrafterConfig, RolloutConfig
-from er_jax.acceptance import expected_tokens
+from er_jax.acceptance import AcceptRule, expected_tokens
 from er_jax.costs import LatencyTable
 from er_jax.pass_costs import PassCosts, Reading
 from er_jax.scheduler import Request
 from er_jax.types import Program
+from train import tasks
 
 SMALL = Decoder(
     DecoderConfig(
@@ -563,3 +565,38 @@ def test_disturbances_run(tmp_path: Path) -> None:
     for point in record["points"]:
         assert not point["agreement"]["unexplained"]
     assert (tmp_path / "disturbed.json").exists()
+
+
+@pytest.mark.parametrize("rule", ["coupled", "token"])
+def test_drafts_are_counted_as_rollouts_count_them(rule: AcceptRule) -> None:
+    """By depth over all positions, inside of completions and behind their ends."""
+    policy, gamma = presets.decoder("tiny", dtype="float32"), 3
+    params = policy.init(jax.random.key(0))
+    pair = er_jax.attach_draft(params, er_jax.DrafterConfig(bits=4, act_bits=16))
+    prompts = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    texts = acceptance.sample_texts(policy, params, prompts, 2)
+    assert {len(rows) for rows in texts.batches} == {6}
+    found = acceptance.measured(texts, pair, gamma, rule)
+    out = er_jax.rollout(
+        policy,
+        pair,
+        prompts,
+        key=jax.random.key(acceptance.SEED),
+        config=er_jax.RolloutConfig(
+            max_new_tokens=acceptance.MAX_NEW_TOKENS,
+            n=2,
+            stop_token_ids=(tasks.EOS,),
+            accept=rule,
+            control=f"fixed:{gamma}",
+        ),
+    )
+    histogram = out.stats.accepted[gamma]
+    at_least = np.cumsum(histogram[::-1])[::-1]
+    assert found["rounds"] == histogram.sum()
+    assert found["reached"] + found["behind_the_end"] == at_least[:-1].sum()
+    assert 0 < found["behind_the_end"] < found["reached"]
+    assert found["kept"] == at_least[1:].sum()
+    assert found["tokens_per_round"] == out.lengths.sum() / histogram.sum()
+    assert 0.05 < np.mean(found["by_depth"]) < 0.999
+    if rule == "coupled":
+        assert found["same_as_plain_decoding"] == 1
