@@ -14,6 +14,7 @@ Holtzman et al. 2019 (arXiv 1904.09751); min-p, Nguyen et al. 2024 (arXiv 2407.0
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,21 +45,58 @@ def _log_normalized(scores: jax.Array) -> jax.Array:
     return jnp.maximum(scores - total, jnp.asarray(NEVER, scores.dtype))
 
 
-def _threshold(keys: jax.Array, is_enough: Callable[[jax.Array], jax.Array]) -> Any:
-    """Return the least key `[..., 1]` such that {keys <= it} is enough, by bisection.
+# Bits of a threshold found in one pass over the vocabulary: a CPU is bound by the
+# comparisons, of which one bit takes fewest; other devices by the passes. Seven sums of
+# one array are one kernel on a GPU, fifteen are two.
+CPU_BITS, DEVICE_BITS = 1, 3
 
-    One pass over the vocabulary per bit of the key: fewer than a sort takes, and exact.
+
+def _keys(scores: jax.Array) -> jax.Array:
+    """Return unsigned integers in the order of the scores, the highest score first.
+
+    Scores are at most 0, and the bits of floats from 0 upwards order as integers do.
     """
-    low = jnp.zeros_like(keys[..., :1])
-    high = jnp.full_like(low, jnp.iinfo(keys.dtype).max)
+    unsigned = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
+    return lax.bitcast_convert_type(jnp.abs(scores), unsigned)
 
-    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> Any:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = is_enough(keys <= middle)
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    return lax.fori_loop(0, 8 * keys.dtype.itemsize - 1, halve, (low, high))[1]
+def _threshold(
+    scores: jax.Array, is_enough: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """Return the least key `[..., 1]` such that the tokens up to it are enough; exact.
+
+    Digit by digit from the highest on: fewer passes over the vocabulary than a sort.
+
+    Args:
+      scores: `[..., V]`. is_enough: of the scores and the last key taken, `[..., 1]`.
+    """
+    # Keys and what is summed are made again in every pass: one read of the scores,
+    # where arrays made beforehand would each be read.
+    unsigned = _keys(scores[..., :1])
+    width = 8 * unsigned.dtype.itemsize
+
+    def search(digit_bits: int, scores: jax.Array) -> jax.Array:
+        num_digits = -(-width // digit_bits)
+
+        def next_digit(i: jax.Array, low: jax.Array) -> jax.Array:
+            shift = (digit_bits * (num_digits - 1 - i)).astype(low.dtype)
+            one, highest = jnp.ones((), low.dtype), ~jnp.zeros((), low.dtype)
+            digit = jnp.zeros_like(low)
+            for value in range(1, 1 << digit_bits):
+                # The largest key with a smaller value of this digit. The first digit
+                # has fewer bits where they do not divide the key's.
+                fits = (highest >> shift) >= value
+                last = jnp.where(fits, low + ((one * value) << shift) - one, highest)
+                digit += (~is_enough(scores, last)).astype(low.dtype)
+            return low + (digit << shift)
+
+        return lax.fori_loop(0, num_digits, next_digit, jnp.zeros_like(unsigned))
+
+    return lax.platform_dependent(
+        scores,
+        cpu=functools.partial(search, CPU_BITS),
+        default=functools.partial(search, DEVICE_BITS),
+    )
 
 
 def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
@@ -67,24 +105,31 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
     Thresholds keep all tokens that tie with the last one kept, so the kept set is a
     function of the scores and not of a sort's order among equals.
     """
-    # Scores are at most 0, and the bits of floats from 0 upwards order as integers do.
-    integer = jnp.int64 if scores.dtype == jnp.float64 else jnp.int32
-    keys = lax.bitcast_convert_type(jnp.abs(scores), integer)
-    vocab = jnp.int32(scores.shape[-1])
-    top_k = jnp.where(sampling.top_k <= 0, vocab, jnp.minimum(sampling.top_k, vocab))
-    last = _threshold(
-        keys, lambda kept: jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32) >= top_k
-    )
-    zero = jnp.zeros((), scores.dtype)
-    mass = jnp.where(keys <= last, jnp.exp(scores), zero)
-    # Where top-p is off no mass is enough, and top-k's threshold is what remains.
-    wanted = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)
-    wanted = wanted.astype(scores.dtype) * jnp.sum(mass, -1, keepdims=True)
-    nucleus = _threshold(
-        keys,
-        lambda kept: jnp.sum(jnp.where(kept, mass, zero), -1, keepdims=True) >= wanted,
-    )
-    is_kept = keys <= jnp.minimum(last, nucleus)
+    top_k = jnp.minimum(sampling.top_k, jnp.int32(scores.shape[-1]))
+
+    def count(scores: jax.Array, last: jax.Array) -> jax.Array:
+        kept = _keys(scores) <= last
+        return jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32)
+
+    def by_count(scores: jax.Array) -> jax.Array:
+        return _threshold(scores, lambda scores, last: count(scores, last) >= top_k)
+
+    def all_of(scores: jax.Array) -> jax.Array:
+        return ~jnp.zeros_like(_keys(scores[..., :1]))
+
+    by_rank = lax.cond(sampling.top_k > 0, by_count, all_of, scores)
+
+    def mass(scores: jax.Array, last: jax.Array) -> jax.Array:
+        kept = _keys(scores) <= jnp.minimum(last, by_rank)
+        zero = jnp.zeros((), scores.dtype)
+        return jnp.sum(jnp.where(kept, jnp.exp(scores), zero), -1, keepdims=True)
+
+    def by_mass(scores: jax.Array) -> jax.Array:
+        wanted = mass(scores, by_rank) * sampling.top_p.astype(scores.dtype)
+        return _threshold(scores, lambda scores, last: mass(scores, last) >= wanted)
+
+    nucleus = lax.cond(sampling.top_p < 1, by_mass, all_of, scores)
+    is_kept = _keys(scores) <= jnp.minimum(by_rank, nucleus)
     return jnp.where(is_kept, scores, jnp.asarray(NEVER, scores.dtype))
 
 

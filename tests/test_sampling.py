@@ -105,6 +105,29 @@ def test_truncation_keeps_ties(x64: None) -> None:
     assert kept(temperature=0.5, top_p=0.6) == [2]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_digits_of_other_devices_find_the_same_thresholds(
+    bits: int, dtype: str, x64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several bits in one pass, whether or not they divide the key's."""
+    logits = random_logits(9, 37).astype(dtype)
+    logits[0, 5:] = -np.inf
+    logits[1] = 0.0
+    logits[2, ::3] = logits[2, 0]
+    truncations: list[dict[str, Any]] = [
+        *({"top_k": k} for k in (1, 2, 7, 36, 37, 1000)),
+        *({"top_p": p} for p in (1e-6, 0.3, 0.9, 0.999999)),
+        {"top_k": 9, "top_p": 0.5},
+    ]
+    found = []
+    for number in (1, bits):
+        monkeypatch.setattr(sampling, "CPU_BITS", number)
+        found.append([target_logprobs(logits, settings(**t)) for t in truncations])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert len({int((x > sampling.NEVER).sum()) for x in found[0]}) > 6
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 0.7, 1.3])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_all_masked_but_one(temperature: float, dtype: str, x64: None) -> None:
