@@ -1,7 +1,7 @@
 """Lossless, replayable, fast rollouts for reinforcement learning of language models."""
 
 from er_jax.control import Controller
-from er_jax.decoder import Decoder, DecoderConfig
+from er_jax.decoder import Decoder, DecoderConfig, RopeScaling
 from er_jax.drafter import (
     DrafterConfig,
     PolicyParams,
@@ -12,6 +12,7 @@ from er_jax.drafter import (
     quantize,
 )
 from er_jax.engine import refresh_draft
+from er_jax.hf import load_hf, save_hf
 from er_jax.rollout import Rollout, RolloutConfig, rollout
 from er_jax.scheduler import Completion, RolloutError
 from er_jax.stats import RolloutStats
@@ -32,10 +33,13 @@ __all__ = [
     "RolloutConfig",
     "RolloutError",
     "RolloutStats",
+    "RopeScaling",
     "TiedEmbedding",
     "attach_draft",
     "dot",
+    "load_hf",
     "quantize",
     "refresh_draft",
     "rollout",
+    "save_hf",
 ]

@@ -1,14 +1,14 @@
 """The built-in policy: a decoder of the Llama / Qwen2 / Qwen3 family.
 
-RMSNorm, rotary positions (half rotation), grouped-query attention with optional QKV
-bias and q/k norm, SwiGLU, optionally tied embeddings. Every weight is multiplied with
-`drafter.dot`, so the same `forward` runs the target, the draft and the trainer.
+RMSNorm, rotary positions (half rotation, Llama 3's scaling), grouped-query attention
+with optional biases and q/k norm, SwiGLU, optionally tied embeddings. Every weight is
+multiplied with `drafter.dot`, so the same `forward` runs target, draft and trainer.
 
 Layers are separate leaves and unrolled: under a scan, a GPU would first copy each
 layer's weights out of the stack, one more read and write of everything per step.
 
-Left out: mixture of experts, sliding windows, partial or scaled rotary positions,
-dropout.
+Left out: mixture of experts, sliding windows, partial rotary positions, other scalings
+of them, dropout.
 """
 
 from __future__ import annotations
@@ -25,6 +25,49 @@ from er_jax.types import Cache, Params, wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for longer contexts, as in Llama 3.1.
+
+    Waves longer than original_length / low_freq_factor become `factor` times as long;
+    those shorter than original_length / high_freq_factor stay; between, frequencies are
+    mixed in proportion to the turns that a wave makes within `original_length`.
+
+    Args:
+      factor: >= 1. low_freq_factor, high_freq_factor: the first below the second.
+      original_length: positions the model was made for before.
+    Raises:
+      ValueError: numbers out of these ranges.
+
+    Source: the Llama 3.1 release; "llama3" in Hugging Face configurations.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ValueError(f"factor={self.factor} must be at least 1")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be above 0 and below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+        if self.original_length < 1:
+            raise ValueError(
+                f"original_length={self.original_length} must be at least 1"
+            )
+
+    def scaled(self, frequency: jax.Array) -> jax.Array:
+        """Return the frequencies, radians per position, stretched."""
+        turns = self.original_length * frequency / (2 * jnp.pi)
+        span = self.high_freq_factor - self.low_freq_factor
+        kept = jnp.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Sizes and switches of a `Decoder`.
 
@@ -34,9 +77,11 @@ class DecoderConfig:
       num_layers: L. num_heads: H. num_kv_heads: K, divides H.
       head_dim: D, even; None is dim / num_heads.
       hidden_dim: width of the SwiGLU layer.
-      rope_theta: base of the rotary frequencies.
+      rope_theta: base of the rotary frequencies. rope_scaling: how they are stretched;
+        None leaves them.
       norm_eps: added to the mean square in RMSNorm.
-      qkv_bias: biases on the q, k and v projections (Qwen2).
+      qkv_bias: biases on the q, k and v projections (Qwen2). o_bias: on the output
+        projection of attention.
       qk_norm: RMSNorm over each head's q and k (Qwen3).
       tied_embeddings: the vocabulary projection is the embedding table.
       max_length: positions the model was made for; longer rollouts are refused. None
@@ -55,8 +100,10 @@ class DecoderConfig:
     hidden_dim: int
     head_dim: int | None = None
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
     max_length: int | None = None
@@ -98,9 +145,12 @@ class Decoder:
 
     Args:
       config: sizes and switches.
+      source: directory of the checkpoint it came from, None if from none; no part of
+        what the policy is.
     """
 
     config: DecoderConfig
+    source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -111,6 +161,20 @@ class Decoder:
     def max_length(self) -> int | None:
         """Positions the model was made for, None without a limit."""
         return self.config.max_length
+
+    def parameter_dtype(self) -> jnp.dtype:
+        """Return the dtype of parameters.
+
+        Raises:
+          ValueError: float64 without 64-bit mode.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(
+                f"dtype={self.config.dtype!r} needs 64-bit mode; set jax.config.update("
+                "'jax_enable_x64', True) first"
+            )
+        return dtype
 
     def init(self, key: jax.Array) -> Params:
         """Return random parameters: normal, scaled by 1 / sqrt(input size).
@@ -123,12 +187,7 @@ class Decoder:
           checkpoints.
         """
         c = self.config
-        dtype = jnp.dtype(c.dtype)
-        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise ValueError(
-                f"dtype={c.dtype!r} needs 64-bit mode; set jax.config.update("
-                "'jax_enable_x64', True) first"
-            )
+        dtype = self.parameter_dtype()
         keys = iter(jax.random.split(key, 7 * c.num_layers + 2))
 
         def weight(num_in: int, num_out: int) -> jax.Array:
@@ -152,6 +211,8 @@ class Decoder:
                 params["q_bias"] = jnp.zeros(q_out, dtype)
                 params["k_bias"] = jnp.zeros(kv_out, dtype)
                 params["v_bias"] = jnp.zeros(kv_out, dtype)
+            if c.o_bias:
+                params["o_bias"] = jnp.zeros(c.dim, dtype)
             if c.qk_norm:
                 params["q_norm"] = jnp.ones(c.head_size, dtype)
                 params["k_norm"] = jnp.ones(c.head_size, dtype)
@@ -189,7 +250,7 @@ class Decoder:
         embed = params["embed"]
         table = embed.table if isinstance(embed, TiedEmbedding) else embed
         x = jnp.take(table, tokens, axis=0)
-        rotation = _rotation(positions, c.head_size, c.rope_theta, x.dtype)
+        rotation = _rotation(positions, c, x.dtype)
         new_cache = []
         for layer, entries in zip(params["layers"], cache, strict=True):
             attended, entries = self._attention(
@@ -236,7 +297,10 @@ class Decoder:
         keys = kv_cache.write(entries["keys"], k.reshape(v.shape), positions)
         values = kv_cache.write(entries["values"], v, positions)
         out = kv_cache.attend(q, keys, values, positions)
-        return dot(out, layer["o_proj"]), {"keys": keys, "values": values}
+        out = dot(out, layer["o_proj"])
+        if c.o_bias:
+            out = out + layer["o_bias"][None, None]
+        return out, {"keys": keys, "values": values}
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -247,12 +311,14 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _rotation(
-    positions: jax.Array, size: int, theta: float, dtype: Any
+    positions: jax.Array, config: DecoderConfig, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine `[B, T, 1, D/2]` of the rotary angles, in float32 or wider."""
-    wide = wide_dtype(dtype)
+    wide, size = wide_dtype(dtype), config.head_size
     exponent = jnp.arange(0, size, 2, dtype=wide) / size
-    frequency = 1.0 / jnp.asarray(theta, wide) ** exponent
+    frequency = 1.0 / jnp.asarray(config.rope_theta, wide) ** exponent
+    if config.rope_scaling is not None:
+        frequency = config.rope_scaling.scaled(frequency)
     angle = positions.astype(wide)[..., None] * frequency[None, None]
     return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
 

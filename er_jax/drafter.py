@@ -128,7 +128,8 @@ class PolicyParams:
     draft: Params
 
 
-def _is_weight(leaf: Any) -> bool:
+def is_weight(leaf: Any) -> bool:
+    """Whether a node of a parameter tree stands for one weight; see `jax.tree.map`."""
     return isinstance(leaf, QuantizedWeight | TiedEmbedding)
 
 
@@ -181,7 +182,7 @@ def _quantized_leaves(params: Params, config: DrafterConfig) -> Params:
             return None
         return _quantize_weight(value, name, config)
 
-    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=_is_weight)
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_weight)
 
 
 def draft_params(params: PolicyParams) -> Params:
@@ -194,7 +195,7 @@ def draft_params(params: PolicyParams) -> Params:
             return draft.replace(table=policy.table)  # type: ignore[attr-defined]
         return draft
 
-    return jax.tree.map(fill, params.policy, params.draft, is_leaf=_is_weight)
+    return jax.tree.map(fill, params.policy, params.draft, is_leaf=is_weight)
 
 
 def attach_draft(params: Params, config: DrafterConfig) -> PolicyParams:
@@ -271,7 +272,7 @@ def check_draft(params: PolicyParams) -> None:
                 f"{wanted}; {remedy}"
             )
 
-    jax.tree_util.tree_map_with_path(compare, params.policy, merged, is_leaf=_is_weight)
+    jax.tree_util.tree_map_with_path(compare, params.policy, merged, is_leaf=is_weight)
 
 
 def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
