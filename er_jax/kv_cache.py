@@ -33,16 +33,18 @@ def write(entries: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array
       entries: `[B, S, ...]`. new: `[B, T, ...]`. positions: `[B, T]` int32; anything
         outside 0 .. S-1 is dropped (-1 marks padding).
     """
-    rows = jnp.arange(entries.shape[0], dtype=positions.dtype)[:, None]
-    # A negative index would wrap around; S is out of bounds and therefore dropped.
-    index = jnp.where(positions < 0, entries.shape[1], positions)
-    if index.size == 1:
-        # XLA turns a scatter of one update into a conditional slice update, and then
-        # copies the whole buffer around it in every loop. A second, dropped update
-        # keeps it a scatter, done in place.
-        index = jnp.concatenate([index, jnp.full_like(index, entries.shape[1])], axis=1)
-        new = jnp.concatenate([new, new], axis=1)
-    return entries.at[rows, index].set(new.astype(entries.dtype), mode="drop")
+    with jax.named_scope("cache"):
+        rows = jnp.arange(entries.shape[0], dtype=positions.dtype)[:, None]
+        size = entries.shape[1]
+        # A negative index would wrap around; S is out of bounds and therefore dropped.
+        index = jnp.where(positions < 0, size, positions)
+        if index.size == 1:
+            # XLA turns a scatter of one update into a conditional slice update, and
+            # then copies the whole buffer around it in every loop. A second, dropped
+            # update keeps it a scatter, done in place.
+            index = jnp.concatenate([index, jnp.full_like(index, size)], axis=1)
+            new = jnp.concatenate([new, new], axis=1)
+        return entries.at[rows, index].set(new.astype(entries.dtype), mode="drop")
 
 
 def attend(

@@ -8,8 +8,11 @@ Left out: text, rewards, meshes of more than one device.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +25,13 @@ import numpy as np
 from er_jax import calibrate, engine, scheduler
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.control import DEFAULT_GAMMAS, Controller, parse_control
-from er_jax.drafter import DrafterConfig, PolicyParams, attach_draft, check_draft
+from er_jax.drafter import (
+    DrafterConfig,
+    PolicyParams,
+    attach_draft,
+    check_draft,
+    draft_params,
+)
 from er_jax.scheduler import Completion, Request
 from er_jax.stats import RolloutStats
 from er_jax.types import NONE, LogprobKind, Params, Policy, Sampling
@@ -155,6 +164,7 @@ def rollout(
     mesh: Any = None,
     on_finish: Callable[[int, Completion], None] | None = None,
     progress: bool = False,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Rollout:
     """Sample n completions of every prompt from the policy.
 
@@ -178,6 +188,8 @@ def rollout(
       on_finish: called with (sequence id, `Completion`) as rows finish, while the
         device goes on with the others: the place for rewards of single completions.
       progress: show a progress bar.
+      profile: directory for a trace of host and device, for XProf or Perfetto; what
+        the trace itself costs is in the seconds. See docs/profiling.md.
     Returns:
       A `Rollout`.
     Raises:
@@ -221,9 +233,8 @@ def rollout(
         check_draft(params)
     if not programs.compiled:
         _check_parameters(policy, bare)
-        if not isinstance(params, PolicyParams) and max(controller.gammas):
-            # What cannot be quantized is found before anything is compiled.
-            jax.eval_shape(lambda p: attach_draft(p, config.drafter), bare)
+        if max(controller.gammas):
+            _check_draft(policy, params, config)
     request = _with_memory(programs, params, request, controller)
 
     stats = RolloutStats()
@@ -244,16 +255,17 @@ def rollout(
     controller.start_rollout(
         (config.temperature, float(config.top_k), config.top_p, config.min_p)
     )
-    completions = scheduler.run(
-        programs,
-        pair,
-        request,
-        settings,
-        controller,
-        stats,
-        on_finish=on_finish,
-        progress=progress,
-    )
+    with contextlib.nullcontext() if profile is None else jax.profiler.trace(profile):
+        completions = scheduler.run(
+            programs,
+            pair,
+            request,
+            settings,
+            controller,
+            stats,
+            on_finish=on_finish,
+            progress=progress,
+        )
     stats.compiled = [
         (_program_name(name), program.compile_s)
         for name, program in list(programs.compiled.items())[before:]
@@ -365,17 +377,34 @@ def _check_length(
             )
 
 
+def _one_token(policy: Policy, params: Params) -> jax.Array:
+    """Return the logits of one token, `[1, 1, V]`; for tracing with shapes alone."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    hidden, _ = policy.forward(params, tokens, tokens, policy.init_cache(1, 1))
+    return policy.logits(params, hidden)
+
+
+def _check_draft(
+    policy: Policy, params: Params | PolicyParams, config: RolloutConfig
+) -> None:
+    """Trace one token through the draft, before anything is compiled."""
+    if not isinstance(params, PolicyParams):
+        params = jax.eval_shape(lambda p: attach_draft(p, config.drafter), params)
+    try:
+        jax.eval_shape(lambda p: _one_token(policy, draft_params(p)), params)
+    except Exception as error:
+        raise ValueError(
+            f"the policy cannot draft with quantized weights: {error}; multiply them "
+            "with er_jax.dot, name those that are not in DrafterConfig.skip, or sample "
+            "with control='ar'"
+        ) from error
+
+
 def _check_parameters(policy: Policy, params: Params) -> None:
     """Trace one token through the policy, with shapes alone."""
-
-    def one_token(params: Params) -> jax.Array:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        hidden, _ = policy.forward(params, tokens, tokens, policy.init_cache(1, 1))
-        return policy.logits(params, hidden)
-
     remedy = "use the parameters that belong to it, as policy.init makes them"
     try:
-        logits = jax.eval_shape(one_token, params)
+        logits = jax.eval_shape(functools.partial(_one_token, policy), params)
     except Exception as error:
         raise ValueError(
             f"params does not fit the policy: {error}; {remedy}"

@@ -151,14 +151,16 @@ def run(
                         length=batch.mean_length,
                     )
                     batch.move_to(program)
-                batch.start_window(program, controller.table.round_seconds(program))
-                # What ended in the window before is delivered while this one runs.
-                deliver(batch.collect())
-                if progress:
-                    bar.set_postfix_str(
-                        f"live={batch.num_live}, gamma={program.gamma}", refresh=False
-                    )
-                batch.end_window(controller)
+                with jax.profiler.StepTraceAnnotation("window", **program._asdict()):
+                    batch.start_window(program, controller.table.round_seconds(program))
+                    # What ended in the one before is delivered while this one runs.
+                    deliver(batch.collect())
+                    if progress:
+                        bar.set_postfix_str(
+                            f"live={batch.num_live}, gamma={program.gamma}",
+                            refresh=False,
+                        )
+                    batch.end_window(controller)
             deliver(batch.collect())
         except Exception as error:
             # A window may be under way, or over and not yet collected. Where the device
@@ -223,6 +225,7 @@ class Batch:
         self._decided_ago_s = 0.0
         self._is_drafting = self._is_trial = False
         self._draft_kind = engine.draft_kind(params.draft)
+        self._compiled: set[Program] = set()
         self._running: _Running | None = None
         self._over: _Over | None = None
         rows, cache_length = request.slots, request.cache_lengths[-1]
@@ -373,13 +376,17 @@ class Batch:
         sizes = (slots,) if self.queue else row_buckets(slots)
         sizes = tuple(rows for rows in sizes if rows >= num_live)
         prompts = self.request.prompt_bucket if self.queue else 1
+        shapes = [
+            shape
+            for shape in itertools.product(sizes, self.request.cache_lengths)
+            if self._fits(*shape)
+        ]
         found = []
         for gamma in sorted(gammas, reverse=True):
             least = max(self.needed_length(gamma), prompts)
-            for rows, length in itertools.product(sizes, self.request.cache_lengths):
+            for rows, length in shapes:
                 is_shorter = length < self.state.cache_length
-                needed = least + length // 4 if is_shorter else least
-                if needed > length or not self._fits(rows, length):
+                if (least + length // 4 if is_shorter else least) > length:
                     continue
                 program = Program(rows, length, gamma)
                 is_larger = len(self.sequence) < rows < slots
@@ -399,8 +406,12 @@ class Batch:
         return max(moving, regrown) * self.request.position_bytes <= limit
 
     def _is_compiled(self, program: Program) -> bool:
-        num_stop_ids = len(self.settings.stop_ids)
-        return self.engine.has_window(program, self._draft_kind, num_stop_ids)
+        if program not in self._compiled:
+            num_stop_ids = len(self.settings.stop_ids)
+            if not self.engine.has_window(program, self._draft_kind, num_stop_ids):
+                return False
+            self._compiled.add(program)  # and stays so: asked some hundred times
+        return True
 
     def compile_s(self, program: Program) -> float:
         """Return the seconds until this batch can run a program; 0 if it is ready."""

@@ -194,7 +194,8 @@ def decode_round(
         is_finite = sampling.is_distribution(logits, settings)
         # Bad logits are cut off in `_emit`; NaN here would bias the tokens before them.
         usable = jnp.where(is_finite[..., None], logits, jnp.zeros((), logits.dtype))
-        target = sampling.target_logprobs(usable, settings)
+        with jax.named_scope("sample"):
+            target = sampling.target_logprobs(usable, settings)
     with jax.named_scope("accept"):
         num_accepted, emitted = _accept(
             state, settings, target, draft_logprobs, drafted, accept
@@ -227,18 +228,20 @@ def _draft(
         positions = _positions(state, depth[None, None])
         hidden, cache = policy.forward(draft, token[:, None], positions, cache)
         logits = policy.logits(draft, hidden)[:, 0]
-        # A broken drafter proposes uniformly; NaN would poison the residual.
-        is_finite = sampling.is_distribution(logits, settings)[..., None]
-        logits = jnp.where(is_finite, logits, jnp.zeros((), logits.dtype))
-        logprobs = sampling.target_logprobs(logits, settings)
-        if accept == "coupled":
-            noise = _token_noise(state, settings, logprobs, state.length + depth)
-        else:
-            noise = sampling.gumbel(
-                settings, state.sequence_id, state.length + depth, logits.shape[-1],
-                logits.dtype, purpose=Purpose.DRAFT, start=state.length,
-            )  # fmt: skip
-        token = jnp.argmax(logprobs + noise, axis=-1).astype(jnp.int32)
+        with jax.named_scope("sample"):
+            # A broken drafter proposes uniformly; NaN would poison the residual.
+            is_finite = sampling.is_distribution(logits, settings)[..., None]
+            logits = jnp.where(is_finite, logits, jnp.zeros((), logits.dtype))
+            logprobs = sampling.target_logprobs(logits, settings)
+            if accept == "coupled":
+                noise = _token_noise(state, settings, logprobs, state.length + depth)
+            else:
+                noise = sampling.gumbel(
+                    settings, state.sequence_id, state.length + depth,
+                    logits.shape[-1], logits.dtype, purpose=Purpose.DRAFT,
+                    start=state.length,
+                )  # fmt: skip
+            token = jnp.argmax(logprobs + noise, axis=-1).astype(jnp.int32)
         kept = () if accept == "coupled" else (logprobs,)
         return (cache, token), (token, *kept)
 
