@@ -17,6 +17,7 @@ from configs import tiny
 from train import compare, grpo, tasks
 from train.checkpoints import load_policy
 from train.metrics import MetricsFile
+from train.subjects import subject_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,7 +89,7 @@ def test_any_file_of_problems(tmp_path):
 
     data.write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(ValueError, match="has one prompt only"):
-        grpo.load_problems(config, tasks.Tokenizer())
+        subject_of(config)
     data.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
     with pytest.raises(ValueError, match=r"contents of data=.*have changed"):
         grpo.run(dataclasses.replace(config, resume=True))

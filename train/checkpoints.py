@@ -161,7 +161,9 @@ def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
 def load_policy(
     out: Path | str, *, step: int | None = None
 ) -> tuple[er_jax.Decoder, Any, Tokenizer]:
-    """Load the policy of a run, to sample it or to measure it.
+    """Load the policy of a run of the demo, to sample it or to measure it.
+
+    A run that trains a Hugging Face checkpoint saves one; `er_jax.load_hf` loads that.
 
     Args:
       out: directory of the run, as given to `python -m train.grpo --out`.
@@ -171,9 +173,15 @@ def load_policy(
       `out/data/{warmup,train,eval}.jsonl`.
     Raises:
       FileNotFoundError: no such checkpoint.
+      ValueError: the run trains a Hugging Face checkpoint.
     """
     with Checkpoints(Path(out), read_only=True) as checkpoints:
         config = checkpoints.restore_host(step)["config"]
+        if isinstance(config["model"], str):
+            raise ValueError(
+                f"out={str(out)!r} trains a checkpoint; load what it saved with "
+                "er_jax.load_hf"
+            )
         tokenizer = Tokenizer()
         model = ModelConfig(**config["model"])
         policy = model.decoder(tokenizer.vocab_size, config["dtype"])

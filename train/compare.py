@@ -133,7 +133,7 @@ def same_start(config: CompareConfig) -> tuple[Trainer, Trainer]:
             )
     else:
         warm = dataclasses.replace(run, dtype="float32", out=run.out / "warm-up")
-        params = Trainer.of(warm).warm_up()
+        params = Trainer.of(warm).first_params()
     dtype = jnp.dtype(run.dtype)
     trainers = []
     for control in ("ar", config.speculation):

@@ -19,7 +19,7 @@ from train.tasks import ArithmeticConfig, require
 DTYPES = ("float32", "float64")
 
 # What a resumed run may change: how far it goes, where it lies, how often it saves.
-FREE_ON_RESUME = ("steps", "out", "resume", "save_every")
+FREE_ON_RESUME = ("steps", "out", "resume", "save_every", "profile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,8 @@ class GRPOConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """A whole run: data, warm-up, reinforcement learning.
+class BaseConfig:
+    """What every run of reinforcement learning is told.
 
     Args:
       seed: of parameters, data and sampling.
@@ -139,15 +139,11 @@ class RunConfig:
       control: how draft lengths are chosen: "best", "paper", "ar" or "fixed:g".
       reproducible: choose batch shapes by rule and not by the clock, so that float32
         runs repeat bit for bit; needs "ar" or "fixed:g", and is slower.
-      data: JSONL of problems to train on; None generates them (see `task`). Lines
-        with a "solution" are warmed up on; without any, the generated ones are.
       out: directory for everything the run writes.
       resume: go on from the last checkpoint in `out`.
       save_every: GRPO steps between two checkpoints.
       eval_samples: completions per held-out problem when evaluating.
-      task: the generated problems.
-      model: the decoder's sizes.
-      sft: the warm-up.
+      profile: directory for a trace of one step, the second that this process makes.
       grpo: the reinforcement learning.
     """
 
@@ -156,14 +152,11 @@ class RunConfig:
     dtype: str = "float32"
     control: str = "best"
     reproducible: bool = False
-    data: Path | None = None
-    out: Path = Path("runs/arithmetic")
+    out: Path = Path("runs/run")
     resume: bool = False
     save_every: int = 5
     eval_samples: int = 2
-    task: ArithmeticConfig = dataclasses.field(default_factory=ArithmeticConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    profile: Path | None = None
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:
@@ -177,7 +170,44 @@ class RunConfig:
             self.reproducible,
             f"control={self.control!r} follows the clock; use 'ar' or 'fixed:g'",
         )
-        self.rollout_config(group_size=2, stop_token_id=0)  # checks `control`
+        self.rollout_config(group_size=2)  # checks `control`
+
+    def rollout_config(
+        self, *, group_size: int, stop_token_ids: tuple[int, ...] = ()
+    ) -> er_jax.RolloutConfig:
+        """Return how completions are sampled."""
+        return er_jax.RolloutConfig(
+            max_new_tokens=self.grpo.max_new_tokens,
+            n=group_size,
+            temperature=self.grpo.temperature,
+            stop_token_ids=stop_token_ids,
+            control=self.control,
+            logprobs="temperature",
+            max_slots=self.grpo.max_slots,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(BaseConfig):
+    """A whole run of the demo: data, warm-up, reinforcement learning.
+
+    Args:
+      data: JSONL of problems to train on; None generates them (see `task`). Lines
+        with a "solution" are warmed up on; without any, the generated ones are.
+      task: the generated problems.
+      model: the decoder's sizes.
+      sft: the warm-up.
+    The others are those of `BaseConfig`.
+    """
+
+    data: Path | None = None
+    out: Path = Path("runs/arithmetic")
+    task: ArithmeticConfig = dataclasses.field(default_factory=ArithmeticConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.data is None:
             require(
                 self.task.longest_solution < self.grpo.max_new_tokens,
@@ -187,18 +217,33 @@ class RunConfig:
                 "end token; allow for that, or lower task.max_terms",
             )
 
-    def rollout_config(
-        self, *, group_size: int, stop_token_id: int
-    ) -> er_jax.RolloutConfig:
-        """Return how completions are sampled."""
-        return er_jax.RolloutConfig(
-            max_new_tokens=self.grpo.max_new_tokens,
-            n=group_size,
-            temperature=self.grpo.temperature,
-            stop_token_ids=(stop_token_id,),
-            control=self.control,
-            logprobs="temperature",
-            max_slots=self.grpo.max_slots,
+
+@dataclasses.dataclass(frozen=True)
+class HFConfig(BaseConfig):
+    """A run that trains a Hugging Face checkpoint on a file of problems.
+
+    Args:
+      model: directory of the checkpoint, its tokenizer included.
+      data: JSONL of {"prompt": str, "answer": str}.
+      reward: what scores a completion, as module:function; see `train.rewards`.
+      num_eval: problems held out, at most; every tenth is where there are few.
+    The others are those of `BaseConfig`.
+    """
+
+    model: Path = Path()
+    data: Path = Path()
+    reward: str = "train.rewards:numeric_answer"
+    num_eval: int = 64
+    out: Path = Path("runs/hf")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_eval >= 1, "num_eval", self.num_eval, "give >= 1")
+        require(
+            self.grpo.format_bonus == 0,
+            "format_bonus",
+            self.grpo.format_bonus,
+            "it belongs to the demo's reward; write it into a reward of your own",
         )
 
 

@@ -2,6 +2,7 @@
 
     python -m train.grpo arithmetic      # the reported demo, a few minutes on 2 cores
     python -m train.grpo tiny            # the same in seconds, for trying things out
+    python -m train.grpo hf --model DIR --data FILE.jsonl    # a checkpoint, your data
 
 One step samples n completions of each of P prompts with `er_jax.rollout`, scores them,
 turns scores into group-relative advantages, and takes clipped policy-gradient steps
@@ -9,21 +10,22 @@ against the log-probabilities the rollout itself reports. The draft is requantiz
 inside the jit of the update, so the next rollout speculates with the newest weights.
 Nothing here knows about speculation: its effect is the rollout's time and nothing else.
 
-Left out: more than one device, text longer than the last bucket, value functions.
+Left out: more than one device, value functions.
 
 Source: Shao et al. 2024 (arXiv 2402.03300); see `losses` for the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,14 @@ from flax import struct
 from tqdm import tqdm
 
 import er_jax
-from train import losses, metrics, sft, tasks
+from train import losses, metrics, tasks
 from train.batching import Buckets, Chunks, Example, stack_chunks
 from train.checkpoints import Checkpoints, check_same_config
-from train.config import GRPOConfig, RunConfig, to_json
+from train.config import BaseConfig, GRPOConfig, HFConfig, to_json
 from train.controllers import RuleController
 from train.losses import PolicyLoss
-from train.tasks import EOS, Problem, Tokenizer
+from train.subjects import Subject, subject_of
+from train.tasks import Problem
 
 
 @struct.dataclass
@@ -160,33 +163,6 @@ def update(
 refresh = jax.jit(er_jax.attach_draft, static_argnames="config")
 
 
-def load_problems(config: RunConfig, tokenizer: Tokenizer) -> dict[str, list[Problem]]:
-    """Return the "warmup", "train" and "eval" problems of a run.
-
-    A file given as `config.data` is split: every tenth distinct prompt, up to
-    `config.task.num_eval` of them, is held out.
-
-    Raises:
-      ValueError: a bad file, or one with fewer than two different prompts.
-    """
-    made = tasks.make_arithmetic(config.task, config.seed)
-    if config.data is None:
-        return made
-    problems = tasks.read_jsonl(config.data, tokenizer)
-    prompts = list(dict.fromkeys(problem.prompt for problem in problems))
-    if len(prompts) < 2:
-        raise ValueError(
-            f"data={str(config.data)!r} has one prompt only; one is held out and one "
-            "trained on, so give at least two"
-        )
-    random.Random(f"held out {config.seed}").shuffle(prompts)
-    held_out = set(prompts[: min(config.task.num_eval, -(-len(prompts) // 10))])
-    train = [p for p in problems if p.prompt not in held_out]
-    evals = {p.prompt: p for p in problems if p.prompt in held_out}
-    warmup = [p for p in train if p.solution is not None] or made["warmup"]
-    return {"warmup": warmup, "train": train, "eval": list(evals.values())}
-
-
 @dataclasses.dataclass(frozen=True)
 class StepData:
     """What one step sampled.
@@ -207,18 +183,16 @@ class Trainer:
     """A run in progress: what is fixed, and the two that change, state and controller.
 
     Attributes:
-      config: of the run. tokenizer, problems, policy: made from it.
+      config: of the run. subject: what it trains, on what.
       buckets: shapes of the update.
       controller: of the rollouts, kept from step to step.
       metrics: the file everything is logged to.
       state: None until `begin` or `resume`.
-      ref_params: the warmed-up policy; None when no KL is asked for.
+      ref_params: the policy of step 0; None when no KL is asked for.
     """
 
-    config: RunConfig
-    tokenizer: Tokenizer
-    problems: dict[str, list[Problem]]
-    policy: er_jax.Decoder
+    config: BaseConfig
+    subject: Subject
     buckets: Buckets
     controller: er_jax.Controller
     metrics: metrics.MetricsFile
@@ -226,34 +200,43 @@ class Trainer:
     ref_params: Any = None
 
     @classmethod
-    def of(cls, config: RunConfig) -> Trainer:
+    def of(cls, config: BaseConfig) -> Trainer:
         """Set a run up: data, policy, shapes, controller. Writes the data to `out`."""
-        tokenizer = Tokenizer()
-        problems = load_problems(config, tokenizer)
-        for name, lines in problems.items():
+        subject = subject_of(config)
+        for name, lines in subject.problems.items():
             tasks.write_jsonl(config.out / "data" / f"{name}.jsonl", lines)
-        prompts = [p.prompt for name in ("train", "eval") for p in problems[name]]
-        longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
+        longest = max(
+            len(subject.tokenizer.encode_prompt(problem.prompt))
+            for name in ("train", "eval")
+            for problem in subject.problems[name]
+        )
         grpo = config.grpo
         buckets = Buckets(grpo.bucket_lengths, grpo.chunk_tokens).up_to(
             longest + grpo.max_new_tokens - 1
         )
         kind = RuleController if config.reproducible else er_jax.Controller
-        rollouts = config.rollout_config(group_size=2, stop_token_id=EOS)
         return cls(
             config=config,
-            tokenizer=tokenizer,
-            problems=problems,
-            policy=config.model.decoder(tokenizer.vocab_size, config.dtype),
+            subject=subject,
             buckets=buckets,
-            controller=kind(config.control, rollouts.gammas),
+            controller=kind(config.control, config.rollout_config(group_size=2).gammas),
             metrics=metrics.MetricsFile(config.out / "metrics.jsonl"),
         )
+
+    @property
+    def policy(self) -> er_jax.Decoder:
+        """What is trained."""
+        return self.subject.policy
+
+    @property
+    def problems(self) -> dict[str, list[Problem]]:
+        """The "train" and "eval" problems; the demo's "warmup" too."""
+        return self.subject.problems
 
     @functools.cached_property
     def drafter(self) -> er_jax.DrafterConfig:
         """How the draft is made: the rollout's default."""
-        return self.config.rollout_config(group_size=2, stop_token_id=EOS).drafter
+        return self.config.rollout_config(group_size=2).drafter
 
     @functools.cached_property
     def keys(self) -> dict[str, jax.Array]:
@@ -263,7 +246,7 @@ class Trainer:
         return dict(zip(names, split, strict=True))
 
     def new_state(self, params: Any) -> TrainState:
-        """Return the state of step 0 for warmed-up parameters."""
+        """Return the state of step 0 for these parameters."""
         return TrainState(
             params=refresh(params, config=self.drafter),
             opt_state=make_optimizer(self.config.grpo).init(params),
@@ -272,35 +255,9 @@ class Trainer:
             position=jnp.int32(0),
         )
 
-    def warm_up(self) -> Any:
-        """Return parameters trained on the written-out solutions."""
-        problems = self.problems
-        held_out = sft.examples_of(problems["eval"], self.tokenizer)
-        train = sft.examples_of(problems["warmup"], self.tokenizer)
-        # A data file without solutions: watch the generated problems instead.
-        held_out = held_out or train[: self.config.task.num_eval]
-        buckets = self.buckets.up_to(max(e.length for e in (*train, *held_out)))
-        config = self.config.sft
-        with tqdm(total=config.max_steps, desc="warm-up", unit="step") as bar:
-
-            def on_check(record: dict[str, Any]) -> None:
-                bar.update(record["step"] - bar.n)
-                chance = record["solution_chance"]
-                bar.set_postfix(loss=f"{record['loss']:.3f}", solved=f"{chance:.2f}")
-                timing = {"seconds": record.pop("seconds")}
-                self.metrics.append({"kind": "warmup", **record, "timing": timing})
-
-            params, _ = sft.warm_up(
-                self.policy,
-                self.policy.init(self.keys["init"]),
-                train,
-                held_out,
-                config=config,
-                buckets=buckets,
-                seed=self.config.seed,
-                on_check=on_check,
-            )
-        return params
+    def first_params(self) -> Any:
+        """Return the parameters of step 0."""
+        return self.subject.first_params(self.keys["init"], self.buckets, self.metrics)
 
     def sample(
         self,
@@ -315,23 +272,25 @@ class Trainer:
         Returns:
           The rollout, and rewards `[P, n]` float64.
         """
+        tokenizer = self.subject.tokenizer
         out = er_jax.rollout(
             self.policy,
             self.state.params,
-            [self.tokenizer.encode_prompt(problem.prompt) for problem in problems],
+            [tokenizer.encode_prompt(problem.prompt) for problem in problems],
             key=key,
-            config=self.config.rollout_config(group_size=n, stop_token_id=EOS),
+            config=self.config.rollout_config(
+                group_size=n, stop_token_ids=self.subject.stop_token_ids
+            ),
             sequence_ids=range(
                 first_sequence_id, first_sequence_id + len(problems) * n
             ),
             controller=self.controller,
         )
         scores = [
-            tasks.reward(
-                self.tokenizer.decode(out.completion_ids[row, : out.lengths[row]]),
+            self.subject.reward(
+                tokenizer.decode(out.completion_ids[row, : out.lengths[row]]),
                 problems[row // n].answer,
-                finished=out.finish_reason[row] == "stop",
-                format_bonus=self.config.grpo.format_bonus,
+                finished=bool(out.finish_reason[row] == "stop"),
             )
             for row in range(len(out.lengths))
         ]
@@ -385,7 +344,8 @@ class Trainer:
         """
         grpo, out, rewards = self.config.grpo, data.out, data.rewards
         advantages = losses.group_advantages(rewards, scale=grpo.scale_advantages)
-        prompts = [self.tokenizer.encode_prompt(p.prompt) for p in data.problems]
+        encode = self.subject.tokenizer.encode_prompt
+        prompts = [encode(problem.prompt) for problem in data.problems]
         examples = [
             Example(
                 prompt=prompts[row // grpo.group_size],
@@ -492,8 +452,8 @@ class Trainer:
         check_same_config(saved_host["config"], to_json(self.config))
         if saved_host["data_digest"] != self.data_digest:
             raise ValueError(
-                f"resume: the contents of data={str(self.config.data)!r} have changed "
-                "since the checkpoint was made; give the same file, or another --out"
+                "resume: the contents of data have changed since the checkpoint was "
+                "made; give the same file, or another --out"
             )
         shapes = jax.eval_shape(self.policy.init, self.keys["init"])
         like = jax.eval_shape(self.new_state, shapes)
@@ -511,13 +471,13 @@ class Trainer:
         self.metrics.cut_after(saved.step)
 
     def begin(self, checkpoints: Checkpoints) -> None:
-        """Warm a new policy up and save it as step 0."""
+        """Make the first parameters and save them as step 0."""
         self.metrics.path.unlink(missing_ok=True)
-        self.start_from(self.warm_up())
+        self.start_from(self.first_params())
         self.save(checkpoints)
 
     def start_from(self, params: Any) -> None:
-        """Make the state of step 0 from warmed-up parameters, which it takes over."""
+        """Make the state of step 0 from parameters, which it takes over."""
         if self.config.grpo.kl_coef > 0:
             self.ref_params = jax.tree.map(jnp.copy, params)  # `update` donates params
         self.state = self.new_state(params)
@@ -535,7 +495,7 @@ class Trainer:
         return metrics.digest(np.frombuffer(json.dumps(lines).encode(), np.uint8))
 
 
-def run(config: RunConfig) -> list[dict[str, Any]]:
+def run(config: BaseConfig) -> list[dict[str, Any]]:
     """Run, or go on with, a whole run and return all lines of its metrics.
 
     Effects: writes `config.out`. An older run found there is moved aside, unless it is
@@ -570,13 +530,16 @@ def run(config: RunConfig) -> list[dict[str, Any]]:
         done = int(trainer.state.step)
         if not any(r["kind"] == "eval" for r in trainer.metrics.read()):
             record = trainer.evaluate()
-            print(f"held-out reward after the warm-up: {record['reward']:.3f}")
+            print(f"held-out reward before the first step: {record['reward']:.3f}")
         with tqdm(
             total=config.steps, initial=done, desc="GRPO", unit="step", file=sys.stderr
         ) as bar:
             for step in range(done + 1, config.steps + 1):
-                data = trainer.rollout_step()
-                record, rollout = trainer.learn(data), data.out
+                # The first step compiles.
+                is_traced = config.profile is not None and step == done + 2
+                with profiled(config.profile if is_traced else None):
+                    data = trainer.rollout_step()
+                    record, rollout = trainer.learn(data), data.out
                 bar.update()
                 bar.set_postfix(
                     reward=f"{record['reward']:.2f}", tokens=record["num_tokens"]
@@ -587,6 +550,11 @@ def run(config: RunConfig) -> list[dict[str, Any]]:
                     trainer.save(checkpoints)
     records = trainer.metrics.read()
     text = summary(records, time.perf_counter() - start)
+    if isinstance(config, HFConfig):
+        trained = config.out / f"trained-{int(trainer.state.step)}"
+        if not trained.exists():
+            er_jax.save_hf(trained, trainer.policy, trainer.state.params.policy)
+        text += f"\nthe trained checkpoint is in {trained}"
     if rollout is not None:
         text += "\nlast rollout: " + rollout.stats.summary()
     print("\n" + text)
@@ -598,6 +566,13 @@ def run(config: RunConfig) -> list[dict[str, Any]]:
     except ImportError as error:
         print(f"no pictures: {error}")
     return records
+
+
+def profiled(directory: Path | None) -> AbstractContextManager[Any]:
+    """Write a trace of what runs inside; None writes nothing."""
+    if directory is None:
+        return contextlib.nullcontext()
+    return jax.profiler.trace(str(directory))
 
 
 def move_aside(out: Path) -> None:
@@ -655,12 +630,13 @@ def summary(records: Sequence[dict[str, Any]], seconds: float) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    from configs import arithmetic, tiny
+    from configs import arithmetic, hf, tiny
 
     config = tyro.extras.overridable_config_cli(
         {
             "arithmetic": ("The reported demo.", arithmetic.CONFIG),
             "tiny": ("The same in seconds.", tiny.CONFIG),
+            "hf": ("A checkpoint and data of yours.", hf.CONFIG),
         },
         args=args,
     )

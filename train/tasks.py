@@ -24,12 +24,29 @@ import random
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 PAD, BOS, EOS = 0, 1, 2
 
 # Fixed, so that a trained policy can be given another file: with the three special
 # tokens they make 64.
 CHARACTERS = "0123456789+-*/=() .,:;?!#<>%^_'\"&$\nabcdefghijklmnopqrstuvwxyz"
+
+
+class AnyTokenizer(Protocol):
+    """What turns text into ids and back: the demo's, or a checkpoint's."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text alone; ValueError where a part of it has none."""
+        ...
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """What a rollout is given."""
+        ...
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of a completion, without special tokens."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +290,7 @@ def write_jsonl(path: Path, problems: Iterable[Problem]) -> None:
             file.write(json.dumps(kept) + "\n")
 
 
-def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Problem]:
+def read_jsonl(path: Path, tokenizer: AnyTokenizer) -> list[Problem]:
     """Read a data file and check every line of it.
 
     Raises:
@@ -294,7 +311,7 @@ def read_jsonl(path: Path, tokenizer: Tokenizer) -> list[Problem]:
     return problems
 
 
-def parse_line(line: str, where: str, tokenizer: Tokenizer) -> Problem:
+def parse_line(line: str, where: str, tokenizer: AnyTokenizer) -> Problem:
     """One checked line of a data file; `where` begins the message of every error."""
     try:
         fields = json.loads(line)

@@ -1,0 +1,99 @@
+"""A checkpoint of `transformers`, from the command line: sampled and trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import er_jax
+from tests.test_text import make_tokenizer
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen3 with a tokenizer and a chat template."""
+    directory = tmp_path_factory.mktemp("qwen3")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, eos_token_id=2,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
+    make_tokenizer(directory)
+    return directory
+
+
+def run(*command: object) -> str:
+    """Run a command and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        check=False, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_sampled_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "completions.jsonl"
+    text = run(
+        "er_jax.cli", "rollout", "--model", checkpoint, "--prompt", "1+1", "2+2",
+        "--num", 2, "--max-new-tokens", 8, "--control", "fixed:2", "--out", out,
+        "--profile", tmp_path / "trace",
+    )  # fmt: skip
+    assert "> 2+2" in text and "tokens" in text
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["1+1", "1+1", "2+2", "2+2"]
+    assert all(len(line["logprobs"]) <= 8 for line in lines)
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_trained_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    """Three steps; the trained checkpoint is loaded by `transformers`."""
+    data = tmp_path / "sums.jsonl"
+    problems = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(12)]
+    data.write_text("".join(json.dumps(p) + "\n" for p in problems))
+    out = tmp_path / "run"
+    text = run(
+        "train.grpo", "hf", "--model", checkpoint, "--data", data, "--out", out,
+        "--steps", 3, "--save-every", 1, "--control", "fixed:2",
+        "--reward", "tests.test_train_hf:long", "--num-eval", 2,
+        "--grpo.prompts-per-step", 2, "--grpo.group-size", 4,
+        "--grpo.max-new-tokens", 8, "--grpo.max-slots", 8,
+        "--grpo.learning-rate", 0.01, "--grpo.bucket-lengths", 16,
+        "--grpo.chunk-tokens", 128,
+    )  # fmt: skip
+    assert "held-out reward" in text and "the trained checkpoint is in" in text
+    records = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert max(record["logprob_gap"] for record in steps) < 1e-4
+    assert max(record["grad_norm"] for record in steps) > 0
+    trained, source = (
+        transformers.AutoModelForCausalLM.from_pretrained(path)
+        for path in (out / "trained-3", checkpoint)
+    )
+    moved = trained.lm_head.weight - source.lm_head.weight
+    assert float(moved.detach().abs().max()) > 1e-3
+    _, params = er_jax.load_hf(out / "trained-3")
+    np.testing.assert_array_equal(
+        np.asarray(params["lm_head"]).T, trained.lm_head.weight.detach().numpy()
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "trained-3")
+    assert tokenizer.chat_template
+
+
+def long(completion: str, answer: str, *, finished: bool) -> float:
+    """A reward of a user's own: the share of characters that are digits."""
+    del answer, finished
+    return sum(c.isdigit() for c in completion) / max(len(completion), 1)

@@ -1,0 +1,84 @@
+"""Rewards of completions by their final answer, and how others are named.
+
+A reward is a function `reward(completion, answer, *, finished) -> float`: the decoded
+text without its end token, the "answer" of the data file (any text, for the function to
+read as it likes), and whether the policy ended the completion itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from decimal import Decimal, InvalidOperation
+from typing import Protocol
+
+
+class Reward(Protocol):
+    """What scores a completion; see the module."""
+
+    def __call__(self, completion: str, answer: str, *, finished: bool) -> float:
+        """Return the score."""
+        ...
+
+
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+def exact_match(completion: str, answer: str, *, finished: bool) -> float:
+    """Score 1 for a finished completion that is the answer, spaces around it aside.
+
+    Example:
+      >>> exact_match(" Paris\\n", "Paris", finished=True)
+      1.0
+    """
+    return float(finished and completion.strip() == answer.strip())
+
+
+def last_number(text: str) -> Decimal | None:
+    """Return the last number of a text, None without one.
+
+    Example:
+      >>> last_number("so it is $1,234.50.")
+      Decimal('1234.50')
+    """
+    found = NUMBER.findall(text)
+    if not found:
+        return None
+    try:
+        return Decimal(found[-1].replace(",", ""))
+    except InvalidOperation:
+        return None
+
+
+def numeric_answer(completion: str, answer: str, *, finished: bool) -> float:
+    """Score 1 for a finished completion whose last number is the answer's last.
+
+    Example:
+      >>> numeric_answer("18 - 6 = 12, so 12.0", "#### 12", finished=True)
+      1.0
+    """
+    wanted = last_number(answer)
+    return float(finished and wanted is not None and last_number(completion) == wanted)
+
+
+def reward_of(name: str) -> Reward:
+    """Import a reward by its path.
+
+    Args:
+      name: "module:function".
+    Raises:
+      ValueError: there is no such function.
+    """
+    module, _, attribute = name.partition(":")
+    remedy = "give module:function, such as train.rewards:numeric_answer"
+    if not attribute:
+        raise ValueError(f"reward={name!r} names no function; {remedy}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"reward={name!r} cannot be imported ({error}); {remedy}"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"reward={name!r} is no function; {remedy}")
+    return found
