@@ -3,11 +3,14 @@
 er-jax calibrate                 where speculation pays on this device
 er-jax sweep FILE.csv ...        how well costs are predicted, on a latency sweep
 er-jax replay FILE.csv           controllers on a trace of lengths, without a device
+er-jax plan --model M --device D whether a model fits on a device that is not here
+er-jax rollout --model DIR       completions of prompts, as text
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +18,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from er_jax import calibrate, replay, sweep
+from er_jax import calibrate, hf, plan, replay, sweep
 from er_jax.acceptance import AcceptRule
 from er_jax.control import DEFAULT_GAMMAS, PRIOR_KEEP
 from er_jax.costs import LatencyTable
@@ -23,6 +26,8 @@ from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.drafter import DrafterConfig
 from er_jax.engine import Engine
 from er_jax.pass_costs import Cell, PassCosts, Roofline
+from er_jax.rollout import RolloutConfig, rollout
+from er_jax.text import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,20 +196,142 @@ class Replay:
             comparison.plot(self.plot)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a model's windows for a device that is not here, and count.
+
+    Prints bytes of each device, whether they fit, the most slots that do, collectives
+    per round, and what speculation is worth by the roofline. No weights are read.
+
+    Args:
+      model: directory of a Hugging Face checkpoint (its config.json is enough), or one
+        of the presets: qwen2.5-7b, qwen2.5-14b, llama-3.1-8b, qwen3-0.6b, -1.7b, -4b,
+        -8b, -14b, -32b.
+      device: a TPU slice such as v5e:2x4, v5p:2x2x1 or v6e:2x2; a100, h100 or h200; or
+        cpu.
+      slots: rows over all devices. max_length: cache positions of each.
+      drafter: how the draft is quantized. dtype: of the parameters; None is the
+        checkpoint's own. gammas: programs to compile. accept: acceptance rule.
+      model_parallel: devices that share a copy of the weights; None is the fewest.
+      keep: chance that a draft is kept, for the speed-up.
+    """
+
+    model: str
+    device: str
+    slots: int = 64
+    max_length: int = 4096
+    drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
+    dtype: str | None = None
+    gammas: tuple[int, ...] = (0, 4)
+    accept: AcceptRule = "coupled"
+    model_parallel: int | None = None
+    keep: float = PRIOR_KEEP
+
+    def run(self) -> None:
+        """Compile and print."""
+        # Nothing runs here: without this, a process with an accelerator would take it.
+        jax.config.update("jax_platforms", "cpu")
+        if self.model in plan.PRESETS:
+            config = plan.PRESETS[self.model]
+            if self.dtype is not None:
+                config = dataclasses.replace(config, dtype=self.dtype)
+        else:
+            config = hf.policy_of(self.model, self.dtype).config
+        found = plan.plan(
+            config,
+            plan.target_of(self.device),
+            slots=self.slots,
+            max_length=self.max_length,
+            gammas=self.gammas,
+            drafter=self.drafter,
+            accept=self.accept,
+            model=self.model_parallel,
+            keep=self.keep,
+        )
+        print(f"{self.model} on {found.summary()}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Sample completions of prompts from a Hugging Face checkpoint, as text.
+
+    Args:
+      model: directory of the checkpoint, its tokenizer included.
+      prompt: what a user says; give several to sample them together.
+      num: completions of each. max_new_tokens: limit of each.
+      temperature: 0 is greedy. top_p: 1 is off. control: how draft lengths are chosen.
+      seed: of the noise; the same seed gives the same completions. dtype: of the
+        parameters; None is the checkpoint's own.
+      out: JSONL for prompts, completions and their log-probabilities.
+      profile: directory for a trace of the device, for XProf or Perfetto.
+    """
+
+    model: Path
+    prompt: tuple[str, ...]
+    num: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    control: str = "best"
+    seed: int = 0
+    dtype: str | None = None
+    out: Path | None = None
+    profile: Path | None = None
+
+    def run(self) -> None:
+        """Sample, print the texts and the summary, and save what was asked for."""
+        tokenizer = load_tokenizer(self.model)
+        policy, params = hf.load_hf(self.model, dtype=self.dtype, progress=True)
+        found = rollout(
+            policy,
+            params,
+            [tokenizer.encode_prompt(text) for text in self.prompt],
+            key=jax.random.key(self.seed),
+            config=RolloutConfig(
+                max_new_tokens=self.max_new_tokens,
+                n=self.num,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                stop_token_ids=tokenizer.stop_token_ids,
+                control=self.control,
+            ),
+            progress=sys.stderr.isatty(),
+            profile=self.profile,
+        )
+        lines = []
+        for row, length in enumerate(found.lengths.tolist()):
+            lines.append(
+                {
+                    "prompt": self.prompt[row // self.num],
+                    "completion": tokenizer.decode(found.completion_ids[row, :length]),
+                    "finish_reason": str(found.finish_reason[row]),
+                    "logprobs": found.logprobs[row, :length].tolist(),
+                }
+            )
+            print(f"> {lines[-1]['prompt']}\n{lines[-1]['completion']}\n")
+        print(found.stats.summary())
+        if self.out is not None:
+            self.out.write_text(
+                "".join(json.dumps(line) + "\n" for line in lines), "utf-8"
+            )
+
+
 Command = (
     Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Sample, tyro.conf.subcommand("rollout")]
 )
 
 
 def main() -> None:
     """Run the command line."""
-    command: Calibrate | Sweep | Replay
+    command: Calibrate | Sweep | Replay | Plan | Sample
     command = tyro.cli(Command, prog="er-jax")  # type: ignore[arg-type]
     try:
         command.run()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise SystemExit(f"er-jax: {error}") from error
 
 

@@ -1,0 +1,174 @@
+"""What is counted for a device that is not here; compiled for this CPU, and for others
+where their compilers are installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import jax
+import pytest
+
+import er_jax
+from er_jax import plan
+
+CONFIG = er_jax.DecoderConfig(
+    vocab_size=512, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=128,
+    dtype="bfloat16",
+)  # fmt: skip
+
+
+def made(device: str = "cpu", config: Any = CONFIG, **changes: Any) -> plan.Plan:
+    settings: dict[str, Any] = {"slots": 8, "max_length": 128, **changes}
+    return plan.plan(config, plan.target_of(device), **settings)
+
+
+@pytest.fixture(scope="module")
+def found() -> plan.Plan:
+    return made()
+
+
+def test_bytes_are_those_of_the_compiled_program(found: plan.Plan) -> None:
+    step, speculative = found.programs
+    assert (step.program.gamma, speculative.program.gamma) == (0, plan.GAMMA)
+    counted = found.params_bytes + found.state_bytes
+    assert step.argument_bytes == pytest.approx(counted, rel=0.03)
+    counted += found.draft_bytes
+    assert speculative.argument_bytes == pytest.approx(counted, rel=0.03)
+    for count in found.programs:
+        assert count.alias_bytes >= found.state_bytes
+        assert count.peak_bytes >= count.argument_bytes
+        assert count.collectives == ()
+    assert found.peak_bytes >= speculative.argument_bytes
+
+
+def test_counts_follow_from_the_sizes(found: plan.Plan) -> None:
+    c = CONFIG
+    layer = 2 * c.dim * (64 + 32) + 3 * c.dim * c.hidden_dim
+    matrices = 2 * layer + c.vocab_size * c.dim
+    norms = (2 * 2 + 1) * c.dim
+    assert found.params_bytes == 2 * (matrices + c.vocab_size * c.dim + norms)
+    # The look-up reads rows, not the table.
+    assert found.read_bytes[0] == 2 * (matrices + norms)
+    # Codes, and a float32 scale for each output channel.
+    outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64) + c.vocab_size
+    assert found.draft_bytes == matrices + 4 * outputs
+    assert found.cache_bytes == 2 * 2 * 32 * 2  # layers, keys and values, K D, bfloat16
+
+
+def test_what_fits(found: plan.Plan) -> None:
+    small = plan.Chip(found.peak_bytes * 1.2, 1e12, 1e14)
+    roomy = dataclasses.replace(found.target, chip=small)
+    fitting = dataclasses.replace(found, target=roomy)
+    assert fitting.fits and "\nfits" in fitting.summary()
+    assert fitting.largest(128) >= 8
+    assert fitting.largest(64) >= 2 * fitting.largest(128)
+    tight = plan.Chip(found.peak_bytes * 0.9, 1e12, 1e14)
+    other = dataclasses.replace(found, target=dataclasses.replace(roomy, chip=tight))
+    assert not other.fits and "does NOT fit" in other.summary()
+    assert other.largest(128) < 8
+
+
+def test_the_roofline_is_the_published_one(found: plan.Plan) -> None:
+    """At one row everything is bound by bytes; at very many, by arithmetic."""
+    chip = plan.Chip(1e9, 1e12, 1e14)
+    target = dataclasses.replace(found.target, chip=chip)
+    here = dataclasses.replace(found, target=target, keep=1.0)
+    weights, draft = here.read_bytes
+    cache = here.cache_bytes * 128
+    step = (weights + cache) / 1e12
+    round_s = (4 * (draft + cache) + weights + cache) / 1e12
+    assert here.speed_up(1, 128, 4) == pytest.approx(5 * step / round_s)
+    assert here.speed_up(100_000, 0, 4) == pytest.approx(5 / 9)
+    assert "speed-up of 4 drafts" in here.summary()
+
+
+def test_the_summary_is_readable(found: plan.Plan) -> None:
+    text = found.summary()
+    for word in ("parameters", "draft", "peak", "most slots that fit", "gamma 4"):
+        assert word in text
+    assert "speed-up" not in text  # there is no data sheet of this machine
+
+
+TEXT = """
+  %a = f32[4,8]{1,0} all-reduce(f32[4,8] %x), metadata={op_name="f/draft/while"}
+  %b = (bf16[8]{0}, bf16[16]{0}) all-gather-start(bf16[8] %y), metadata={}
+  %c = bf16[16]{0} all-gather-done(%b)
+  %d = s8[3]{0} collective-permute(s8[3] %z)
+"""
+
+
+def test_collectives_are_counted_by_round() -> None:
+    found = {one.kind: one for one in plan.collectives(TEXT, 4)}
+    assert found["all-reduce"] == plan.Collective(
+        "all-reduce", 4, 4 * 4 * 8 * 4, 4 * 8 * 4
+    )
+    assert found["all-gather"] == plan.Collective("all-gather", 1, 16 * 2, 16 * 2)
+    assert found["collective-permute"].num_bytes == 3
+    assert len(found) == 3
+
+
+COPIES = """
+%fused_computation (p: s8[4,8]) -> bf16[4,8] {
+  ROOT %convert = bf16[4,8]{1,0} convert(%p)
+}
+ENTRY %main (a: s8[4,8]) -> bf16[8,4] {
+  %a = s8[4,8]{1,0} parameter(0)
+  %wide = bf16[4,8]{1,0} fusion(%a), kind=kLoop, calls=%fused_computation
+  %other = bf16[4,9]{1,0} fusion(%a), kind=kLoop, calls=%fused_computation
+  ROOT %turned = bf16[8,4]{0,1:T(8,128)} transpose(%wide), dimensions={1,0}
+}
+"""
+
+
+def test_copies_of_weights_are_found() -> None:
+    found = plan.weight_copies(COPIES, {(4, 8)})
+    assert found == ("fusion bf16[4,8]", "transpose bf16[8,4]")
+    assert plan.weight_copies(COPIES, {(4, 10)}) == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("v9:2x2", "device='v9:2x2' is not known; give a TPU slice such as v5e:2x4"),
+        ("v5e", "device='v5e' is not known"),
+        ("h100:2x2", "device='h100:2x2' is not known"),
+    ],
+)
+def test_unknown_devices_are_refused(device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan.target_of(device)
+
+
+@pytest.mark.parametrize(
+    ("device", "extra"), [("v5e:2x2", "tpu-plan"), ("h100", "cuda-plan")]
+)
+def test_a_missing_compiler_is_named(
+    device: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf'pip install "er-jax\[{extra}\]"'):
+        plan.target_of(device)
+
+
+def test_sizes_that_do_not_fit_the_mesh_are_refused() -> None:
+    with pytest.raises(ValueError, match="model=3 with slots=8"):
+        made(model=3)
+    with pytest.raises(ValueError, match="slots=0 and max_length=128 must be"):
+        made(slots=0)
+
+
+def test_presets_are_of_their_published_size() -> None:
+    """Parameters in 10^9, from the model cards."""
+    billions = {
+        "qwen2.5-7b": 7.62, "qwen2.5-14b": 14.77, "llama-3.1-8b": 8.03,
+        "qwen3-0.6b": 0.60, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19,
+        "qwen3-14b": 14.77, "qwen3-32b": 32.76,
+    }  # fmt: skip
+    assert billions.keys() == plan.PRESETS.keys()
+    for name, config in plan.PRESETS.items():
+        shapes = jax.eval_shape(er_jax.Decoder(config).init, jax.random.key(0))
+        size = sum(x.size for x in jax.tree.leaves(shapes)) / 1e9
+        assert size == pytest.approx(billions[name], abs=0.006), name
