@@ -49,6 +49,7 @@ from er_jax import (
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.calibrate import neutral_sampling
 from er_jax.drafter import draft_params
+from er_jax.figures import text_table
 from er_jax.types import NONE, DecodeState, Policy, Sampling
 from train import checkpoints, tasks
 from train.controllers import RuleController
@@ -472,7 +473,7 @@ def main(args: Args) -> dict[str, Any]:
         record["points"].append(point)
         measure.save(out / "acceptance.json", record)
     header, rows = rows_of(record["points"])
-    print(measure.table(rows, header))
+    print(text_table(rows, header))
     plot(record, out / "acceptance.png")
     print(f"written: acceptance.json and .png in {out.name}", file=sys.stderr)
     return record

@@ -279,22 +279,6 @@ def copy_bytes_per_s(num_bytes: int, *, repeats: int = 5, passes: int = 8) -> fl
     return 2 * x.nbytes * passes / best
 
 
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Return aligned text, numbers to three digits."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-        return str(value)
-
-    cells = [list(header), *([text(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in cells
-    )
-
-
 def figure(columns: int, rows: int = 1, *, width: float = 4.6) -> tuple[Any, Any]:
     """Return a matplotlib figure that needs no display, and its axes `[rows, columns]`.
 

@@ -40,6 +40,7 @@ from er_jax.calibrate import neutral_sampling
 from er_jax.control import DEFAULT_GAMMAS
 from er_jax.costs import LatencyTable
 from er_jax.engine import Engine
+from er_jax.figures import text_table
 from er_jax.rollout import request_of
 from er_jax.scheduler import Batch, Request
 from er_jax.scheduler import run as run_schedule
@@ -633,7 +634,7 @@ def main(args: Args) -> dict[str, Any]:
     }
     record["points"].append(point)
     for header, rows in (cell_rows(point), rollout_rows(point)):
-        print(measure.table(rows, header))
+        print(text_table(rows, header))
     print(summary(point))
     measure.save(out / f"predicted_{name}.json", record)
     print(f"written: predicted_{name}.json in {out.name}", file=sys.stderr)

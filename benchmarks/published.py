@@ -35,6 +35,7 @@ from tqdm import tqdm
 from benchmarks import measure
 from er_jax import replay, sweep
 from er_jax.control import PaperRule
+from er_jax.figures import text_table
 from er_jax.pass_costs import PassCosts, PassPredictor, Roofline, seconds_of_passes
 from er_jax.replay import RoundCosts, Trace
 from er_jax.types import Program
@@ -454,10 +455,10 @@ def main(args: Args) -> dict[str, Any]:
     record = measure.new_record("published", settings)
     record["points"] = replay_setting(args.num)
     header, rows = setting_rows(record["points"])
-    print(measure.table(rows, header), flush=True)
+    print(text_table(rows, header), flush=True)
     record["controls"] = compare_controls(args.sweeps, args.keeps, args.seeds)
     header, rows = control_rows(record["controls"])
-    print(measure.table(rows, header))
+    print(text_table(rows, header))
     measure.save(out / "published.json", record)
     print(f"written: published.json in {out.name}", file=sys.stderr)
     return record

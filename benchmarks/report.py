@@ -1,6 +1,6 @@
-"""Tables of the records, written into README.md beside this file.
+"""Tables of the records, written into README.md beside this file, or a page of docs.
 
-    python -m benchmarks.report            # rewrites everything below the marker
+    python -m benchmarks.report            # rewrites everything below the markers
     python -m benchmarks.report --check    # fails if that would change something
 
 So that no number is copied by hand. Left out: what the numbers mean.
@@ -16,10 +16,21 @@ from typing import Any
 
 import tyro
 
-from benchmarks import acceptance, disturbed, measure, predicted, published
+from benchmarks import (
+    acceptance,
+    disturbed,
+    measure,
+    plans,
+    predicted,
+    published,
+    sampling,
+)
 
 README = measure.ROOT / "benchmarks" / "README.md"
 MARKER = "<!-- Below: written by `python -m benchmarks.report` from results/*.json. -->"
+
+# Records with a page of their own, where their section stands below such a line.
+PAGES = {"plans": measure.ROOT / "docs" / "plan.md"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +205,10 @@ def section(record: Mapping[str, Any]) -> str:
             parts += [predicted.summary(point)]
             parts.append(markdown(*predicted.cell_rows(point)))
             parts.append(markdown(*predicted.rollout_rows(point)))
+    if record["benchmark"] == "plans":
+        parts.append(markdown(*plans.rows_of(points)))
+    if record["benchmark"] == "sampling":
+        parts.append(markdown(*sampling.rows_of(points)))
     if record["benchmark"] == "disturbed":
         parts.append(markdown(*disturbed.rows_of(points)))
     for check in record.get("checks", ()):
@@ -206,24 +221,37 @@ def section(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def report(directory: Path = measure.RESULTS) -> str:
-    """Return the sections of all records in a directory."""
+def report(directory: Path = measure.RESULTS, page: str | None = None) -> str:
+    """Return the sections of the records in a directory that belong on one page.
+
+    Args:
+      page: name of a record with a page of its own; None is the README.
+    """
     records = [
         json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))
     ]
-    return "\n\n".join(section(record) for record in records)
+    return "\n\n".join(
+        section(record)
+        for record in records
+        if page == (record["benchmark"] if record["benchmark"] in PAGES else None)
+    )
 
 
-def updated(readme: str, directory: Path = measure.RESULTS) -> str:
-    """Return a README with the tables of the records below its marker.
+def updated(
+    text: str, directory: Path = measure.RESULTS, page: str | None = None
+) -> str:
+    """Return a page with the tables of its records below its marker.
 
     Raises:
       ValueError: it has no marker.
     """
-    if MARKER not in readme:
-        raise ValueError(f"README.md has no line {MARKER!r}")
-    head, _, _ = readme.partition(MARKER)
-    return f"{head}{MARKER}\n\n{report(directory)}".rstrip() + "\n"
+    marker = MARKER
+    if page is not None:
+        marker = MARKER.replace("results/*.json", f"benchmarks/results/{page}.json")
+    if marker not in text:
+        raise ValueError(f"the page has no line {marker!r}")
+    head, _, _ = text.partition(marker)
+    return f"{head}{marker}\n\n{report(directory, page)}".rstrip() + "\n"
 
 
 def main(args: Args) -> None:
@@ -232,12 +260,14 @@ def main(args: Args) -> None:
     Raises:
       SystemExit: they are not those of the records, and were not to be changed.
     """
-    before = README.read_text()
-    after = updated(before)
-    if args.check and after != before:
-        raise SystemExit("benchmarks/README.md: run python -m benchmarks.report")
-    if not args.check:
-        README.write_text(after)
+    targets: list[tuple[str | None, Path]] = [(None, README), *PAGES.items()]
+    for page, path in targets:
+        before = path.read_text()
+        after = updated(before, page=page)
+        if args.check and after != before:
+            raise SystemExit(f"{path.name}: run python -m benchmarks.report")
+        if not args.check:
+            path.write_text(after)
 
 
 if __name__ == "__main__":

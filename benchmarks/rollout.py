@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +31,14 @@ import tyro
 from tqdm import tqdm
 
 import er_jax
-from benchmarks import measure, passes, presets, workloads
+from benchmarks import measure, passes, peers, presets, workloads
 from er_jax import Controller, PolicyParams, Rollout, RolloutConfig, engine
+from er_jax.figures import text_table
 from er_jax.types import Policy
 
 Part = Literal["workloads", "rows", "cold"]
+
+PEER = "transformers"
 
 FIGURE = measure.ROOT / "docs" / "figures" / "rollout.png"
 
@@ -90,6 +93,8 @@ class Args:
       policy: directory of a run of train.grpo; its policy, prompts and own lengths
         replace presets and planned lengths.
       readme: whose first Python block is the quick start.
+      peer: sample with `transformers.generate` as well (needs torch).
+      profile: directory for a trace of one more run of `best` on each workload.
       out: directory of the results; default benchmarks/results, or runs/benchmarks
         for a quick run.
       quick: one small workload and few row counts, to see that it runs.
@@ -106,6 +111,8 @@ class Args:
     patience: float = 0.1
     policy: Path | None = None
     readme: Path = measure.ROOT / "README.md"
+    peer: bool = False
+    profile: Path | None = None
     out: Path | None = None
     quick: bool = False
 
@@ -164,7 +171,7 @@ class Runner:
         self.programs = 0
         self.num_warm_ups = 0
 
-    def run(self) -> float:
+    def run(self, profile: Path | None = None) -> float:
         """Run the task and return its seconds, compilation not counted."""
         start = time.perf_counter()
         out = er_jax.rollout(
@@ -174,6 +181,7 @@ class Runner:
             key=self.task.key,
             config=self.config,
             controller=self.controller,
+            profile=profile,
         )
         compile_s = out.stats.seconds["compile"]
         self.compile_s += compile_s
@@ -263,13 +271,17 @@ def measure_task(
     """Run a task under every control, interleaved, and return the point."""
     engine.forget_engines()
     runners = {name: Runner(task, name, args) for name in controls_of(args.gammas)}
-    cases = {name: runner.run for name, runner in runners.items()}
+    cases: dict[str, Callable[[], float]] = {
+        name: runner.run for name, runner in runners.items()
+    }
     for runner in runners.values():
         runner.warm_up()
     baseline = StaticRunner(task) if static else None
     if baseline:
         baseline.run()
         cases["static"] = baseline.run
+    if args.peer:
+        cases[PEER] = peer_of(task, runners["ar"]).run
     seconds = measure.interleave(cases, args.repeats, desc=task.name)
 
     expected = runners["ar"].completions()
@@ -291,7 +303,9 @@ def measure_task(
         if name in runners:
             entry |= runners[name].describe()
             tokens = runners[name].completions()
-        assert tokens is not None
+        if tokens is None:  # of a peer, which draws other noise
+            found.append(entry)
+            continue
         entry["agreement_with_ar"] = dataclasses.asdict(
             workloads.compare(
                 task.policy,
@@ -304,6 +318,8 @@ def measure_task(
             )
         )
         found.append(entry)
+    if args.profile is not None:
+        runners["best"].run(args.profile)
     fixed = [name for name in runners if name != "best"]
     best_fixed = min(fixed, key=lambda name: float(np.median(seconds[name])))
     point = {
@@ -316,6 +332,22 @@ def measure_task(
         "controls": found,
     }
     return point, runners
+
+
+def peer_of(task: Task, like: Runner) -> peers.TransformersRunner:
+    """Return the peer on this task, warmed up; its rows as long as those of `like`."""
+    policy = task.policy
+    if isinstance(policy, workloads.PlannedLengths):
+        policy = policy.policy
+    assert isinstance(policy, er_jax.Decoder)
+    like.run()
+    lengths = [len(tokens) for tokens in like.completions()]
+    like.outs.clear()
+    runner = peers.TransformersRunner(
+        policy, task.params.policy, task.prompts, lengths, task.slots
+    )
+    runner.run()
+    return runner
 
 
 def planned_task(
@@ -480,8 +512,7 @@ def lines(point: Mapping[str, Any]) -> str:
             entry.get("speedup_over_static", {}).get("median", ""),
             entry.get("keep_rate") or "",
             100 * entry["host_share"] if "host_share" in entry else "",
-            entry["agreement_with_ar"]["num_ties"],
-            len(entry["agreement_with_ar"]["unexplained"]),
+            *_agreement(entry),
         )
         for entry in point["controls"]
     ]
@@ -493,7 +524,7 @@ def lines(point: Mapping[str, Any]) -> str:
         f"{point['preset']}, {point['workload']}, {point['rows']} rows: best against "
         f"{point['best_fixed']} {point['best_over_best_fixed']['median']:.3f}"
     )
-    return f"{title}\n{measure.table(rows, header)}"
+    return f"{title}\n{text_table(rows, header)}"
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
@@ -539,13 +570,21 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     picture.savefig(path, dpi=110)
 
 
+def _agreement(entry: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the columns of ties and of wrong tokens; empty for a peer."""
+    if "agreement_with_ar" not in entry:
+        return "", ""
+    found = entry["agreement_with_ar"]
+    return found["num_ties"], len(found["unexplained"])
+
+
 def unexplained(record: Mapping[str, Any]) -> list[str]:
     """Return where tokens differed other than at a tie."""
     return [
         f"{point['preset']} {point['workload']} {point['rows']} rows {entry['control']}"
         for point in record["points"]
         for entry in point.get("controls", ())
-        if entry["agreement_with_ar"]["unexplained"]
+        if entry.get("agreement_with_ar", {}).get("unexplained")
     ]
 
 
@@ -559,7 +598,7 @@ def main(args: Args) -> dict[str, Any]:
         args = args.shortened()
     out = measure.results_dir(args.out, args.quick)
     settings = dataclasses.asdict(args)
-    for name in ("out", "readme", "policy"):
+    for name in ("out", "readme", "policy", "profile"):
         del settings[name]
     settings["policy"] = args.policy.name if args.policy else None
     name = "rollout_trained" if args.policy else "rollout"

@@ -21,6 +21,7 @@ import tyro
 
 from benchmarks import measure, passes, presets
 from benchmarks.passes import Pass
+from er_jax.figures import text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ def lines(points: Sequence[Mapping[str, Any]]) -> str:
         for e in p["passes"]
     ]
     header = ("shape", "pass", "ms", "IQR %", "/AR", "MB", "GB/s", "kept", "speed-up")
-    return measure.table(rows, header)
+    return text_table(rows, header)
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:

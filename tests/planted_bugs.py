@@ -45,6 +45,9 @@ class PlantedBug:
 
 
 SAMPLING, ACCEPTANCE = "er_jax/sampling.py", "er_jax/acceptance.py"
+INTEGRATIONS = (
+    "tests/test_integrations.py::test_the_quantized_kernels_are_what_is_multiplied"
+)
 STEPS, CACHE = "er_jax/steps.py", "er_jax/kv_cache.py"
 ENUMERATION = "tests/test_acceptance.py::test_every_outcome_adds_up_to_the_target"
 ROUND = "tests/test_lossless.py::test_every_outcome_of_a_round"
@@ -116,8 +119,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "noise of rejected drafts met again in the next round",
         STEPS,
-        "logits.dtype, purpose=Purpose.DRAFT, start=state.length,",
-        "logits.dtype, purpose=Purpose.DRAFT,",
+        "purpose=Purpose.DRAFT,\n                    start=state.length,",
+        "purpose=Purpose.DRAFT,",
         (f"{COMPLETIONS}[block]",),
     ),
     PlantedBug(
@@ -166,15 +169,16 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "top-p keeps one token too few",
         SAMPLING,
-        "is_kept = keys <= jnp.minimum(last, nucleus)",
-        "is_kept = (keys <= last) & ((keys < nucleus) | (keys == 0))",
+        "is_kept = _keys(scores) <= jnp.minimum(by_rank, nucleus)",
+        "keys = _keys(scores)\n"
+        "    is_kept = (keys <= by_rank) & ((keys < nucleus) | (keys == 0))",
         ("tests/test_sampling.py::test_truncation_keeps_ties",),
     ),
     PlantedBug(
         "top-k keeps one token too many",
         SAMPLING,
-        "jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32) >= top_k",
-        "jnp.sum(kept, -1, keepdims=True, dtype=jnp.int32) > top_k",
+        "count(scores, last) >= top_k",
+        "count(scores, last) > top_k",
         ("tests/test_sampling.py::test_truncation_keeps_ties",),
     ),
     PlantedBug(
@@ -287,7 +291,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "padding written to the last entry",
         CACHE,
-        "index = jnp.where(positions < 0, entries.shape[1], positions)",
+        "index = jnp.where(positions < 0, size, positions)",
         "index = positions",
         ("tests/test_kv_cache.py::test_write_puts_entries_at_their_positions",),
     ),
@@ -421,6 +425,50 @@ BUGS: tuple[PlantedBug, ...] = (
         "np.where(is_kept, np.arange(total), total)",
         ("tests/test_trace_replay.py::test_luck_is_a_matter_of_the_token",),
     ),
+    # -- checkpoints and other frameworks
+    PlantedBug(
+        "rotary scaling of the short waves instead of the long ones",
+        "er_jax/decoder.py",
+        "frequency * (kept + (1 - kept) / self.factor)",
+        "frequency * (1 - kept + kept / self.factor)",
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[llama 3.1]",),
+    ),
+    PlantedBug(
+        "a square projection read as it lies",
+        "er_jax/hf.py",
+        "turned = out.T if tensor.is_turned else out",
+        "is_square = out.shape[0] == out.shape[1]\n"
+        "    turned = out.T if tensor.is_turned and not is_square else out",
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[llama 2]",),
+    ),
+    PlantedBug(
+        "the norm's weight of queries given to keys",
+        "er_jax/decoder.py",
+        'k = _rms_norm(k, layer["k_norm"], c.norm_eps)',
+        'k = _rms_norm(k, layer["q_norm"], c.norm_eps)',
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[qwen3]",),
+    ),
+    PlantedBug(
+        "a digit of a threshold one too high",
+        SAMPLING,
+        "for value in range(1, 1 << digit_bits):",
+        "for value in range(0, 1 << digit_bits):",
+        ("tests/test_sampling.py::test_truncation_keeps_ties",),
+    ),
+    PlantedBug(
+        "a quantized layer without its bias",
+        "er_jax/integrations/linen.py",
+        "if module.use_bias:",
+        "if False:",
+        (f"{INTEGRATIONS}[linen]",),
+    ),
+    PlantedBug(
+        "a collective of the draft counted once",
+        "er_jax/plan.py",
+        'times = gamma if "/draft/" in match["rest"] else 1',
+        "times = 1",
+        ("tests/test_plan.py::test_collectives_are_counted_by_round",),
+    ),
 )
 
 
@@ -457,7 +505,7 @@ class Outcome:
     @property
     def failed_assertion(self) -> str | None:
         """The first test that failed on an assertion, and not on another error."""
-        pattern = r"^FAILED (\S+) - (?:AssertionError|assert)\b"
+        pattern = r"^FAILED (.+?) - (?:AssertionError|assert)\b"
         found = re.search(pattern, self.output, re.MULTILINE)
         return found[1] if found and self.status == 1 else None
 
