@@ -3,7 +3,8 @@
     python -m benchmarks.plans                 # needs the extras tpu-plan and cuda-plan
 
 Compiles the windows of each model for each device (`er_jax.plan`), one process each. No
-speed is measured; the record holds what the compilers say.
+speed is measured; the record holds what the compilers say. Cases that are not asked for
+stay in it as they were.
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ def main(args: Args) -> None:
     record = measure.new_record("plans", settings)
     out = measure.results_dir(args.out, quick=False)
     cases = [(model, device) for model in args.models for device in args.devices]
+    if (out / "plans.json").exists():
+        known = json.loads((out / "plans.json").read_text())["points"]
+        kept = [p for p in known if (p["preset"], p["device"]) not in cases]
+        record["points"] += kept
     for model, device in tqdm(cases, unit="plan"):
         command = [sys.executable, "-m", "benchmarks.plans", "--one"]
         command += ["--models", model, "--devices", device]
@@ -134,6 +139,7 @@ def main(args: Args) -> None:
         command += ["--gamma", str(args.gamma)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         record["points"].append(json.loads(done.stdout.splitlines()[-1]))
+        record["points"].sort(key=lambda p: (p["device"], p["read_bytes"]))
         measure.save(out / "plans.json", record)
 
 

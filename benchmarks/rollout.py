@@ -602,6 +602,7 @@ def main(args: Args) -> dict[str, Any]:
         del settings[name]
     settings["policy"] = args.policy.name if args.policy else None
     name = "rollout_trained" if args.policy else "rollout"
+    name += "_peer" if args.peer else ""
     record = measure.new_record(name, settings)
     timeline = out / f"{name}_timeline.png"
 
@@ -618,7 +619,8 @@ def main(args: Args) -> dict[str, Any]:
         measure.save(out / f"{name}.json", record)
         print(lines(point), flush=True)
     plot(record, out / f"{name}.png")
-    if out == measure.RESULTS and not args.policy and timeline.exists():
+    is_figure = out == measure.RESULTS and name == "rollout"
+    if is_figure and timeline.exists():
         FIGURE.parent.mkdir(parents=True, exist_ok=True)
         FIGURE.write_bytes(timeline.read_bytes())
     wrong = unexplained(record)

@@ -13,7 +13,7 @@ from er_jax.drafter import (
 )
 from er_jax.engine import refresh_draft
 from er_jax.hf import load_hf, save_hf
-from er_jax.rollout import Rollout, RolloutConfig, rollout
+from er_jax.rollout import Rollout, RolloutConfig, compile_ahead, rollout
 from er_jax.scheduler import Completion, RolloutError
 from er_jax.stats import RolloutStats
 from er_jax.types import Policy
@@ -36,6 +36,7 @@ __all__ = [
     "RopeScaling",
     "TiedEmbedding",
     "attach_draft",
+    "compile_ahead",
     "dot",
     "load_hf",
     "quantize",

@@ -14,10 +14,12 @@ of them, dropout.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from er_jax import kv_cache
 from er_jax.drafter import TiedEmbedding, dot
@@ -59,12 +61,15 @@ class RopeScaling:
                 f"original_length={self.original_length} must be at least 1"
             )
 
-    def scaled(self, frequency: jax.Array) -> jax.Array:
+    def scaled(self, frequency: np.ndarray) -> np.ndarray:
         """Return the frequencies, radians per position, stretched."""
-        turns = self.original_length * frequency / (2 * jnp.pi)
-        span = self.high_freq_factor - self.low_freq_factor
-        kept = jnp.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
-        return frequency * (kept + (1 - kept) / self.factor)
+        number = frequency.dtype.type
+        wave = number(2 * math.pi) / frequency
+        turns = number(self.original_length) / wave
+        span = number(self.high_freq_factor - self.low_freq_factor)
+        kept = np.clip((turns - number(self.low_freq_factor)) / span, 0, 1)
+        # Exactly the frequency, or its part, where it is one of the two.
+        return (1 - kept) * frequency / number(self.factor) + kept * frequency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,12 +319,15 @@ def _rotation(
     positions: jax.Array, config: DecoderConfig, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine `[B, T, 1, D/2]` of the rotary angles, in float32 or wider."""
-    wide, size = wide_dtype(dtype), config.head_size
-    exponent = jnp.arange(0, size, 2, dtype=wide) / size
-    frequency = 1.0 / jnp.asarray(config.rope_theta, wide) ** exponent
+    wide, size = jnp.dtype(wide_dtype(dtype)), config.head_size
+    # On the host, each step rounded once: an angle multiplies an error of its frequency
+    # by the position, and accelerators' powers are approximate.
+    exponent = (np.arange(0, size, 2) / size).astype(wide)
+    power = (float(config.rope_theta) ** exponent.astype(np.float64)).astype(wide)
+    frequency = 1 / power
     if config.rope_scaling is not None:
         frequency = config.rope_scaling.scaled(frequency)
-    angle = positions.astype(wide)[..., None] * frequency[None, None]
+    angle = positions.astype(wide)[..., None] * jnp.asarray(frequency)[None, None]
     return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
 
 

@@ -15,17 +15,20 @@ Left out: which program to run (`control`), when (`scheduler`).
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import os
+import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from tqdm import tqdm
 
 from er_jax import drafter, steps
 from er_jax.acceptance import AcceptRule
@@ -250,6 +253,7 @@ class Engine:
         self.compiled: dict[tuple[Any, ...], CompiledProgram] = {}
         self.compile_s = 0.0
         """Seconds spent compiling so far."""
+        self._lock = threading.Lock()
         self._slowest_s: dict[str, float] = {}
         self._draft_kinds: dict[Hashable, str] = {}
         self.defaults: dict[Hashable, Any] = {}
@@ -277,10 +281,11 @@ class Engine:
             # here programs are to live as long as their engine.
             function.clear_cache()
             seconds = time.perf_counter() - start
-            self.compiled[name] = CompiledProgram(call=call, compile_s=seconds)
-            self.compile_s += seconds
             kind = name[0]
-            self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
+            with self._lock:
+                self.compiled[name] = CompiledProgram(call=call, compile_s=seconds)
+                self.compile_s += seconds
+                self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
         return self.compiled[name]
 
     def allocate(self, rows: int, cache_length: int) -> DecodeState:
@@ -364,14 +369,23 @@ class Engine:
         Returns:
           The state after the window, and what is to be waited for.
         """
-        program = Program(state.rows, state.cache_length, gamma)
         if gamma == 0:
             params = PolicyParams(policy=params.policy, draft=None)
-        elif draft_kind is None:
-            draft_kind = self.draft_kind(params.draft)
         limits = (np.int32(exit_live), np.int32(max_rounds))
         arguments = (params, state, settings, *limits)
-        compiled = self._program(
+        compiled = self._window(arguments, gamma, draft_kind)
+        start = time.perf_counter()
+        state, info, text = compiled.call(*arguments)
+        return state, RunningWindow(info, text, start)
+
+    def _window(
+        self, arguments: tuple[Any, ...], gamma: int, draft_kind: str | None
+    ) -> CompiledProgram:
+        params, state, settings, *_ = arguments
+        if gamma and draft_kind is None:
+            draft_kind = self.draft_kind(params.draft)
+        program = Program(state.rows, state.cache_length, gamma)
+        return self._program(
             self._window_name(program, draft_kind, len(settings.stop_ids)),
             run_window,
             lambda f: f.lower(
@@ -382,9 +396,40 @@ class Engine:
                 rounds_per_test=self.rounds_per_test,
             ),
         )
-        start = time.perf_counter()
-        state, info, text = compiled.call(*arguments)
-        return state, RunningWindow(info, text, start)
+
+    def compile_windows(
+        self,
+        params: PolicyParams,
+        settings: Sampling,
+        programs: Sequence[Program],
+        *,
+        progress: bool = False,
+    ) -> None:
+        """Compile windows in parallel, one thread for each core.
+
+        Args:
+          params: target and draft, or their shapes. settings: traced sampling settings.
+          programs: which. progress: show a progress bar.
+        """
+        # The setting of a `with` block holds for its own thread only.
+        is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+        def compile_one(program: Program) -> None:
+            rows, length, gamma = program
+            with jax.enable_x64(is_wide):
+                state = jax.eval_shape(
+                    lambda: steps.empty_state(self.policy, rows, length)
+                )
+                own = params if gamma else PolicyParams(params.policy, draft=None)
+                zero = np.int32(0)
+                self._window((own, state, settings, zero, zero), gamma, None)
+
+        with (
+            concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(programs), unit="program", disable=not progress) as bar,
+        ):
+            for _ in pool.map(compile_one, programs):
+                bar.update()
 
     def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
         """Derive the draft of bare policy parameters."""

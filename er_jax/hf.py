@@ -86,21 +86,22 @@ COMPANIONS = (
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Bytes read, turned and converted at once.
-SLICE_BYTES = 64 << 20
+SLICE_BYTES = 4 << 20
 SHARD_BYTES = 4 << 30
 
 
-def policy_of(directory: str | os.PathLike[str], dtype: str | None = None) -> Decoder:
+def policy_of(directory: str | os.PathLike[str], dtype: Any = None) -> Decoder:
     """Return the policy of a checkpoint without its parameters; see `load_hf`."""
     path = Path(directory)
-    config = decoder_config(_read_json(path / CONFIG), dtype)
+    named = None if dtype is None else jnp.dtype(dtype).name
+    config = decoder_config(_read_json(path / CONFIG), named)
     return Decoder(config, source=str(path))
 
 
 def load_hf(
     directory: str | os.PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: Any = None,
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> tuple[Decoder, Params]:
@@ -108,8 +109,8 @@ def load_hf(
 
     Args:
       directory: with config.json and safetensors, as `save_pretrained` writes it.
-      dtype: of parameters, activations and cache: "float32", "bfloat16" or "float64";
-        None is that of the checkpoint (float32 for one in float16).
+      dtype: of parameters, activations and cache: float32, bfloat16 or float64, as a
+        name or a dtype; None is that of the checkpoint (float32 for one in float16).
       mesh: devices to cut the parameters over, by the rules of `sharding`; None puts
         them on the default device.
       progress: show a progress bar of the bytes.
@@ -136,7 +137,7 @@ def load_hf(
         for name, tensor in tensors.items():
             read = functools.partial(_read, handles[place[name]], tensor, target)
             if mesh is None:
-                leaves[tensor.path] = jnp.asarray(read())
+                leaves[tensor.path] = jax.device_put(read())
             else:
                 leaves[tensor.path] = _cut(read, tensor, config, mesh)
             bar.update(math.prod(tensor.shape))
@@ -216,7 +217,7 @@ def decoder_config(fields: Mapping[str, Any], dtype: str | None) -> DecoderConfi
     architectures = fields.get("architectures")
     if architectures and ARCHITECTURES[family] not in architectures:
         refuse("architectures", f"{ARCHITECTURES[family]}, a language model,")
-    if fields.get("hidden_act", "silu") != "silu":
+    if fields.get("hidden_act", "silu") not in ("silu", "swish"):
         refuse("hidden_act", "'silu'")
     if fields.get("mlp_bias"):
         refuse("mlp_bias", "False")
@@ -513,7 +514,7 @@ def _read(
     size = tensor.leaf_shape
     index = index or (slice(None),) * len(size)
     bounds = [part.indices(n) for part, n in zip(index, size, strict=True)]
-    out = np.empty([stop - start for start, stop, _ in bounds], dtype)
+    out = _aligned([stop - start for start, stop, _ in bounds], dtype)
     if out.ndim == 1:
         out[:] = found[bounds[0][0] : bounds[0][1]]
         return out
@@ -524,6 +525,14 @@ def _read(
         part = found[start : min(start + rows, last), left:right]
         turned[start - first : start - first + len(part)] = part
     return out
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Allocate an array that JAX takes over on a CPU; others it copies."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(num_bytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _cut(

@@ -16,7 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ import numpy as np
 from er_jax import calibrate, engine, scheduler
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.control import DEFAULT_GAMMAS, Controller, parse_control
+from er_jax.costs import row_buckets
 from er_jax.drafter import (
     DrafterConfig,
     PolicyParams,
@@ -34,7 +35,7 @@ from er_jax.drafter import (
 )
 from er_jax.scheduler import Completion, Request
 from er_jax.stats import RolloutStats
-from er_jax.types import NONE, LogprobKind, Params, Policy, Sampling
+from er_jax.types import NONE, LogprobKind, Params, Policy, Program, Sampling
 
 LOGPROB_KINDS = tuple(kind.name.lower() for kind in LogprobKind)
 
@@ -216,26 +217,11 @@ def rollout(
             f"mesh={mesh!r} is not supported yet: rollouts run on the default device; "
             "use mesh=None"
         )
-    arrays = _checked_prompts(prompts, policy.vocab_size)
-    ids = _checked_sequence_ids(sequence_ids, len(arrays) * config.n)
-    _check_token_ids(config, policy.vocab_size)
-    _check_length(arrays, config, getattr(policy, "max_length", None))
-    request = request_of(arrays, ids, config)
     settings = _settings(config, key)
+    arrays, ids, request, programs, controller = _begin(
+        policy, params, prompts, config, sequence_ids, controller
+    )
     bare = params.policy if isinstance(params, PolicyParams) else params
-    programs = engine.engine_for(policy, bare, config.accept)
-    if controller is None:
-        name = (config.control, config.gammas, config.drafter)
-        make = programs.defaults.get(name) or Controller(config.control, config.gammas)
-        controller = programs.defaults.setdefault(name, make)
-    _check_controller(controller, config)
-    if isinstance(params, PolicyParams):
-        check_draft(params)
-    if not programs.compiled:
-        _check_parameters(policy, bare)
-        if max(controller.gammas):
-            _check_draft(policy, params, config)
-    request = _with_memory(programs, params, request, controller)
 
     stats = RolloutStats()
     before = len(programs.compiled)
@@ -293,6 +279,97 @@ def rollout(
             stacklevel=2,
         )
     return out
+
+
+class _Begun(NamedTuple):
+    """A rollout before anything is compiled: checked arguments, and what they name."""
+
+    prompts: list[np.ndarray]
+    sequence_ids: np.ndarray
+    request: Request
+    programs: engine.Engine
+    controller: Controller
+
+
+def _begin(
+    policy: Policy,
+    params: Params | PolicyParams,
+    prompts: Sequence[Sequence[int]],
+    config: RolloutConfig,
+    sequence_ids: Sequence[int] | None,
+    controller: Controller | None,
+) -> _Begun:
+    """Check the arguments of a rollout and find its engine and controller."""
+    arrays = _checked_prompts(prompts, policy.vocab_size)
+    ids = _checked_sequence_ids(sequence_ids, len(arrays) * config.n)
+    _check_token_ids(config, policy.vocab_size)
+    _check_length(arrays, config, getattr(policy, "max_length", None))
+    request = request_of(arrays, ids, config)
+    bare = params.policy if isinstance(params, PolicyParams) else params
+    programs = engine.engine_for(policy, bare, config.accept)
+    if controller is None:
+        name = (config.control, config.gammas, config.drafter)
+        make = programs.defaults.get(name) or Controller(config.control, config.gammas)
+        controller = programs.defaults.setdefault(name, make)
+    _check_controller(controller, config)
+    if isinstance(params, PolicyParams):
+        check_draft(params)
+    if not programs.compiled:
+        _check_parameters(policy, bare)
+        if max(controller.gammas):
+            _check_draft(policy, params, config)
+    request = _with_memory(programs, params, request, controller)
+    return _Begun(arrays, ids, request, programs, controller)
+
+
+def compile_ahead(
+    policy: Policy,
+    params: Params | PolicyParams,
+    prompts: Sequence[Sequence[int]],
+    *,
+    config: RolloutConfig,
+    controller: Controller | None = None,
+    progress: bool = False,
+) -> list[Program]:
+    """Compile what rollouts of such prompts are likely to need, in parallel.
+
+    Without it every program is compiled when it is first wanted, one after the other.
+    With it all of these are: the full batch at every cache length, smaller batches at
+    the longest; at each, the draft length that is known to be fastest, or plain
+    decoding and a draft of about four where nothing is known yet.
+
+    Args:
+      policy, params, prompts, config, controller: as for `rollout`; of the parameters
+        only shapes are used, and of the prompts only lengths and number.
+      progress: show a progress bar.
+    Returns:
+      The windows that are ready now: rows, cache length, gamma.
+    Raises:
+      ValueError: as for `rollout`.
+    """
+    begun = _begin(policy, params, prompts, config, None, controller)
+    request, controller = begun.request, begun.controller
+    slots, lengths = request.slots, request.cache_lengths
+    shapes = [(slots, length) for length in lengths]
+    shapes += [(rows, lengths[-1]) for rows in row_buckets(slots) if rows < slots]
+    wanted = []
+    for shape in shapes:
+        programs = [Program(*shape, gamma) for gamma in controller.gammas]
+        speeds = {program: controller.speed(program) or 0.0 for program in programs}
+        if any(speeds.values()):
+            wanted.append(max(programs, key=speeds.__getitem__))
+        else:
+            drafting = [p for p in programs if p.gamma]
+            wanted += [p for p in programs if not p.gamma]
+            wanted += sorted(drafting, key=lambda p: abs(p.gamma - 4))[:1]
+    if not isinstance(params, PolicyParams):
+        make = functools.partial(attach_draft, config=config.drafter)
+        is_drafting = any(program.gamma for program in wanted)
+        shaped = jax.eval_shape(make, params) if is_drafting else None
+        params = shaped or PolicyParams(policy=params, draft=None)
+    settings = _settings(config, jax.random.key(0))
+    begun.programs.compile_windows(params, settings, wanted, progress=progress)
+    return wanted
 
 
 def _checked_prompts(

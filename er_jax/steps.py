@@ -273,9 +273,10 @@ def _accept(
     gamma = drafted.shape[1]
     offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
     if accept == "coupled":
-        position = state.length[:, None] + offsets
-        noise = _token_noise(state, settings, target, position)
-        draws = jnp.argmax(target + noise, axis=-1).astype(jnp.int32)
+        with jax.named_scope("sample"):
+            position = state.length[:, None] + offsets
+            noise = _token_noise(state, settings, target, position)
+            draws = jnp.argmax(target + noise, axis=-1).astype(jnp.int32)
         return acceptance.coupled_num_accepted(drafted, draws), draws
 
     # Both rules look at drafts they then reject, so noise is named by the round's

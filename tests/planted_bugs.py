@@ -429,8 +429,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "rotary scaling of the short waves instead of the long ones",
         "er_jax/decoder.py",
-        "frequency * (kept + (1 - kept) / self.factor)",
-        "frequency * (1 - kept + kept / self.factor)",
+        "(1 - kept) * frequency / number(self.factor) + kept * frequency",
+        "kept * frequency / number(self.factor) + (1 - kept) * frequency",
         ("tests/test_hf.py::test_logits_are_those_of_transformers[llama 3.1]",),
     ),
     PlantedBug(

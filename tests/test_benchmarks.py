@@ -22,12 +22,16 @@ from benchmarks import (
     disturbed,
     measure,
     passes,
+    peers,
+    plans,
     predicted,
     presets,
     published,
     report,
     rollout,
+    sampling,
     steps,
+    trace,
     workloads,
 )
 from benchmarks.passes import Pass
@@ -600,3 +604,73 @@ def test_drafts_are_counted_as_rollouts_count_them(rule: AcceptRule) -> None:
     assert 0.05 < np.mean(found["by_depth"]) < 0.999
     if rule == "coupled":
         assert found["same_as_plain_decoding"] == 1
+
+
+KERNELS = """
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %sum = f32[4]{0} fusion(%x), kind=kInput, calls=%fused
+}
+%off (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+}
+%on (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %w = (s32[], f32[4,8]) while(%t), body=%body, config={"known_trip_count":{"n":"11"}}
+}
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %c = f32[4,8]{1,0} conditional(%i, %y, %y), branch_computations={%off, %on}
+}
+"""
+
+
+def test_traffic_by_hand() -> None:
+    """The fusion reads and writes 128 bytes; the loop reads 128 and writes 16."""
+    assert sampling.traffic(KERNELS, (0,)) == 256
+    assert sampling.traffic(KERNELS, (1,)) == 256 + 11 * (128 + 16)
+
+
+@pytest.mark.slow
+def test_sampling_runs(tmp_path: Path) -> None:
+    record = sampling.main(sampling.Args(quick=True, out=tmp_path))
+    assert measure.problems(record) == []
+    assert [point["rows"] for point in record["points"]] == [1, 4]
+    for point in record["points"]:
+        assert all(spread["median"] > 0 for spread in point["seconds"].values())
+    _, rows = sampling.rows_of(record["points"])
+    assert len(rows) == 2 * len(sampling.SETTINGS)
+
+
+@pytest.mark.slow
+def test_a_trace_is_read_by_scope(tmp_path: Path) -> None:
+    path = tmp_path / "trace.png"
+    args = trace.Args(preset="tiny", rows=2, gamma=2, tokens=12, out=path)
+    events = trace.traced(args)
+    found = {event.scope for event in events}
+    assert {"draft", "verify", "draft/sample", "verify/cache"} <= found
+    assert all(event.seconds >= 0 for event in events)
+    trace.plot(events, args, path)
+    assert path.stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_peer_samples_as_many_tokens() -> None:
+    policy = presets.decoder("tiny", dtype="float32")
+    pytest.importorskip("torch")
+    params = presets.random_params(policy)
+    prompts, lengths = [[3, 4], [5, 6, 7], [8]], [4, 9, 2]
+    peer = peers.TransformersRunner(policy, params, prompts, lengths, slots=2)
+    assert peer.run() > 0
+    assert peer.num_tokens == lengths
+
+
+def test_plans_are_told_by_their_record() -> None:
+    """The table in docs/plan.md is that of the record, and says what it should."""
+    record = json.loads((measure.RESULTS / "plans.json").read_text())
+    header, rows = plans.rows_of(record["points"])
+    assert all(len(row) == len(header) for row in rows)
+    assert {row[0] for row in rows} == {"qwen2.5-7b", "qwen2.5-14b"}
+    difference = header.index("arguments: compiler / count %")
+    assert all(abs(row[difference]) < 3 for row in rows)

@@ -111,13 +111,16 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
             attention_mask=torch.tensor(mask.astype(int)),
             position_ids=torch.tensor(np.maximum(positions, 0)),
         ).logits.numpy()
-    hidden, _ = policy.forward(
-        params,
-        jnp.asarray(tokens, jnp.int32),
-        jnp.asarray(positions, jnp.int32),
-        policy.init_cache(3, LENGTH),
+
+    @jax.jit
+    def logits(params: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        cache = policy.init_cache(3, LENGTH)
+        hidden, _ = policy.forward(params, tokens, positions, cache)
+        return policy.logits(params, hidden)
+
+    found = np.asarray(
+        logits(params, tokens.astype(np.int32), positions.astype(np.int32))
     )
-    found = np.asarray(policy.logits(params, hidden))
     assert np.ptp(wanted[mask]) > 5  # far from nothing
     np.testing.assert_allclose(found[mask], wanted[mask], atol=1e-4)
 
@@ -223,7 +226,8 @@ def test_shards_are_read_and_written(
 def test_types_are_converted(source: str, dtype: str, tmp_path: Path) -> None:
     model = make("qwen2", tmp_path).to(getattr(torch, source))
     model.save_pretrained(tmp_path)
-    policy, params = er_jax.load_hf(tmp_path, dtype=dtype)
+    policy, params = er_jax.load_hf(tmp_path, dtype=jnp.dtype(dtype))
+    assert policy == er_jax.load_hf(tmp_path, dtype=dtype)[0]
     assert policy.config.dtype == dtype
     wanted = model.state_dict()["model.layers.1.mlp.up_proj.weight"]
     wanted = wanted.to(getattr(torch, dtype)).float().numpy().T
@@ -456,3 +460,54 @@ def test_a_checkpoint_is_read_onto_a_mesh(name: str, tmp_path: Path) -> None:
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
     )  # fmt: skip
     assert done.stdout == "8 parts\n", done.stderr
+
+
+MEMORY = """
+import pathlib, sys, threading, time
+import jax, jax.numpy as jnp
+import er_jax
+
+def used():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+jnp.zeros(8).block_until_ready()
+before, peak, over = used(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not over.is_set():
+        peak = max(peak, used())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+_, params = er_jax.load_hf(sys.argv[1], dtype=sys.argv[2])
+jax.block_until_ready(params)
+over.set(), thread.join()
+sizes = [x.nbytes for x in jax.tree.leaves(params)]
+print(peak - before, sum(sizes), max(sizes))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_no_more_than_one_tensor_beside_the_result(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Of anonymous memory; what is mapped from the file can be dropped at any time."""
+    config = er_jax.DecoderConfig(
+        vocab_size=8192, dim=512, num_layers=8, num_heads=8, num_kv_heads=8,
+        hidden_dim=2048,
+    )  # fmt: skip
+    policy = er_jax.Decoder(config)
+    er_jax.save_hf(tmp_path / "large", policy, policy.init(jax.random.key(0)))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "large"), dtype],
+        check=False, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak, result, largest = map(int, done.stdout.split())
+    assert result > 80e6
+    slack = 12e6  # interpreter, bookkeeping, allocator
+    assert result * 0.9 < peak < result + largest + slack

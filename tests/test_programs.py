@@ -164,6 +164,24 @@ def test_more_stop_ids_than_before() -> None:
     assert again.stats.compiled == []
 
 
+@pytest.mark.parametrize("control", ["ar", "best"])
+def test_what_is_compiled_ahead_is_not_compiled_again(control: str) -> None:
+    """Windows are ready, as many as a rollout may want and no two alike."""
+    policy = small_policy({"ar": 201.0, "best": 203.0}[control])
+    params = policy.init(jax.random.key(0))
+    prompts = [[1, 2, 3], [4, 5]]
+    config = er_jax.RolloutConfig(
+        max_new_tokens=12, gammas=(0, 2), control=control, n=1
+    )
+    ready = er_jax.compile_ahead(policy, params, prompts, config=config, progress=True)
+    gammas = (0,) if control == "ar" else (0, 2)
+    assert sorted((p.rows, p.gamma) for p in ready) == sorted(
+        (rows, gamma) for rows in (1, 2) for gamma in gammas
+    )
+    out = call(policy, params, prompts, control=control, n=1)
+    assert not [name for name, _ in out.stats.compiled if name.startswith("window")]
+
+
 # What they hold. Every size is its own number, so that shapes can be told apart.
 
 B, S, V = 4, 1024, 4096
@@ -355,6 +373,17 @@ def test_other_programs_that_donate(program: str) -> None:
     if program == "admission":
         # Two rows of the cache, to be inserted or copied, and no more.
         assert memory.temp_size_in_bytes < num_bytes(given.cache)
+
+
+def test_scopes_are_in_every_window(window: tuple[Any, Any, Any]) -> None:
+    """What a profile calls the parts of a round."""
+    compiled, pair, _ = window
+    names = re.findall(r'op_name="([^"]*)"', compiled.as_text())
+    scopes = ["verify", "accept", "emit", "verify/sample", "verify/cache"]
+    if pair.draft is not None:
+        scopes += ["draft", "draft/.*/sample", "draft/.*/cache"]
+    for scope in scopes:
+        assert any(re.search(f"/{scope}/", name) for name in names), scope
 
 
 # What is multiplied by what, on chips that are not here.

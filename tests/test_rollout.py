@@ -43,7 +43,7 @@ def config(**changes: Any) -> er_jax.RolloutConfig:
 def sample(
     params: Any, prompts: Any = PROMPTS, *, key: Any = KEY, **changes: Any
 ) -> er_jax.Rollout:
-    names = ("sequence_ids", "controller", "on_finish", "progress")
+    names = ("sequence_ids", "controller", "on_finish", "progress", "profile")
     options = {name: changes.pop(name) for name in names if name in changes}
     return er_jax.rollout(
         POLICY, params, prompts, key=key, config=config(**changes), **options
@@ -558,3 +558,11 @@ def test_parameters_bound_to_a_device_may_have_a_draft_of_4_bits(
     drafter = er_jax.DrafterConfig(bits=4, act_bits=act_bits)  # type: ignore[arg-type]
     out = sample(er_jax.attach_draft(bound, drafter), control="fixed:2")
     assert rows(out) == rows(sample(params))
+
+
+def test_a_profile_is_written_and_changes_nothing(
+    params: Any, out: er_jax.Rollout, tmp_path: Path
+) -> None:
+    traced = sample(params, profile=tmp_path)
+    assert rows(traced) == rows(out)
+    assert list(tmp_path.rglob("*.xplane.pb"))
