@@ -1,8 +1,9 @@
 """What every test runs under, and the fixtures that any of them may ask for.
 
 Tests run on the CPU with strict dtype promotion, ranks never promoted silently and, by
-pyproject.toml, warnings as errors. The persistent compilation cache is off: a program
-loaded from a disk proves nothing about how this version of the code compiles.
+pyproject.toml, warnings as errors. The persistent compilation cache is off, unless its
+directory is named, as the planted bugs do: a program loaded from a disk proves nothing
+about how this version of the code compiles.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ os.environ["ER_JAX_CACHE"] = ""
 import jax
 import pytest
 
-jax.config.update("jax_enable_compilation_cache", False)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -133,8 +134,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "noise named by the place in the round",
         STEPS,
-        "position = state.length[:, None] + offsets\n        noise",
-        "position = 0 * state.length[:, None] + offsets\n        noise",
+        "position = state.length[:, None] + offsets\n            noise",
+        "position = 0 * state.length[:, None] + offsets\n            noise",
         (f"{DRAWS}[1]",),
     ),
     PlantedBug(
@@ -510,6 +511,12 @@ class Outcome:
         return found[1] if found and self.status == 1 else None
 
 
+@functools.cache
+def compiled() -> tempfile.TemporaryDirectory[str]:
+    """Where the runs share programs: a bug changes few, and those are other ones."""
+    return tempfile.TemporaryDirectory(prefix="planted_bug_programs_")
+
+
 def run_tests(root: Path, tests: Iterable[str]) -> Outcome:
     """Run the tests of the project at `root` in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-rf"]
@@ -518,6 +525,8 @@ def run_tests(root: Path, tests: Iterable[str]) -> Outcome:
         "PYTHONPATH": str(root),  # before any installed er_jax
         "PYTHONDONTWRITEBYTECODE": "1",
         "COLUMNS": "250",  # or the reason is cut off
+        "JAX_COMPILATION_CACHE_DIR": compiled().name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     env.pop("PYTEST_ADDOPTS", None)
     start = time.perf_counter()
