@@ -65,7 +65,6 @@ HARMLESS_FIELDS = frozenset(
     max_window_layers output_attentions output_hidden_states return_dict id2label
     label2id problem_type is_encoder_decoder chunk_size_feed_forward unsloth_fixed
     unsloth_version task_specific_params finetuning_task _attn_implementation
-    rope_interleaved
     """.split()
 )
 
@@ -196,7 +195,7 @@ def decoder_config(fields: Mapping[str, Any], dtype: str | None) -> DecoderConfi
             f"{', '.join(ARCHITECTURES)}"
         )
     for name in sorted(fields.keys() - READ_FIELDS - HARMLESS_FIELDS):
-        if fields[name] not in (None, False):
+        if fields[name] not in (None, False, [], {}):
             raise ValueError(
                 f"{CONFIG} says {name}={fields[name]!r}, which is not known here and "
                 "may change what the model computes; if it does not, remove it from "

@@ -43,7 +43,9 @@ RESERVED_SHARE = 0.06
 GAMMA = 4
 
 
-def _qwen2(dim: int, layers: int, heads: int, kv_heads: int, hidden: int) -> Any:
+def _qwen2(
+    dim: int, layers: int, heads: int, kv_heads: int, hidden: int
+) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=152_064,
         dim=dim,
@@ -287,9 +289,10 @@ class ProgramCount:
 class Plan:
     """What a policy needs on a target; bytes on each device.
 
+    slots: rows of all devices. max_length: positions of each.
     data, model: sizes of the mesh. params_bytes, draft_bytes, state_bytes: by shapes.
-    position_bytes: of one position of one row, over all its devices. programs: as
-    compiled.
+    programs: as compiled. read_bytes: of weights, by a target pass and by a draft's.
+    cache_bytes: of one position of one row. keep: chance of a draft, for the speed-up.
     """
 
     config: DecoderConfig
@@ -510,12 +513,10 @@ def plan(
                 weight_copies=weight_copies(text, weights),
             )
         )
-    draft = pair.draft
-    head = ("embed",) if config.tied_embeddings else ()
-    policy_bytes = _bytes_of(pair.policy)
-    looked_up = 0 if head else _bytes_of(pair.policy["embed"])
-    # What is looked up row by row is not read whole; what is not quantized is shared.
-    small = sum(_bytes_of(x) for x in jax.tree.leaves(pair.policy) if len(x.shape) < 2)
+    params_bytes, draft_bytes = _bytes_of(pair.policy), _bytes_of(pair.draft)
+    # A table that is only looked up is not read; what is not quantized is shared.
+    looked_up = 0 if config.tied_embeddings else _bytes_of(pair.policy["embed"])
+    vectors = [x for x in jax.tree.leaves(pair.policy) if len(x.shape) < 2]
     return Plan(
         config=config,
         target=target,
@@ -523,11 +524,11 @@ def plan(
         max_length=max_length,
         data=data,
         model=model,
-        params_bytes=policy_bytes,
-        draft_bytes=_bytes_of(draft),
+        params_bytes=params_bytes,
+        draft_bytes=draft_bytes,
         state_bytes=_bytes_of(state),
         programs=tuple(programs),
-        read_bytes=(policy_bytes - looked_up, _bytes_of(draft) + small),
+        read_bytes=(params_bytes - looked_up, draft_bytes + _bytes_of(vectors)),
         cache_bytes=_bytes_of(state.cache) // (slots // data) // max_length,
         keep=keep,
     )

@@ -258,6 +258,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_interleaved": True}, "rope_interleaved=True, which is not known"),
         ({"num_experts": 8}, "num_experts=8, which is not known here"),
         ({"logit_scale": 2.0}, "logit_scale=2.0, which is not known here"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),

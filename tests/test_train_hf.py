@@ -71,8 +71,9 @@ def test_trained_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
         "--grpo.prompts-per-step", 2, "--grpo.group-size", 4,
         "--grpo.max-new-tokens", 8, "--grpo.max-slots", 8,
         "--grpo.learning-rate", 0.01, "--grpo.bucket-lengths", 16,
-        "--grpo.chunk-tokens", 128,
+        "--grpo.chunk-tokens", 128, "--profile", tmp_path / "trace",
     )  # fmt: skip
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
     assert "held-out reward" in text and "the trained checkpoint is in" in text
     records = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
