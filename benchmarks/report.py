@@ -131,7 +131,7 @@ def control_table(point: Mapping[str, Any]) -> list[str]:
                 None if host is None else 100 * host,
                 agreement["num_ties"]
                 if agreement
-                else entry["num_sequences_that_differ"],
+                else entry.get("num_sequences_that_differ"),
             ]
         )
     header = [

@@ -40,9 +40,16 @@ def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
 
 
+def _log_total(scores: jax.Array) -> jax.Array:
+    """Return log sum exp `[..., 1]` of scores of which the highest is 0.
+
+    Knowing that saves the pass over the vocabulary that would look for it.
+    """
+    return jnp.log(jnp.sum(jnp.exp(scores), axis=-1, keepdims=True))
+
+
 def _log_normalized(scores: jax.Array) -> jax.Array:
-    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    return jnp.maximum(scores - total, jnp.asarray(NEVER, scores.dtype))
+    return jnp.maximum(scores - _log_total(scores), jnp.asarray(NEVER, scores.dtype))
 
 
 # Bits of a threshold found in one pass over the vocabulary: a CPU is bound by the
@@ -167,7 +174,7 @@ def is_distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     False where one is NaN or +inf, or all are -inf (which, alone, masks a token).
     """
-    return jnp.isfinite(jax.nn.logsumexp(_temperature_scaled(logits, sampling), -1))
+    return jnp.isfinite(_log_total(_temperature_scaled(logits, sampling)))[..., 0]
 
 
 def token_logprobs(
@@ -188,8 +195,9 @@ def token_logprobs(
 
     # Untruncated scores by either meaning; one normalisation serves both.
     is_raw = sampling.logprob_kind == LogprobKind.RAW
-    scores = jnp.where(is_raw, logits, _temperature_scaled(logits, sampling))
-    full = pick(scores) - jax.nn.logsumexp(scores, axis=-1)
+    below_best = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scores = jnp.where(is_raw, below_best, _temperature_scaled(logits, sampling))
+    full = pick(scores) - _log_total(scores)[..., 0]
     is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
     return jnp.where(is_processed, pick(target), full).astype(jnp.float32)
 

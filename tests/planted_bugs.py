@@ -210,8 +210,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "log-probability before the temperature",
         SAMPLING,
-        "scores = jnp.where(is_raw, logits, _temperature_scaled(logits, sampling))",
-        "scores = jnp.where(is_raw, logits, logits)",
+        "scores = jnp.where(is_raw, below_best, _temperature_scaled(logits, sampling))",
+        "scores = jnp.where(is_raw, below_best, below_best)",
         ("tests/test_sampling.py::test_token_logprobs_by_each_meaning",),
     ),
     # -- the round
