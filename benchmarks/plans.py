@@ -24,7 +24,13 @@ from tqdm import tqdm
 from benchmarks import measure
 from er_jax import plan
 
-DEVICES = ("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "a100", "h100", "h200")
+SMALL = ("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "a100", "h100", "h200")
+LARGE = ("v5e:4x4", "v5p:2x2x4", "h100:8")
+CASES = {
+    "qwen2.5-7b": SMALL,
+    "qwen2.5-14b": (*SMALL, *LARGE),
+    "llama-3.1-70b": LARGE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +38,19 @@ class Args:
     """What to compile.
 
     Args:
-      models: presets of `er_jax.plan`. devices: to compile for.
+      models: presets of `er_jax.plan`. devices: to compile for; none are all those of
+        the table.
       slots: rows over all devices. length: positions of each. gamma: drafts of a round.
+      model_parallel: devices that share the weights; 0 is the fewest that hold them.
       out: where to write. one: for use by this script, print one plan as JSON.
     """
 
-    models: tuple[str, ...] = ("qwen2.5-7b", "qwen2.5-14b")
-    devices: tuple[str, ...] = DEVICES
+    models: tuple[str, ...] = tuple(CASES)
+    devices: tuple[str, ...] = ()
     slots: int = 64
     length: int = 2048
     gamma: int = 4
+    model_parallel: int = 0
     out: Path | None = None
     one: bool = False
 
@@ -55,12 +64,14 @@ def point_of(model: str, device: str, args: Args) -> dict[str, Any]:
         slots=args.slots,
         max_length=args.length,
         gammas=(0, args.gamma),
+        model=args.model_parallel or None,
     )
     return {
         "preset": model,
         "rows": args.slots,
         "dtype": found.config.dtype,
         "device": device,
+        "model_parallel": args.model_parallel,
         "mesh": [found.data, found.model],
         "params_bytes": found.params_bytes,
         "draft_bytes": found.draft_bytes,
@@ -84,11 +95,24 @@ def rows_of(
     rows: list[tuple[Any, ...]] = []
     for p in points:
         step, speculative = p["programs"]
+        refused = any(count.get("refusal") for count in p["programs"])
         counted = p["params_bytes"] + p["draft_bytes"] + p["state_bytes"]
         gathers = [
             one["largest_bytes"]
             for one in speculative["collectives"]
             if one["kind"] == "all-gather"
+        ]
+        collectives = [
+            f"{sum(one['count'] for one in count['collectives'])} "
+            f"({sum(one['num_bytes'] for one in count['collectives']) / 1e6:.3g} MB)"
+            for count in (step, speculative)
+        ]
+        compiled = [
+            100 * (speculative["argument_bytes"] / counted - 1),
+            *(count["compile_s"] for count in (step, speculative)),
+            sum(len(count["weight_copies"]) for count in (step, speculative)),
+            *collectives,
+            max(gathers, default=0) / 1e6,
         ]
         rows.append(
             (
@@ -99,12 +123,9 @@ def rows_of(
                     p[f"{name}_bytes"] / 1e9
                     for name in ("params", "draft", "state", "peak", "memory")
                 ),
-                "yes" if p["fits"] else "no",
+                "yes" if p["fits"] else "no: refused" if refused else "no",
                 p["largest_slots"],
-                100 * (speculative["argument_bytes"] / counted - 1),
-                *(count["compile_s"] for count in (step, speculative)),
-                sum(len(count["weight_copies"]) for count in (step, speculative)),
-                max(gathers, default=0) / 1e6,
+                *(["–"] * 7 if refused else compiled),
                 *p["speed_up"],
             )
         )
@@ -113,7 +134,8 @@ def rows_of(
         "model", "device", "data x model", "parameters GB", "draft GB", "state GB",
         "peak GB", "device GB", "fits", "most slots", "arguments: compiler / count %",
         "compile s, step", "compile s, round", "copies of weights",
-        "largest all-gather MB", "roofline, 1 row", f"roofline, {slots} rows",
+        "collectives of a step", "of a round", "largest all-gather MB",
+        "roofline, 1 row", f"roofline, {slots} rows",
     )  # fmt: skip
     return header, rows
 
@@ -127,19 +149,29 @@ def main(args: Args) -> None:
     del settings["out"], settings["one"]
     record = measure.new_record("plans", settings)
     out = measure.results_dir(args.out, quick=False)
-    cases = [(model, device) for model in args.models for device in args.devices]
+    cases = [
+        (model, device)
+        for model in args.models
+        for device in args.devices or CASES[model]
+    ]
     if (out / "plans.json").exists():
         known = json.loads((out / "plans.json").read_text())["points"]
-        kept = [p for p in known if (p["preset"], p["device"]) not in cases]
-        record["points"] += kept
+        is_new = {(model, device, args.model_parallel) for model, device in cases}
+        record["points"] += [
+            point
+            for point in known
+            if (point["preset"], point["device"], point.get("model_parallel", 0))
+            not in is_new
+        ]
     for model, device in tqdm(cases, unit="plan"):
         command = [sys.executable, "-m", "benchmarks.plans", "--one"]
         command += ["--models", model, "--devices", device]
         command += ["--slots", str(args.slots), "--length", str(args.length)]
         command += ["--gamma", str(args.gamma)]
+        command += ["--model-parallel", str(args.model_parallel)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         record["points"].append(json.loads(done.stdout.splitlines()[-1]))
-        record["points"].sort(key=lambda p: (p["device"], p["read_bytes"]))
+        record["points"].sort(key=lambda p: (p["device"], p["params_bytes"]))
         measure.save(out / "plans.json", record)
 
 

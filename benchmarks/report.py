@@ -19,18 +19,23 @@ import tyro
 from benchmarks import (
     acceptance,
     disturbed,
+    imitation,
     measure,
     plans,
     predicted,
     published,
     sampling,
+    scaling,
 )
 
 README = measure.ROOT / "benchmarks" / "README.md"
 MARKER = "<!-- Below: written by `python -m benchmarks.report` from results/*.json. -->"
 
 # Records with a page of their own, where their section stands below such a line.
-PAGES = {"plans": measure.ROOT / "docs" / "plan.md"}
+PAGES = {
+    "plans": measure.ROOT / "docs" / "plan.md",
+    "scaling": measure.ROOT / "docs" / "pods.md",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +214,10 @@ def section(record: Mapping[str, Any]) -> str:
         parts.append(markdown(*plans.rows_of(points)))
     if record["benchmark"] == "sampling":
         parts.append(markdown(*sampling.rows_of(points)))
+    if record["benchmark"] == "scaling":
+        parts.append(markdown(*scaling.rows_of(points)))
+    if record["benchmark"] == "imitation":
+        parts.append(markdown(*imitation.rows_of(points)))
     if record["benchmark"] == "disturbed":
         parts.append(markdown(*disturbed.rows_of(points)))
     for check in record.get("checks", ()):

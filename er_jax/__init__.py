@@ -13,7 +13,14 @@ from er_jax.drafter import (
 )
 from er_jax.engine import refresh_draft
 from er_jax.hf import load_hf, save_hf
-from er_jax.rollout import Rollout, RolloutConfig, compile_ahead, rollout
+from er_jax.replicas import ExpectedLengths, rollout_replicas
+from er_jax.rollout import (
+    Rollout,
+    RolloutConfig,
+    compile_ahead,
+    gather_prompts,
+    rollout,
+)
 from er_jax.scheduler import Completion, RolloutError
 from er_jax.stats import RolloutStats
 from er_jax.types import Policy
@@ -26,6 +33,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "DrafterConfig",
+    "ExpectedLengths",
     "Policy",
     "PolicyParams",
     "QuantizedWeight",
@@ -38,9 +46,11 @@ __all__ = [
     "attach_draft",
     "compile_ahead",
     "dot",
+    "gather_prompts",
     "load_hf",
     "quantize",
     "refresh_draft",
     "rollout",
+    "rollout_replicas",
     "save_hf",
 ]

@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import platform
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,7 @@ def conditions(engine: Engine, params: PolicyParams) -> dict[str, str]:
         "er_jax": importlib.metadata.version("er-jax"),
         "policy": repr(engine.policy),
         "accept": engine.accept,
+        "mesh": "none" if engine.mesh is None else str(dict(engine.mesh.shape)),
         "parameters": _digest(signature(params.policy)),
         "draft": _digest(signature(params.draft)),
     }
@@ -181,20 +183,36 @@ def prepare(
     is_known = table.passes is not None or any(p.gamma for p in table.seconds)
     if not drafting or len(controller.gammas) < 2 or is_known:
         return
-    about = conditions(engine, params)
-    path = cache_path(about)
-    if path is not None and path.exists():
-        try:
-            controller.table = LatencyTable.load(path, about)
-            return
-        except (ValueError, OSError) as error:
-            warnings.warn(f"kept costs are not used: {error}", RuntimeWarning, 3)
+    kept = _kept(engine, params)
+    if kept is not None:
+        controller.table = kept
+        return
     middle = min(drafting, key=lambda gamma: abs(gamma - 4))
     for gamma in (0, middle):
-        program = Program(1, cache_length, gamma)
+        program = Program(engine.num_groups, cache_length, gamma)
         seconds = measure_round(engine, params, program, budget_s=budget_s / 2)
         rounds = costs.TRUSTED_POSITIONS  # The least of several readings stands.
         controller.table.observe(program, seconds * rounds, rounds)
+
+
+def _kept(engine: Engine, params: PolicyParams) -> LatencyTable | None:
+    """Return the costs kept on disk; of several processes, on the leader's."""
+    found = text = None
+    if engine.is_leader:
+        about = conditions(engine, params)
+        path = cache_path(about)
+        if path is not None and path.exists():
+            try:
+                found, text = LatencyTable.load(path, about), path.read_text()
+            except (ValueError, OSError) as error:
+                warnings.warn(f"kept costs are not used: {error}", RuntimeWarning, 4)
+    text = engine.agree_text(text)
+    if text is None or found is not None:
+        return found
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch, "costs.json")
+        copy.write_text(text)
+        return LatencyTable.load(copy)
 
 
 def remember(engine: Engine, params: PolicyParams, controller: Controller) -> None:
@@ -207,7 +225,7 @@ def remember(engine: Engine, params: PolicyParams, controller: Controller) -> No
     """
     # Asked after every rollout: what names the file is only found if there is one.
     is_kept = cache_directory() is not None and len(controller.gammas) > 1
-    if not is_kept or not controller.table.is_news:
+    if not is_kept or not engine.is_leader or not controller.table.is_news:
         return
     about = conditions(engine, params)
     path = cache_path(about)

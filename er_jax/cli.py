@@ -205,10 +205,10 @@ class Plan:
 
     Args:
       model: directory of a Hugging Face checkpoint (its config.json is enough), or one
-        of the presets: qwen2.5-7b, qwen2.5-14b, llama-3.1-8b, qwen3-0.6b, -1.7b, -4b,
-        -8b, -14b, -32b.
-      device: a TPU slice such as v5e:2x4, v5p:2x2x1 or v6e:2x2; a100, h100 or h200; or
-        cpu.
+        of the presets: qwen2.5-7b, qwen2.5-14b, llama-3.1-8b, llama-3.1-70b,
+        qwen3-0.6b, -1.7b, -4b, -8b, -14b, -32b.
+      device: a TPU slice such as v5e:2x4, v5p:2x2x1 or v6e:2x2; a100, h100, h200, or
+        several of them such as h100:8; or cpu.
       slots: rows over all devices. max_length: cache positions of each.
       drafter: how the draft is quantized. dtype: of the parameters; None is the
         checkpoint's own. gammas: programs to compile. accept: acceptance rule.

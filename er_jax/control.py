@@ -438,7 +438,7 @@ class Controller:
             return max(paid, key=speeds.__getitem__)
         chosen = best_ready
         if current in ready:
-            is_same_shape = best_ready[:2] == current[:2]
+            is_same_shape = best_ready.shape == current.shape
             margin = GAMMA_HYSTERESIS if is_same_shape else HYSTERESIS
             if speeds[best_ready] <= speeds[current] * (1 + margin):
                 chosen = current
@@ -454,7 +454,7 @@ class Controller:
         drafts were kept as a good drafter's are, once the time for it has been earned.
         """
         plain_s = self.table.round_seconds(plain)
-        for program in sorted(p for p in ready if p.gamma and p[:2] == plain[:2]):
+        for program in sorted(p for p in ready if p.gamma and p.shape == plain.shape):
             round_s = self.table.round_seconds(program)
             if not round_s or not plain_s:
                 continue

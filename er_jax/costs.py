@@ -29,6 +29,10 @@ from er_jax.pass_costs import (
 )
 from er_jax.types import Program
 
+# A round of all groups of devices as one, in rounds of each for itself, where none was
+# measured: weights are read by parts, two or more, and sums are sent.
+JOINT_SHARE = 0.5
+
 # A draft pass in AR steps, where none was measured: int8 weights against 16-bit ones.
 DRAFT_SHARE = 0.5
 
@@ -161,11 +165,12 @@ class LatencyTable:
         return sum(self.rounds.values()) > 2 * self._kept_rounds
 
     def readings(self) -> list[Reading]:
-        """Return all that was measured, passes and whole rounds."""
+        """Return all that was measured, passes and whole rounds, of separate groups."""
         found = [] if self.passes is None else list(self.passes.readings)
         for program, seconds in self.seconds.items():
             kind: Kind = "round" if program.gamma else "target"
-            found.append(Reading(kind, *program, seconds))
+            if not program.joint:
+                found.append(Reading(kind, *program[:3], seconds))
         return found
 
     def round_seconds(self, program: Program) -> float | None:
@@ -201,23 +206,38 @@ class LatencyTable:
 
         Of programs: a speculative round costs a step, as gamma = 0 does, and for its
         drafts what they cost in the nearest round that ran, in proportion to `_extra`.
+
+        Of all groups of devices as one: a share of what the same program of separate
+        groups takes, the share of the nearest joint program that ran.
         """
+        if program.joint:
+            apart = self._apart(program)
+            others = [p for p in self.seconds if p != program and p.joint]
+            near = min(others, key=lambda p: _distance(p, program), default=None)
+            if apart is None or near is None:
+                return None if apart is None else JOINT_SHARE * apart
+            return apart * self.seconds[near] / (self._apart(near) or apart)
         if self.passes is not None:
             expected = self.passes.round_seconds(program)
-            others = [other for other in self.seconds if other != program]
+            others = [p for p in self.seconds if p != program and not p.joint]
             near = min(others, key=lambda p: _distance(p, program), default=None)
             if near is None:
                 return expected
             return expected * self.seconds[near] / self.passes.round_seconds(near)
         if program.gamma == 0:
-            return self._curve(*program)
-        step = self._step(program.rows, program.cache_length)
+            return self._curve(program)
+        step = self._step(program)
         nearest = self._neighbours().speculative(program)
         if step is None or nearest is None:
-            return self._curve(*program)
-        nearest_step = self._step(nearest.rows, nearest.cache_length) or 0.0
+            return self._curve(program)
+        nearest_step = self._step(nearest) or 0.0
         dearer = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
         return step + max(dearer, 0.0) * self._extra(program)
+
+    def _apart(self, program: Program) -> float | None:
+        """Return the seconds of a joint program's round by separate groups."""
+        program = program._replace(joint=False)
+        return self.seconds.get(program) or self._predicted(program)
 
     def _extra(self, program: Program) -> float:
         """Return what drafts and their verification should add to a step.
@@ -226,27 +246,28 @@ class LatencyTable:
         step of rows x (gamma + 1) rows does: next to nothing more where steps are bound
         by weights, all of it where they are bound by arithmetic.
         """
-        rows, length, gamma = program
-        step = self._step(rows, length) or 0.0
-        verification = self._step(rows * (gamma + 1), length) or 0.0
+        gamma = program.gamma
+        step = self._step(program) or 0.0
+        wide = program._replace(rows=program.rows * (gamma + 1))
+        verification = self._step(wide) or 0.0
         return gamma * DRAFT_SHARE * step + verification - step
 
-    def _step(self, rows: int, length: int) -> float | None:
-        """Return the seconds of an AR step, remembered as long as predictions are."""
-        program = Program(rows, length, 0)
+    def _step(self, program: Program) -> float | None:
+        """Return the seconds of its AR step, remembered as long as predictions are."""
+        program = program._replace(gamma=0)
         if program not in self._steps:
             known = self.seconds.get(program)
-            self._steps[program] = self._curve(*program) if known is None else known
+            self._steps[program] = self._curve(program) if known is None else known
         return self._steps[program]
 
-    def _curve(self, rows: int, length: int, gamma: int) -> float | None:
-        """Interpolate the other programs of one gamma, log-log in rows."""
-        line = self._neighbours().line(Program(rows, length, gamma))
+    def _curve(self, program: Program) -> float | None:
+        """Interpolate the other programs of its gamma, log-log in rows."""
+        line = self._neighbours().line(program)
         if not line:
             return None
-        points = [(program.rows, self.seconds[program]) for program in line]
-        near = line[0].cache_length
-        return _power_law(points, rows) * (length / near) ** LENGTH_EXPONENT
+        points = [(other.rows, self.seconds[other]) for other in line]
+        ratio = program.cache_length / line[0].cache_length
+        return _power_law(points, program.rows) * ratio**LENGTH_EXPONENT
 
     def _neighbours(self) -> _Neighbours:
         """Return who lies near whom among the measured, which are never taken out."""
@@ -270,13 +291,14 @@ class _Neighbours:
 
     def __init__(self, measured: tuple[Program, ...]) -> None:
         self.measured = measured
+        self.apart = [program for program in measured if not program.joint]
         self._lines: dict[Program, tuple[Program, ...]] = {}
         self._speculative: dict[Program, Program | None] = {}
 
     def line(self, program: Program) -> tuple[Program, ...]:
         """Return the other programs of the same gamma and the nearest length."""
         if program not in self._lines:
-            points = [p for p in self.measured if p.gamma == program.gamma]
+            points = [p for p in self.apart if p.gamma == program.gamma]
             points = [p for p in points if p != program]
             near = min(points, key=lambda p: _distance(p, program), default=program)
             self._lines[program] = tuple(
@@ -287,7 +309,7 @@ class _Neighbours:
     def speculative(self, program: Program) -> Program | None:
         """Return the nearest other program that drafts."""
         if program not in self._speculative:
-            points = [p for p in self.measured if p.gamma and p != program]
+            points = [p for p in self.apart if p.gamma and p != program]
             self._speculative[program] = min(
                 points, key=lambda p: _distance(p, program), default=None
             )
@@ -315,14 +337,18 @@ def _power_law(line: list[tuple[int, float]], rows: int) -> float:
 
 
 @functools.cache
-def row_buckets(slots: int) -> tuple[int, ...]:
-    """Return the batch sizes worth compiling: 1, 2, 3, 4, 6, 8, 12, ... and `slots`."""
-    sizes = {slots}
+def row_buckets(slots: int, groups: int = 1) -> tuple[int, ...]:
+    """Return the batch sizes worth compiling: 1, 2, 3, 4, 6, 8, 12, ... and `slots`.
+
+    With several groups of devices, each with as many rows, so many times that.
+    """
+    each = slots // groups
+    sizes = {each}
     power = 1
-    while power < slots:
+    while power < each:
         sizes |= {power, power * 3 // 2 if power > 1 else power}
         power *= 2
-    return tuple(sorted(size for size in sizes if size <= slots))
+    return tuple(sorted(groups * size for size in sizes if size <= each))
 
 
 def bucket_of(size: int, buckets: Iterable[int]) -> int:

@@ -9,6 +9,14 @@ the host is one `WindowInfo`.
 Programs are compiled ahead of time and kept here, so that compile time is known apart
 from run time and the host can ask what is compiled before it decides.
 
+On a mesh, the devices that share one copy of the weights are a *group*. Each group runs
+the same program on rows of its own (`over_groups`) and hears of the others only in the
+exit test, in what the host is told, and in moves of rows. Inside of a group the
+compiler cuts the program as the parameters are cut. For few rows all groups become one:
+`Engine.joint` has the programs of that. Where the mesh spans processes, all of them
+must call the same methods in the same order; what they measure is made one
+(`Engine.agree`).
+
 Left out: which program to run (`control`), when (`scheduler`).
 """
 
@@ -18,6 +26,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import threading
 import time
@@ -28,14 +37,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from er_jax import drafter, steps
+from er_jax import drafter, sharding, steps
 from er_jax.acceptance import AcceptRule
 from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.types import (
+    DATA_AXIS,
+    NONE,
     Admission,
     DecodeState,
+    Moves,
     Params,
     Policy,
     Program,
@@ -46,10 +59,37 @@ from er_jax.types import (
 # Tokens int32 `[B, S]` and log-probabilities float32 `[B, S]`.
 Text: TypeAlias = tuple[jax.Array, jax.Array]
 
+# Bytes of a text that processes agree on are sent in blocks of so many.
+TEXT_BLOCK = 1 << 14
+
+WHOLE, ROWS = PartitionSpec(), PartitionSpec(DATA_AXIS)
+
+
+def over_groups(mesh: Mesh | None, function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Return a function that every group of devices runs on its own rows."""
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={DATA_AXIS},
+        check_vma=False,
+    )
+
+
+def _laid_out(state: DecodeState, policy: Policy, mesh: Mesh | None) -> DecodeState:
+    """Have the compiler lay out a state by the rules, so that it is given in place."""
+    if mesh is None:
+        return state
+    where = sharding.state_shardings(state, policy, mesh)
+    return lax.with_sharding_constraint(state, where)
+
 
 @functools.partial(
     jax.jit,
-    static_argnames=("policy", "gamma", "accept", "rounds_per_test"),
+    static_argnames=("policy", "gamma", "accept", "rounds_per_test", "mesh"),
     donate_argnames=("state",),
 )
 def run_window(
@@ -63,6 +103,7 @@ def run_window(
     gamma: int,
     accept: AcceptRule,
     rounds_per_test: int,
+    mesh: Mesh | None = None,
 ) -> tuple[DecodeState, WindowInfo, Text]:
     """Run rounds until `exit_live` or fewer rows are live; at least none, at most max.
 
@@ -73,6 +114,7 @@ def run_window(
       rounds_per_test: static; rounds between two exit tests. A test reads one number
         back (and is a collective on a mesh); up to this many rounds minus one run idle
         at the end.
+      mesh: static; of `sharding.rollout_mesh`, None for one device.
     Returns:
       The state; what the host needs to know; copies of the state's tokens and
       log-probabilities, for rows that ended: they may be fetched while the next window
@@ -81,56 +123,97 @@ def run_window(
     """
     reach = rounds_per_test * (gamma + 1)
 
-    def goes_on(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
-        state, num_rounds, _ = carry
-        num_live = jnp.sum(state.live, dtype=jnp.int32)
-        needed = jnp.minimum(state.length + reach, state.limit)
-        fits = jnp.all(~state.live | (needed <= state.cache_length))
-        return (num_live > exit_live) & (num_rounds < max_rounds) & fits
+    def total(x: jax.Array) -> jax.Array:
+        return x if mesh is None else lax.psum(x, DATA_AXIS)
 
-    def one_round(
-        _: Any, carry: tuple[DecodeState, jax.Array]
-    ) -> tuple[DecodeState, jax.Array]:
-        state, counts = carry
-        state, info = steps.decode_round(
-            policy, params, state, settings, gamma=gamma, accept=accept
+    def of_all(rows: jax.Array) -> jax.Array:
+        return (
+            rows
+            if mesh is None
+            else lax.all_gather(rows, DATA_AXIS, axis=1, tiled=True)
         )
-        kinds = jnp.arange(gamma + 1, dtype=jnp.int32)
-        found = jnp.stack([info.num_accepted, jnp.maximum(info.num_emitted - 1, 0)])
-        is_kind = (found[..., None] == kinds[None, None]) & info.is_live[None, :, None]
-        return state, counts + jnp.sum(is_kind, axis=1, dtype=jnp.int32)
 
-    def several(
-        carry: tuple[DecodeState, jax.Array, jax.Array],
-    ) -> tuple[DecodeState, jax.Array, jax.Array]:
-        state, num_rounds, counts = carry
-        if rounds_per_test == 1:
-            state, counts = one_round(0, (state, counts))
-        else:
-            state, counts = lax.fori_loop(
-                0, rounds_per_test, one_round, (state, counts)
+    def window(
+        params: PolicyParams,
+        state: DecodeState,
+        settings: Sampling,
+        exit_live: jax.Array,
+        max_rounds: jax.Array,
+    ) -> tuple[DecodeState, WindowInfo, Text]:
+        def goes_on(carry: tuple[DecodeState, jax.Array, jax.Array]) -> jax.Array:
+            state, num_rounds, _ = carry
+            needed = jnp.minimum(state.length + reach, state.limit)
+            is_full = state.live & (needed > state.cache_length)
+            tests = jnp.stack([state.live, is_full]).astype(jnp.int32)
+            num_live, num_full = total(jnp.sum(tests, axis=1, dtype=jnp.int32))
+            return (num_live > exit_live) & (num_rounds < max_rounds) & (num_full == 0)
+
+        def one_round(
+            _: Any, carry: tuple[DecodeState, jax.Array]
+        ) -> tuple[DecodeState, jax.Array]:
+            state, counts = carry
+            state, info = steps.decode_round(
+                policy, params, state, settings, gamma=gamma, accept=accept
             )
-        return state, num_rounds + rounds_per_test, counts
+            kinds = jnp.arange(gamma + 1, dtype=jnp.int32)
+            found = jnp.stack([info.num_accepted, jnp.maximum(info.num_emitted - 1, 0)])
+            is_kind = found[..., None] == kinds[None, None]
+            is_kind &= info.is_live[None, :, None]
+            return state, counts + jnp.sum(is_kind, axis=1, dtype=jnp.int32)
 
-    start = (state, jnp.int32(0), jnp.zeros((2, gamma + 1), jnp.int32))
-    state, num_rounds, counts = lax.while_loop(goes_on, several, start)
-    info = WindowInfo(
-        live=state.live,
-        length=state.length,
-        finish_reason=state.finish_reason,
-        num_rounds=num_rounds,
-        accepted=counts[0],
-        emitted=counts[1],
+        def several(
+            carry: tuple[DecodeState, jax.Array, jax.Array],
+        ) -> tuple[DecodeState, jax.Array, jax.Array]:
+            state, num_rounds, counts = carry
+            if rounds_per_test == 1:
+                state, counts = one_round(0, (state, counts))
+            else:
+                state, counts = lax.fori_loop(
+                    0, rounds_per_test, one_round, (state, counts)
+                )
+            return state, num_rounds + rounds_per_test, counts
+
+        start = (state, jnp.int32(0), jnp.zeros((2, gamma + 1), jnp.int32))
+        state, num_rounds, counts = lax.while_loop(goes_on, several, start)
+        counts = total(counts)
+        rows = jnp.stack(
+            [state.live.astype(jnp.int32), state.length, state.finish_reason]
+        )
+        live, length, finish_reason = of_all(rows)
+        info = WindowInfo(
+            live=live != 0,
+            length=length,
+            finish_reason=finish_reason,
+            num_rounds=num_rounds,
+            accepted=counts[0],
+            emitted=counts[1],
+        )
+        return state, info, (state.tokens, state.logprobs)
+
+    run = over_groups(
+        mesh, window, (WHOLE, ROWS, WHOLE, WHOLE, WHOLE), (ROWS, WHOLE, ROWS)
     )
-    return state, info, (state.tokens, state.logprobs)
+    state, info, text = run(params, state, settings, exit_live, max_rounds)
+    return _laid_out(state, policy, mesh), info, text
 
 
-@functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("policy", "mesh"), donate_argnames=("state",)
+)
 def run_admission(
-    policy: Policy, params: Params, state: DecodeState, admission: Admission
+    policy: Policy,
+    params: Params,
+    state: DecodeState,
+    admission: Admission,
+    *,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """Start sequences in free slots; see `steps.admit`. Donates `state`."""
-    return steps.admit(policy, params, state, admission)
+    parts = jax.tree.map(lambda x: ROWS if x.ndim else WHOLE, admission)
+    run = over_groups(
+        mesh, functools.partial(steps.admit, policy), (WHOLE, ROWS, parts), ROWS
+    )
+    return _laid_out(run(params, state, admission), policy, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("cache_length",))
@@ -139,16 +222,47 @@ def run_take(state: DecodeState, rows: jax.Array, *, cache_length: int) -> Decod
     return steps.take(state, rows, cache_length)
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "rows", "cache_length"))
-def run_allocation(policy: Policy, rows: int, cache_length: int) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("policy", "cache_length", "mesh"))
+def run_take_over(
+    policy: Policy,
+    state: DecodeState,
+    rows: jax.Array,
+    moves: Moves,
+    *,
+    cache_length: int,
+    mesh: Mesh,
+) -> DecodeState:
+    """Move rows within and between groups; see `steps.take`, `steps.exchange`."""
+
+    def move(state: DecodeState, rows: jax.Array, moves: Moves) -> DecodeState:
+        taken = steps.take(state, rows, cache_length)
+        if mesh.shape[DATA_AXIS] == 1:
+            return taken
+        return steps.exchange(state, taken, moves, DATA_AXIS)
+
+    run = over_groups(mesh, move, (ROWS, ROWS, WHOLE), ROWS)
+    return _laid_out(run(state, rows, moves), policy, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "rows", "cache_length", "mesh"))
+def run_allocation(
+    policy: Policy, rows: int, cache_length: int, *, mesh: Mesh | None = None
+) -> DecodeState:
     """Allocate a state of empty slots; see `steps.empty_state`."""
-    return steps.empty_state(policy, rows, cache_length)
+    return _laid_out(steps.empty_state(policy, rows, cache_length), policy, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def run_attach(params: Params, *, config: DrafterConfig) -> Params:
+def _same(tree: Any) -> Any:
+    """Return arrays as they are; for programs that only lay them out anew."""
+    return tree
+
+
+def derive_draft(params: Params, *, config: DrafterConfig) -> Params:
     """Derive the draft alone (the policy would be copied if it were returned)."""
     return drafter.attach_draft(params, config).draft
+
+
+run_attach = jax.jit(derive_draft, static_argnames=("config",))
 
 
 @functools.partial(
@@ -160,14 +274,17 @@ def run_refresh(params: Params, old: Params, *, config: DrafterConfig) -> Params
     return drafter.attach_draft(params, config).draft
 
 
-@jax.jit
-def run_finite_check(params: Params) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def run_finite_check(params: Params, *, mesh: Mesh | None = None) -> list[jax.Array]:
     """Return, per floating-point leaf, whether all of it is finite."""
-    return [
+    found = [
         jnp.all(jnp.isfinite(leaf))
         for leaf in jax.tree.leaves(params)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
+    if mesh is None:
+        return found
+    return lax.with_sharding_constraint(found, NamedSharding(mesh, WHOLE))
 
 
 def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
@@ -194,13 +311,34 @@ class CompiledProgram:
     compile_s: float
 
 
+class _Books:
+    """What an engine has compiled, and how long that took."""
+
+    def __init__(self) -> None:
+        self.compiled: dict[tuple[Any, ...], CompiledProgram] = {}
+        self.compile_s = 0.0
+        self.slowest_s: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def add(self, key: tuple[Any, ...], call: Any, seconds: float) -> None:
+        """Keep an executable; threads may compile side by side."""
+        kind = key[0]
+        with self._lock:
+            self.compiled[key] = CompiledProgram(call=call, compile_s=seconds)
+            self.compile_s += seconds
+            self.slowest_s[kind] = max(seconds, self.slowest_s.get(kind, 0.0))
+
+
 class RunningWindow:
     """A window the device was told to run; the host is free until it calls `wait`.
 
     text: the tokens and log-probabilities after it, as `run_window` returns them.
     """
 
-    def __init__(self, info: WindowInfo, text: Text, start_s: float) -> None:
+    def __init__(
+        self, engine: Engine, info: WindowInfo, text: Text, start_s: float
+    ) -> None:
+        self._engine = engine
         self._info = info
         self.text = text
         self._start_s = start_s
@@ -215,7 +353,7 @@ class RunningWindow:
           The info as NumPy arrays; the seconds the window took, compilation not
           counted; whether those were measured. They were not where the window was over
           before it was waited for: then they are only what it took to start it and to
-          fetch the info.
+          fetch the info. Of several processes, the first one's clock counts.
         """
         asked_s = time.perf_counter()
         was_over = self._info.num_rounds.is_ready()
@@ -223,20 +361,94 @@ class RunningWindow:
         seconds = time.perf_counter() - self._start_s
         if was_over:
             seconds -= asked_s - self._told_s
-        return info, seconds, self._is_sync or not was_over
+        is_measured = self._is_sync or not was_over
+        seconds, is_measured = self._engine.agree([seconds, is_measured]).tolist()
+        return info, seconds, bool(is_measured)
 
 
-def _abstract(tree: Any) -> Any:
-    def leaf(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+def _abstract(tree: Any, where: Any = None) -> Any:
+    """Return shapes and dtypes, with the sharding given for each leaf or for all."""
 
-    return jax.tree.map(leaf, tree)
+    def leaf(x: Any, cut: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=cut)
+
+    if where is None or isinstance(where, NamedSharding):
+        return jax.tree.map(lambda x: leaf(x, where), tree)
+    return jax.tree.map(leaf, tree, where)
 
 
-def signature(tree: Any) -> Hashable:
-    """Return a hashable description of a pytree: structure, shapes, dtypes."""
+def signature(tree: Any, mesh: Mesh | None = None) -> Hashable:
+    """Return a hashable description of a pytree: structure, shapes, dtypes, cuts."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((x.shape, x.dtype) for x in leaves)
+
+    def describe(x: Any) -> tuple[Any, ...]:
+        if mesh is None:
+            return x.shape, x.dtype
+        return x.shape, x.dtype, sharding.on_mesh(x.sharding, mesh)
+
+    return structure, tuple(describe(x) for x in leaves)
+
+
+def plan_moves(
+    rows: np.ndarray, old_rows: int, num_groups: int
+) -> tuple[np.ndarray, Moves]:
+    """Tell apart the rows that stay in their group of devices and those that do not.
+
+    Args:
+      rows: int `[R]`, which old row each new one is, of all groups; `NONE` for none.
+      old_rows: rows before. num_groups: groups, each with as many rows.
+    Returns:
+      int32 `[R]`, for each new row the old one counted within its group, `NONE` where
+      there is none or it comes from another group; and the moves between groups.
+    """
+    old_each, new_each = old_rows // num_groups, len(rows) // num_groups
+    to = np.arange(len(rows))
+    group, is_some = rows // old_each, rows != NONE
+    is_moved = is_some & (group != to // new_each)
+    local = np.where(is_some & ~is_moved, rows % old_each, NONE)
+    moved = np.flatnonzero(is_moved)
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        return np.pad(values, (0, len(rows) - len(values))).astype(np.int32)
+
+    return local.astype(np.int32), Moves(
+        count=np.int32(len(moved)),
+        from_group=padded(group[moved]),
+        from_row=padded(rows[moved] % old_each),
+        to_group=padded(moved // new_each),
+        to_row=padded(moved % new_each),
+    )
+
+
+def fetch_rows(
+    text: Text, rows: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Return tokens and log-probabilities `[S]` of rows, to be copied and not kept.
+
+    They may be the device's own buffers, and hold on to all the rows. Of several
+    processes each gets the rows that it is the first to hold; every row is one's.
+    """
+    if not isinstance(text[0], jax.Array) or text[0].is_fully_addressable:
+        tokens, logprobs = jax.device_get(text)
+        return {int(row): (tokens[row], logprobs[row]) for row in rows}
+    where, here = text[0].sharding, jax.process_index()
+    first: dict[int, int] = {}
+    held: Any = where.devices_indices_map(text[0].shape)
+    for device, (part, *_) in held.items():
+        start = part.start or 0
+        first[start] = min(device.process_index, first.get(start, device.process_index))
+    found = {}
+    tokens, logprobs = (
+        {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        for x in text
+    )
+    for start, part in tokens.items():
+        own = [row for row in rows.tolist() if start <= row < start + len(part)]
+        if own and first[start] == here:
+            pieces = jax.device_get((part, logprobs[start]))
+            for row in own:
+                found[row] = tuple(piece[row - start] for piece in pieces)
+    return found  # type: ignore[return-value]
 
 
 class Engine:
@@ -244,20 +456,58 @@ class Engine:
 
     Holds executables only: parameters and states are arguments, so an engine lives
     across parameter updates. `compiled` maps a program's name to its executable in the
-    order of compilation.
+    order of compilation. On a mesh parameters and drafts must lie on it
+    (`sharding.place`); what comes from the host is the same in all processes.
+
+    owner: the engine whose groups of devices are one in this one; programs are kept
+      there, under names of their own.
     """
 
-    def __init__(self, policy: Policy, accept: AcceptRule) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        accept: AcceptRule,
+        mesh: Mesh | None = None,
+        *,
+        owner: Engine | None = None,
+    ) -> None:
         self.policy = policy
         self.accept: AcceptRule = accept
-        self.compiled: dict[tuple[Any, ...], CompiledProgram] = {}
-        self.compile_s = 0.0
-        """Seconds spent compiling so far."""
-        self._lock = threading.Lock()
-        self._slowest_s: dict[str, float] = {}
+        self.mesh = mesh
+        self.num_groups = 1 if mesh is None else mesh.shape[DATA_AXIS]
+        """Groups of devices with rows of their own; they divide all numbers of rows."""
+        devices: list[Any] = [] if mesh is None else list(mesh.devices.flat)
+        processes = [device.process_index for device in devices]
+        self.is_spread = len(set(processes)) > 1
+        """Whether the mesh spans processes."""
+        self.is_leader = not self.is_spread or processes[0] == jax.process_index()
+        """Whether this is the process whose measurements count."""
+        self._prefix = "" if owner is None else "joint "
+        self._books: _Books = _Books() if owner is None else owner._books
         self._draft_kinds: dict[Hashable, str] = {}
         self.defaults: dict[Hashable, Any] = {}
         """Objects callers keep per engine, such as the controller of unnamed calls."""
+
+    @property
+    def compiled(self) -> dict[tuple[Any, ...], CompiledProgram]:
+        """Executables by name, in the order of compilation."""
+        return self._books.compiled
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling so far."""
+        return self._books.compile_s
+
+    @functools.cached_property
+    def joint(self) -> Engine:
+        """The engine of the same devices with all their groups as one; of a mesh."""
+        mesh = sharding.joint_mesh(self._mesh)
+        return Engine(self.policy, self.accept, mesh, owner=self)
+
+    @property
+    def _mesh(self) -> Mesh:
+        assert self.mesh is not None, "only called where there is one"
+        return self.mesh
 
     @property
     def rounds_per_test(self) -> int:
@@ -265,35 +515,126 @@ class Engine:
         return 1 if jax.default_backend() == "cpu" else 4
 
     @functools.cached_property
-    def position_bytes(self) -> int:
-        """Device bytes of one position of one row: cache, token, log-probability."""
-        state = jax.eval_shape(lambda: steps.empty_state(self.policy, 1, 1))
+    def position_bytes(self) -> float:
+        """Bytes of one position of one row: cache, token, log-probability.
+
+        On a mesh, on each device, and divided by the groups: times all rows and their
+        positions it is what a device holds.
+        """
+        shape = (self.num_groups, 1)
+        state = jax.eval_shape(lambda: steps.empty_state(self.policy, *shape))
+        if self.mesh is not None:
+            where = sharding.state_shardings(state, self.policy, self.mesh)
+            state = _abstract(state, where)
         sized = (state.cache, state.tokens, state.logprobs)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sized))
+        return device_bytes(sized) / self.num_groups
+
+    def agree(self, values: Any) -> np.ndarray:
+        """Return the leading process's values, in every process.
+
+        Args:
+          values: numbers, as many in all processes; float32 keeps them.
+        Returns:
+          float32 `[N]` where the mesh spans processes, else the values unchanged.
+        """
+        if not self.is_spread:
+            return np.asarray(values, np.float64)
+        own = np.asarray(values, np.float32)[None]
+        return self._combine("agree", own, lambda _: own, lambda x: x[0])
+
+    def _combine(
+        self,
+        name: str,
+        own: np.ndarray,
+        part: Callable[[Any], np.ndarray],
+        function: Callable[[jax.Array], jax.Array],
+    ) -> np.ndarray:
+        """Lay out an array with a part `[1, ...]` for each device, and reduce it."""
+        every = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+        shape = (self._mesh.size, *own.shape[1:])
+        spread = jax.make_array_from_callback(shape, every, part)
+        key = (self._prefix + name, str(own.dtype), *shape)
+        if key not in self.compiled:
+            whole = NamedSharding(self._mesh, WHOLE)
+            start = time.perf_counter()
+            program = jax.jit(function, out_shardings=whole)
+            call = program.lower(_abstract(spread, every)).compile()
+            self._books.add(key, call, time.perf_counter() - start)
+        return np.asarray(self.compiled[key].call(spread))
+
+    def agree_text(self, text: str | None) -> str | None:
+        """Return the leading process's text, or None if it has none."""
+        if not self.is_spread:
+            return text
+        data = np.frombuffer((text or "").encode(), np.uint8)
+        (size,) = self.agree([NONE if text is None else len(data)]).astype(int)
+        if size < 0:
+            return None
+        padded = np.zeros(-(-max(size, 1) // TEXT_BLOCK) * TEXT_BLOCK)
+        padded[: min(len(data), size)] = data[:size]
+        return self.agree(padded)[:size].astype(np.uint8).tobytes().decode()
+
+    def gather(self, own: np.ndarray) -> np.ndarray:
+        """Return the sum of what the processes have, in every process.
+
+        Args:
+          own: int32 or float32, of one shape in all processes: zero where another one
+            knows better.
+        """
+        if not self.is_spread:
+            return own
+        devices: list[Any] = list(self._mesh.devices.flat)
+        here = [device.process_index == jax.process_index() for device in devices]
+        mine, nothing = here.index(True), np.zeros_like(own)
+
+        def part(index: Any) -> np.ndarray:
+            return (own if (index[0].start or 0) == mine else nothing)[None]
+
+        def add(parts: jax.Array) -> jax.Array:
+            return jnp.sum(parts, axis=0, dtype=parts.dtype)
+
+        return self._combine("gather", own[None], part, add)
+
+    def _whole(self, tree: Any) -> Any:
+        """Shapes of what comes from the host and is the same on every device."""
+        where = None if self.mesh is None else NamedSharding(self.mesh, WHOLE)
+        return _abstract(tree, where)
+
+    def _shaped_params(self, params: Any) -> Any:
+        if self.mesh is None:
+            return _abstract(params)
+        on_mesh = functools.partial(sharding.on_mesh, mesh=self.mesh)
+        return _abstract(params, jax.tree.map(lambda x: on_mesh(x.sharding), params))
+
+    def _shaped_state(self, state: DecodeState) -> Any:
+        if self.mesh is None:
+            return _abstract(state)
+        where = sharding.state_shardings(state, self.policy, self.mesh)
+        return _abstract(state, where)
 
     def _program(
         self, name: tuple[Any, ...], function: Any, lower: Callable[[Any], Any]
     ) -> CompiledProgram:
-        if name not in self.compiled:
+        key = self._key(*name)
+        if key not in self.compiled:
             start = time.perf_counter()
             call = lower(function).compile()
             # JAX keeps what it compiles for a function as long as the function lives;
             # here programs are to live as long as their engine.
             function.clear_cache()
-            seconds = time.perf_counter() - start
-            kind = name[0]
-            with self._lock:
-                self.compiled[name] = CompiledProgram(call=call, compile_s=seconds)
-                self.compile_s += seconds
-                self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
-        return self.compiled[name]
+            seconds = float(self.agree([time.perf_counter() - start])[0])
+            self._books.add(key, call, seconds)
+        return self.compiled[key]
+
+    def _key(self, kind: str, *rest: Any) -> tuple[Any, ...]:
+        return (self._prefix + kind, *rest)
 
     def allocate(self, rows: int, cache_length: int) -> DecodeState:
         """Return a state of `rows` empty slots of `cache_length` positions."""
         program = self._program(
             ("allocate", rows, cache_length),
             run_allocation,
-            lambda f: f.lower(self.policy, rows, cache_length),
+            lambda f: f.lower(self.policy, rows, cache_length, mesh=self.mesh),
         )
         return program.call()
 
@@ -306,21 +647,47 @@ class Engine:
         program = self._program(
             ("admit", *shape, admission.first_row.shape[0]),
             run_admission,
-            lambda f: f.lower(self.policy, *_abstract(arguments)),
+            lambda f: f.lower(
+                self.policy,
+                self._shaped_params(params.policy),
+                self._shaped_state(state),
+                self._shaped_admission(admission),
+                mesh=self.mesh,
+            ),
         )
         return program.call(*arguments)
 
-    def has_take(self, state: DecodeState, rows: int, length: int) -> bool:
-        """Whether a state can be given this size without compiling anything."""
-        if (state.rows, state.cache_length) == (rows, length):
-            return True
-        name = ("take", state.rows, state.cache_length, rows, length)
-        return name in self.compiled
+    def _shaped_admission(self, admission: Admission) -> Any:
+        if self.mesh is None:
+            return _abstract(admission)
+        spread, whole = (NamedSharding(self.mesh, spec) for spec in (ROWS, WHOLE))
+        cuts = jax.tree.map(lambda x: spread if x.ndim else whole, admission)
+        return _abstract(admission, cuts)
+
+    def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
+        """Whether a state of a size (rows, length) can be given another right now."""
+        return old == new or self._key("take", *old, *new) in self.compiled
 
     def take(self, state: DecodeState, rows: np.ndarray, length: int) -> DecodeState:
         """Move rows (`NONE` for an empty one) to a state of another size."""
         rows = np.asarray(rows, np.int32)
         name = ("take", state.rows, state.cache_length, len(rows), length)
+        if self.mesh is not None:
+            spread = NamedSharding(self.mesh, ROWS)
+            local, moves = plan_moves(rows, state.rows, self.num_groups)
+            program = self._program(
+                name,
+                run_take_over,
+                lambda f: f.lower(
+                    self.policy,
+                    self._shaped_state(state),
+                    _abstract(local, spread),
+                    self._whole(moves),
+                    cache_length=length,
+                    mesh=self.mesh,
+                ),
+            )
+            return program.call(state, local, moves)
         program = self._program(
             name,
             run_take,
@@ -328,25 +695,85 @@ class Engine:
         )
         return program.call(state, rows)
 
+    def joint_shapes(self, params: PolicyParams) -> Any:
+        """Return the shapes of parameters with the shardings they have in `joint`.
+
+        None where there is no such thing; see `sharding.joint_shardings`.
+        """
+        if self.mesh is None:
+            return None
+        where = sharding.joint_shardings(self.policy, params, self.joint._mesh)
+        return None if where is None else _abstract(params, where)
+
+    def join_params(self, params: PolicyParams) -> PolicyParams:
+        """Return parameters for `joint`: every device keeps a part of what it holds."""
+        where = jax.tree.map(lambda x: x.sharding, self.joint_shapes(params))
+        kind = None if params.draft is None else self.draft_kind(params.draft)
+        return self._relaid(
+            ("join weights", kind), params, self._shaped_params(params), where
+        )
+
+    def has_move(self, kind: str, rows: int, length: int) -> bool:
+        """Whether a state of this size can be moved now; kind: "join" or "part"."""
+        return (kind, rows, length) in self.compiled
+
+    def join(self, state: DecodeState) -> DecodeState:
+        """Return a state for `joint`: all rows on every device, of some heads."""
+        where = sharding.state_shardings(state, self.policy, self.joint._mesh)
+        name = ("join", state.rows, state.cache_length)
+        return self._relaid(name, state, self._shaped_state(state), where)
+
+    def part(self, state: DecodeState) -> DecodeState:
+        """Return a state of `joint` as this engine has it; the reverse of `join`."""
+        here, joint = (
+            sharding.state_shardings(state, self.policy, mesh)
+            for mesh in (self._mesh, self.joint._mesh)
+        )
+        there = self._parted(joint)
+        state = jax.tree.map(sharding.relabelled, state, there)
+        program = self._program(
+            ("part", state.rows, state.cache_length),
+            jax.jit(_same, out_shardings=here),
+            lambda f: f.lower(_abstract(state, there)),
+        )
+        return program.call(state)
+
+    def _relaid(self, name: tuple[Any, ...], tree: Any, shaped: Any, where: Any) -> Any:
+        """Lay arrays out for `joint`, in one program."""
+        program = self._program(
+            name,
+            jax.jit(_same, out_shardings=self._parted(where)),
+            lambda f: f.lower(shaped),
+        )
+        return jax.tree.map(sharding.relabelled, program.call(tree), where)
+
+    def _parted(self, where: Any) -> Any:
+        """Return shardings of `joint` in the words of this engine's mesh."""
+        return jax.tree.map(lambda cut: sharding.as_parted(cut, self._mesh), where)
+
     def draft_kind(self, draft: Params) -> str:
         """Return a short name for all drafts of these shapes and dtypes."""
         number = len(self._draft_kinds)
-        return self._draft_kinds.setdefault(signature(draft), f"draft {number}")
+        name = signature(draft, self.mesh)
+        return self._draft_kinds.setdefault(name, f"draft {number}")
 
     def _window_name(
         self, program: Program, draft_kind: str | None, num_stop_ids: int
     ) -> tuple[Any, ...]:
         # AR programs are the same whatever the draft is, or if there is none.
         kind = draft_kind if program.gamma else None
-        return ("window", *program, num_stop_ids, kind)
+        sizes = (program.rows, program.cache_length, program.gamma)
+        return ("window", *sizes, num_stop_ids, kind)
 
     def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
         """Whether this window is compiled for such drafts and so many stop ids."""
-        return self._window_name(program, draft_kind, num_stop_ids) in self.compiled
+        name = self._window_name(program, draft_kind, num_stop_ids)
+        return self._key(*name) in self.compiled
 
     def expected_compile_s(self, kind: str) -> float:
         """Return the seconds one more program of a kind should take to compile."""
-        return self._slowest_s.get(kind, 1.0)
+        slowest_s = self._books.slowest_s
+        return slowest_s.get(self._prefix + kind, slowest_s.get(kind, 1.0))
 
     def start_window(
         self,
@@ -376,12 +803,12 @@ class Engine:
         compiled = self._window(arguments, gamma, draft_kind)
         start = time.perf_counter()
         state, info, text = compiled.call(*arguments)
-        return state, RunningWindow(info, text, start)
+        return state, RunningWindow(self, info, text, start)
 
     def _window(
         self, arguments: tuple[Any, ...], gamma: int, draft_kind: str | None
     ) -> CompiledProgram:
-        params, state, settings, *_ = arguments
+        params, state, settings, *limits = arguments
         if gamma and draft_kind is None:
             draft_kind = self.draft_kind(params.draft)
         program = Program(state.rows, state.cache_length, gamma)
@@ -390,10 +817,13 @@ class Engine:
             run_window,
             lambda f: f.lower(
                 self.policy,
-                *_abstract(arguments),
+                self._shaped_params(params),
+                self._shaped_state(state),
+                *self._whole((settings, *limits)),
                 gamma=gamma,
                 accept=self.accept,
                 rounds_per_test=self.rounds_per_test,
+                mesh=self.mesh,
             ),
         )
 
@@ -415,7 +845,7 @@ class Engine:
         is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
         def compile_one(program: Program) -> None:
-            rows, length, gamma = program
+            rows, length, gamma, _ = program
             with jax.enable_x64(is_wide):
                 state = jax.eval_shape(
                     lambda: steps.empty_state(self.policy, rows, length)
@@ -424,8 +854,10 @@ class Engine:
                 zero = np.int32(0)
                 self._window((own, state, settings, zero, zero), gamma, None)
 
+        # Processes must compile in the same order: they agree on what it took.
+        threads = 1 if self.is_spread else os.cpu_count()
         with (
-            concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+            concurrent.futures.ThreadPoolExecutor(threads) as pool,
             tqdm(total=len(programs), unit="program", disable=not progress) as bar,
         ):
             for _ in pool.map(compile_one, programs):
@@ -433,17 +865,31 @@ class Engine:
 
     def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
         """Derive the draft of bare policy parameters."""
+        function = run_attach
+        if self.mesh is not None:
+            # Laid out as the weights are: a compiler's choice might be another.
+            shaped = self._shaped_params(params)
+            cuts = jax.tree.map(lambda x: x.sharding, shaped)
+            draft = jax.eval_shape(
+                functools.partial(derive_draft, config=config), shaped
+            )
+            where = sharding.draft_shardings(draft, cuts)
+            function = jax.jit(
+                derive_draft, static_argnames=("config",), out_shardings=where
+            )
         program = self._program(
             ("attach", config),
-            run_attach,
-            lambda f: f.lower(_abstract(params), config=config),
+            function,
+            lambda f: f.lower(self._shaped_params(params), config=config),
         )
         return PolicyParams(policy=params, draft=program.call(params))
 
     def find_nonfinite(self, params: Params) -> list[str]:
         """Return the paths of floating-point leaves that hold NaN or infinity."""
         program = self._program(
-            ("finite",), run_finite_check, lambda f: f.lower(_abstract(params))
+            ("finite",),
+            run_finite_check,
+            lambda f: f.lower(self._shaped_params(params), mesh=self.mesh),
         )
         flags = jax.device_get(program.call(params))
         paths = [
@@ -458,14 +904,16 @@ MAX_ENGINES = 16
 _engines: collections.OrderedDict[Hashable, Engine] = collections.OrderedDict()
 
 
-def engine_for(policy: Policy, params: Params, accept: AcceptRule) -> Engine:
-    """Return the engine of this policy, these parameter shapes and this rule.
+def engine_for(
+    policy: Policy, params: Params, accept: AcceptRule, mesh: Mesh | None = None
+) -> Engine:
+    """Return the engine of this policy, these parameter shapes, this rule and mesh.
 
     Engines are kept, least recently used last out, so that calls of `rollout` share
     programs without the caller holding anything.
     """
-    name = (policy, signature(params), accept)
-    engine = _engines.pop(name, None) or Engine(policy, accept)
+    name = (policy, signature(params, mesh), accept, mesh)
+    engine = _engines.pop(name, None) or Engine(policy, accept, mesh)
     _engines[name] = engine
     while len(_engines) > MAX_ENGINES:
         _engines.popitem(last=False)
@@ -481,9 +929,21 @@ def forget_engines() -> None:
     _engines.clear()
 
 
+def device_bytes(tree: Any) -> int:
+    """Return the bytes that arrays, or shapes with shardings, take on one device."""
+
+    def size(x: Any) -> int:
+        cut = getattr(x, "sharding", None)
+        shape = x.shape if cut is None else cut.shard_shape(x.shape)
+        entries = math.prod(shape)
+        return entries // 2 if x.dtype == jnp.int4 else entries * x.dtype.itemsize
+
+    return sum(size(x) for x in jax.tree.leaves(tree))
+
+
 def device_memory_bytes() -> int | None:
-    """Return the memory of the default device in bytes, None where it is unknown."""
-    device = jax.devices()[0]
+    """Return the memory of one device here in bytes, None where it is unknown."""
+    device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])

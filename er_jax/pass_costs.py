@@ -72,7 +72,7 @@ class PassPredictor(Protocol):
 
 def seconds_of_passes(costs: PassPredictor, program: Program) -> float:
     """Return the seconds of a round as the sum of its passes."""
-    rows, length, gamma = program
+    rows, length, gamma, _ = program
     if gamma == 0:
         return costs.pass_seconds("target", rows, length)
     drafts = gamma * costs.pass_seconds("draft", rows, length, gamma)
@@ -300,7 +300,7 @@ class PassCosts:
         Of rounds that were measured as such, if any were; else of their passes.
         """
         if program.gamma and self.gammas("round"):
-            return self.pass_seconds("round", *program)
+            return self.pass_seconds("round", *program[:3])
         return seconds_of_passes(self, program)
 
 

@@ -32,7 +32,7 @@ from er_jax.calibrate import neutral_sampling
 from er_jax.control import PRIOR_KEEP
 from er_jax.decoder import Decoder, DecoderConfig, RopeScaling
 from er_jax.drafter import DrafterConfig, PolicyParams, attach_draft
-from er_jax.engine import device_memory_bytes, run_window
+from er_jax.engine import device_bytes, device_memory_bytes, run_window
 from er_jax.figures import text_table
 from er_jax.pass_costs import Roofline
 from er_jax.types import Program
@@ -90,6 +90,19 @@ PRESETS: dict[str, DecoderConfig] = {
         num_heads=32,
         num_kv_heads=8,
         hidden_dim=14_336,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        norm_eps=1e-5,
+        max_length=131_072,
+        dtype="bfloat16",
+    ),
+    "llama-3.1-70b": DecoderConfig(
+        vocab_size=128_256,
+        dim=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        hidden_dim=28_672,
         rope_theta=5e5,
         rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
         norm_eps=1e-5,
@@ -167,19 +180,21 @@ def target_of(name: str) -> Target:
 
     Args:
       name: a TPU slice as type:topology ("v5e:2x4", "v5p:2x2x1", "v6e:2x2"), "a100",
-        "h100", "h200", or "cpu".
+        "h100", "h200", several of them on one host ("h100:8"), or "cpu".
     Raises:
       ValueError: no such device, or its compiler is not installed.
     """
     kind, _, topology = name.partition(":")
     if name == "cpu":
         return Target(name, "cpu", None, (jax.devices("cpu")[0],))
-    if kind not in CHIPS or bool(topology) == (kind in GPU_SPECS):
+    is_gpu = kind in GPU_SPECS
+    is_named = (topology.isdecimal() and int(topology) > 0) or not topology
+    if kind not in CHIPS or not (is_named if is_gpu else topology):
         raise ValueError(
             f"device={name!r} is not known; give a TPU slice such as v5e:2x4, "
-            f"v5p:2x2x1 or v6e:2x2, one of {', '.join(GPU_SPECS)}, or cpu"
+            f"v5p:2x2x1 or v6e:2x2, one of {', '.join(GPU_SPECS)}, several of these "
+            "such as h100:8, or cpu"
         )
-    is_gpu = kind in GPU_SPECS
     module, extra = (
         ("jax_cuda12_plugin", "cuda-plan") if is_gpu else ("libtpu", "tpu-plan")
     )
@@ -199,7 +214,7 @@ def target_of(name: str) -> Target:
             found = topologies.get_topology_desc(
                 platform="cuda",
                 topology_name=kind,
-                topology="1x1x1",
+                topology=f"1x1x{topology or 1}",
                 target_config=_gpu_config(kind),
             )
         else:
@@ -267,6 +282,8 @@ class ProgramCount:
     state. temp_bytes: beside them. alias_bytes: of the state, given back in place.
     collectives: of one round. weight_copies: kernels that write an array of the shape
     of a weight: transposed, widened or gathered copies, of which there should be none.
+    refusal: why the compiler made no program, or empty; then `argument_bytes` is by
+    shapes, and what only a program tells is 0.
     """
 
     program: Program
@@ -277,6 +294,7 @@ class ProgramCount:
     alias_bytes: int
     collectives: tuple[Collective, ...]
     weight_copies: tuple[str, ...]
+    refusal: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -325,7 +343,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether every program fits in a device's memory."""
-        return self.peak_bytes <= self.limit_bytes
+        refused = any(count.refusal for count in self.programs)
+        return not refused and self.peak_bytes <= self.limit_bytes
 
     def largest(self, length: int) -> int:
         """Return the most slots of this length that fit: all but weights is scaled."""
@@ -402,6 +421,9 @@ class Plan:
             f"{self.cache_bytes / 1e3:.1f} kB of cache for every position of its rows",
         ]
         for count in self.programs:
+            if count.refusal:
+                lines.append(f"gamma {count.program.gamma}: {count.refusal}")
+                continue
             found = "; ".join(
                 f"{c.count} {c.kind}, {c.num_bytes / 1e6:.2f} MB"
                 for c in count.collectives
@@ -472,15 +494,16 @@ def plan(
     chips = len(target.devices)
     shapes = _shapes(policy, drafter, slots, max_length)
     if model is None:
-        model = _fewest(target, shapes, config, chips, slots)
+        model = _fewest(target, shapes, policy, chips, slots)
     if chips % model or slots % (chips // model):
         raise ValueError(
             f"model={model} with slots={slots}: model must divide the {chips} devices, "
             "and the number of groups that makes must divide the slots; choose others"
         )
     data = chips // model
-    mesh = Mesh(np.array(target.devices).reshape(data, model), ("data", "model"))
-    pair, state = _placed(shapes, config, mesh)
+    devices = np.array(target.devices).reshape(data, model)
+    mesh = sharding.rollout_mesh(Mesh(devices, ("data", "model")))
+    pair, state = _placed(shapes, policy, mesh)
     settings = jax.tree.map(
         lambda x: _shaped(x, NamedSharding(mesh, PartitionSpec())),
         (neutral_sampling(), np.int32(0), np.int32(0)),
@@ -493,17 +516,31 @@ def plan(
     programs = []
     for gamma in gammas:
         params = pair if gamma else PolicyParams(policy=pair.policy, draft=None)
+        program = Program(slots, max_length, gamma)
         start = time.perf_counter()
-        compiled = run_window.lower(
+        lowered = run_window.lower(
             policy, params, state, *settings, gamma=gamma, accept=accept,
             rounds_per_test=1 if target.kind == "cpu" else 4,
-        ).compile()  # fmt: skip
+            mesh=mesh if chips > 1 else None,
+        )  # fmt: skip
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            counted = device_bytes((params, state))
+            seconds = time.perf_counter() - start
+            reason = f"the compiler refuses it: {str(error).splitlines()[0]}"
+            programs.append(
+                ProgramCount(program, seconds, counted, 0, 0, 0, (), (), refusal=reason)
+            )
+            continue
         seconds = time.perf_counter() - start
         memory: Any = compiled.memory_analysis()
         text = compiled.as_text() or ""
         programs.append(
             ProgramCount(
-                program=Program(slots, max_length, gamma),
+                program=program,
                 compile_s=seconds,
                 argument_bytes=memory.argument_size_in_bytes,
                 output_bytes=memory.output_size_in_bytes,
@@ -513,9 +550,9 @@ def plan(
                 weight_copies=weight_copies(text, weights),
             )
         )
-    params_bytes, draft_bytes = _bytes_of(pair.policy), _bytes_of(pair.draft)
+    params_bytes, draft_bytes = device_bytes(pair.policy), device_bytes(pair.draft)
     # A table that is only looked up is not read; what is not quantized is shared.
-    looked_up = 0 if config.tied_embeddings else _bytes_of(pair.policy["embed"])
+    looked_up = 0 if config.tied_embeddings else device_bytes(pair.policy["embed"])
     vectors = [x for x in jax.tree.leaves(pair.policy) if len(x.shape) < 2]
     return Plan(
         config=config,
@@ -526,10 +563,10 @@ def plan(
         model=model,
         params_bytes=params_bytes,
         draft_bytes=draft_bytes,
-        state_bytes=_bytes_of(state),
+        state_bytes=device_bytes(state),
         programs=tuple(programs),
-        read_bytes=(params_bytes - looked_up, draft_bytes + _bytes_of(vectors)),
-        cache_bytes=_bytes_of(state.cache) // (slots // data) // max_length,
+        read_bytes=(params_bytes - looked_up, draft_bytes + device_bytes(vectors)),
+        cache_bytes=device_bytes(state.cache) // (slots // data) // max_length,
         keep=keep,
     )
 
@@ -544,29 +581,20 @@ def _shaped(x: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where)
 
 
-def _placed(shapes: Any, config: DecoderConfig, mesh: Mesh) -> Any:
+def _placed(shapes: Any, policy: Decoder, mesh: Mesh) -> Any:
     """Return the shapes with their shardings."""
     pair, state = shapes
-    params = sharding.param_shardings(pair.policy, config, mesh)
+    params = sharding.param_shardings(pair.policy, policy.config, mesh)
     where = PolicyParams(
         policy=params, draft=sharding.draft_shardings(pair.draft, params)
     )
     placed = jax.tree.map(_shaped, pair, where)
-    cut = sharding.state_shardings(state, config, mesh)
+    cut = sharding.state_shardings(state, policy, mesh)
     return placed, jax.tree.map(_shaped, state, cut)
 
 
-def _bytes_of(tree: Any) -> int:
-    """Return the bytes of a pytree of shapes on one device."""
-    total = 0
-    for x in jax.tree.leaves(tree):
-        size = math.prod(x.sharding.shard_shape(x.shape))
-        total += size // 2 if x.dtype == jnp.int4 else size * x.dtype.itemsize
-    return total
-
-
 def _fewest(
-    target: Target, shapes: Any, config: DecoderConfig, chips: int, slots: int
+    target: Target, shapes: Any, policy: Decoder, chips: int, slots: int
 ) -> int:
     """Return how many devices must share a copy of the weights."""
     for model in range(1, chips + 1):
@@ -575,10 +603,10 @@ def _fewest(
         devices = np.array(target.devices).reshape(chips // model, model)
         mesh = Mesh(devices, ("data", "model"))
         try:
-            placed = _placed(shapes, config, mesh)
+            placed = _placed(shapes, policy, mesh)
         except ValueError:
             continue
-        if _bytes_of(placed) <= target.memory_bytes * (1 - 2 * RESERVED_SHARE):
+        if device_bytes(placed) <= target.memory_bytes * (1 - 2 * RESERVED_SHARE):
             return model
     return chips
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -304,11 +305,12 @@ class Outcome:
 
     seconds: in all. tokens: emitted. by_gamma: gamma -> seconds. by_live: live count,
       rounded up to a power of two -> seconds. timeline: (second, live, gamma) of every
-      decision.
+      decision. done: tokens of each completion when it stopped.
     """
 
     seconds: float = 0.0
     tokens: int = 0
+    done: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
     by_gamma: dict[int, float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float)
     )
@@ -325,12 +327,14 @@ def replay(
     luck: Luck,
     *,
     slots: int | None = None,
+    until_s: float = math.inf,
 ) -> Outcome:
     """Run a decider over a trace.
 
     Args:
       trace: lengths. costs: prices rounds. decider: chooses gammas. luck: of this
-        trace. slots: rows decoded at once; None is all.
+        trace. slots: rows decoded at once; None is all. until_s: stop at the first
+        decision after so many seconds.
     """
     slots = len(trace.lengths) if slots is None else slots
     waiting = len(trace.lengths)
@@ -349,7 +353,7 @@ def replay(
             seconds_of[program] = costs.round_seconds(program)
         return seconds_of[program]
 
-    while len(rows):
+    while len(rows) and outcome.seconds < until_s:
         live = len(rows)
         left = trace.lengths[rows] - done[rows]
         length = float((trace.prompt_lengths[rows] + done[rows]).mean())
@@ -389,6 +393,7 @@ def replay(
             rows = np.concatenate([rows, np.arange(first, first + fresh)])
             waiting -= fresh
     decider.end()
+    outcome.done = done
     return outcome
 
 

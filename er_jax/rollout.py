@@ -3,7 +3,11 @@
 Checks every argument on the host before anything is compiled, turns the request into
 buckets, runs the scheduler, and lays the completions out as arrays.
 
-Left out: text, rewards, meshes of more than one device.
+On a mesh the same call samples on all of its devices; of several processes every one
+makes it, with the same arguments, and gets the same result. `gather_prompts` makes the
+same arguments of prompts that every process has its own of.
+
+Left out: text, rewards.
 """
 
 from __future__ import annotations
@@ -15,17 +19,18 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from er_jax import calibrate, engine, scheduler
+from er_jax import calibrate, engine, scheduler, sharding
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.control import DEFAULT_GAMMAS, Controller, parse_control
-from er_jax.costs import row_buckets
 from er_jax.drafter import (
     DrafterConfig,
     PolicyParams,
@@ -35,7 +40,16 @@ from er_jax.drafter import (
 )
 from er_jax.scheduler import Completion, Request
 from er_jax.stats import RolloutStats
-from er_jax.types import NONE, LogprobKind, Params, Policy, Program, Sampling
+from er_jax.types import (
+    DATA_AXIS,
+    FINISH_NAMES,
+    NONE,
+    LogprobKind,
+    Params,
+    Policy,
+    Program,
+    Sampling,
+)
 
 LOGPROB_KINDS = tuple(kind.name.lower() for kind in LogprobKind)
 
@@ -162,7 +176,7 @@ def rollout(
     config: RolloutConfig,
     sequence_ids: Sequence[int] | None = None,
     controller: Controller | None = None,
-    mesh: Any = None,
+    mesh: Mesh | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
     progress: bool = False,
     profile: str | os.PathLike[str] | None = None,
@@ -185,9 +199,14 @@ def rollout(
         noise; default 0 .. N-1. Giving one again samples that completion again.
       controller: learns costs and acceptance; keep it across calls. None uses one
         that lives as long as the process, per policy, control and drafter.
-      mesh: not supported yet; None runs on the default device.
+      mesh: devices to run on, with any of the axes data, fsdp and model (see
+        `sharding`; `sharding.rollout_mesh` takes other names); None is the default
+        device. Parameters are used as they lie on it. A decoder's are laid out by the
+        rules if they lie elsewhere; every call then moves them. All processes of the
+        mesh call `rollout` with the same arguments.
       on_finish: called with (sequence id, `Completion`) as rows finish, while the
-        device goes on with the others: the place for rewards of single completions.
+        device goes on with the others: the place for rewards of single completions. Of
+        several processes, one is called for each completion.
       progress: show a progress bar.
       profile: directory for a trace of host and device, for XProf or Perfetto; what
         the trace itself costs is in the seconds. See docs/profiling.md.
@@ -212,14 +231,9 @@ def rollout(
       (2, 4)
     """
     start_s = time.perf_counter()
-    if mesh is not None:
-        raise ValueError(
-            f"mesh={mesh!r} is not supported yet: rollouts run on the default device; "
-            "use mesh=None"
-        )
     settings = _settings(config, key)
-    arrays, ids, request, programs, controller = _begin(
-        policy, params, prompts, config, sequence_ids, controller
+    params, arrays, ids, request, programs, controller = _begin(
+        policy, params, prompts, config, sequence_ids, controller, mesh
     )
     bare = params.policy if isinstance(params, PolicyParams) else params
 
@@ -257,7 +271,7 @@ def rollout(
         for name, program in list(programs.compiled.items())[before:]
     ]
     stats.seconds["compile"] = programs.compile_s - compiled_s
-    out = _assemble(arrays, completions, ids, config, stats)
+    out = assemble(arrays, completions, ids, config, stats, programs)
     calibrate.remember(programs, pair, controller)
     stats.seconds["host"] = time.perf_counter() - start_s - stats.total_s
     if controller.broken_drafter is not None:
@@ -284,6 +298,7 @@ def rollout(
 class _Begun(NamedTuple):
     """A rollout before anything is compiled: checked arguments, and what they name."""
 
+    params: Params | PolicyParams
     prompts: list[np.ndarray]
     sequence_ids: np.ndarray
     request: Request
@@ -298,28 +313,41 @@ def _begin(
     config: RolloutConfig,
     sequence_ids: Sequence[int] | None,
     controller: Controller | None,
+    mesh: Mesh | None,
 ) -> _Begun:
-    """Check the arguments of a rollout and find its engine and controller."""
-    arrays = _checked_prompts(prompts, policy.vocab_size)
-    ids = _checked_sequence_ids(sequence_ids, len(arrays) * config.n)
+    """Check the arguments of a rollout and find its engine and controller.
+
+    Parameters that do not lie on the mesh are moved there.
+    """
+    arrays = checked_prompts(prompts, policy.vocab_size)
+    ids = checked_sequence_ids(sequence_ids, len(arrays) * config.n)
     _check_token_ids(config, policy.vocab_size)
     _check_length(arrays, config, getattr(policy, "max_length", None))
-    request = request_of(arrays, ids, config)
+    if isinstance(params, PolicyParams):
+        check_draft(params)
+    if mesh is not None:
+        if not isinstance(mesh, Mesh):
+            raise ValueError(
+                f"mesh={mesh!r} is no jax.sharding.Mesh; give one, or None for the "
+                "default device"
+            )
+        mesh = sharding.rollout_mesh(mesh)
+        params = sharding.place(policy, params, mesh)
+    groups = 1 if mesh is None else mesh.shape[DATA_AXIS]
+    request = request_of(arrays, ids, config, groups)
     bare = params.policy if isinstance(params, PolicyParams) else params
-    programs = engine.engine_for(policy, bare, config.accept)
+    programs = engine.engine_for(policy, bare, config.accept, mesh)
     if controller is None:
         name = (config.control, config.gammas, config.drafter)
         make = programs.defaults.get(name) or Controller(config.control, config.gammas)
         controller = programs.defaults.setdefault(name, make)
     _check_controller(controller, config)
-    if isinstance(params, PolicyParams):
-        check_draft(params)
     if not programs.compiled:
         _check_parameters(policy, bare)
         if max(controller.gammas):
             _check_draft(policy, params, config)
     request = _with_memory(programs, params, request, controller)
-    return _Begun(arrays, ids, request, programs, controller)
+    return _Begun(params, arrays, ids, request, programs, controller)
 
 
 def compile_ahead(
@@ -329,6 +357,7 @@ def compile_ahead(
     *,
     config: RolloutConfig,
     controller: Controller | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> list[Program]:
     """Compile what rollouts of such prompts are likely to need, in parallel.
@@ -339,19 +368,19 @@ def compile_ahead(
     decoding and a draft of about four where nothing is known yet.
 
     Args:
-      policy, params, prompts, config, controller: as for `rollout`; of the parameters
-        only shapes are used, and of the prompts only lengths and number.
+      policy, params, prompts, config, controller, mesh: as for `rollout`; of the
+        parameters only shapes are used, and of the prompts only lengths and number.
       progress: show a progress bar.
     Returns:
       The windows that are ready now: rows, cache length, gamma.
     Raises:
       ValueError: as for `rollout`.
     """
-    begun = _begin(policy, params, prompts, config, None, controller)
-    request, controller = begun.request, begun.controller
+    begun = _begin(policy, params, prompts, config, None, controller, mesh)
+    params, request, controller = begun.params, begun.request, begun.controller
     slots, lengths = request.slots, request.cache_lengths
     shapes = [(slots, length) for length in lengths]
-    shapes += [(rows, lengths[-1]) for rows in row_buckets(slots) if rows < slots]
+    shapes += [(rows, lengths[-1]) for rows in request.row_buckets() if rows < slots]
     wanted = []
     for shape in shapes:
         programs = [Program(*shape, gamma) for gamma in controller.gammas]
@@ -372,25 +401,53 @@ def compile_ahead(
     return wanted
 
 
-def _checked_prompts(
+def gather_prompts(
+    prompts: Sequence[Sequence[int]], n: int = 1
+) -> tuple[list[list[int]], slice]:
+    """Bring together prompts that every process has its own of; all must call.
+
+        everything, rows = er_jax.gather_prompts(prompts, config.n)
+        out = er_jax.rollout(policy, params, everything, ..., mesh=mesh)
+        own = out.completion_ids[rows]
+
+    Args:
+      prompts: token ids, those of this process; none is allowed. n: completions of
+        each, as in the config.
+    Returns:
+      The prompts of all processes, in order of processes, the same in each; and the
+      rows of this process's completions in a `Rollout` of them.
+    Raises:
+      ValueError: a prompt is empty or no flat sequence of integers.
+    """
+    arrays = [np.asarray(prompt) for prompt in prompts]
+    for index, array in enumerate(arrays):
+        _check_prompt(index, array)
+    lengths = np.array([len(array) for array in arrays], np.int32)
+    tokens = np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32)
+    gather = multihost_utils.process_allgather
+    sizes = gather(np.array([len(lengths), len(tokens)], np.int32))
+    room = sizes.max(axis=0)
+    lengths = np.pad(lengths, (0, room[0] - len(lengths)))
+    tokens = np.pad(tokens, (0, room[1] - len(tokens)))
+    everything: list[list[int]] = []
+    for (count, _), of_one, flat in zip(
+        sizes, gather(lengths), gather(tokens), strict=True
+    ):
+        ends = np.cumsum(of_one[:count])
+        everything += [part.tolist() for part in np.split(flat, ends)[:count]]
+    before = int(sizes[: jax.process_index(), 0].sum())
+    return everything, slice(before * n, (before + len(prompts)) * n)
+
+
+def checked_prompts(
     prompts: Sequence[Sequence[int]], vocab_size: int
 ) -> list[np.ndarray]:
+    """Return the prompts as int32 arrays; `ValueError` for one that is none."""
     if len(prompts) == 0:
         raise ValueError("prompts is empty; give at least one prompt")
-    arrays = []
-    for index, prompt in enumerate(prompts):
-        array = np.asarray(prompt)
-        if array.size == 0:
-            raise ValueError(
-                f"prompts[{index}] is empty; a prompt needs at least one token, a "
-                "beginning-of-sequence id for instance"
-            )
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(
-                f"prompts[{index}] has shape {array.shape} and dtype {array.dtype}; "
-                "give a flat sequence of integer token ids"
-            )
-        arrays.append(array)
+    arrays = [np.asarray(prompt) for prompt in prompts]
+    for index, array in enumerate(arrays):
+        _check_prompt(index, array)
     tokens = np.concatenate(arrays)
     is_bad = (tokens < 0) | (tokens >= vocab_size)
     if is_bad.any():
@@ -404,7 +461,21 @@ def _checked_prompts(
     return [array.astype(np.int32) for array in arrays]
 
 
-def _checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:
+def _check_prompt(index: int, array: np.ndarray) -> None:
+    if array.size == 0:
+        raise ValueError(
+            f"prompts[{index}] is empty; a prompt needs at least one token, a "
+            "beginning-of-sequence id for instance"
+        )
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"prompts[{index}] has shape {array.shape} and dtype {array.dtype}; "
+            "give a flat sequence of integer token ids"
+        )
+
+
+def checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:
+    """Return the names of `count` completions; `ValueError` for unfit ones."""
     if ids is None:
         return np.arange(count)
     array = np.asarray(ids)
@@ -508,13 +579,16 @@ def _power_of_two(size: int, least: int) -> int:
 
 
 def request_of(
-    prompts: list[np.ndarray], sequence_ids: np.ndarray, config: RolloutConfig
+    prompts: list[np.ndarray],
+    sequence_ids: np.ndarray,
+    config: RolloutConfig,
+    groups: int = 1,
 ) -> Request:
     """Round sizes up to buckets, so that other prompts meet the same programs.
 
     Args:
       prompts: int32 `[length]` each. sequence_ids: `[len(prompts) * n]`.
-      config: how to sample.
+      config: how to sample. groups: of devices; each gets as many slots.
     """
     distinct: dict[bytes, int] = {}
     prompt_of = np.repeat(
@@ -529,15 +603,17 @@ def request_of(
         lengths.append(-(-lengths[-1] // 2 // step) * step)
     is_cpu = jax.default_backend() == "cpu"
     chunk_tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
+    slots = min(config.max_slots, _power_of_two(len(sequence_ids), 1))
     return Request(
         prompts=unique,
         prompt_of=prompt_of,
         sequence_ids=sequence_ids,
         max_new_tokens=config.max_new_tokens,
-        slots=min(config.max_slots, _power_of_two(len(sequence_ids), 1)),
+        slots=-(-slots // groups) * groups,
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
         chunk=min(max(chunk_tokens // bucket, 1), 16),
+        groups=groups,
     )
 
 
@@ -552,17 +628,16 @@ def _with_memory(
     if limit is None:
         return request
 
-    def size(tree: Any) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
+    limit = int(programs.agree([limit])[0])
+    size = engine.device_bytes
     if isinstance(params, PolicyParams):
         weights, draft = size(params.policy), size(params.draft)
     else:
-        leaves = jax.tree.leaves(params)
         weights = size(params)
-        draft = sum(leaf.size for leaf in leaves) if max(controller.gammas) else 0
+        width = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        draft = weights // width if max(controller.gammas) else 0
     rows, length = request.slots, request.cache_lengths[-1]
-    states = rows * length * programs.position_bytes
+    states = int(rows * length * programs.position_bytes)
     if weights + draft + states > limit:
         raise ValueError(
             f"max_slots={rows} rows of {length} positions need "
@@ -643,35 +718,46 @@ def _program_name(name: Any) -> str:
     return f"{kind}({', '.join(numbers)})"
 
 
-def _assemble(
+def assemble(
     prompts: list[np.ndarray],
-    completions: list[Completion],
+    completions: Mapping[int, Completion],
     sequence_ids: np.ndarray,
     config: RolloutConfig,
     stats: RolloutStats,
+    programs: engine.Engine,
 ) -> Rollout:
-    count, width = len(completions), max(len(p) for p in prompts)
+    """Lay the completions out; of several processes, each brings those it has."""
+    count, width = len(sequence_ids), max(len(p) for p in prompts)
     prompt_ids = np.full((count, width), config.pad_id, np.int32)
     prompt_mask = np.zeros((count, width), bool)
-    completion_ids = np.full((count, config.max_new_tokens), config.pad_id, np.int32)
-    completion_mask = np.zeros((count, config.max_new_tokens), bool)
-    logprobs = np.zeros((count, config.max_new_tokens), np.float32)
-    for row, completion in enumerate(completions):
+    for row in range(count):
         prompt = prompts[row // config.n]
         prompt_ids[row, width - len(prompt) :] = prompt
         prompt_mask[row, width - len(prompt) :] = True
+    completion_ids = np.zeros((count, config.max_new_tokens), np.int32)
+    logprobs = np.zeros((count, config.max_new_tokens), np.float32)
+    lengths, reasons = np.zeros((2, count), np.int32)
+    for row, completion in completions.items():
         length = len(completion.token_ids)
         completion_ids[row, :length] = completion.token_ids
-        completion_mask[row, :length] = True
         logprobs[row, :length] = completion.logprobs
+        lengths[row] = length
+        reasons[row] = FINISH_NAMES.index(completion.finish_reason)
+    completion_ids, logprobs = (
+        programs.gather(completion_ids),
+        programs.gather(logprobs),
+    )
+    lengths, reasons = programs.gather(lengths), programs.gather(reasons)
+    completion_mask = np.arange(config.max_new_tokens)[None] < lengths[:, None]
+    completion_ids = np.where(completion_mask, completion_ids, np.int32(config.pad_id))
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         completion_ids=completion_ids,
         completion_mask=completion_mask,
         logprobs=logprobs,
-        lengths=completion_mask.sum(axis=1).astype(np.int32),
-        finish_reason=np.array([c.finish_reason for c in completions]),
+        lengths=lengths,
+        finish_reason=np.array(FINISH_NAMES)[reasons],
         sequence_ids=sequence_ids.astype(np.int32),
         stats=stats,
     )

@@ -29,6 +29,11 @@ from er_jax.types import LogprobKind, Purpose, Sampling
 NEVER = -1e30
 
 
+def _below_best(logits: jax.Array) -> jax.Array:
+    """Return the logits less the highest of them, which becomes 0."""
+    return logits - jnp.max(logits, axis=-1, keepdims=True)
+
+
 def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Return (logits - max) / temperature, with temperature 0 read as 1.
 
@@ -37,7 +42,7 @@ def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
     one = jnp.ones((), logits.dtype)
     temperature = sampling.temperature.astype(logits.dtype)
     temperature = jnp.where(temperature == 0, one, temperature)
-    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    return _below_best(logits) / temperature
 
 
 def _log_total(scores: jax.Array) -> jax.Array:
@@ -195,7 +200,7 @@ def token_logprobs(
 
     # Untruncated scores by either meaning; one normalisation serves both.
     is_raw = sampling.logprob_kind == LogprobKind.RAW
-    below_best = logits - jnp.max(logits, axis=-1, keepdims=True)
+    below_best = _below_best(logits)
     scores = jnp.where(is_raw, below_best, _temperature_scaled(logits, sampling))
     full = pick(scores) - _log_total(scores)[..., 0]
     is_processed = sampling.logprob_kind == LogprobKind.PROCESSED

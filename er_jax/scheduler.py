@@ -6,7 +6,8 @@ host integers only; the device is asked once per window.
 * Refill: free slots take the next sequences while there are any. A prompt's entries are
   computed once and copied to its other completions.
 * Shape: the controller picks rows, cache length and gamma among the programs that could
-  run now. Rows shrink only when the queue is empty.
+  run now. Rows shrink only when the queue is empty; then all groups of devices may also
+  become one, for rows too few to keep each busy.
 * A window ends where one of these could change.
 
 Left out: time, acceptance, compile costs (`control`); shapes of requests (`rollout`).
@@ -20,16 +21,16 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from er_jax.control import Controller
-from er_jax.costs import row_buckets
+from er_jax.costs import bucket_of, row_buckets
 from er_jax.drafter import PolicyParams
-from er_jax.engine import Engine, RunningWindow, Text
+from er_jax.engine import Engine, RunningWindow, Text, device_bytes, fetch_rows
 from er_jax.stats import Moment, RolloutStats
 from er_jax.types import (
     FINISH_NAMES,
@@ -86,8 +87,10 @@ class Request:
     slots: rows of the full batch. cache_lengths: sizes the cache may have, ascending;
     the last holds any row. prompt_bucket: T, tokens of a prefilled prompt.
     chunk: C, prompts prefilled together.
-    position_bytes: device bytes of one position of one row. state_limit_bytes: what all
-    states together may take; None where the device's memory is unknown.
+    groups: of devices, each with as many of the rows (see `engine`); divides slots.
+    position_bytes: of one position of one row, such that times all rows it is what a
+    device holds. state_limit_bytes: what all states together may take of a device; None
+    where its memory is unknown.
     """
 
     prompts: Sequence[np.ndarray]
@@ -98,12 +101,17 @@ class Request:
     cache_lengths: tuple[int, ...]
     prompt_bucket: int
     chunk: int
-    position_bytes: int = 0
+    groups: int = 1
+    position_bytes: float = 0
     state_limit_bytes: int | None = None
 
     def limit(self, sequence: int) -> int:
         """Return the length at which a sequence ends."""
         return len(self.prompts[self.prompt_of[sequence]]) + self.max_new_tokens
+
+    def row_buckets(self, joint: bool = False) -> tuple[int, ...]:
+        """Return the sizes a batch may have, with all groups as one if `joint`."""
+        return row_buckets(self.slots, 1 if joint else self.groups)
 
 
 def run(
@@ -116,14 +124,20 @@ def run(
     *,
     on_finish: Callable[[int, Completion], None] | None = None,
     progress: bool = False,
-) -> list[Completion]:
-    """Sample every sequence of the request and return the completions in its order.
+) -> dict[int, Completion]:
+    """Sample every sequence of the request and return the completions.
+
+    Of several processes on one mesh, each returns those whose rows it held at last, and
+    all of them decide alike: from the state, which they share, and from measurements of
+    one of them (`Engine.agree`).
 
     Args:
       engine, params, settings: what to run; see `engine.Engine.window`.
       request: the sequences. controller: decides on programs and learns from windows.
       stats: filled in. on_finish: called with (sequence id, completion) as rows end.
       progress: show a progress bar of finished sequences.
+    Returns:
+      Sequence (0 .. N-1) -> completion.
     Raises:
       RolloutError: anything failed on the way; it carries the finished completions.
     """
@@ -177,7 +191,43 @@ def run(
                 f"completions, which this exception holds: {error}",
                 done,
             ) from error
-    return [batch.completions[s] for s in range(len(request.prompt_of))]
+    return batch.completions
+
+
+def placed(keep: np.ndarray, old_rows: int, new_rows: int, groups: int) -> np.ndarray:
+    """Return which old row each new row is, `NONE` for none.
+
+    Rows stay in their group of devices as long as there is room; what is left over is
+    moved to groups that have some. So a batch of few rows is spread evenly.
+
+    Args:
+      keep: int, rows to keep, ascending; at most `new_rows`.
+      old_rows, new_rows: of the batch. groups: that divide both.
+    """
+    old_each, new_each = old_rows // groups, new_rows // groups
+    own = [keep[keep // old_each == group] for group in range(groups)]
+    left_over = [row for rows in own for row in rows[new_each:]]
+    index = np.full((groups, new_each), NONE)
+    for group, rows in enumerate(own):
+        stay = rows[:new_each].tolist()
+        while len(stay) < new_each and left_over:
+            stay.append(left_over.pop(0))
+        index[group, : len(stay)] = stay
+    return index.reshape(-1)
+
+
+def _joined(parts: Sequence[Admission]) -> Admission:
+    """Lay the admissions of all groups out one after the other."""
+
+    def join(*arrays: np.ndarray) -> np.ndarray:
+        # All groups run as many chunks and clones as the one that needs most.
+        return np.concatenate(arrays) if arrays[0].ndim else max(arrays)
+
+    return jax.tree.map(join, *parts)
+
+
+# Rows, cache length, joint: all of a `Program` that a state must be made for.
+Shape: TypeAlias = tuple[int, int, bool]
 
 
 class _Running(NamedTuple):
@@ -206,6 +256,7 @@ class Batch:
     sequence: int `[rows]`, the sequence in each slot, `NONE` when free.
     resident: int `[rows]`, the prompt whose entries lie in each slot, `NONE` if none.
     length, limit: int `[rows]`, as in the state.
+    is_joint: whether all groups of devices work as one now.
     """
 
     def __init__(
@@ -216,16 +267,27 @@ class Batch:
         stats: RolloutStats,
         settings: Sampling,
     ) -> None:
-        self.engine, self.params, self.settings = engine, params, settings
-        self.request, self.stats = request, stats
+        self.settings, self.request, self.stats = settings, request, stats
+        self.is_joint = False
         self.queue = collections.deque(range(len(request.prompt_of)))
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
         self.program: Program | None = None
         self._decided_ago_s = 0.0
         self._is_drafting = self._is_trial = False
-        self._draft_kind = engine.draft_kind(params.draft)
         self._compiled: set[Program] = set()
+        # Where all groups of devices can work as one: its engine, and parameters, which
+        # are shapes until they are needed.
+        shapes = engine.joint_shapes(params) if request.groups > 1 else None
+        self._engines, self._params = {False: engine}, {False: params}
+        self._joint_bytes, self._has_joint_params = 0, False
+        if shapes is not None:
+            self._engines[True], self._params[True] = engine.joint, shapes
+            self._joint_bytes = device_bytes(shapes)
+        self._draft_kinds = {
+            joint: own.draft_kind(self._params[joint].draft)
+            for joint, own in self._engines.items()
+        }
         self._running: _Running | None = None
         self._over: _Over | None = None
         rows, cache_length = request.slots, request.cache_lengths[-1]
@@ -235,6 +297,16 @@ class Batch:
         self.limit = np.zeros(rows, int)
         with self._timed("moves"):
             self.state = engine.allocate(rows, cache_length)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the state as it lies now."""
+        return self._engines[self.is_joint]
+
+    @property
+    def params(self) -> PolicyParams:
+        """Its parameters."""
+        return self._params[self.is_joint]
 
     @property
     def num_live(self) -> int:
@@ -273,21 +345,60 @@ class Batch:
 
     def refill(self) -> None:
         """Start queued sequences in the free slots."""
-        slots = [int(s) for s in np.flatnonzero(self.sequence == NONE)]
-        count = min(len(slots), len(self.queue))
-        starting = [self.queue.popleft() for _ in range(count)]
-        admission = self._plan_admission(starting, slots)
+        request, each = self.request, len(self.sequence) // self.request.groups
+        slots = np.flatnonzero(self.sequence == NONE)
+        free = [
+            [int(slot) for slot in slots if slot // each == group]
+            for group in range(request.groups)
+        ]
+        starting = [
+            self.queue.popleft() for _ in range(min(len(slots), len(self.queue)))
+        ]
+        admission = _joined(
+            [
+                self._plan_group(dealt, slots, slice(group * each, (group + 1) * each))
+                for group, (dealt, slots) in enumerate(
+                    zip(self._deal(starting, free), free, strict=True)
+                )
+            ]
+        )
         with self._timed("prefill"):
             self.state = self.engine.admit(self.params, self.state, admission)
 
-    def _plan_admission(self, starting: list[int], free: list[int]) -> Admission:
-        """Assign slots: clones of resident prompts first, then prefills by prompt."""
-        request, rows = self.request, len(self.sequence)
+    def _deal(self, starting: list[int], free: list[list[int]]) -> list[list[int]]:
+        """Deal sequences to groups: with their prompts' others, else where is room."""
+        dealt: list[list[int]] = [[] for _ in free]
+        each = len(self.sequence) // len(free)
+        has_prompt = [
+            set(self.resident[group * each : (group + 1) * each].tolist())
+            for group in range(len(free))
+        ]
+        for sequence in starting:
+            prompt = int(self.request.prompt_of[sequence])
+            room = [len(slots) - len(d) for slots, d in zip(free, dealt, strict=True)]
+            group = max(
+                (g for g in range(len(free)) if room[g]),
+                key=lambda g: (prompt in has_prompt[g], room[g], -g),
+            )
+            dealt[group].append(sequence)
+            has_prompt[group].add(prompt)
+        return dealt
+
+    def _plan_group(
+        self, starting: list[int], free: list[int], rows: slice
+    ) -> Admission:
+        """Assign slots of one group: clones of resident prompts first, then prefills.
+
+        Args:
+          starting: sequences. free: at least as many slots. rows: of the group, within
+            which the admission counts.
+        """
+        request, first, count = self.request, rows.start, rows.stop - rows.start
         clones: list[tuple[int, int, int]] = []  # sequence, from, to
         fresh: dict[int, list[int]] = {}
         for sequence in starting:
             prompt = int(request.prompt_of[sequence])
-            found = np.flatnonzero(self.resident == prompt)
+            found = first + np.flatnonzero(self.resident[rows] == prompt)
             if not len(found):
                 fresh.setdefault(prompt, []).append(sequence)
                 continue
@@ -302,7 +413,7 @@ class Batch:
         order: list[tuple[int, int, int]] = []  # sequence, slot, index of its prompt
         prompts = list(fresh)
         num_chunks = -(-len(prompts) // request.chunk)
-        num_prompts = -(-rows // request.chunk) * request.chunk
+        num_prompts = -(-count // request.chunk) * request.chunk
         first_row, num_rows = np.zeros((2, num_prompts // request.chunk), np.int32)
         for index, prompt in enumerate(prompts):
             chunk = index // request.chunk
@@ -332,15 +443,17 @@ class Batch:
         self.stats.num_prefilled += len(fresh)
         self.stats.num_cloned += len(clones)
 
-        to_row, prompt_index, sequence_id, limit = np.zeros((4, rows), np.int32)
-        to_row[:], sequence_id[:] = rows, NONE
+        to_row, prompt_index, sequence_id, limit = np.zeros((4, count), np.int32)
+        to_row[:], sequence_id[:] = count, NONE
         for i, (sequence, row, index) in enumerate(order):
-            to_row[i], prompt_index[i] = row, index
+            to_row[i], prompt_index[i] = row - first, index
             sequence_id[i] = request.sequence_ids[sequence]
             limit[i] = self.limit[row]
-        clone_from, clone_to, clone_length = np.zeros((3, rows), np.int32)
+        clone_from, clone_to, clone_length = np.zeros((3, count), np.int32)
+        # Where another group has more clones, this one copies a row onto itself.
+        clone_length[:] = self.state.cache_length + 1
         for i, (_, source, row) in enumerate(clones):
-            clone_from[i], clone_to[i] = source, row
+            clone_from[i], clone_to[i] = source - first, row - first
             clone_length[i] = self.length[row]
         return Admission(
             tokens=tokens,
@@ -373,42 +486,81 @@ class Batch:
         it is not grown at once.
         """
         slots, num_live = self.request.slots, self.num_live
-        sizes = (slots,) if self.queue else row_buckets(slots)
-        sizes = tuple(rows for rows in sizes if rows >= num_live)
+        sizes = {joint: self.request.row_buckets(joint) for joint in self._engines}
+        if self.queue:
+            sizes = {False: (slots,)}
         prompts = self.request.prompt_bucket if self.queue else 1
         shapes = [
-            shape
-            for shape in itertools.product(sizes, self.request.cache_lengths)
-            if self._fits(*shape)
+            (rows, length, joint)
+            for joint in sorted(sizes, reverse=True)
+            for rows, length in itertools.product(
+                sizes[joint], self.request.cache_lengths
+            )
+            if rows >= num_live and self._fits((rows, length, joint))
         ]
         found = []
         for gamma in sorted(gammas, reverse=True):
             least = max(self.needed_length(gamma), prompts)
-            for rows, length in shapes:
+            for rows, length, joint in shapes:
                 is_shorter = length < self.state.cache_length
                 if (least + length // 4 if is_shorter else least) > length:
                     continue
-                program = Program(rows, length, gamma)
+                program = Program(rows, length, gamma, joint)
                 is_larger = len(self.sequence) < rows < slots
                 if not is_larger or self._is_compiled(program):
                     found.append(program)
         return found
 
-    def _fits(self, rows: int, length: int) -> bool:
+    @property
+    def _shape(self) -> Shape:
+        """Rows, cache length and joint of the state."""
+        return len(self.sequence), self.state.cache_length, self.is_joint
+
+    def _route(self, shape: Shape) -> list[Shape]:
+        """Return the shapes that the state takes one after the other to become one.
+
+        Groups become one, or several again, with as many rows as all of them share.
+        """
+        rows, length, joint = shape
+        if joint and not self.is_joint:
+            few = bucket_of(self.num_live, self.request.row_buckets())
+            stops = [(few, length, False), (few, length, True), shape]
+        elif self.is_joint and not joint:
+            stops = [(rows, length, True), shape]
+        else:
+            stops = [shape]
+        stops = [self._shape, *stops]
+        return [new for old, new in itertools.pairwise(stops) if new != old]
+
+    def _fits(self, shape: Shape) -> bool:
         """Whether there is memory to move to this shape, and to grow again from it."""
-        limit, shape = self.request.state_limit_bytes, self.state.tokens.shape
-        if limit is None or shape == (rows, length):
+        if self.request.state_limit_bytes is None or shape == self._shape:
             return True
-        positions = rows * length
-        longest = self.request.cache_lengths[-1]
-        regrown = positions + rows * longest if length < longest else 0
-        moving = positions + shape[0] * shape[1]
-        return max(moving, regrown) * self.request.position_bytes <= limit
+        rows, _, joint = shape
+        limit: float = self.request.state_limit_bytes
+        if joint or self._has_joint_params:
+            limit -= self._joint_bytes
+        stops = [self._shape, *self._route(shape)]
+        longest = (rows, self.request.cache_lengths[-1], joint)
+        pairs = itertools.pairwise([*stops, longest])
+        return max(sum(map(self._bytes, {old, new})) for old, new in pairs) <= limit
+
+    def _bytes(self, shape: Shape) -> float:
+        """Return what a device holds of a state."""
+        rows, length, joint = shape
+        per_position = self.request.position_bytes
+        if joint:
+            per_position = self._engines[True].position_bytes
+        return rows * length * per_position
 
     def _is_compiled(self, program: Program) -> bool:
         if program not in self._compiled:
             num_stop_ids = len(self.settings.stop_ids)
-            if not self.engine.has_window(program, self._draft_kind, num_stop_ids):
+            engine, kind = (
+                self._engines[program.joint],
+                self._draft_kinds[program.joint],
+            )
+            if not engine.has_window(program, kind, num_stop_ids):
                 return False
             self._compiled.add(program)  # and stays so: asked some hundred times
         return True
@@ -417,22 +569,47 @@ class Batch:
         """Return the seconds until this batch can run a program; 0 if it is ready."""
         seconds = 0.0
         if not self._is_compiled(program):
-            seconds += self.engine.expected_compile_s("window")
-        if not self.engine.has_take(self.state, program.rows, program.cache_length):
-            seconds += self.engine.expected_compile_s("take")
+            seconds += self._engines[program.joint].expected_compile_s("window")
+        if program.shape == self._shape:
+            return seconds
+        stops = [self._shape, *self._route(program.shape)]
+        for old, new in itertools.pairwise(stops):
+            engine = self._engines[old[2]]
+            if old[2] == new[2]:
+                is_ready, kind = engine.has_take(old[:2], new[:2]), "take"
+            else:
+                kind = "join" if new[2] else "part"
+                is_ready = self._engines[False].has_move(kind, *new[:2])
+            seconds += 0.0 if is_ready else engine.expected_compile_s(kind)
         return seconds
 
     def move_to(self, program: Program) -> None:
         """Compact or grow the state to the shape of a program."""
         self.program, self._decided_ago_s = program, 0.0
+        for rows, length, joint in self._route(program.shape):
+            with self._timed("moves"):
+                if joint != self.is_joint:
+                    self._relay(joint)
+                else:
+                    self._take(rows, length)
+
+    def _relay(self, joint: bool) -> None:
+        """Have all groups of devices work as one from now on, or each for itself."""
+        own = self._engines[False]
+        if not self._has_joint_params:
+            self._params[True] = own.join_params(self._params[False])
+            self._has_joint_params = True
+        self.state = own.join(self.state) if joint else own.part(self.state)
+        self.is_joint = joint
+
+    def _take(self, rows: int, length: int) -> None:
+        """Give the state another size."""
         old_rows = len(self.sequence)
-        if (old_rows, self.state.cache_length) == (program.rows, program.cache_length):
-            return
         keep = np.flatnonzero(self.sequence != NONE)
-        if program.rows >= old_rows:
+        if rows >= old_rows:
             keep = np.arange(old_rows)
-        index = np.full(program.rows, NONE)
-        index[: len(keep)] = keep
+        groups = 1 if self.is_joint else self.request.groups
+        index = placed(keep, old_rows, rows, groups)
 
         def moved(values: np.ndarray, empty: int) -> np.ndarray:
             return np.where(index >= 0, values[np.maximum(index, 0)], empty)
@@ -440,14 +617,14 @@ class Batch:
         self.sequence = moved(self.sequence, NONE)
         self.resident = moved(self.resident, NONE)
         self.length, self.limit = moved(self.length, 0), moved(self.limit, 0)
-        with self._timed("moves"):
-            self.state = self.engine.take(self.state, index, program.cache_length)
+        self.state = self.engine.take(self.state, index, length)
 
     def _exit_live(self) -> int:
         """Return the live count at which the next decision is due."""
         if self.queue:
             return self.request.slots - max(1, self.request.slots // REFILL_SHARE)
-        smaller = [b for b in row_buckets(self.request.slots) if b < self.num_live]
+        buckets = self.request.row_buckets(self.is_joint)
+        smaller = [b for b in buckets if b < self.num_live]
         return max(smaller, default=0)
 
     def start_window(self, program: Program, round_s: float | None) -> None:
@@ -473,7 +650,7 @@ class Batch:
             program.gamma,
             exit_live=min(self._exit_live(), num_live - 1),
             max_rounds=max_rounds,
-            draft_kind=self._draft_kind,
+            draft_kind=self._draft_kinds[self.is_joint],
         )
         self._running = _Running(window, program, has_run, second, num_live)
 
@@ -501,6 +678,7 @@ class Batch:
             cache_length=program.cache_length,
             gamma=program.gamma,
             num_rounds=num_rounds,
+            joint=program.joint,
         )
         self._over = _Over(info, window.text, moment, sequence, length)
         # A program's first run touches memory and packs weights for the first time: a
@@ -531,16 +709,14 @@ class Batch:
         ended = np.flatnonzero(was_live & ~info.live)
         if not len(ended):
             return []
-        tokens, logprobs = jax.device_get(text)
-        for slot in ended:
+        found = fetch_rows(text, ended)
+        for slot, (tokens, logprobs) in found.items():
             sequence = int(sequences[slot])
             prompt = self.request.prompts[self.request.prompt_of[sequence]]
             part = slice(len(prompt), int(info.length[slot]))
-            # Copies: the fetched arrays may be the device's own buffers, and hold all
-            # the rows.
             self.completions[sequence] = Completion(
-                token_ids=np.array(tokens[slot, part]),
-                logprobs=np.array(logprobs[slot, part]),
+                token_ids=np.array(tokens[part]),
+                logprobs=np.array(logprobs[part]),
                 finish_reason=FINISH_NAMES[int(info.finish_reason[slot])],
             )
-        return [int(sequences[slot]) for slot in ended]
+        return [int(sequences[slot]) for slot in found]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ class Moment(NamedTuple):
     duration_s: seconds on the device, compilation not counted.
     live: live rows at its start. num_live_after: and at its end.
     rows, cache_length, gamma: the program. num_rounds: rounds it ran.
+    joint: whether all groups of devices ran it as one; see `Program`.
     """
 
     second: float
@@ -45,6 +46,7 @@ class Moment(NamedTuple):
     cache_length: int
     gamma: int
     num_rounds: int
+    joint: bool = False
 
 
 @dataclasses.dataclass
@@ -62,6 +64,8 @@ class RolloutStats:
     compiled: (program name, seconds) of everything compiled during the call.
     num_prefilled: distinct prompts run through the prefill.
     num_cloned: completions started from entries that were still in the batch.
+    replica_s: where replicas sampled side by side (`rollout_replicas`), the wall
+      seconds of each, of all processes; else empty.
     """
 
     seconds: dict[str, float] = dataclasses.field(
@@ -74,6 +78,15 @@ class RolloutStats:
     compiled: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     num_prefilled: int = 0
     num_cloned: int = 0
+    replica_s: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the replicas' time that they waited for the last one; 0 of one."""
+        longest = max(self.replica_s, default=0.0)
+        if longest == 0:
+            return 0.0
+        return 1 - sum(self.replica_s) / (len(self.replica_s) * longest)
 
     @property
     def total_s(self) -> float:
@@ -105,6 +118,26 @@ class RolloutStats:
         self.rounds[gamma] = self.rounds.get(gamma, 0) + int(accepted.sum())
         known = self.accepted.get(gamma, np.zeros(gamma + 1, np.int64))
         self.accepted[gamma] = known + accepted
+
+    @classmethod
+    def merged(cls, parts: Sequence[RolloutStats]) -> RolloutStats:
+        """Return what replicas did side by side, here: counts of all of them.
+
+        Seconds by phase and the timeline are those of the one that took longest.
+        """
+        last = max(parts, key=lambda part: part.total_s)
+        whole = cls(seconds=dict(last.seconds), timeline=list(last.timeline))
+        for part in parts:
+            for gamma, histogram in part.accepted.items():
+                known = whole.accepted.get(gamma, np.zeros(gamma + 1, np.int64))
+                whole.accepted[gamma] = known + histogram
+                for name in ("rounds", "tokens"):
+                    counts = getattr(whole, name)
+                    counts[gamma] = counts.get(gamma, 0) + getattr(part, name)[gamma]
+            whole.compiled += part.compiled
+            whole.num_prefilled += part.num_prefilled
+            whole.num_cloned += part.num_cloned
+        return whole
 
     def keep_rate(self, gamma: int) -> float:
         """Return drafts kept / drafts proposed at this gamma, NaN where none were.
@@ -140,10 +173,22 @@ class RolloutStats:
             if gamma:
                 line += f", {100 * self.keep_rate(gamma):.1f} % of drafts kept"
             lines.append(line)
+        joint = [moment for moment in self.timeline if moment.joint]
+        if joint:
+            lines.append(
+                f"all devices as one group: {len(joint)} of {len(self.timeline)} "
+                f"windows, from {joint[0].second:.2f} s on, "
+                f"{sum(moment.duration_s for moment in joint):.2f} s"
+            )
         lines.append(
             f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "
             "started from entries already there"
         )
+        if self.replica_s:
+            lines.append(
+                f"replicas: {len(self.replica_s)}, from {min(self.replica_s):.2f} to "
+                f"{max(self.replica_s):.2f} s, idle {100 * self.idle_share:.1f} %"
+            )
         if self.compiled:
             names = ", ".join(
                 f"{name} {seconds:.1f} s" for name, seconds in self.compiled

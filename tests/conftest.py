@@ -2,8 +2,8 @@
 
 Tests run on the CPU with strict dtype promotion, ranks never promoted silently and, by
 pyproject.toml, warnings as errors. The persistent compilation cache is off, unless its
-directory is named, as the planted bugs do: a program loaded from a disk proves nothing
-about how this version of the code compiles.
+directory is named, as by the planted bugs and the slow part of `.ci/run`, which name an
+empty one: a program that another version left on a disk proves nothing about this one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import pytest
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_enable_compilation_cache", False)
+# Meshes are made of the CPU, eight times; all else runs on the first.
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -10,6 +10,7 @@ caught when one of them fails on an assertion. Without any bug all of them must 
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import dataclasses
 import functools
@@ -344,8 +345,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "costs of another version taken for this one's",
         "er_jax/calibrate.py",
-        "controller.table = LatencyTable.load(path, about)",
-        "controller.table = LatencyTable.load(path)",
+        "LatencyTable.load(path, about), path.read_text()",
+        "LatencyTable.load(path), path.read_text()",
         (
             "tests/test_calibrate.py::"
             "test_costs_of_something_else_are_refused_and_replaced[jax]",
@@ -362,9 +363,9 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "rows that ended fetched from the wrong slots",
-        "er_jax/scheduler.py",
-        "token_ids=np.array(tokens[slot, part]),",
-        "token_ids=np.array(tokens[slot - 1, part]),",
+        "er_jax/engine.py",
+        "{int(row): (tokens[row], logprobs[row]) for row in rows}",
+        "{int(row): (tokens[row - 1], logprobs[row]) for row in rows}",
         ("tests/test_scheduler.py::test_names_of_sequences_are_what_decides",),
     ),
     PlantedBug(
@@ -470,6 +471,52 @@ BUGS: tuple[PlantedBug, ...] = (
         "times = 1",
         ("tests/test_plan.py::test_collectives_are_counted_by_round",),
     ),
+    # -- meshes
+    PlantedBug(
+        "a row that changes its group is given to the one it leaves",
+        "er_jax/steps.py",
+        "is_to = moves.to_group[i] == here",
+        "is_to = moves.from_group[i] == here",
+        ("tests/test_mesh.py::test_rows_move_between_groups[moved]",),
+    ),
+    PlantedBug(
+        "every device attends with the first key/value heads",
+        "er_jax/kv_cache.py",
+        "first = lax.axis_index(MODEL_AXIS) * heads",
+        "first = 0 * lax.axis_index(MODEL_AXIS) * heads",
+        ("tests/test_mesh.py::test_attention_over_cut_heads[8-4-8-1]",),
+    ),
+    PlantedBug(
+        "slots of a later group counted from the first",
+        "er_jax/scheduler.py",
+        "to_row[i], prompt_index[i] = row - first, index",
+        "to_row[i], prompt_index[i] = row, index",
+        ("tests/test_mesh.py::test_short_completions_are_those_of_one_device",),
+    ),
+    PlantedBug(
+        "parts of parts of the weights in the wrong order",
+        "er_jax/sharding.py",
+        "MODEL_AXIS: (MODEL_AXIS, DATA_AXIS)",
+        "MODEL_AXIS: (DATA_AXIS, MODEL_AXIS)",
+        (
+            "tests/test_mesh.py::test_groups_become_one_without_sending_weights[4x2]",
+            "tests/test_sharding.py::test_joint_parts_are_parts_of_what_a_device_holds",
+        ),
+    ),
+    PlantedBug(
+        "joint rounds are taken for those of separate groups",
+        "er_jax/costs.py",
+        "others = [p for p in self.seconds if p != program and p.joint]",
+        "others = [p for p in self.seconds if p != program]",
+        ("tests/test_costs.py::test_joint_programs_are_priced_beside_the_same_apart",),
+    ),
+    PlantedBug(
+        "the shortest prompts are dealt first",
+        "er_jax/replicas.py",
+        'np.argsort(-np.asarray(costs, float), kind="stable")',
+        'np.argsort(np.asarray(costs, float), kind="stable")',
+        ("tests/test_replicas.py::test_the_longest_are_dealt_first",),
+    ),
 )
 
 
@@ -512,9 +559,14 @@ class Outcome:
 
 
 @functools.cache
-def compiled() -> tempfile.TemporaryDirectory[str]:
+def compiled() -> str:
     """Where the runs share programs: a bug changes few, and those are other ones."""
-    return tempfile.TemporaryDirectory(prefix="planted_bug_programs_")
+    shared = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if shared:
+        return shared
+    own = tempfile.TemporaryDirectory(prefix="planted_bug_programs_")
+    atexit.register(own.cleanup)
+    return own.name
 
 
 def run_tests(root: Path, tests: Iterable[str]) -> Outcome:
@@ -525,7 +577,7 @@ def run_tests(root: Path, tests: Iterable[str]) -> Outcome:
         "PYTHONPATH": str(root),  # before any installed er_jax
         "PYTHONDONTWRITEBYTECODE": "1",
         "COLUMNS": "250",  # or the reason is cut off
-        "JAX_COMPILATION_CACHE_DIR": compiled().name,
+        "JAX_COMPILATION_CACHE_DIR": compiled(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     env.pop("PYTEST_ADDOPTS", None)

@@ -20,6 +20,7 @@ from benchmarks import (
     accelerator,
     acceptance,
     disturbed,
+    imitation,
     measure,
     passes,
     peers,
@@ -30,6 +31,7 @@ from benchmarks import (
     report,
     rollout,
     sampling,
+    scaling,
     steps,
     trace,
     workloads,
@@ -670,6 +672,61 @@ def test_plans_are_told_by_their_record() -> None:
     record = json.loads((measure.RESULTS / "plans.json").read_text())
     header, rows = plans.rows_of(record["points"])
     assert all(len(row) == len(header) for row in rows)
-    assert {row[0] for row in rows} == {"qwen2.5-7b", "qwen2.5-14b"}
+    asked = [(model, device) for model in plans.CASES for device in plans.CASES[model]]
+    assert sorted(row[:2] for row in rows) == sorted(asked)
     difference = header.index("arguments: compiler / count %")
-    assert all(abs(row[difference]) < 3 for row in rows)
+    told = [row[difference] for row in rows if not str(row[8]).endswith("refused")]
+    assert len(told) >= len(rows) - 1
+    assert all(abs(part) < 3 for part in told)
+
+
+def test_places_have_the_same_work_each(tmp_path: Path) -> None:
+    record = imitation.main(imitation.Args(quick=True, out=tmp_path))
+    found = {(p["mode"], p["places"]): p for p in record["points"]}
+    assert len(found) == 4
+    for (_, places), point in found.items():
+        assert point["rows"] == 8 * places
+        assert 0 < point["outside_share"]["median"] < 1
+    header, rows = imitation.rows_of(record["points"])
+    column = header.index("beside one place")
+    assert [row[column] for row in rows if row[1] == 1] == [1, 1]
+
+
+def test_sharing_and_dealing_are_replayed(tmp_path: Path) -> None:
+    record = scaling.main(scaling.Args(quick=True, out=tmp_path))
+    for point in record["points"]:
+        assert point["completions"] == 8 * 2 * scaling.GROUP
+        ways = {(w["dealing"], w["last_rows"]): w for w in point["ways"]}
+        assert len(ways) == 6
+        for way in ways.values():
+            assert 0 <= way["idle_share"] < 1
+            assert way["seconds"] >= way["mean_seconds"] > 0
+        # Not to share is one of the moments to choose from.
+        for (dealing, _), way in ways.items():
+            assert way["seconds"] <= ways[dealing, "alone"]["seconds"]
+
+
+def test_sharing_costs_an_eighth_and_the_sums() -> None:
+    args = scaling.Args(sum_s=1e-3, link_bytes_per_s=1e15)
+    alone, each = scaling.roofline(), scaling.part_of_one(8)
+    shared = scaling.Shared(8, each, args)
+    layers = 28
+    for gamma in (0, 4):
+        program = Program(4, 1024, gamma)
+        found = shared.round_seconds(program) - each.round_seconds(program)
+        assert found == pytest.approx((2 * layers + 1) * (gamma + 1) * 1e-3, rel=1e-4)
+    # 28 and 4 heads lie whole on eight GPUs; a matrix of keys is 3584 x 512.
+    keys_s = 2 * layers * 3584 * 512 * 2 / 3350e9
+    more_s = each.target_weights_s - alone.target_weights_s / 8
+    assert more_s == pytest.approx(keys_s * 7 / 8)
+    assert each.draft_weights_s - alone.draft_weights_s / 8 == pytest.approx(more_s / 2)
+    assert each.cache_s == alone.cache_s
+    assert each.attention_s == alone.attention_s
+    assert each.dense_s == alone.dense_s / 8
+    # Four divides them.
+    four = scaling.part_of_one(4)
+    for name in ("target_weights_s", "draft_weights_s", "cache_s", "attention_s"):
+        assert getattr(four, name) == pytest.approx(getattr(alone, name) / 4), name
+    # One step of the model reads its 7.07 billion weights of two bytes.
+    step_s = alone.round_seconds(Program(1, 0, 0))
+    assert step_s == pytest.approx(2 * 7.07e9 / 3350e9, rel=0.01)

@@ -226,7 +226,11 @@ def test_what_rollouts_learn_is_kept_for_the_next_process(
     out = sample(first)
     assert list(cache.iterdir()) == [kept_path()]
     kept = LatencyTable.load(kept_path())
-    assert {(1, 64, 0), (1, 64, 2)} <= kept.seconds.keys() <= first.table.seconds.keys()
+    assert (
+        {Program(1, 64, 0), Program(1, 64, 2)}
+        <= kept.seconds.keys()
+        <= first.table.seconds.keys()
+    )
 
     def measure_round(*_: Any, **__: Any) -> float:
         raise AssertionError("measured again")
@@ -327,4 +331,4 @@ def test_a_first_rollout_is_not_held_up_for_long(
         calibrate.prepare(engine, pair, controller, 64, budget_s=budget_s)
         # The first window of each only says how long to read.
         assert started == [0] * (1 + readings) + [2] * (1 + readings)
-        assert controller.table.seconds.keys() == {(1, 64, 0), (1, 64, 2)}
+        assert controller.table.seconds.keys() == {Program(1, 64, 0), Program(1, 64, 2)}

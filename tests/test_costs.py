@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ AR = Program(rows=4, cache_length=128, gamma=0)
 SPECULATIVE = Program(rows=4, cache_length=128, gamma=4)
 
 
-def known(seconds: dict[tuple[int, int, int], float]) -> LatencyTable:
+def known(seconds: dict[Any, float]) -> LatencyTable:
     return LatencyTable({Program(*name): value for name, value in seconds.items()})
 
 
@@ -361,3 +362,24 @@ def test_news_are_a_program_or_twice_the_rounds(tmp_path: Path) -> None:
     table.save(path, ABOUT)
     table.observe(SPECULATIVE, 1.0, 1)
     assert table.is_news
+
+
+def test_joint_programs_are_priced_beside_the_same_apart() -> None:
+    table = known({(8, 128, 0): 1.0, (8, 128, 4): 3.0})
+    step, drafting = (Program(8, 128, gamma, joint=True) for gamma in (0, 4))
+    # A guess, until one ran: half.
+    assert table.round_seconds(step) == pytest.approx(0.5)
+    assert table.round_seconds(drafting) == pytest.approx(1.5)
+    table.observe(step, 80.0, 100)
+    assert table.round_seconds(step) == pytest.approx(0.8)
+    assert table.round_seconds(drafting) == pytest.approx(2.4)
+    # What joint programs take says nothing of the others.
+    assert table.round_seconds(AR) == known({(8, 128, 0): 1.0}).round_seconds(AR)
+    assert len(table.readings()) == 2
+    assert LatencyTable().round_seconds(step) is None
+
+
+def test_joint_programs_come_back_from_a_file(tmp_path: Path) -> None:
+    table = known({AR: 1.0, AR._replace(joint=True): 2.0})
+    table.save(tmp_path / "table.json", {"device": "x"})
+    assert LatencyTable.load(tmp_path / "table.json").seconds == table.seconds

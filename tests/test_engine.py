@@ -307,11 +307,11 @@ def test_a_draft_of_another_kind_is_another_program(
 def test_moves_are_programs_too(programs: Engine, params: PolicyParams) -> None:
     state = start(programs)
     state = jax.tree.map(jnp.asarray, state)
-    assert programs.has_take(state, ROWS, S)  # nothing to do
-    assert not programs.has_take(state, 3, S)
+    assert programs.has_take((ROWS, S), (ROWS, S))  # nothing to do
+    assert not programs.has_take((ROWS, S), (3, S))
     smaller = programs.take(state, np.array([2, NONE, 0]), S)
-    assert programs.has_take(state, 3, S)
-    assert not programs.has_take(smaller, ROWS, S)
+    assert programs.has_take((ROWS, S), (3, S))
+    assert not programs.has_take((3, S), (ROWS, S))
     np.testing.assert_array_equal(smaller.live, [True, False, True])
     np.testing.assert_array_equal(smaller.sequence_id, [2, NONE, 0])
     np.testing.assert_array_equal(smaller.tokens[:, 0], [3, 1, 1])
@@ -434,7 +434,8 @@ def test_seconds_of_a_window_leave_out_what_the_host_did_meanwhile(
         time.sleep(pause_s)
         return running.wait()[1:]
 
-    assert any(is_measured for _, is_measured in (timed(0) for _ in range(10)))
+    # A busy machine may let the host sleep through many windows.
+    assert any(is_measured for _, is_measured in (timed(0) for _ in range(100)))
     # Now and then a window is over as soon as it was started, and measured by that.
     pauses = [timed(0.2) for _ in range(10)]
     assert all(0 < seconds < 0.2 for seconds, _ in pauses)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import er_jax
 from er_jax import engine
@@ -281,7 +282,9 @@ def test_a_controller_of_another_kind(refused: Refused) -> None:
 
 
 def test_a_mesh(refused: Refused) -> None:
-    refused(["mesh", "not supported yet", "mesh=None"], mesh="a mesh")
+    refused(["mesh='a mesh'", "jax.sharding.Mesh", "None"], mesh="a mesh")
+    named = Mesh(np.array(jax.devices()[:1]), ("rows",))
+    refused(["mesh", "'rows'", "rollout_mesh"], mesh=named)
 
 
 # Parameters.

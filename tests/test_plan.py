@@ -71,6 +71,38 @@ def test_what_fits(found: plan.Plan) -> None:
     assert other.largest(128) < 8
 
 
+class Refusing:
+    """A window whose compilation ends for want of something."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def lower(self, *_: Any, **__: Any) -> Refusing:
+        return self
+
+    def compile(self) -> None:
+        raise jax.errors.JaxRuntimeError(self.reason)
+
+
+def test_what_the_compiler_refuses_does_not_fit(
+    found: plan.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(reason: str) -> plan.Plan:
+        monkeypatch.setattr(plan, "run_window", Refusing(reason))
+        return made()
+
+    refused = planned("RESOURCE_EXHAUSTED: Ran out of memory.\nmore")
+    assert not refused.fits
+    line = "gamma 4: the compiler refuses it: RESOURCE_EXHAUSTED: Ran out of memory."
+    assert line in refused.summary().splitlines()
+    # By shapes, what the compiler says otherwise.
+    assert refused.peak_bytes == pytest.approx(
+        found.params_bytes + found.draft_bytes + found.state_bytes
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        planned("INTERNAL: a bug")
+
+
 def test_the_roofline_is_the_published_one(found: plan.Plan) -> None:
     """At one row everything is bound by bytes; at very many, by arithmetic."""
     chip = plan.Chip(1e9, 1e12, 1e14)
@@ -135,6 +167,7 @@ def test_copies_of_weights_are_found() -> None:
         ("v9:2x2", "device='v9:2x2' is not known; give a TPU slice such as v5e:2x4"),
         ("v5e", "device='v5e' is not known"),
         ("h100:2x2", "device='h100:2x2' is not known"),
+        ("h100:0", "device='h100:0' is not known; .*such as h100:8"),
     ],
 )
 def test_unknown_devices_are_refused(device: str, message: str) -> None:
@@ -164,6 +197,7 @@ def test_presets_are_of_their_published_size() -> None:
     """Parameters in 10^9, from the model cards."""
     billions = {
         "qwen2.5-7b": 7.62, "qwen2.5-14b": 14.77, "llama-3.1-8b": 8.03,
+        "llama-3.1-70b": 70.55,
         "qwen3-0.6b": 0.60, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19,
         "qwen3-14b": 14.77, "qwen3-32b": 32.76,
     }  # fmt: skip

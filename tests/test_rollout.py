@@ -121,6 +121,16 @@ def test_calls_repeat_and_keys_matter(params: Any, out: er_jax.Rollout) -> None:
     assert all(a != b for a, b in zip(rows(other), rows(out), strict=True))
 
 
+def test_prompts_of_one_process_are_all() -> None:
+    prompts: Any = [[3], np.array([1, 2])]
+    everything, rows = er_jax.gather_prompts(prompts, n=2)
+    assert everything == [[3], [1, 2]]
+    assert range(8)[rows] == range(4)
+    assert er_jax.gather_prompts([]) == ([], slice(0, 0))
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        er_jax.gather_prompts([[3], []])
+
+
 def test_kinds_of_prompts(params: Any, out: er_jax.Rollout) -> None:
     for make in (tuple, np.array, jnp.array, lambda p: np.array(p, np.uint8)):
         assert rows(sample(params, [make(prompt) for prompt in PROMPTS])) == rows(out)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import er_jax
 from er_jax import sharding, steps
@@ -79,19 +80,19 @@ def test_few_key_value_heads_lie_whole() -> None:
     assert found["layers/0/k_bias"] == PartitionSpec(None)
     assert found["layers/0/q_proj"] == PartitionSpec(None, "model")
     state = jax.eval_shape(lambda: steps.empty_state(policy, 8, 16))
-    cut = sharding.state_shardings(state, policy.config, mesh)
+    cut = sharding.state_shardings(state, policy, mesh)
     assert cut.cache[0]["keys"].spec == PartitionSpec(None, None, None)
 
 
 def test_states_are_cut_by_rows_and_heads() -> None:
     policy, _ = shapes()
     state = jax.eval_shape(lambda: steps.empty_state(policy, 8, 16))
-    cut = sharding.state_shardings(state, policy.config, mesh_of(data=2, model=4))
+    cut = sharding.state_shardings(state, policy, mesh_of(data=2, model=4))
     assert cut.tokens.spec == PartitionSpec("data", None)
     assert cut.live.spec == PartitionSpec("data")
     assert cut.cache[0]["values"].spec == PartitionSpec("data", None, "model")
     with pytest.raises(ValueError, match="rows=8 are not divided by the mesh's axis"):
-        sharding.state_shardings(state, policy.config, mesh_of(data=3))
+        sharding.state_shardings(state, policy, mesh_of(data=3))
 
 
 @pytest.mark.parametrize("group", [None, 8])
@@ -125,3 +126,41 @@ def test_what_cannot_be_cut_is_refused() -> None:
         sharding.param_shardings(params, policy.config, mesh)
     with pytest.raises(ValueError, match="no rule says how layers/0/other is cut"):
         sharding.param_spec("layers/0/other", (4, 4), policy.config, mesh)
+
+
+def test_joint_parts_are_parts_of_what_a_device_holds() -> None:
+    devices = np.array(jax.devices()).reshape(2, 2, 2)
+    mesh = sharding.rollout_mesh(Mesh(devices, ("data", "fsdp", "model")))
+    joint = sharding.joint_mesh(mesh)
+    assert dict(joint.shape) == {"data": 1, "fsdp": 2, "model": 4}
+    cut = NamedSharding(joint, PartitionSpec("fsdp", "model"))
+    parted = sharding.as_parted(cut, mesh)
+    assert parted.spec == PartitionSpec("fsdp", ("model", "data"))
+    before = NamedSharding(mesh, PartitionSpec("fsdp", "model"))
+    shape = (8, 16)
+    places = cut.devices_indices_map(shape)
+    assert places == parted.devices_indices_map(shape), "not the same places"
+    for device, (rows, columns) in places.items():
+        old_rows, old_columns = before.devices_indices_map(shape)[device]
+        assert rows == old_rows
+        assert set(range(16)[columns]) < set(range(16)[old_columns])
+
+
+def test_what_is_not_divided_does_not_become_joint() -> None:
+    devices = np.array(jax.devices()).reshape(8, 1)
+    mesh = sharding.joint_mesh(sharding.rollout_mesh(Mesh(devices, ("data", "model"))))
+
+    def found(drafter: er_jax.DrafterConfig | None = None, **changes: Any) -> Any:
+        policy, params = shapes(**changes)
+        pair = er_jax.PolicyParams(policy=params, draft=None)
+        if drafter is not None:
+            pair = jax.eval_shape(lambda p: er_jax.attach_draft(p, drafter), params)
+        return sharding.joint_shardings(policy, pair, mesh)
+
+    assert found() is not None
+    assert found(er_jax.DrafterConfig()) is not None
+    assert found(hidden_dim=68) is None
+    # Eight parts of 64 inputs, and groups of 16 of them.
+    assert found(er_jax.DrafterConfig(bits=4, group_size=16)) is None
+    other: Any = object()
+    assert sharding.joint_shardings(other, found(), mesh) is None

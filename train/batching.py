@@ -83,7 +83,9 @@ class Buckets:
 
     Attributes:
       lengths: tokens, ascending; an example goes to the first that holds it.
-      tokens: tokens in one chunk; a bucket of length T has max(1, tokens // T) rows.
+      tokens: tokens in one chunk; a bucket of length T has max(1, tokens // T) rows,
+        rounded down to a multiple of `row_groups`, but for the first.
+      row_groups: parts of a mesh that the rows are spread over.
 
     Raises:
       ValueError: lengths not ascending from >= 1, or tokens < 1.
@@ -91,6 +93,7 @@ class Buckets:
 
     lengths: tuple[int, ...]
     tokens: int
+    row_groups: int = 1
 
     def __post_init__(self):
         if (
@@ -106,7 +109,7 @@ class Buckets:
 
     def rows(self, length: int) -> int:
         """R of the bucket of `length`."""
-        return max(1, self.tokens // length)
+        return max(1, self.tokens // length // self.row_groups) * self.row_groups
 
     def length_for(self, example: Example) -> int:
         """The bucket of one example; ValueError when it is longer than the longest."""

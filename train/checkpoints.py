@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 import er_jax
 from train.config import ModelConfig, differences
+from train.placement import Placement
 from train.tasks import Tokenizer
 
 DIRECTORY = "checkpoints"
@@ -185,5 +186,6 @@ def load_policy(
         tokenizer = Tokenizer()
         model = ModelConfig(**config["model"])
         policy = model.decoder(tokenizer.vocab_size, config["dtype"])
-        like = jax.eval_shape(policy.init, jax.random.key(0))
+        shapes = jax.eval_shape(policy.init, jax.random.key(0))
+        like = Placement().shaped(policy, shapes)
         return policy, checkpoints.restore_policy(like, step), tokenizer

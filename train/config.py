@@ -18,8 +18,9 @@ from train.tasks import ArithmeticConfig, require
 
 DTYPES = ("float32", "float64")
 
-# What a resumed run may change: how far it goes, where it lies, how often it saves.
-FREE_ON_RESUME = ("steps", "out", "resume", "save_every", "profile")
+# What a resumed run may change: how far it goes, where it lies, how often it saves, on
+# which devices it runs.
+FREE_ON_RESUME = ("steps", "out", "resume", "save_every", "profile", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,45 @@ class ModelConfig:
                 vocab_size=vocab_size, dtype=dtype, **dataclasses.asdict(self)
             )
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are used; sizes of 1 are the default device alone.
+
+    Args:
+      data: parts the rows are spread over, each with a copy of the weights.
+      fsdp: parts the weights are cut into for updates; rows are spread over them too.
+      model: parts the heads and features are cut into.
+      replicas: let every copy of the weights sample by itself; see docs/pods.md.
+      coordinator: where several processes find each other, HOST:PORT of the first; or
+        "auto", on clusters that JAX knows. None is one process.
+      num_processes, process_id: how many there are and which one this is, with
+        HOST:PORT.
+      heartbeat_s: seconds after which a process that is not heard of ends the others.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    model: int = 1
+    replicas: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_s: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "model", "heartbeat_s"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give >= 1")
+        is_named = self.coordinator is not None and self.coordinator != "auto"
+        for name in ("num_processes", "process_id"):
+            value = getattr(self, name)
+            require(
+                (value is not None) == is_named,
+                name,
+                value,
+                "it goes with a coordinator of the form HOST:PORT, and only with that",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +184,7 @@ class BaseConfig:
       save_every: GRPO steps between two checkpoints.
       eval_samples: completions per held-out problem when evaluating.
       profile: directory for a trace of one step, the second that this process makes.
+      mesh: the devices; a resumed run may have others.
       grpo: the reinforcement learning.
     """
 
@@ -157,6 +198,7 @@ class BaseConfig:
     save_every: int = 5
     eval_samples: int = 2
     profile: Path | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:
@@ -261,6 +303,6 @@ def differences(
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{prefix}{name}.")
-        elif before != after and prefix + name not in FREE_ON_RESUME:
+        elif before != after and f"{prefix}{name}".split(".")[0] not in FREE_ON_RESUME:
             found.append(f"{prefix}{name}: {before!r} -> {after!r}")
     return found

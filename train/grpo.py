@@ -10,7 +10,7 @@ against the log-probabilities the rollout itself reports. The draft is requantiz
 inside the jit of the update, so the next rollout speculates with the newest weights.
 Nothing here knows about speculation: its effect is the rollout's time and nothing else.
 
-Left out: more than one device, value functions.
+Left out: value functions. Where arrays lie, on one device or many, is `placement`'s.
 
 Source: Shao et al. 2024 (arXiv 2402.03300); see `losses` for the rest.
 """
@@ -24,7 +24,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from train.checkpoints import Checkpoints, check_same_config
 from train.config import BaseConfig, GRPOConfig, HFConfig, to_json
 from train.controllers import RuleController
 from train.losses import PolicyLoss
+from train.placement import Placement, agreed, is_first, join, on_host
 from train.subjects import Subject, subject_of
 from train.tasks import Problem
 
@@ -59,13 +60,19 @@ class TrainState:
         apart by sequence id, which no other completion of the run shares.
       step: int32 `[]`, GRPO steps done.
       position: int32 `[]`, problems taken from the data stream.
+      gathered: the policy as rollouts have it on a mesh, where that is another
+        sharding; else None.
     """
 
     params: er_jax.PolicyParams
     opt_state: optax.OptState
-    key: jax.Array
-    step: jax.Array
-    position: jax.Array
+    key: Any
+    step: Any
+    position: Any
+    gathered: Any = None
+
+
+ONE_DEVICE = Placement()
 
 
 @functools.lru_cache
@@ -79,7 +86,7 @@ def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
 # keep_unused: the old draft is not read, but its buffers are where the new one goes.
 @functools.partial(
     jax.jit,
-    static_argnames=("policy", "optimizer", "options", "drafter"),
+    static_argnames=("policy", "optimizer", "options", "drafter", "placement"),
     donate_argnames="state",
     keep_unused=True,
 )
@@ -94,6 +101,7 @@ def update(
     *,
     options: PolicyLoss,
     drafter: er_jax.DrafterConfig,
+    placement: Placement = ONE_DEVICE,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step on the mean loss of the completions; refresh the draft.
 
@@ -104,7 +112,7 @@ def update(
       chunks: all completions of the step, by bucket.
       temperature: float32 `[]`, of the rollout.
       num_completions: float32 `[]`, N.
-      options: the loss. drafter: how the draft is made.
+      options: the loss. drafter: how the draft is made. placement: where arrays lie.
     Returns:
       state: with new parameters, optimizer state and draft.
       info: "loss" and "kl" in nats per token, "clip_fraction" of tokens, "grad_norm"
@@ -125,12 +133,12 @@ def update(
     )
 
     def add_chunk(index: jax.Array, total: Any, *, batch: Any) -> Any:
-        one = jax.tree.map(lambda leaf: leaf[index], batch)
+        one = placement.rows(jax.tree.map(lambda leaf: leaf[index], batch))
         (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, one)
         (total_loss, total_info), total_grads = total
         gap = jnp.maximum(info["logprob_gap"], total_info["logprob_gap"])
         info = jax.tree.map(jnp.add, info, total_info) | {"logprob_gap": gap}
-        grads = jax.tree.map(jnp.add, grads, total_grads)
+        grads = placement.trained(policy, jax.tree.map(jnp.add, grads, total_grads))
         return (loss + total_loss, info), grads
 
     total = zeros
@@ -145,7 +153,9 @@ def update(
     grads = jax.tree.map(mean, grads)
     with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to an int count
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
+    params = placement.trained(policy, optax.apply_updates(params, updates))
+    opt_state = placement.optimized(policy, optimizer, opt_state, params)
+    pair, gathered = placement.drafted(policy, params, drafter)
     info = {
         "loss": mean(loss),
         "kl": mean(sums["kl"]),
@@ -154,7 +164,7 @@ def update(
         "logprob_gap": sums["logprob_gap"],
     }
     state = dataclasses.replace(
-        state, params=er_jax.attach_draft(params, drafter), opt_state=opt_state
+        state, params=pair, opt_state=opt_state, gathered=gathered
     )
     return state, info
 
@@ -184,7 +194,7 @@ class Trainer:
 
     Attributes:
       config: of the run. subject: what it trains, on what.
-      buckets: shapes of the update.
+      placement: where its arrays lie. buckets: shapes of the update.
       controller: of the rollouts, kept from step to step.
       metrics: the file everything is logged to.
       state: None until `begin` or `resume`.
@@ -193,6 +203,7 @@ class Trainer:
 
     config: BaseConfig
     subject: Subject
+    placement: Placement
     buckets: Buckets
     controller: er_jax.Controller
     metrics: metrics.MetricsFile
@@ -204,23 +215,28 @@ class Trainer:
         """Set a run up: data, policy, shapes, controller. Writes the data to `out`."""
         subject = subject_of(config)
         for name, lines in subject.problems.items():
-            tasks.write_jsonl(config.out / "data" / f"{name}.jsonl", lines)
+            if is_first():
+                tasks.write_jsonl(config.out / "data" / f"{name}.jsonl", lines)
         longest = max(
             len(subject.tokenizer.encode_prompt(problem.prompt))
             for name in ("train", "eval")
             for problem in subject.problems[name]
         )
         grpo = config.grpo
-        buckets = Buckets(grpo.bucket_lengths, grpo.chunk_tokens).up_to(
-            longest + grpo.max_new_tokens - 1
-        )
+        placement = Placement.of(config.mesh)
+        buckets = Buckets(
+            grpo.bucket_lengths, grpo.chunk_tokens, placement.num_row_groups
+        ).up_to(longest + grpo.max_new_tokens - 1)
         kind = RuleController if config.reproducible else er_jax.Controller
         return cls(
             config=config,
             subject=subject,
+            placement=placement,
             buckets=buckets,
             controller=kind(config.control, config.rollout_config(group_size=2).gammas),
-            metrics=metrics.MetricsFile(config.out / "metrics.jsonl"),
+            metrics=metrics.MetricsFile(
+                config.out / "metrics.jsonl", writes=is_first()
+            ),
         )
 
     @property
@@ -245,15 +261,41 @@ class Trainer:
         split = jax.random.split(jax.random.key(self.config.seed), len(names))
         return dict(zip(names, split, strict=True))
 
+    @property
+    def rollout_key(self) -> np.ndarray:
+        """Key data of the run's noise, `TrainState.key`."""
+        return np.asarray(jax.random.key_data(self.keys["rollout"]))
+
     def new_state(self, params: Any) -> TrainState:
         """Return the state of step 0 for these parameters."""
+        pair, gathered = self._drafted(params)
         return TrainState(
-            params=refresh(params, config=self.drafter),
-            opt_state=make_optimizer(self.config.grpo).init(params),
-            key=jax.random.key_data(self.keys["rollout"]),
-            step=jnp.int32(0),
-            position=jnp.int32(0),
+            params=pair,
+            opt_state=self._optimized(params),
+            key=self.rollout_key,
+            step=np.int32(0),
+            position=np.int32(0),
+            gathered=gathered,
         )
+
+    @functools.cached_property
+    def _drafted(self) -> Any:
+        """`Placement.drafted` as one program: what an update does at its end."""
+        if self.placement.mesh is None:
+            return lambda params: (refresh(params, config=self.drafter), None)
+        return jax.jit(
+            functools.partial(self.placement.drafted, self.policy, config=self.drafter)
+        )
+
+    def _optimized(self, params: Any) -> optax.OptState:
+        """The optimizer's first state."""
+        optimizer = make_optimizer(self.config.grpo)
+
+        def make(params: Any) -> optax.OptState:
+            state = optimizer.init(params)
+            return self.placement.optimized(self.policy, optimizer, state, params)
+
+        return make(params) if self.placement.mesh is None else jax.jit(make)(params)
 
     def first_params(self) -> Any:
         """Return the parameters of step 0."""
@@ -273,9 +315,13 @@ class Trainer:
           The rollout, and rewards `[P, n]` float64.
         """
         tokenizer = self.subject.tokenizer
-        out = er_jax.rollout(
+        sampler = self.placement.sampler(self.state.params, self.state.gathered)
+        sample: Any = er_jax.rollout_replicas
+        if not self.config.mesh.replicas:
+            sample = functools.partial(er_jax.rollout, controller=self.controller)
+        out = sample(
             self.policy,
-            self.state.params,
+            sampler,
             [tokenizer.encode_prompt(problem.prompt) for problem in problems],
             key=key,
             config=self.config.rollout_config(
@@ -284,7 +330,7 @@ class Trainer:
             sequence_ids=range(
                 first_sequence_id, first_sequence_id + len(problems) * n
             ),
-            controller=self.controller,
+            mesh=self.placement.sampling,
         )
         scores = [
             self.subject.reward(
@@ -363,14 +409,13 @@ class Trainer:
         infos = self._update(examples)
         update_s = time.perf_counter() - start
         start = time.perf_counter()
-        jax.block_until_ready(
-            refresh(self.state.params.policy, config=self.drafter).draft
-        )
+        pair, _ = self._drafted(self.state.params.policy)
+        jax.block_until_ready(pair.draft)
         refresh_s = time.perf_counter() - start
 
         self.state = self.state.replace(
-            step=self.state.step + jnp.int32(1),
-            position=self.state.position + jnp.int32(grpo.prompts_per_step),
+            step=np.int32(int(self.state.step) + 1),
+            position=np.int32(int(self.state.position) + grpo.prompts_per_step),
         )
         stats = out.stats
         record = {
@@ -419,10 +464,11 @@ class Trainer:
                 self.state,
                 self.ref_params,
                 chunks,
-                jnp.float32(grpo.temperature),
-                jnp.float32(grpo.num_completions),
+                np.float32(grpo.temperature),
+                np.float32(grpo.num_completions),
                 options=grpo.loss,
                 drafter=self.drafter,
+                placement=self.placement,
             )
             infos.append({name: float(value) for name, value in info.items()})
         return infos
@@ -456,14 +502,26 @@ class Trainer:
                 "made; give the same file, or another --out"
             )
         shapes = jax.eval_shape(self.policy.init, self.keys["init"])
-        like = jax.eval_shape(self.new_state, shapes)
-        saved = checkpoints.restore(policy=shapes, trainer=self._trainer_items(like))
+        place, optimizer = self.placement, make_optimizer(self.config.grpo)
+        opt_state = place.shaped_optimizer(
+            self.policy, optimizer, jax.eval_shape(self._optimized, shapes), shapes
+        )
+        shapes = place.shaped(self.policy, shapes)
+        saved = checkpoints.restore(
+            policy=shapes,
+            trainer={
+                "opt_state": opt_state,
+                "key": place.shaped_whole(self.rollout_key),
+            },
+        )
+        pair, gathered = self._drafted(saved.policy)
         self.state = TrainState(
-            params=refresh(saved.policy, config=self.drafter),
+            params=pair,
             opt_state=saved.trainer["opt_state"],
             key=saved.trainer["key"],
-            step=jnp.int32(saved.step),
-            position=jnp.int32(saved.host["position"]),
+            step=np.int32(saved.step),
+            position=np.int32(saved.host["position"]),
+            gathered=gathered,
         )
         self.controller.load_state_dict(saved.host["controller"])
         if self.config.grpo.kl_coef > 0:
@@ -472,12 +530,14 @@ class Trainer:
 
     def begin(self, checkpoints: Checkpoints) -> None:
         """Make the first parameters and save them as step 0."""
-        self.metrics.path.unlink(missing_ok=True)
+        if is_first():
+            self.metrics.path.unlink(missing_ok=True)
         self.start_from(self.first_params())
         self.save(checkpoints)
 
     def start_from(self, params: Any) -> None:
         """Make the state of step 0 from parameters, which it takes over."""
+        params = self.placement.put(self.policy, params)
         if self.config.grpo.kl_coef > 0:
             self.ref_params = jax.tree.map(jnp.copy, params)  # `update` donates params
         self.state = self.new_state(params)
@@ -502,20 +562,22 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
     resumed.
     """
     start = time.perf_counter()
-    if not config.resume:
+    if not config.resume and is_first():
         move_aside(config.out)
+    agreed(0)  # No other process looks into the directory before.
     config.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer.of(config)
-    (config.out / "config.json").write_text(
-        json.dumps(to_json(config), indent=2) + "\n"
-    )
+    say: Callable[[str], None] = print if is_first() else lambda _: None
+    if is_first():
+        text = json.dumps(to_json(config), indent=2)
+        (config.out / "config.json").write_text(text + "\n")
     sizes = [
         leaf.size
         for leaf in jax.tree.leaves(
             jax.eval_shape(trainer.policy.init, trainer.keys["init"])
         )
     ]
-    print(
+    say(
         f"{sum(sizes) / 1e6:.1f} M parameters, {config.dtype}, "
         f"control {config.control}, {len(trainer.problems['train'])} problems, "
         f"writing to {config.out}"
@@ -524,16 +586,17 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
     with Checkpoints(config.out) as checkpoints:
         if config.resume and checkpoints.latest_step is not None:
             trainer.resume(checkpoints)
-            print(f"resumed after step {int(trainer.state.step)}")
+            say(f"resumed after step {int(trainer.state.step)}")
         else:
             trainer.begin(checkpoints)
         done = int(trainer.state.step)
-        if not any(r["kind"] == "eval" for r in trainer.metrics.read()):
+        if agreed(all(r["kind"] != "eval" for r in trainer.metrics.read())):
             record = trainer.evaluate()
-            print(f"held-out reward before the first step: {record['reward']:.3f}")
+            say(f"held-out reward before the first step: {record['reward']:.3f}")
         with tqdm(
-            total=config.steps, initial=done, desc="GRPO", unit="step", file=sys.stderr
-        ) as bar:
+            total=config.steps, initial=done, desc="GRPO", unit="step",
+            file=sys.stderr, disable=not is_first(),
+        ) as bar:  # fmt: skip
             for step in range(done + 1, config.steps + 1):
                 # The first step compiles.
                 is_traced = config.profile is not None and step == done + 2
@@ -548,12 +611,35 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
                     if step == config.steps:
                         trainer.evaluate()
                     trainer.save(checkpoints)
-    records = trainer.metrics.read()
-    text = summary(records, time.perf_counter() - start)
+    trained = None
     if isinstance(config, HFConfig):
         trained = config.out / f"trained-{int(trainer.state.step)}"
-        if not trained.exists():
-            er_jax.save_hf(trained, trainer.policy, trainer.state.params.policy)
+        params = trainer.state.params.policy
+        if jax.process_count() > 1:
+            params = on_host(params)  # By all: each holds a part.
+        if is_first() and not trained.exists():
+            er_jax.save_hf(trained, trainer.policy, params)
+    records = trainer.metrics.read()
+    if is_first():
+        report(config, records, time.perf_counter() - start, trained, rollout)
+    return records
+
+
+def report(
+    config: BaseConfig,
+    records: Sequence[dict[str, Any]],
+    seconds: float,
+    trained: Path | None,
+    rollout: er_jax.Rollout | None,
+) -> None:
+    """Print and write the summary of a run, and draw its pictures.
+
+    Args:
+      config, records: of the run. seconds: that this process took.
+      trained: the checkpoint it made for others. rollout: the last one.
+    """
+    text = summary(records, seconds)
+    if trained is not None:
         text += f"\nthe trained checkpoint is in {trained}"
     if rollout is not None:
         text += "\nlast rollout: " + rollout.stats.summary()
@@ -565,7 +651,6 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
             rollout.stats.plot(config.out / "rollout.png")
     except ImportError as error:
         print(f"no pictures: {error}")
-    return records
 
 
 def profiled(directory: Path | None) -> AbstractContextManager[Any]:
@@ -642,6 +727,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    join(config.mesh)
     run(config)
 
 

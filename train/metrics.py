@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from er_jax.figures import new_figure
+from train.placement import on_host
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 
@@ -29,13 +29,16 @@ class MetricsFile:
 
     Args:
       path: the file; made when first written to.
+      writes: whether this process is the one that writes it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line and hand it to the operating system."""
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -57,6 +60,8 @@ class MetricsFile:
         A run killed between two checkpoints has written lines that the resumed run
         will write again.
         """
+        if not self.writes:
+            return []
         kept = [r for r in self.read() if r["kind"] == "warmup" or r["step"] <= step]
         draft = self.path.with_suffix(".tmp")
         draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -68,8 +73,7 @@ def digest(tree: Any) -> str:
     """Return 16 hex digits that change when any bit of any array of `tree` does."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        # A copy: a NumPy view that JAX caches would keep the buffer from being donated.
-        array = np.asarray(jnp.array(leaf)) if isinstance(leaf, jax.Array) else leaf
+        array = on_host(leaf)
         total.update(
             f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()
         )

@@ -20,6 +20,7 @@ from train import rewards, sft, tasks
 from train.batching import Buckets
 from train.config import BaseConfig, HFConfig, RunConfig
 from train.metrics import MetricsFile
+from train.placement import Placement
 from train.tasks import EOS, AnyTokenizer, Problem
 
 
@@ -106,6 +107,7 @@ class Checkpoint:
 
     def __init__(self, config: HFConfig) -> None:
         self.directory = config.model
+        self.mesh = Placement.of(config.mesh).mesh
         self.policy = er_jax.hf.policy_of(config.model, config.dtype)
         tokenizer = load_tokenizer(config.model)
         tasks.require(
@@ -126,7 +128,9 @@ class Checkpoint:
         """Return the checkpoint's own."""
         del key, buckets, log
         dtype = self.policy.config.dtype
-        return er_jax.load_hf(self.directory, dtype=dtype, progress=True)[1]
+        return er_jax.load_hf(
+            self.directory, dtype=dtype, mesh=self.mesh, progress=True
+        )[1]
 
 
 def subject_of(config: BaseConfig) -> Subject:

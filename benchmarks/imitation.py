@@ -1,0 +1,180 @@
+"""More and more devices with the same work each, imitated on one CPU.
+
+    python -m benchmarks.imitation
+
+The devices share the cores, so twice as many take twice as long at best: what is
+reported is seconds per place on the mesh's axis `data`, which should stay the same, and
+the share of the time outside of compiled windows. One rollout over all of them is
+measured beside replicas (`rollout_replicas`), in turn, in one process. All completions
+are as long as they may be; there are no drafts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+
+import er_jax
+from benchmarks import measure, presets
+from er_jax.engine import forget_engines
+from er_jax.figures import text_table
+
+MODES = ("one rollout", "replicas")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to measure.
+
+    Args:
+      preset: of `benchmarks.presets`. places: on the axis data, in turn. rows: of each.
+      sequences: of each, prompts of 32 tokens. length: of every completion, tokens.
+      repeats: of every case, interleaved, after two that are not counted.
+      out: where to write. quick: a tiny model, up to two places, one repeat.
+    """
+
+    preset: str = "3M"
+    places: tuple[int, ...] = (1, 2, 4, 8)
+    rows: int = 8
+    sequences: int = 16
+    length: int = 256
+    repeats: int = 7
+    out: Path | None = None
+    quick: bool = False
+
+
+def sampler(places: int, mode: str, args: Args) -> Any:
+    """Return a function that samples once: seconds and those outside of windows."""
+    policy = presets.decoder(args.preset, dtype="float32")
+    mesh = Mesh(np.array(jax.devices()[:places]), ("data",))
+    mesh = er_jax.sharding.rollout_mesh(mesh)
+    params = er_jax.sharding.place(policy, policy.init(jax.random.key(0)), mesh)
+    count = places * args.sequences
+    prompts = np.random.default_rng(0).integers(0, policy.vocab_size, (count, 32))
+    is_one = mode == MODES[0]
+    config = er_jax.RolloutConfig(
+        max_new_tokens=args.length,
+        control="ar",
+        max_slots=args.rows * (places if is_one else 1),
+    )
+    run: Any = er_jax.rollout_replicas
+    if is_one:
+        # Only what it starts with: no other program is worth being compiled.
+        controller = er_jax.Controller("ar", patience=1e9)
+        run = functools.partial(er_jax.rollout, controller=controller)
+
+    def once() -> tuple[float, float]:
+        stats = run(
+            policy,
+            params,
+            prompts.tolist(),
+            key=jax.random.key(1),
+            config=config,
+            mesh=mesh,
+        ).stats
+        assert stats.num_tokens == count * args.length
+        seconds = stats.total_s - stats.seconds["compile"]
+        if not is_one:
+            # Of the replica that took longest; its seconds by phase are those told.
+            seconds = max(stats.replica_s) - stats.seconds["compile"]
+        return seconds, seconds - stats.seconds["windows"]
+
+    return once
+
+
+def points_of(places: int, args: Args) -> list[dict[str, Any]]:
+    """Measure both modes in turn."""
+    forget_engines()
+    found: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
+
+    def reading(mode: str, once: Any) -> float:
+        found[mode].append(once())
+        return found[mode][-1][0]
+
+    cases = {}
+    for mode in MODES:
+        once = sampler(places, mode, args)
+        once(), once()
+        cases[mode] = functools.partial(reading, mode, once)
+    measure.interleave(cases, args.repeats, desc=f"{places} places")
+    return [
+        {
+            "preset": args.preset,
+            "rows": args.rows * places,
+            "dtype": "float32",
+            "places": places,
+            "mode": mode,
+            "seconds": measure.spread(s for s, _ in readings),
+            "outside_share": measure.spread(outside / s for s, outside in readings),
+        }
+        for mode, readings in found.items()
+    ]
+
+
+def rows_of(points: Sequence[Any]) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+    """Return header and rows of the table."""
+    header = (
+        "mode", "places", "rows", "s", "IQR %", "s a place", "beside one place",
+        "outside windows %",
+    )  # fmt: skip
+    alone = {
+        p["mode"]: p["seconds"]["median"] / p["places"]
+        for p in points
+        if p["places"] == min(q["places"] for q in points)
+    }
+    rows = []
+    for p in sorted(points, key=lambda p: (MODES.index(p["mode"]), p["places"])):
+        spread = p["seconds"]
+        each = spread["median"] / p["places"]
+        iqr = 100 * (spread["q3"] - spread["q1"]) / spread["median"]
+        outside = 100 * p["outside_share"]["median"]
+        rows.append(
+            (
+                p["mode"],
+                p["places"],
+                p["rows"],
+                round(spread["median"], 3),
+                round(iqr, 1),
+                round(each, 3),
+                round(each / alone[p["mode"]], 2),
+                round(outside, 1),
+            )
+        )
+    return header, rows
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Measure, print a table, write and return the record."""
+    if args.quick:
+        args = dataclasses.replace(
+            args, preset="tiny", places=(1, 2), length=16, repeats=1
+        )
+    jax.config.update("jax_platforms", "cpu")
+    if args.places and len(jax.devices()) < max(args.places):
+        raise SystemExit(
+            f"there are {len(jax.devices())} devices and places={args.places}; give "
+            "fewer, or set jax_num_cpu_devices"
+        )
+    settings = dataclasses.asdict(args)
+    del settings["out"]
+    record = measure.new_record("imitation", settings)
+    out = measure.results_dir(args.out, quick=args.quick)
+    for places in args.places:
+        record["points"] += points_of(places, args)
+        measure.save(out / "imitation.json", record)
+    header, rows = rows_of(record["points"])
+    print(text_table(rows, header))
+    return record
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    main(tyro.cli(Args, description=__doc__, prog="python -m benchmarks.imitation"))

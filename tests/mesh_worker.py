@@ -1,0 +1,89 @@
+"""One of several processes that sample together; started by test_processes.py.
+
+    python -m tests.mesh_worker RANK COUNT PORT SHAPE CONTROL DIRECTORY
+
+Every process has its share of eight devices and a clock of its own: that of rank r runs
+1 + 7 r times as fast, so that what any of them measures is another's nonsense. It
+samples twice together with the others, then once by replicas. Writes what it got to
+DIRECTORY/RANK.npz, and a file DIRECTORY/RANK.started at the first
+completion that it is told of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+NAMES = ("data", "model")
+# How long JAX waits for a sign of life of another process before it ends this one.
+HEARTBEAT_S = 10
+
+
+def main(rank: int, count: int, port: int, shape: str, control: str, out: Path) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8 // count)
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", count, rank, heartbeat_timeout_seconds=HEARTBEAT_S
+    )
+    true_clock, start = time.perf_counter, time.perf_counter()
+    time.perf_counter = lambda: start + (true_clock() - start) * (1 + 7 * rank)
+
+    import er_jax
+    from tests import test_mesh
+
+    sizes = [int(size) for size in shape.split("x")]
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), NAMES)
+    params = jax.tree.map(np.asarray, test_mesh.parameters())
+    config = test_mesh.config_of(control=control)
+    # Of two processes, smaller batches are compiled as soon as they would pay.
+    controller = er_jax.Controller(
+        config.control, config.gammas, patience=0 if count == 2 else 1
+    )
+    together = functools.partial(er_jax.rollout, config=config, controller=controller)
+    apart = functools.partial(
+        er_jax.rollout_replicas, config=dataclasses.replace(config, control="ar")
+    )
+    told: list[int] = []
+
+    def on_finish(sequence_id: int, completion: Any) -> None:
+        told.append(sequence_id)
+        (out / f"{rank}.started").touch()
+
+    # Every process has prompts of its own, not equally many, the last one none of four.
+    prompts, cuts = test_mesh.prompts(), {2: [0, 4, 9], 4: [0, 4, 6, 9, 9]}[count]
+    everything, rows = er_jax.gather_prompts(
+        prompts[cuts[rank] : cuts[rank + 1]], config.n
+    )
+    assert everything == prompts
+    rollouts = [
+        sample(
+            test_mesh.POLICY, params, everything, key=jax.random.key(3),
+            mesh=mesh, on_finish=on_finish,
+        )
+        for sample in (together, together, apart)
+    ]  # fmt: skip
+    programs = [m[3:] for found in rollouts[:2] for m in found.stats.timeline]
+    np.savez(
+        out / f"{rank}.npz",
+        completion_ids=[found.completion_ids for found in rollouts],
+        logprobs=[found.logprobs for found in rollouts],
+        told=told,
+        own=np.arange(len(prompts) * config.n)[rows],
+        programs=programs,
+        replica_s=rollouts[2].stats.replica_s,
+    )
+
+
+if __name__ == "__main__":
+    os.environ["ER_JAX_CACHE"] = ""
+    rank, count, port, shape, control, directory = sys.argv[1:]
+    main(int(rank), int(count), int(port), shape, control, Path(directory))

@@ -1,0 +1,405 @@
+"""Rollouts on meshes of eight devices, which are eight times this CPU.
+
+Everything that one device does is done: refill, compaction, growth, drafts; the tokens
+have to be the same. The compiled windows are read for what they must not do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import er_jax
+from er_jax import engine, kv_cache, plan, scheduler, sharding, steps
+from er_jax.calibrate import neutral_sampling
+from er_jax.rollout import request_of
+from er_jax.types import NONE, Program
+
+CONFIG = er_jax.DecoderConfig(
+    vocab_size=512, dim=64, num_layers=1, num_heads=8, num_kv_heads=4, hidden_dim=128,
+    qkv_bias=True,
+)  # fmt: skip
+POLICY = er_jax.Decoder(CONFIG)
+STOP = tuple(range(12))
+
+SHAPES: dict[str, dict[str, int]] = {
+    "8x1": dict(data=8, model=1),
+    "4x2": dict(data=4, model=2),
+    "2x4": dict(data=2, model=4),
+    # Four key/value heads over eight devices: they lie whole.
+    "1x8": dict(data=1, model=8),
+    "fsdp 8": dict(fsdp=8),
+    "fsdp 2x2x2": dict(data=2, fsdp=2, model=2),
+}
+# One mesh with all that may happen; the others are the same programs, cut otherwise.
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow if name == "4x2" else pytest.mark.long)
+    for name in SHAPES
+]
+
+
+def mesh_of(**sizes: int) -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(*sizes.values()), tuple(sizes))
+
+
+@functools.cache
+def parameters() -> Any:
+    return POLICY.init(jax.random.key(0))
+
+
+def prompts(count: int = 9) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(12, 512, rng.integers(2, 60)).tolist() for _ in range(count)]
+
+
+def config_of(**changes: Any) -> er_jax.RolloutConfig:
+    """27 completions of up to 192 tokens in 16 rows: all that there is happens."""
+    config = er_jax.RolloutConfig(
+        max_new_tokens=192, n=3, max_slots=16, stop_token_ids=STOP,
+        gammas=(0, 4), control="fixed:4",
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+class Moving(er_jax.Controller):
+    """Takes the smallest programs, whatever they cost, so that everything happens.
+
+    Args:
+      is_joint: have all devices work as one group where they may, but for every fourth
+        decision.
+    """
+
+    def __init__(self, control: str, gammas: Any, is_joint: bool = False) -> None:
+        super().__init__(control, gammas)
+        self.is_joint, self.count = is_joint, 0
+
+    def choose(self, options: Any, current: Any, **known: Any) -> Program:
+        if any(p.joint for p in options):
+            self.count += 1
+        is_joint = self.is_joint and self.count % 4 > 0
+        options = [p for p in options if p.joint == is_joint] or options
+        fewest = min(p.rows for p in options)
+        # Rows go by halves: every size is a program to compile.
+        kept = [p for p in options if current and p.rows == current.rows < 2 * fewest]
+        smallest = kept or [p for p in options if p.rows == fewest]
+        return min(smallest, key=lambda p: p.cache_length)
+
+
+def sample(
+    mesh: Mesh | None, config: er_jax.RolloutConfig, controller: Any = None
+) -> er_jax.Rollout:
+    return er_jax.rollout(
+        POLICY, parameters(), prompts(), key=jax.random.key(3), config=config,
+        controller=controller or er_jax.Controller(config.control, config.gammas),
+        mesh=mesh,
+    )  # fmt: skip
+
+
+@functools.cache
+def on_one_device(control: str = "fixed:4") -> er_jax.Rollout:
+    return sample(None, config_of(control=control))
+
+
+def assert_same(found: er_jax.Rollout, wanted: er_jax.Rollout) -> None:
+    np.testing.assert_array_equal(found.completion_ids, wanted.completion_ids)
+    np.testing.assert_array_equal(found.finish_reason, wanted.finish_reason)
+    np.testing.assert_array_equal(found.lengths, wanted.lengths)
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_those_of_one_device(name: str) -> None:
+    found = sample(mesh_of(**SHAPES[name]), config_of(), Moving("fixed:4", (0, 4)))
+    assert_same(found, on_one_device())
+    groups = SHAPES[name].get("data", 1)
+    moments = found.stats.timeline
+    assert {m.rows % groups for m in moments} == {0}
+    rows, lengths = ([getattr(m, n) for m in moments] for n in ("rows", "cache_length"))
+    assert groups == 8 or min(rows) < 16, "nothing was compacted"
+    assert any(a < b for a, b in itertools.pairwise(lengths)), "the cache never grew"
+    assert found.stats.num_prefilled >= 9
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Most of CI's time would go to compiling all of them.
+        pytest.param("8x1", marks=pytest.mark.long),
+        pytest.param("4x2", marks=pytest.mark.slow),
+        pytest.param("2x4", marks=pytest.mark.long),
+        pytest.param("fsdp 2x2x2", marks=pytest.mark.long),
+    ],
+)
+def test_groups_become_one_for_the_last_rows(name: str) -> None:
+    controller = Moving("fixed:4", (0, 4), is_joint=True)
+    found = sample(mesh_of(**SHAPES[name]), config_of(), controller)
+    assert_same(found, on_one_device())
+    is_joint = [moment.joint for moment in found.stats.timeline]
+    assert (True, False) in itertools.pairwise(is_joint), "never went apart again"
+    assert any(m.joint and m.rows < 8 for m in found.stats.timeline)
+    assert "all devices as one group" in found.stats.summary()
+
+
+def test_short_completions_are_those_of_one_device() -> None:
+    config = config_of(max_new_tokens=20)
+    mesh = mesh_of(data=4, model=2)
+    wanted = sample(None, config)
+    assert_same(sample(mesh, config), wanted)
+
+
+@functools.cache
+def window_text(name: str, gamma: int) -> tuple[str, Any, int]:
+    """The compiled window of 16 rows; its memory; the bytes of its state."""
+    mesh = sharding.rollout_mesh(mesh_of(**SHAPES[name]))
+    programs = engine.Engine(POLICY, "coupled", mesh)
+    placed = sharding.place(POLICY, parameters(), mesh)
+    pair = programs.attach_draft(placed, er_jax.DrafterConfig())
+    state = programs.allocate(16, 256)
+    num_bytes = engine.device_bytes(state)
+    state, window = programs.start_window(
+        pair, state, neutral_sampling(), gamma, exit_live=0, max_rounds=1
+    )
+    window.wait()
+    (compiled,) = (p for name, p in programs.compiled.items() if name[0] == "window")
+    call: Any = compiled.call
+    return call.as_text(), call.memory_analysis(), num_bytes
+
+
+@pytest.mark.parametrize("gamma", [0, 4])
+@pytest.mark.parametrize("name", ["2x4"])
+def test_windows_gather_neither_weights_nor_cache(name: str, gamma: int) -> None:
+    check_window(name, gamma)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_window_gathers_weights_or_cache(name: str) -> None:
+    check_window(name, 4)  # drafts and verification: both kinds of pass
+
+
+def check_window(name: str, gamma: int) -> None:
+    text, memory, state_bytes = window_text(name, gamma)
+    sizes = {"data": 1, "model": 1, **SHAPES[name]}
+    rows = 16 // sizes["data"]
+    found = {c.kind: c for c in plan.collectives(text, gamma)}
+    # What may be gathered: a number of every row and position from each device.
+    assert "all-gather" in found, "the host is told of all rows"
+    numbers = max(rows * (gamma + 1) * 8, 3 * 16)
+    assert found["all-gather"].largest_bytes <= 4 * numbers
+    assert not re.search(r"= s[48]\[\S+ all-gather", text), "codes are gathered"
+    # Sums are of activations, over the vocabulary at most: never of scores or entries.
+    widest = 2 * max(CONFIG.vocab_size, CONFIG.hidden_dim) * rows * (gamma + 1) * 4
+    for collective in found.values():
+        assert collective.largest_bytes <= widest
+    assert not {"all-to-all", "collective-permute"} & set(found)
+    assert memory.alias_size_in_bytes == state_bytes, "the state is not given in place"
+
+
+def test_cut_heads_are_not_summed() -> None:
+    """Left alone, a merged query over cut heads costs a sum of all scores."""
+    text, _, _ = window_text("2x4", 0)
+    found = {c.kind: c for c in plan.collectives(text, 0)}
+    scores = 16 // 2 * CONFIG.num_heads * 256 * 4
+    assert found["all-reduce"].largest_bytes < scores
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "model"),
+    # Cut alike; one head each; groups wider than a part; not aligned; not cut at all.
+    [(8, 4, 4), (8, 4, 8), (8, 2, 4), (12, 4, 6), (6, 2, 4)],
+)
+def test_attention_over_cut_heads(
+    heads: int, kv_heads: int, model: int, queries: int
+) -> None:
+    rng = np.random.default_rng(0)
+    size, length = 8, 32
+    query = rng.normal(size=(2, queries, heads, size)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, length, kv_heads * size)).astype(np.float32)
+    positions = np.tile(np.arange(queries, dtype=np.int32), (2, 1))
+    positions[1] = np.where(positions[1] > 5, -1, positions[1] + 7)
+    devices = np.array(jax.devices()[:model]).reshape(1, model)
+    mesh = sharding.rollout_mesh(Mesh(devices, ("data", "model")))
+    run = engine.over_groups(mesh, kv_cache.attend, (engine.ROWS,) * 4, engine.ROWS)
+    wanted = jax.jit(kv_cache.attend)(query, keys, values, positions)
+    found = jax.jit(run)(query, keys, values, positions)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["resized", "moved"])
+def test_rows_move_between_groups(moved: bool) -> None:
+    """Every entry of a row arrives, whatever group it goes to."""
+    mesh = sharding.rollout_mesh(mesh_of(data=4, model=2))
+    programs = engine.Engine(POLICY, "coupled", mesh)
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: steps.empty_state(POLICY, 16, 32))
+
+    def random(x: Any) -> np.ndarray:
+        if x.dtype == bool:
+            return rng.random(x.shape) < 0.5
+        return rng.integers(0, 99, x.shape).astype(x.dtype)
+
+    state = jax.tree.map(random, shapes)
+    rows = np.array(
+        [5, 1, NONE, 2, 15, NONE, 0, 9] if moved else [0, 1, 4, 7, 8, 9, 13, NONE]
+    )
+    found = programs.take(state, rows, 64)
+    is_some = rows != NONE
+
+    def check(old: np.ndarray, new: jax.Array) -> None:
+        array = np.asarray(new)
+        part = array[:, :32] if array.ndim > 1 else array
+        np.testing.assert_array_equal(part[is_some], old[rows[is_some]])
+        if array.ndim > 1:
+            assert not array[is_some, 32:].any()
+
+    jax.tree.map(check, state, found)
+    assert not np.asarray(found.live)[~is_some].any()
+    assert (np.asarray(found.sequence_id)[~is_some] == NONE).all()
+    assert found.cache[0]["keys"].sharding.spec == PartitionSpec("data", None, "model")
+
+
+@pytest.mark.parametrize("name", ["4x2", "fsdp 2x2x2"])
+def test_groups_become_one_without_sending_weights(name: str) -> None:
+    mesh = sharding.rollout_mesh(mesh_of(**SHAPES[name]))
+    policy = er_jax.Decoder(dataclasses.replace(CONFIG, num_kv_heads=8))
+    programs = engine.Engine(policy, "coupled", mesh)
+    placed = sharding.place(policy, policy.init(jax.random.key(0)), mesh)
+    pair = programs.attach_draft(placed, er_jax.DrafterConfig())
+    joint = programs.join_params(pair)
+    assert engine.device_bytes(joint) < 0.6 * engine.device_bytes(pair)
+    jax.tree.map(np.testing.assert_array_equal, joint, pair)
+    (found,) = (p for n, p in programs.compiled.items() if n[0] == "join weights")
+    call: Any = found.call
+    assert not plan.collectives(call.as_text(), 0)
+    # Every device had its part before.
+    for old, new in zip(jax.tree.leaves(pair), jax.tree.leaves(joint), strict=True):
+        held = old.sharding.devices_indices_map(old.shape)
+        for device, part in new.sharding.devices_indices_map(new.shape).items():
+            for mine, his in zip(part, held[device], strict=True):
+                inner, outer = (range(1 << 20)[x] for x in (mine, his))
+                assert inner[0] >= outer[0] and inner[-1] <= outer[-1]
+
+
+def test_a_state_is_the_same_by_groups_and_joint() -> None:
+    mesh = sharding.rollout_mesh(mesh_of(data=2, model=4))
+    policy = er_jax.Decoder(dataclasses.replace(CONFIG, num_kv_heads=8))
+    programs = engine.Engine(policy, "coupled", mesh)
+    state = jax.tree.map(
+        lambda x: np.arange(x.size).reshape(x.shape).astype(x.dtype),
+        jax.eval_shape(lambda: steps.empty_state(policy, 4, 16)),
+    )
+    joint = programs.join(state)
+    jax.tree.map(np.testing.assert_array_equal, joint, state)
+    keys = joint.cache[0]["keys"]
+    assert keys.sharding.spec == PartitionSpec("data", None, "model")
+    assert keys.sharding.shard_shape(keys.shape) == (4, 16, 8), "one head a device"
+    again = programs.part(programs.joint.take(joint, np.array([2, NONE]), 32))
+    np.testing.assert_array_equal(again.cache[0]["keys"][0, :16], keys[2])
+    assert again.tokens.sharding.shard_shape(again.tokens.shape) == (1, 32)
+
+
+@pytest.mark.parametrize("is_room", [False, True])
+def test_groups_become_one_where_there_is_memory(is_room: bool) -> None:
+    """A part of the weights is held twice then."""
+    mesh = sharding.rollout_mesh(mesh_of(data=2, model=4))
+    programs = engine.Engine(POLICY, "coupled", mesh)
+    placed = sharding.place(POLICY, parameters(), mesh)
+    pair = er_jax.PolicyParams(policy=placed, draft=None)
+    ids = np.arange(4)
+    request = request_of([np.array([1, 2])] * 4, ids, config_of(n=1), groups=2)
+    weights = engine.device_bytes(programs.joint_shapes(pair))
+    assert weights < 0.7 * engine.device_bytes(placed)
+    # The least is one row, all its heads on every device, as short as can be and then
+    # grown.
+    positions = request.cache_lengths[0] + request.cache_lengths[-1]
+    least = weights + programs.joint.position_bytes * positions
+    request = dataclasses.replace(
+        request,
+        position_bytes=programs.position_bytes,
+        state_limit_bytes=int(least) + (1 if is_room else -1),
+    )
+    stats = er_jax.RolloutStats()
+    batch = scheduler.Batch(programs, pair, request, stats, neutral_sampling())
+    batch.queue.clear()
+    batch.sequence[:1] = 0
+    batch.limit[:1] = batch.length[:1] = 8
+    found = {program.joint for program in batch.options((0,))}
+    assert found == ({False, True} if is_room else {False})
+
+
+def test_rows_stay_where_there_is_room() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        groups = int(rng.choice([1, 2, 4]))
+        old, new = groups * int(rng.integers(1, 9)), groups * int(rng.integers(1, 9))
+        count = int(rng.integers(0, min(old, new) + 1))
+        keep = np.sort(rng.choice(old, count, replace=False))
+        index = scheduler.placed(keep, old, new, groups)
+        assert index.shape == (new,)
+        assert sorted(index[index != NONE]) == keep.tolist()
+        group = np.arange(new) // (new // groups)
+        stays = [k // (old // groups) == g for k, g in zip(index, group, strict=True)]
+        # A row leaves its group only if that has more of them than it may keep.
+        own = np.bincount(keep // (old // groups), minlength=groups)
+        wanted = int(np.minimum(own, new // groups).sum())
+        assert sum(s for s, k in zip(stays, index, strict=True) if k != NONE) == wanted
+
+
+def test_a_mesh_may_have_other_names() -> None:
+    other = Mesh(np.array(jax.devices()).reshape(4, 2), ("replica", "tensor"))
+    axes = sharding.MeshAxes(data="replica", model="tensor")
+    with pytest.raises(ValueError, match=r"'replica'.*sharding\.rollout_mesh"):
+        sharding.rollout_mesh(other)
+    mesh = sharding.rollout_mesh(other, axes)
+    assert dict(mesh.shape) == {"data": 4, "model": 2, "fsdp": 1}
+    assert sharding.rollout_mesh(mesh) == mesh
+    where = sharding.param_shardings(parameters(), CONFIG, other, axes)
+    placed = jax.device_put(parameters(), where)
+    assert sharding.place(POLICY, placed, mesh) is placed
+    config = config_of(max_new_tokens=4, control="ar")
+    out = er_jax.rollout(
+        POLICY, placed, prompts(), key=jax.random.key(3), config=config, mesh=mesh
+    )
+    assert_same(out, sample(None, config))
+
+
+def test_wrong_places_are_refused() -> None:
+    mesh = sharding.rollout_mesh(mesh_of(data=4, model=2))
+    placed = sharding.place(POLICY, parameters(), mesh)
+    half = {**placed, "final_norm": parameters()["final_norm"]}
+    with pytest.raises(ValueError, match="final_norm does not lie on the mesh"):
+        sharding.place(POLICY, half, mesh)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    spread = {**placed, "embed": jax.device_put(placed["embed"], rows)}
+    with pytest.raises(ValueError, match="embed is cut over the axis 'data'"):
+        sharding.place(POLICY, spread, mesh)
+
+    class Other:
+        vocab_size = 8
+
+    with pytest.raises(ValueError, match="for a Other no rules"):
+        sharding.place(Other(), parameters(), mesh)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not divide layers/0/down_proj"):
+        policy = er_jax.Decoder(dataclasses.replace(CONFIG, hidden_dim=129))
+        sharding.place(policy, policy.init(jax.random.key(0)), mesh)
+
+
+def test_a_draft_lies_as_its_policy() -> None:
+    mesh = sharding.rollout_mesh(mesh_of(data=2, fsdp=2, model=2))
+    programs = engine.Engine(POLICY, "coupled", mesh)
+    placed = sharding.place(POLICY, parameters(), mesh)
+    pair = programs.attach_draft(placed, er_jax.DrafterConfig(bits=4, group_size=16))
+    codes = pair.draft["layers"][0]["down_proj"].codes
+    assert codes.sharding.spec == PartitionSpec("model", None, "fsdp")
+    pair = programs.attach_draft(placed, er_jax.DrafterConfig())
+    codes = pair.draft["layers"][0]["down_proj"].codes
+    assert codes.sharding.spec == PartitionSpec("fsdp", "model")
+    assert sharding.place(POLICY, pair, mesh) is pair

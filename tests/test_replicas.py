@@ -1,0 +1,205 @@
+"""Replicas that sample apart: the same tokens, and work dealt evenly."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import er_jax
+from er_jax import replicas, sharding
+from tests import test_mesh
+from tests.test_mesh import POLICY, config_of, mesh_of, parameters, prompts
+
+
+def sample(**changes: Any) -> er_jax.Rollout:
+    options: dict[str, Any] = dict(
+        key=jax.random.key(3),
+        config=config_of(max_new_tokens=20, control="ar", max_slots=4),
+        mesh=mesh_of(data=4, model=2),
+    )
+    options |= changes
+    return er_jax.rollout_replicas(
+        POLICY, parameters(), options.pop("prompts", prompts()), **options
+    )
+
+
+@functools.cache
+def wanted() -> er_jax.Rollout:
+    return er_jax.rollout(
+        POLICY, parameters(), prompts(), key=jax.random.key(3),
+        config=config_of(max_new_tokens=20, control="ar"),
+    )  # fmt: skip
+
+
+def test_tokens_are_those_of_one_device() -> None:
+    told: list[int] = []
+    found = sample(
+        expected_lengths=range(9), on_finish=lambda name, _: told.append(name)
+    )
+    test_mesh.assert_same(found, wanted())
+    assert sorted(told) == list(range(27))
+    assert len(found.stats.replica_s) == 4 and min(found.stats.replica_s) > 0
+    assert 0 < found.stats.idle_share < 1
+    assert found.stats.num_tokens == found.lengths.sum()
+    assert "replicas: 4" in found.stats.summary()
+    # Three completions of a prompt stay together, so each is prefilled once.
+    assert found.stats.num_prefilled == 9
+
+
+def test_a_replica_may_have_several_copies_of_the_weights() -> None:
+    config = config_of(max_new_tokens=4, n=2, control="ar", max_slots=2)
+    options = dict(prompts=prompts()[:3], config=config, mesh=mesh_of(data=8, model=1))
+    found = sample(**options, num_replicas=2)
+    assert len(found.stats.replica_s) == 2
+    assert found.stats.timeline[0].rows == 4, "a row for each of four places"
+    np.testing.assert_array_equal(found.completion_ids[2], first(1, 2))
+    for number in (0, 3, 16):
+        with pytest.raises(ValueError, match=f"num_replicas={number} must divide"):
+            sample(**options, num_replicas=number)
+
+
+def test_more_replicas_than_prompts() -> None:
+    found = er_jax.rollout_replicas(
+        POLICY, parameters(), prompts()[:2], key=jax.random.key(3),
+        config=config_of(max_new_tokens=4, n=1, control="ar"),
+        mesh=mesh_of(data=4, model=2),
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.completion_ids, np.stack([first(0), first(1)]))
+    assert found.stats.replica_s.count(0.0) == 2
+
+
+def first(prompt: int, name: int | None = None) -> np.ndarray:
+    """The first tokens of a completion sampled alone by its name."""
+    out = er_jax.rollout(
+        POLICY, parameters(), [prompts()[prompt]], key=jax.random.key(3),
+        config=config_of(max_new_tokens=4, n=1, control="ar"),
+        sequence_ids=[prompt if name is None else name],
+    )  # fmt: skip
+    return out.completion_ids[0]
+
+
+def test_a_failure_keeps_what_all_replicas_finished() -> None:
+    def on_finish(name: int, _: er_jax.Completion) -> None:
+        if name == 0:
+            raise OSError("disk full")
+
+    with pytest.raises(
+        er_jax.RolloutError, match=r"1 of 4 replicas.*disk full"
+    ) as info:
+        sample(on_finish=on_finish)
+    found = info.value.completions
+    assert len(found) > 15 and 0 in found
+    for name, completion in found.items():
+        length = wanted().lengths[name]
+        np.testing.assert_array_equal(
+            completion.token_ids, wanted().completion_ids[name, :length]
+        )
+
+
+def test_a_replica_refused_on_the_way_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One finds too little memory for its share, after others have begun."""
+
+    def rollout(*args: Any, sequence_ids: list[int], **options: Any) -> Any:
+        if 0 in sequence_ids or is_none:
+            raise ValueError("max_slots=16 is too many")
+        return er_jax.rollout(*args, sequence_ids=sequence_ids, **options)
+
+    monkeypatch.setattr(replicas, "rollout", rollout)
+    is_none = False
+    with pytest.raises(
+        er_jax.RolloutError, match=r"1 of 4 replicas.*max_slots"
+    ) as info:
+        sample()
+    assert len(info.value.completions) > 15 and 0 not in info.value.completions
+    is_none = True
+    with pytest.raises(ValueError, match="max_slots=16 is too many"):
+        sample()
+
+
+def test_an_interrupted_call_ends() -> None:
+    told: list[int] = []
+    main = threading.get_ident()
+
+    def on_finish(name: int, _: er_jax.Completion) -> None:
+        told.append(name)
+        if len(told) == 1:
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(1)  # until the main thread has heard of it
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(on_finish=on_finish)
+    assert len(told) < 27
+
+
+def test_parameters_are_not_copied() -> None:
+    mesh = sharding.rollout_mesh(mesh_of(data=4, model=2))
+    placed = sharding.place(POLICY, parameters(), mesh)
+    parts = replicas.replica_meshes(mesh, 4)
+    assert [list(part.devices.flat) for part in parts] == [
+        jax.devices()[2 * i : 2 * i + 2] for i in range(4)
+    ]
+    for part in parts:
+        own = replicas.replica_params(placed, mesh, part)
+        for mine, whole in zip(
+            jax.tree.leaves(own), jax.tree.leaves(placed), strict=True
+        ):
+            np.testing.assert_array_equal(mine, whole)
+            pointers = {
+                s.data.unsafe_buffer_pointer() for s in whole.addressable_shards
+            }
+            assert {
+                s.data.unsafe_buffer_pointer() for s in mine.addressable_shards
+            } <= pointers
+
+
+def test_the_longest_are_dealt_first() -> None:
+    assert replicas.deal([5, 4, 3, 3, 3], 2) == [[0, 3], [1, 2, 4]]
+    assert replicas.deal([0, 0, 0, 0], 4) == [[0], [1], [2], [3]]
+    assert replicas.deal([1.0], 3) == [[0], [], []]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        costs, count = rng.exponential(size=rng.integers(1, 8)), int(rng.integers(1, 4))
+        dealt = replicas.deal(costs.tolist(), count)
+        assert sorted(itertools.chain(*dealt)) == list(range(len(costs)))
+        longest = max(costs[tasks].sum() for tasks in dealt)
+        best = min(
+            max(costs[np.array(to) == r].sum() for r in range(count))
+            for to in itertools.product(range(count), repeat=len(costs))
+        )
+        # Graham's bound for this rule.
+        assert longest <= best * (4 / 3 - 1 / (3 * count)) + 1e-12
+
+
+def test_lengths_are_remembered() -> None:
+    known = er_jax.ExpectedLengths(forget=0.25)
+    assert known.of(prompts()).tolist() == [1.0] * 9
+    out = wanted()
+    known.observe(prompts(), out)
+    means = out.lengths.reshape(9, 3).mean(axis=1)
+    np.testing.assert_allclose(known.of(prompts()), means)
+    np.testing.assert_allclose(known.of([[1]]), [means.mean()])
+    twice = er_jax.rollout(
+        POLICY, parameters(), prompts()[:1], key=jax.random.key(9),
+        config=config_of(max_new_tokens=20, control="ar"),
+    )  # fmt: skip
+    known.observe(prompts()[:1], twice)
+    moved = means[0] + 0.25 * (twice.lengths.mean() - means[0])
+    np.testing.assert_allclose(known.of(prompts())[0], moved)
+    with pytest.raises(ValueError, match="forget=0 must be above 0"):
+        er_jax.ExpectedLengths(forget=0)
+
+
+@pytest.mark.parametrize("lengths", [[1.0], [-1.0] * 9, [float("nan")] * 9])
+def test_bad_expectations_are_refused(lengths: list[float]) -> None:
+    with pytest.raises(ValueError, match="must be 9 finite numbers of at least 0"):
+        sample(expected_lengths=lengths)
