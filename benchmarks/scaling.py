@@ -59,7 +59,8 @@ class Args:
         with eight completions each. cap: the longest completion, tokens.
       keep: chance of a draft. error: standard deviation of the logarithm of expected
         lengths, for dealing. sum_s: seconds of one sum over the GPUs of a host, beside
-        its bytes. link_bytes_per_s: of one GPU, to the others. seed: of all of it.
+        its bytes. link_bytes_per_s: of one GPU, to the others. together: how many
+        GPUs share, in turn; each divides `replicas`. seed: of all of it.
       out: where to write. quick: eight replicas with two prompts.
     """
 
