@@ -101,6 +101,7 @@ def measure_round(
             params, state, settings, program.gamma, exit_live=0, max_rounds=num_rounds
         )
         info, seconds, _ = window.wait()
+        (seconds,) = engine.agree([seconds]).tolist()
         return state, seconds, seconds / max(int(info.num_rounds), 1)
 
     # The first run touches memory for the first time: it only says how long to read.

@@ -305,7 +305,7 @@ def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
 
 @dataclasses.dataclass
 class CompiledProgram:
-    """An executable, what its compilation took, and how often it ran."""
+    """An executable, and what its compilation took."""
 
     call: Callable[..., Any]
     compile_s: float
@@ -335,10 +335,7 @@ class RunningWindow:
     text: the tokens and log-probabilities after it, as `run_window` returns them.
     """
 
-    def __init__(
-        self, engine: Engine, info: WindowInfo, text: Text, start_s: float
-    ) -> None:
-        self._engine = engine
+    def __init__(self, info: WindowInfo, text: Text, start_s: float) -> None:
         self._info = info
         self.text = text
         self._start_s = start_s
@@ -353,7 +350,7 @@ class RunningWindow:
           The info as NumPy arrays; the seconds the window took, compilation not
           counted; whether those were measured. They were not where the window was over
           before it was waited for: then they are only what it took to start it and to
-          fetch the info. Of several processes, the first one's clock counts.
+          fetch the info. Several processes measure each for itself.
         """
         asked_s = time.perf_counter()
         was_over = self._info.num_rounds.is_ready()
@@ -361,9 +358,7 @@ class RunningWindow:
         seconds = time.perf_counter() - self._start_s
         if was_over:
             seconds -= asked_s - self._told_s
-        is_measured = self._is_sync or not was_over
-        seconds, is_measured = self._engine.agree([seconds, is_measured]).tolist()
-        return info, seconds, bool(is_measured)
+        return info, seconds, self._is_sync or not was_over
 
 
 def _abstract(tree: Any, where: Any = None) -> Any:
@@ -537,10 +532,30 @@ class Engine:
         Returns:
           float32 `[N]` where the mesh spans processes, else the values unchanged.
         """
+        return self.meet(values)[0]
+
+    def meet(
+        self, values: Any, failure: Exception | None = None
+    ) -> tuple[np.ndarray, Exception | None]:
+        """Agree on values, and on whether to go on.
+
+        Args:
+          values: as for `agree`. failure: what has failed in this process, if anything.
+        Returns:
+          The values, as `agree` does; and what is to be raised: the failure here, or
+          that there is one elsewhere. None if all is well in every process.
+        """
         if not self.is_spread:
-            return np.asarray(values, np.float64)
-        own = np.asarray(values, np.float32)[None]
-        return self._combine("agree", own, lambda _: own, lambda x: x[0])
+            return np.asarray(values, np.float64), failure
+
+        def first_and_any(parts: jax.Array) -> jax.Array:
+            return jnp.append(parts[0, :-1], jnp.max(parts[:, -1]))
+
+        own = np.append(np.asarray(values, np.float32), np.float32(failure is not None))
+        found = self._combine("agree", own[None], lambda _: own[None], first_and_any)
+        if found[-1] and failure is None:
+            failure = RuntimeError("another process has failed; its own error says why")
+        return found[:-1], failure
 
     def _combine(
         self,
@@ -803,7 +818,7 @@ class Engine:
         compiled = self._window(arguments, gamma, draft_kind)
         start = time.perf_counter()
         state, info, text = compiled.call(*arguments)
-        return state, RunningWindow(self, info, text, start)
+        return state, RunningWindow(info, text, start)
 
     def _window(
         self, arguments: tuple[Any, ...], gamma: int, draft_kind: str | None

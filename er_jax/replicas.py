@@ -197,6 +197,12 @@ def rollout_replicas(
         for replica, part in enumerate(replica_meshes(whole_mesh, num_replicas))
         if any(device.process_index == here for device in part.devices.flat)
     }
+    # Here and not in threads: of one array, JAX 0.10 may hand two threads that ask for
+    # its shards at once some of them twice or not at all.
+    own_params = {
+        replica: replica_params(params, whole_mesh, part)
+        for replica, part in own.items()
+    }
     # The setting of a `with` block holds for its own thread only.
     is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     lock, interrupted = threading.Lock(), threading.Event()
@@ -223,7 +229,7 @@ def rollout_replicas(
             with jax.enable_x64(is_wide):
                 out = rollout(
                     policy,
-                    replica_params(params, whole_mesh, own[replica]),
+                    own_params[replica],
                     [arrays[prompt].tolist() for prompt in dealt[replica]],
                     key=key,
                     config=config,
@@ -268,15 +274,17 @@ def rollout_replicas(
             )
             for row, length in enumerate(out.lengths)
         }
-    if errors:
-        if not completions and isinstance(errors[0], ValueError):
-            raise errors[0]
+    # A replica that failed elsewhere would be waited for without end.
+    _, failure = programs.meet([], errors[0] if errors else None)
+    if failure is not None:
+        if not completions and isinstance(failure, ValueError):
+            raise failure
         raise RolloutError(
             f"{len(errors)} of {len(own)} replicas here failed; {len(completions)} of "
             f"{len(ids)} completions had finished, which this exception holds: "
-            f"{errors[0]}",
+            f"{failure}",
             {int(ids[sequence]): c for sequence, c in completions.items()},
-        ) from errors[0]
+        ) from failure
     merged = RolloutStats.merged(stats) if stats else RolloutStats()
     merged.replica_s = programs.gather(seconds).tolist()
     return assemble(arrays, completions, ids, config, merged, programs)

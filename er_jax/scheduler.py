@@ -143,12 +143,17 @@ def run(
     """
     batch = Batch(engine, params, request, stats, settings)
 
-    def deliver(finished: list[int]) -> None:
+    def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
             bar.update()
-            if on_finish is not None:
+            if on_finish is None:
+                continue
+            try:
                 sequence_id = int(request.sequence_ids[sequence])
                 on_finish(sequence_id, batch.completions[sequence])
+            except Exception as error:
+                return error
+        return None
 
     with tqdm(total=len(request.prompt_of), unit="seq", disable=not progress) as bar:
         try:
@@ -168,14 +173,16 @@ def run(
                 with jax.profiler.StepTraceAnnotation("window", **program._asdict()):
                     batch.start_window(program, controller.table.round_seconds(program))
                     # What ended in the one before is delivered while this one runs.
-                    deliver(batch.collect())
+                    failure = deliver(batch.collect())
                     if progress:
                         bar.set_postfix_str(
                             f"live={batch.num_live}, gamma={program.gamma}",
                             refresh=False,
                         )
-                    batch.end_window(controller)
-            deliver(batch.collect())
+                    batch.end_window(controller, failure)
+            _, failure = engine.meet([], deliver(batch.collect()))
+            if failure is not None:
+                raise failure
         except Exception as error:
             # A window may be under way, or over and not yet collected. Where the device
             # itself has failed, there is nothing more to fetch.
@@ -654,16 +661,25 @@ class Batch:
         )
         self._running = _Running(window, program, has_run, second, num_live)
 
-    def end_window(self, controller: Controller) -> None:
+    def end_window(
+        self, controller: Controller, failure: Exception | None = None
+    ) -> None:
         """Wait for the window that runs, if any, and free the rows that ended.
 
         What need not be known for the next window is left to `collect`.
+
+        Args:
+          controller: learns from the window.
+          failure: of something else meanwhile. It is raised when the window is over, in
+            all processes: those without it would wait for this one in the next window.
         """
         if self._running is None:
             return
         (window, program, has_run, second, live_before) = self._running
         self._running = None
         info, seconds, is_measured = window.wait()
+        measured, failure = self.engine.meet([seconds, is_measured], failure)
+        seconds, is_measured = float(measured[0]), bool(measured[1])
         self._decided_ago_s += seconds
         sequence, length = self.sequence, self.length
         self.sequence = np.where(info.live, sequence, NONE)
@@ -692,6 +708,8 @@ class Batch:
             info.accepted,
             live=live_before if is_measured else 0,
         )
+        if failure is not None:
+            raise failure
 
     def collect(self) -> list[int]:
         """Book the last window, and fetch what ended in it; return those sequences.

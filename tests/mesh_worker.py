@@ -1,12 +1,13 @@
 """One of several processes that sample together; started by test_processes.py.
 
-    python -m tests.mesh_worker RANK COUNT PORT SHAPE CONTROL DIRECTORY
+    python -m tests.mesh_worker RANK COUNT PORT SHAPE CONTROL DIRECTORY [FAILING]
 
 Every process has its share of eight devices and a clock of its own: that of rank r runs
 1 + 7 r times as fast, so that what any of them measures is another's nonsense. It
 samples twice together with the others, then once by replicas. Writes what it got to
 DIRECTORY/RANK.npz, and a file DIRECTORY/RANK.started at the first
-completion that it is told of.
+completion that it is told of. With FAILING, the process of that rank fails at its third
+completion of every rollout, and all write what was raised in them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ NAMES = ("data", "model")
 HEARTBEAT_S = 10
 
 
-def main(rank: int, count: int, port: int, shape: str, control: str, out: Path) -> None:
+def main(
+    rank: int,
+    count: int,
+    port: int,
+    shape: str,
+    control: str,
+    out: Path,
+    failing: int | None = None,
+) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8 // count)
     jax.distributed.initialize(
@@ -57,6 +66,8 @@ def main(rank: int, count: int, port: int, shape: str, control: str, out: Path) 
     def on_finish(sequence_id: int, completion: Any) -> None:
         told.append(sequence_id)
         (out / f"{rank}.started").touch()
+        if rank == failing and len(told) % 3 == 0:
+            raise OSError("disk full")
 
     # Every process has prompts of its own, not equally many, the last one none of four.
     prompts, cuts = test_mesh.prompts(), {2: [0, 4, 9], 4: [0, 4, 6, 9, 9]}[count]
@@ -64,13 +75,29 @@ def main(rank: int, count: int, port: int, shape: str, control: str, out: Path) 
         prompts[cuts[rank] : cuts[rank + 1]], config.n
     )
     assert everything == prompts
-    rollouts = [
-        sample(
+
+    def sampled(sample: Any) -> er_jax.Rollout:
+        return sample(
             test_mesh.POLICY, params, everything, key=jax.random.key(3),
             mesh=mesh, on_finish=on_finish,
+        )  # fmt: skip
+
+    if failing is not None:
+        errors: list[er_jax.RolloutError] = []
+        for sample in (together, apart):
+            told.clear()
+            try:
+                sampled(sample)
+            except er_jax.RolloutError as error:
+                errors.append(error)
+        np.savez(
+            out / f"{rank}.npz",
+            messages=[str(error) for error in errors],
+            together=list(errors[0].completions),
+            apart=list(errors[1].completions),
         )
-        for sample in (together, together, apart)
-    ]  # fmt: skip
+        return
+    rollouts = [sampled(sample) for sample in (together, together, apart)]
     programs = [m[3:] for found in rollouts[:2] for m in found.stats.timeline]
     np.savez(
         out / f"{rank}.npz",
@@ -85,5 +112,8 @@ def main(rank: int, count: int, port: int, shape: str, control: str, out: Path) 
 
 if __name__ == "__main__":
     os.environ["ER_JAX_CACHE"] = ""
-    rank, count, port, shape, control, directory = sys.argv[1:]
-    main(int(rank), int(count), int(port), shape, control, Path(directory))
+    rank, count, port, shape, control, directory, *failing = sys.argv[1:]
+    main(
+        int(rank), int(count), int(port), shape, control, Path(directory),
+        *map(int, failing),
+    )  # fmt: skip

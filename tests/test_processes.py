@@ -30,12 +30,12 @@ def free_port() -> int:
 
 
 def start(
-    count: int, shape: str, control: str, directory: Path
+    count: int, shape: str, control: str, directory: Path, *failing: int
 ) -> list[subprocess.Popen[bytes]]:
     port = free_port()
     workers = []
     for rank in range(count):
-        words = (rank, count, port, shape, control, directory)
+        words = (rank, count, port, shape, control, directory, *failing)
         with open(directory / f"{rank}.log", "wb") as log:
             workers.append(
                 subprocess.Popen(
@@ -93,6 +93,19 @@ def test_processes_sample_together_and_apart(
     # Of each completion exactly one process was told, in each of three rollouts.
     told = np.concatenate([result["told"] for result in found])
     assert sorted(told) == sorted([*range(27)] * 3)
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_ends_the_call_in_all(tmp_path: Path) -> None:
+    wait(start(2, "4x2", "ar", tmp_path, 1), tmp_path)
+    found = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
+    for own, message in zip(found, ("another process", "disk full"), strict=True):
+        together, apart = own["messages"]
+        assert message in together and message in apart
+    # Nothing that was finished is lost, and each is one process's.
+    for mode in ("together", "apart"):
+        first, second = (set(own[mode].tolist()) for own in found)
+        assert first and second and not first & second
 
 
 @pytest.mark.slow

@@ -39,8 +39,15 @@ def wanted() -> er_jax.Rollout:
     )  # fmt: skip
 
 
-def test_tokens_are_those_of_one_device() -> None:
+def test_tokens_are_those_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
+    main, cut = threading.get_ident(), replicas.replica_params
+
+    def replica_params(*args: Any) -> Any:
+        assert threading.get_ident() == main, "JAX's shards are not safe for threads"
+        return cut(*args)
+
+    monkeypatch.setattr(replicas, "replica_params", replica_params)
     found = sample(
         expected_lengths=range(9), on_finish=lambda name, _: told.append(name)
     )

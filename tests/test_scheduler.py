@@ -183,6 +183,11 @@ class PretendedEngine:
     def draft_kind(self, draft: Any) -> str:
         return "draft"
 
+    def meet(
+        self, values: Any, failure: Exception | None = None
+    ) -> tuple[np.ndarray, Exception | None]:
+        return np.asarray(values), failure
+
     def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
         return ("window", *program[:3]) in self.compiled
 
