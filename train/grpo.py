@@ -311,6 +311,8 @@ class Trainer:
     ) -> tuple[er_jax.Rollout, np.ndarray]:
         """Sample n completions of every problem and score them.
 
+        Of several processes the first one scores: a reward need not be a function.
+
         Returns:
           The rollout, and rewards `[P, n]` float64.
         """
@@ -332,15 +334,14 @@ class Trainer:
             ),
             mesh=self.placement.sampling,
         )
-        scores = [
-            self.subject.reward(
-                tokenizer.decode(out.completion_ids[row, : out.lengths[row]]),
+        scores = np.zeros(len(out.lengths))
+        for row, length in enumerate(out.lengths if is_first() else ()):
+            scores[row] = self.subject.reward(
+                tokenizer.decode(out.completion_ids[row, :length]),
                 problems[row // n].answer,
                 finished=bool(out.finish_reason[row] == "stop"),
             )
-            for row in range(len(out.lengths))
-        ]
-        return out, np.asarray(scores).reshape(len(problems), n)
+        return out, agreed(scores).reshape(len(problems), n)
 
     def evaluate(self) -> dict[str, Any]:
         """Sample the held-out problems, log and return the mean reward.

@@ -56,9 +56,17 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agreed(value: int) -> int:
-    """Return the first process's number, in every process; waits for all of them."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+def agreed(values: Any) -> np.ndarray:
+    """Return the first process's numbers, in every process; waits for all of them.
+
+    Args:
+      values: numbers, of one shape and dtype in all processes; kept to the bit.
+    """
+    own = np.asarray(values)
+    # As bytes, for JAX would make 32 bits of 64.
+    data = np.frombuffer(own.tobytes(), np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(data))
+    return np.frombuffer(told.tobytes(), own.dtype).reshape(own.shape)
 
 
 def on_host(tree: Any) -> Any:
