@@ -211,6 +211,12 @@ class SimulatedEngine:
         """Return a name for all drafts."""
         return "draft"
 
+    def meet(
+        self, values: Any, failure: Exception | None = None
+    ) -> tuple[np.ndarray, Exception | None]:
+        """Return what there is in the only process."""
+        return np.asarray(values), failure
+
     def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
         """Whether this window is compiled."""
         return True
