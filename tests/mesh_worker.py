@@ -1,10 +1,11 @@
 """One of several processes that sample together; started by test_processes.py.
 
-    python -m tests.mesh_worker RANK COUNT PORT SHAPE CONTROL DIRECTORY [FAILING]
+    python -m tests.mesh_worker RANK COUNT PORT SHAPE DIRECTORY [FAILING]
 
 Every process has its share of eight devices and a clock of its own: that of rank r runs
 1 + 7 r times as fast, so that what any of them measures is another's nonsense. It
-samples twice together with the others, then once by replicas. Writes what it got to
+samples twice together with the others, by measured costs and then by as many changes as
+can be, and once by replicas. Writes what it got to
 DIRECTORY/RANK.npz, and a file DIRECTORY/RANK.started at the first
 completion that it is told of. With FAILING, the process of that rank fails at its third
 completion of every rollout, and all write what was raised in them.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 import time
@@ -34,7 +36,6 @@ def main(
     count: int,
     port: int,
     shape: str,
-    control: str,
     out: Path,
     failing: int | None = None,
 ) -> None:
@@ -52,12 +53,15 @@ def main(
     sizes = [int(size) for size in shape.split("x")]
     mesh = Mesh(np.array(jax.devices()).reshape(sizes), NAMES)
     params = jax.tree.map(np.asarray, test_mesh.parameters())
-    config = test_mesh.config_of(control=control)
-    # Of two processes, smaller batches are compiled as soon as they would pay.
-    controller = er_jax.Controller(
-        config.control, config.gammas, patience=0 if count == 2 else 1
-    )
-    together = functools.partial(er_jax.rollout, config=config, controller=controller)
+    config = test_mesh.config_of(control="best")
+    controllers = [
+        kind(config.control, config.gammas)
+        for kind in (er_jax.Controller, test_mesh.Switching)
+    ]
+    together = [
+        functools.partial(er_jax.rollout, config=config, controller=controller)
+        for controller in controllers
+    ]
     apart = functools.partial(
         er_jax.rollout_replicas, config=dataclasses.replace(config, control="ar")
     )
@@ -84,7 +88,7 @@ def main(
 
     if failing is not None:
         errors: list[er_jax.RolloutError] = []
-        for sample in (together, apart):
+        for sample in (together[0], apart):
             told.clear()
             try:
                 sampled(sample)
@@ -97,7 +101,7 @@ def main(
             apart=list(errors[1].completions),
         )
         return
-    rollouts = [sampled(sample) for sample in (together, together, apart)]
+    rollouts = [sampled(sample) for sample in (*together, apart)]
     programs = [m[3:] for found in rollouts[:2] for m in found.stats.timeline]
     np.savez(
         out / f"{rank}.npz",
@@ -106,14 +110,15 @@ def main(
         told=told,
         own=np.arange(len(prompts) * config.n)[rows],
         programs=programs,
+        switched=[
+            sum(a.gamma != b.gamma for a, b in itertools.pairwise(found.stats.timeline))
+            for found in rollouts[:2]
+        ],
         replica_s=rollouts[2].stats.replica_s,
     )
 
 
 if __name__ == "__main__":
     os.environ["ER_JAX_CACHE"] = ""
-    rank, count, port, shape, control, directory, *failing = sys.argv[1:]
-    main(
-        int(rank), int(count), int(port), shape, control, Path(directory),
-        *map(int, failing),
-    )  # fmt: skip
+    rank, count, port, shape, directory, *failing = sys.argv[1:]
+    main(int(rank), int(count), int(port), shape, Path(directory), *map(int, failing))

@@ -93,6 +93,20 @@ class Moving(er_jax.Controller):
         return min(smallest, key=lambda p: p.cache_length)
 
 
+class Switching(Moving):
+    """Drafts and does not by turns as well, in 16 rows and 8, joint or not."""
+
+    def __init__(self, control: str, gammas: Any) -> None:
+        super().__init__(control, gammas, is_joint=True)
+        self.turn = 0
+
+    def choose(self, options: Any, current: Any, **known: Any) -> Program:
+        self.turn += 1
+        gamma = self.gammas[self.turn % len(self.gammas)]
+        options = [p for p in options if p.gamma == gamma and p.rows >= 8]
+        return super().choose(options, current, **known)
+
+
 def sample(
     mesh: Mesh | None, config: er_jax.RolloutConfig, controller: Any = None
 ) -> er_jax.Rollout:

@@ -20,6 +20,7 @@ import pytest
 from er_jax.stats import Moment
 from tests import mesh_worker, test_mesh
 
+# For two processes. All share the cores, and nearly all of their time is compilation.
 TIME_LIMIT_S = 240
 
 
@@ -30,12 +31,12 @@ def free_port() -> int:
 
 
 def start(
-    count: int, shape: str, control: str, directory: Path, *failing: int
+    count: int, shape: str, directory: Path, *failing: int
 ) -> list[subprocess.Popen[bytes]]:
     port = free_port()
     workers = []
     for rank in range(count):
-        words = (rank, count, port, shape, control, directory, *failing)
+        words = (rank, count, port, shape, directory, *failing)
         with open(directory / f"{rank}.log", "wb") as log:
             workers.append(
                 subprocess.Popen(
@@ -48,7 +49,7 @@ def start(
 
 
 def wait(workers: list[subprocess.Popen[bytes]], directory: Path) -> None:
-    deadline = time.monotonic() + TIME_LIMIT_S
+    deadline = time.monotonic() + TIME_LIMIT_S * len(workers) / 2
     try:
         for rank, worker in enumerate(workers):
             worker.wait(max(deadline - time.monotonic(), 1))
@@ -60,17 +61,17 @@ def wait(workers: list[subprocess.Popen[bytes]], directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "shape", "control"),
+    ("count", "shape"),
     [
-        pytest.param(2, "4x2", "best", marks=pytest.mark.slow),
-        pytest.param(4, "2x4", "fixed:4", marks=pytest.mark.long),
+        pytest.param(2, "4x2", marks=pytest.mark.slow),
+        pytest.param(4, "2x4", marks=pytest.mark.long),
     ],
     ids=["2 processes", "4 processes, weights cut over two"],
 )
 def test_processes_sample_together_and_apart(
-    count: int, shape: str, control: str, tmp_path: Path
+    count: int, shape: str, tmp_path: Path
 ) -> None:
-    wait(start(count, shape, control, tmp_path), tmp_path)
+    wait(start(count, shape, tmp_path), tmp_path)
     wanted = test_mesh.on_one_device()
     found = [np.load(tmp_path / f"{rank}.npz") for rank in range(count)]
     for result in found:
@@ -84,10 +85,10 @@ def test_processes_sample_together_and_apart(
         assert len(result["replica_s"]) == int(shape[0])
         assert (result["replica_s"] > 0).all()
     columns = dict(zip(Moment._fields[3:], found[0]["programs"].T, strict=True))
-    if count == 2:
-        assert len(set(columns["rows"])) > 1, "nothing was compacted"
-        assert len(set(columns["cache_length"])) > 1, "the cache never grew"
-        assert any(columns["joint"]), "groups never became one"
+    assert len(set(columns["rows"])) > 1, "nothing was compacted"
+    assert len(set(columns["cache_length"])) > 1, "the cache never grew"
+    assert any(columns["joint"]), "groups never became one"
+    assert found[0]["switched"][1] >= 4, "drafts were hardly switched on and off"
     own = np.concatenate([result["own"] for result in found])
     np.testing.assert_array_equal(own, wanted.sequence_ids)
     # Of each completion exactly one process was told, in each of three rollouts.
@@ -97,7 +98,7 @@ def test_processes_sample_together_and_apart(
 
 @pytest.mark.slow
 def test_what_fails_in_one_process_ends_the_call_in_all(tmp_path: Path) -> None:
-    wait(start(2, "4x2", "ar", tmp_path, 1), tmp_path)
+    wait(start(2, "4x2", tmp_path, 1), tmp_path)
     found = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
     for own, message in zip(found, ("another process", "disk full"), strict=True):
         together, apart = own["messages"]
@@ -110,7 +111,7 @@ def test_what_fails_in_one_process_ends_the_call_in_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
-    workers = start(2, "4x2", "ar", tmp_path)
+    workers = start(2, "4x2", tmp_path)
     deadline = time.monotonic() + TIME_LIMIT_S
     try:
         while not (tmp_path / "1.started").exists():
