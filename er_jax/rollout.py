@@ -191,7 +191,8 @@ def rollout(
       policy: the model; see `Policy`.
       params: its parameters, or `PolicyParams` with a draft. Bare parameters get a
         draft at the start of the call (if `control` can use one).
-      prompts: P sequences of token ids, each at least one token.
+      prompts: P sequences of token ids, each at least one token, or an array
+        `[P, length]`; of several processes it may be a global one.
       key: a JAX random key, typed or raw; folded with sequence ids and positions, so
         calls that should differ need different keys.
       config: how to sample.
@@ -417,15 +418,27 @@ def gather_prompts(
       The prompts of all processes, in order of processes, the same in each; and the
       rows of this process's completions in a `Rollout` of them.
     Raises:
-      ValueError: a prompt is empty or no flat sequence of integers.
+      ValueError: a prompt is empty or no flat sequence of integers, in any process.
     """
-    arrays = [np.asarray(prompt) for prompt in prompts]
-    for index, array in enumerate(arrays):
-        _check_prompt(index, array)
+    failure: ValueError | None = None
+    try:
+        arrays = _checked_arrays(prompts)
+    except ValueError as error:
+        # Raised when the others know: they would wait for this one.
+        failure, arrays = error, []
     lengths = np.array([len(array) for array in arrays], np.int32)
-    tokens = np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32)
+    tokens = np.concatenate([np.zeros(0, np.int32), *arrays])
+    # No vocabulary is so large; `rollout` names the prompt.
+    tokens = np.clip(tokens, NONE, np.iinfo(np.int32).max).astype(np.int32)
     gather = multihost_utils.process_allgather
-    sizes = gather(np.array([len(lengths), len(tokens)], np.int32))
+    own = [len(lengths), len(tokens), failure is not None]
+    sizes = gather(np.array(own, np.int32)).reshape(-1, 3)
+    bad = np.flatnonzero(sizes[:, 2])
+    if len(bad):
+        raise failure or ValueError(
+            f"prompts of process {bad[0]} cannot be sampled; its own error says why"
+        )
+    sizes = sizes[:, :2]
     room = sizes.max(axis=0)
     lengths = np.pad(lengths, (0, room[0] - len(lengths)))
     tokens = np.pad(tokens, (0, room[1] - len(tokens)))
@@ -445,9 +458,9 @@ def checked_prompts(
     """Return the prompts as int32 arrays; `ValueError` for one that is none."""
     if len(prompts) == 0:
         raise ValueError("prompts is empty; give at least one prompt")
-    arrays = [np.asarray(prompt) for prompt in prompts]
-    for index, array in enumerate(arrays):
-        _check_prompt(index, array)
+    if isinstance(prompts, jax.Array) and not prompts.is_fully_addressable:
+        prompts = multihost_utils.process_allgather(prompts, tiled=True)
+    arrays = _checked_arrays(prompts)
     tokens = np.concatenate(arrays)
     is_bad = (tokens < 0) | (tokens >= vocab_size)
     if is_bad.any():
@@ -461,17 +474,20 @@ def checked_prompts(
     return [array.astype(np.int32) for array in arrays]
 
 
-def _check_prompt(index: int, array: np.ndarray) -> None:
-    if array.size == 0:
-        raise ValueError(
-            f"prompts[{index}] is empty; a prompt needs at least one token, a "
-            "beginning-of-sequence id for instance"
-        )
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"prompts[{index}] has shape {array.shape} and dtype {array.dtype}; "
-            "give a flat sequence of integer token ids"
-        )
+def _checked_arrays(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    arrays = [np.asarray(prompt) for prompt in prompts]
+    for index, array in enumerate(arrays):
+        if array.size == 0:
+            raise ValueError(
+                f"prompts[{index}] is empty; a prompt needs at least one token, a "
+                "beginning-of-sequence id for instance"
+            )
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(
+                f"prompts[{index}] has shape {array.shape} and dtype {array.dtype}; "
+                "give a flat sequence of integer token ids"
+            )
+    return arrays
 
 
 def checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:

@@ -24,7 +24,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 NAMES = ("data", "model")
 # How long JAX waits for a sign of life of another process before it ends this one.
@@ -48,6 +49,7 @@ def main(
     time.perf_counter = lambda: start + (true_clock() - start) * (1 + 7 * rank)
 
     import er_jax
+    from er_jax.rollout import checked_prompts
     from tests import test_mesh
 
     sizes = [int(size) for size in shape.split("x")]
@@ -79,6 +81,14 @@ def main(
         prompts[cuts[rank] : cuts[rank + 1]], config.n
     )
     assert everything == prompts
+    # Those that lie over all processes are the same to each.
+    square = np.array([prompt[:2] for prompt in prompts[:8]], np.int32)
+    spread: Any = jax.make_array_from_callback(
+        square.shape, NamedSharding(mesh, PartitionSpec("data")), square.__getitem__
+    )
+    np.testing.assert_array_equal(checked_prompts(spread, 512), square)
+    with pytest.raises(ValueError) as refused:
+        er_jax.gather_prompts([[3, 1 << 40], []] if rank == count - 1 else [[3]])
 
     def sampled(sample: Any) -> er_jax.Rollout:
         return sample(
@@ -108,6 +118,7 @@ def main(
         completion_ids=[found.completion_ids for found in rollouts],
         logprobs=[found.logprobs for found in rollouts],
         told=told,
+        refused=str(refused.value),
         own=np.arange(len(prompts) * config.n)[rows],
         programs=programs,
         switched=[

@@ -7,6 +7,7 @@ another never starts. Their clocks disagree by factors, and there is a time limi
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -74,7 +75,11 @@ def test_processes_sample_together_and_apart(
     wait(start(count, shape, tmp_path), tmp_path)
     wanted = test_mesh.on_one_device()
     found = [np.load(tmp_path / f"{rank}.npz") for rank in range(count)]
-    for result in found:
+    for rank, result in enumerate(found):
+        refused = f"prompts of process {count - 1}"
+        if rank == count - 1:
+            refused = r"prompts\[1\] is empty"
+        assert re.match(refused, str(result["refused"]))
         for ids, logprobs in zip(
             result["completion_ids"], result["logprobs"], strict=True
         ):

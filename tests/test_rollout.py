@@ -127,6 +127,8 @@ def test_prompts_of_one_process_are_all() -> None:
     assert everything == [[3], [1, 2]]
     assert range(8)[rows] == range(4)
     assert er_jax.gather_prompts([]) == ([], slice(0, 0))
+    # No number becomes that of another token on the way.
+    assert er_jax.gather_prompts([[1 << 40, -(1 << 40)]])[0] == [[(1 << 31) - 1, -1]]
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
         er_jax.gather_prompts([[3], []])
 
