@@ -56,10 +56,16 @@ def attend(
     """Grouped-query attention of new tokens over the cache.
 
     Entry s is visible to a query at position p when s <= p; the softmax is in float32
-    or wider. With few queries per row
-    the K heads are multiplied as one block-diagonal query against the merged cache:
-    K times the (few) multiplications, and the cache is read once, where it lies. Many
-    queries (prefill, training) are bound by arithmetic and take the usual form.
+    or wider. With few queries per row the K heads are multiplied as one block-diagonal
+    query against the merged cache: K times the (few) multiplications, and the cache is
+    read once, where it lies. Many queries (prefill, training) are bound by arithmetic
+    and take the usual form.
+
+    A query that sees a non-finite entry returns NaN; one that sees none returns what it
+    would if that entry were finite. With few queries on an accelerator the second does
+    not hold, because it would cost another pass over the cache: there a non-finite
+    entry may turn all queries of its row to NaN, and `steps.decode_round` runs such a
+    row again without drafts.
 
     In a rollout's programs on a mesh every device of the axis `model` takes its part of
     the heads: left to the compiler, the merged product would be cut within heads and
@@ -146,11 +152,14 @@ def _attend(
 
     if num_queries > MERGED_QUERIES:
         k = keys.reshape(batch, length, kv_heads, size)
-        v = values.reshape(batch, length, kv_heads, size)
         scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
         probs = weights(scores, visible[:, None, None])
+        is_sound = _is_sound(keys, values)
+        v = jnp.where(is_sound[..., None], values, jnp.zeros((), values.dtype))
+        v = v.reshape(batch, length, kv_heads, size)
         out = jnp.einsum("bkgts,bskd->btkgd", probs, v)
-        return out.reshape(batch, num_queries, heads * size)
+        out = out.reshape(batch, num_queries, heads * size)
+        return _with_nan(out, visible, is_sound)
 
     # [.., K, 1, K, 1]: head i's query meets only head i's part of an entry.
     own = jnp.eye(kv_heads, dtype=query.dtype)[None, None, :, None, :, None]
@@ -170,13 +179,43 @@ def _attend(
     scores = lax.platform_dependent(merged, keys, cpu=on_cpu, default=product)
     scores = scores.reshape(batch, num_queries, heads, length)
     probs = weights(scores, visible[:, :, None])
-    out = jnp.einsum(
-        "bqs,bsf->bqf", probs.reshape(batch, num_queries * heads, length), values
-    )
-    out = out.reshape(batch, num_queries, kv_heads, group, kv_heads, size)
-    # Slices of the diagonal: a product with `own` would read all K parts again.
-    parts = [out[:, :, head, :, head] for head in range(kv_heads)]
-    return jnp.stack(parts, axis=2).reshape(batch, num_queries, heads * size)
+    probs = probs.reshape(batch, num_queries * heads, length)
+
+    def combined(probs: jax.Array, values: jax.Array) -> jax.Array:
+        out = jnp.einsum("bqs,bsf->bqf", probs, values)
+        out = out.reshape(len(out), num_queries, kv_heads, group, kv_heads, size)
+        # Slices of the diagonal: a product with `own` would read all K parts again.
+        parts = [out[:, :, head, :, head] for head in range(kv_heads)]
+        return jnp.stack(parts, axis=2).reshape(len(out), num_queries, heads * size)
+
+    def careful(probs: jax.Array, values: jax.Array) -> jax.Array:
+        def one_row(row: tuple[jax.Array, ...]) -> jax.Array:
+            probs, keys, values, visible = (part[None] for part in row)
+            is_sound = _is_sound(keys, values)
+            v = jnp.where(is_sound[..., None], values, jnp.zeros((), values.dtype))
+            return _with_nan(combined(probs, v), visible, is_sound)[0]
+
+        # One after the other: a copy of all the values would double their memory.
+        return lax.map(one_row, (probs, keys, values, visible))
+
+    def checked(probs: jax.Array, values: jax.Array) -> jax.Array:
+        # Only a CPU branches for free. What leaks is never finite.
+        out = combined(probs, values)
+        is_clean = jnp.all(jnp.isfinite(out))
+        return lax.cond(is_clean, lambda *_: out, careful, probs, values)
+
+    return lax.platform_dependent(probs, values, cpu=checked, default=combined)
+
+
+def _is_sound(keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Whether entries `[B, S, K * D]` are finite in key and value, bool `[B, S]`."""
+    return jnp.all(jnp.isfinite(keys) & jnp.isfinite(values), axis=-1)
+
+
+def _with_nan(out: jax.Array, visible: jax.Array, is_sound: jax.Array) -> jax.Array:
+    """Return `[B, T, H * D]` with NaN in queries that see (`[B, T, S]`) a bad entry."""
+    sees_bad = jnp.any(visible & ~is_sound[:, None], axis=-1, keepdims=True)
+    return jnp.where(sees_bad, jnp.asarray(jnp.nan, out.dtype), out)
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:
@@ -195,6 +234,25 @@ def resize(cache: Cache, length: int) -> Cache:
         return jnp.pad(leaf, pad)
 
     return jax.tree.map(leaf_of_length, cache)
+
+
+def copy_row(
+    cache: Cache, source: jax.Array, to: jax.Array, count: jax.Array
+) -> Cache:
+    """Overwrite row `to` with the first `count` entries of row `source`, zeros behind.
+
+    Args:
+      cache: leaves `[B, S, ...]`. source, to, count: int32 `[]`; `source` may be `to`.
+    """
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        row = lax.dynamic_slice_in_dim(leaf, source, 1, axis=0)
+        is_kept = jnp.arange(leaf.shape[1], dtype=jnp.int32) < count
+        is_kept = is_kept.reshape((1, -1) + (1,) * (leaf.ndim - 2))
+        row = jnp.where(is_kept, row, jnp.zeros((), leaf.dtype))
+        return lax.dynamic_update_slice_in_dim(leaf, row, to, axis=0)
+
+    return jax.tree.map(copy, cache)
 
 
 def insert_row(

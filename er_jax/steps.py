@@ -10,6 +10,15 @@ the target once over the last token and all drafts (its own entries overwrite th
 emits what the acceptance rule allows. Rejected drafts are forgotten by not advancing
 `length`. gamma = 0 has no draft: it is one autoregressive step.
 
+A row's positions end at its limit: the last token of a completion is never an input, so
+nothing is fed at `limit - 1` or behind it.
+
+Non-finite entries: attention multiplies every entry of a row, those it may not see by
+zero, and zero times NaN is NaN. So the entry of a token that was only drafted can make
+the logits of the tokens before it non-finite. A row that met non-finite logits beside
+drafts is therefore *suspect*: its next round removes all entries from its last token on
+and feeds that token alone. Only what is non-finite then is the row's own, and ends it.
+
 Left out: the loop over rounds (`engine`), every decision (`scheduler`).
 """
 
@@ -74,24 +83,14 @@ def admit(
     Returns:
       The state with the new rows live.
     """
-    rows, length = state.rows, state.cache_length
+    rows = state.rows
     num_tokens = admission.tokens.shape[1]
     chunk = admission.tokens.shape[0] // admission.first_row.shape[0]
     offsets = jnp.arange(num_tokens, dtype=jnp.int32)[None]
 
     def clone(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
-        source = admission.clone_from[i]
-        known = jnp.arange(length, dtype=jnp.int32) < admission.clone_length[i] - 1
-
-        def copy(leaf: jax.Array) -> jax.Array:
-            row = lax.dynamic_slice_in_dim(leaf, source, 1, axis=0)
-            mask = known.reshape((1, length) + (1,) * (leaf.ndim - 2))
-            row = jnp.where(mask, row, jnp.zeros((), leaf.dtype))
-            return lax.dynamic_update_slice_in_dim(
-                leaf, row, admission.clone_to[i], axis=0
-            )
-
-        return jax.tree.map(copy, cache)
+        source, to = admission.clone_from[i], admission.clone_to[i]
+        return kv_cache.copy_row(cache, source, to, admission.clone_length[i] - 1)
 
     def prefill(index: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
         tokens = lax.dynamic_slice_in_dim(admission.tokens, index * chunk, chunk)
@@ -119,7 +118,7 @@ def admit(
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[slot].set(new, mode="drop")
 
-    prompts = kv_cache.resize(admission.tokens[admission.prompt], length)
+    prompts = kv_cache.resize(admission.tokens[admission.prompt], state.cache_length)
     return DecodeState(
         tokens=put(state.tokens, prompts),
         logprobs=put(state.logprobs, jnp.zeros_like(state.logprobs)),
@@ -201,7 +200,8 @@ def decode_round(
 
     Args:
       policy: the model. params: target and draft parameters.
-      state: live rows are advanced by 1 .. gamma + 1 tokens, the others untouched.
+      state: live rows are advanced by 1 .. gamma + 1 tokens (suspect ones by 0 or 1),
+        the others untouched.
       settings: traced sampling settings, key and stop ids.
       gamma: drafts per round; 0 is one autoregressive step.
       accept: the acceptance rule.
@@ -211,18 +211,21 @@ def decode_round(
     last = jnp.take_along_axis(
         state.tokens, jnp.maximum(state.length - 1, 0)[:, None], axis=1
     )[:, 0]
+    is_suspect = state.live & (state.finish_reason == Finish.NONFINITE)
+    state = dataclasses.replace(state, cache=_forget_from_last(state, is_suspect))
     cache = state.cache
     drafted = jnp.zeros((state.rows, 0), jnp.int32)
     draft_logprobs = None
     if gamma:
         with jax.named_scope("draft"):
             cache, drafted, draft_logprobs = _draft(
-                policy, draft_params(params), state, last, settings, gamma, accept
-            )
+                policy, draft_params(params), state, last, is_suspect, settings, gamma,
+                accept,
+            )  # fmt: skip
     with jax.named_scope("verify"):
         tokens = jnp.concatenate([last[:, None], drafted], axis=1)
         offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
-        positions = _positions(state, offsets)
+        positions = _positions(state, offsets, is_suspect)
         hidden, cache = policy.forward(params.policy, tokens, positions, cache)
         logits = policy.logits(params.policy, hidden)
         is_finite = sampling.is_distribution(logits, settings)
@@ -232,16 +235,47 @@ def decode_round(
             target = sampling.target_logprobs(usable, settings)
     with jax.named_scope("accept"):
         num_accepted, emitted = _accept(
-            state, settings, target, draft_logprobs, drafted, accept
+            state, settings, target, draft_logprobs, drafted, is_suspect, accept
         )
     with jax.named_scope("emit"):
         logprobs = sampling.token_logprobs(logits, target, emitted, settings)
-        return _emit(state, settings, cache, emitted, logprobs, num_accepted, is_finite)
+        state = dataclasses.replace(state, cache=cache)
+        is_alone = is_suspect if gamma else state.live
+        is_bad = jnp.any((positions != NONE) & ~is_finite, axis=-1)
+        num_finite = acceptance.count_leading(is_finite)
+        return _emit(
+            state, settings, emitted, logprobs, num_accepted, num_finite, is_bad,
+            is_alone,
+        )  # fmt: skip
 
 
-def _positions(state: DecodeState, offsets: jax.Array) -> jax.Array:
-    """Positions `[B, T]` of inputs at `length - 1 + offsets`; `NONE` in dead rows."""
-    return jnp.where(state.live[:, None], state.length[:, None] - 1 + offsets, NONE)
+def _positions(
+    state: DecodeState, offsets: jax.Array, is_suspect: jax.Array
+) -> jax.Array:
+    """Return positions `[B, T]` of inputs at `length - 1 + offsets`.
+
+    `NONE` in dead rows, where no token can follow before the limit, and behind the last
+    token of a suspect row.
+    """
+    positions = state.length[:, None] - 1 + offsets
+    is_fed = state.live[:, None] & (positions < state.limit[:, None] - 1)
+    is_fed &= (offsets == 0) | ~is_suspect[:, None]
+    return jnp.where(is_fed, positions, NONE)
+
+
+def _forget_from_last(state: DecodeState, is_suspect: jax.Array) -> kv_cache.Cache:
+    """Zero the entries of suspect rows from their last token on; one by one, rarely."""
+
+    def clear(
+        carry: tuple[jax.Array, kv_cache.Cache],
+    ) -> tuple[jax.Array, kv_cache.Cache]:
+        pending, cache = carry
+        row = jnp.argmax(pending)
+        cache = kv_cache.copy_row(cache, row, row, state.length[row] - 1)
+        return pending.at[row].set(False), cache
+
+    start = (is_suspect, state.cache)
+    return lax.while_loop(lambda carry: jnp.any(carry[0]), clear, start)[1]
 
 
 def _draft(
@@ -249,6 +283,7 @@ def _draft(
     draft: Params,
     state: DecodeState,
     last: jax.Array,
+    is_suspect: jax.Array,
     settings: Sampling,
     gamma: int,
     accept: AcceptRule,
@@ -259,7 +294,7 @@ def _draft(
         carry: tuple[kv_cache.Cache, jax.Array], depth: jax.Array
     ) -> tuple[tuple[kv_cache.Cache, jax.Array], tuple[jax.Array, ...]]:
         cache, token = carry
-        positions = _positions(state, depth[None, None])
+        positions = _positions(state, depth[None, None], is_suspect)
         hidden, cache = policy.forward(draft, token[:, None], positions, cache)
         logits = policy.logits(draft, hidden)[:, 0]
         with jax.named_scope("sample"):
@@ -301,9 +336,13 @@ def _accept(
     target: jax.Array,
     draft: jax.Array | None,
     drafted: jax.Array,
+    is_suspect: jax.Array,
     accept: AcceptRule,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return drafts kept `[B]` and the tokens to emit `[B, G+1]` (the rest is junk)."""
+    """Return drafts kept `[B]` and the tokens to emit `[B, G+1]` (the rest is junk).
+
+    Suspect rows keep none, and emit what the target alone draws.
+    """
     gamma = drafted.shape[1]
     offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
     if accept == "coupled":
@@ -311,7 +350,8 @@ def _accept(
             position = state.length[:, None] + offsets
             noise = _token_noise(state, settings, target, position)
             draws = jnp.argmax(target + noise, axis=-1).astype(jnp.int32)
-        return acceptance.coupled_num_accepted(drafted, draws), draws
+        num_accepted = acceptance.coupled_num_accepted(drafted, draws)
+        return jnp.where(is_suspect, 0, num_accepted), draws
 
     # Both rules look at drafts they then reject, so noise is named by the round's
     # start as well: the same position in a later round must meet fresh noise.
@@ -330,9 +370,11 @@ def _accept(
             chances, weights = acceptance.block_accept_probs(target, draft, drafted)
             num_accepted = acceptance.block_num_accepted(chances, uniforms)
             weight = jnp.take_along_axis(weights, num_accepted[:, None], axis=1)[:, 0]
+        num_accepted = jnp.where(is_suspect, 0, num_accepted)
     else:
         draft = jnp.zeros((state.rows, 0, target.shape[-1]), target.dtype)
     residual = acceptance.residual_logprobs(target, draft, num_accepted, weight)
+    residual = jnp.where(is_suspect[:, None], target[:, 0], residual)
     noise = sampling.gumbel(
         settings, state.sequence_id, start + num_accepted, target.shape[-1],
         target.dtype, purpose=Purpose.RESIDUAL, start=start,
@@ -346,13 +388,21 @@ def _accept(
 def _emit(
     state: DecodeState,
     settings: Sampling,
-    cache: kv_cache.Cache,
     emitted: jax.Array,
     logprobs: jax.Array,
     num_accepted: jax.Array,
-    is_finite: jax.Array,
+    num_finite: jax.Array,
+    is_bad: jax.Array,
+    is_alone: jax.Array,
 ) -> tuple[DecodeState, RoundInfo]:
-    """Cut the emitted tokens at stops, limits and bad logits, and advance the rows."""
+    """Cut the emitted tokens at stops, limits and bad logits, and advance the rows.
+
+    Args:
+      emitted, logprobs: `[B, G+1]`, the first `num_accepted + 1` of each row count.
+      num_finite: int32 `[B]`, leading positions with finite logits.
+      is_bad: bool `[B]`, some logits of the row were not. is_alone: bool `[B]`, its
+        last token was fed alone, without drafts.
+    """
     offsets = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
     is_stop = jnp.any(emitted[..., None] == settings.stop_ids[None, None], axis=-1)
     first_stop = jnp.min(
@@ -360,14 +410,14 @@ def _emit(
     )
     wanted = jnp.minimum(num_accepted, first_stop) + 1
     wanted = jnp.minimum(wanted, state.limit - state.length)
-    num_finite = acceptance.count_leading(is_finite)
     num_emitted = jnp.where(state.live, jnp.minimum(wanted, num_finite), 0)
     length = state.length + num_emitted
 
-    reason = jnp.where(length >= state.limit, Finish.LENGTH, Finish.RUNNING)
+    reason = jnp.where(is_bad, Finish.NONFINITE, Finish.RUNNING)
+    reason = jnp.where(length >= state.limit, Finish.LENGTH, reason)
     reason = jnp.where(first_stop < num_emitted, Finish.STOP, reason)
-    reason = jnp.where(num_finite < wanted, Finish.NONFINITE, reason)
     reason = jnp.where(state.live, reason, state.finish_reason).astype(jnp.int32)
+    goes_on = (reason == Finish.RUNNING) | ((reason == Finish.NONFINITE) & ~is_alone)
 
     positions = state.length[:, None] + offsets
     positions = jnp.where(offsets < num_emitted[:, None], positions, NONE)
@@ -376,9 +426,8 @@ def _emit(
         tokens=kv_cache.write(state.tokens, emitted, positions),
         logprobs=kv_cache.write(state.logprobs, logprobs, positions),
         length=length,
-        live=state.live & (reason == Finish.RUNNING),
+        live=state.live & goes_on,
         finish_reason=reason,
-        cache=cache,
     )
     info = RoundInfo(
         num_accepted=num_accepted, num_emitted=num_emitted, is_live=state.live

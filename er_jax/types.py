@@ -104,7 +104,8 @@ class Policy(Protocol):
           params: policy parameters, or a draft made from them by `er_jax.quantize`.
           tokens: `[B, T]` int32.
           positions: `[B, T]` int32, absolute; -1 is padding, for which nothing is
-            written. Positions at or past the cache length are not written either.
+            written. Positions at or past the cache length are not written either. A
+            rollout feeds none past the last token but one of a completion.
           cache: leaves `[B, S, ...]`; entry s holds the token at position s.
 
         Returns:
@@ -154,7 +155,8 @@ class DecodeState:
     limit: int32 `[B]`, the length at which the row ends; at most S when S is final.
     sequence_id: int32 `[B]`, names the row's noise; `NONE` in an empty slot.
     live: bool `[B]`.
-    finish_reason: int32 `[B]`, a `Finish`.
+    finish_reason: int32 `[B]`, a `Finish`; NONFINITE in a live row means suspect: it
+      met non-finite logits beside drafts, and its next round runs without any.
     cache: leaves `[B, S, ...]`.
     """
 

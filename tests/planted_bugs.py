@@ -55,6 +55,10 @@ ENUMERATION = "tests/test_acceptance.py::test_every_outcome_adds_up_to_the_targe
 ROUND = "tests/test_lossless.py::test_every_outcome_of_a_round"
 DRAWS = "tests/test_lossless.py::test_coupled_emits_the_targets_own_draws"
 COMPLETIONS = "tests/test_lossless.py::test_completions_follow_the_target"
+UNSOUND = "tests/test_unsound.py::test_a_drafted_token_ends_no_row"
+SUSPECT = (
+    "tests/test_lossless.py::test_suspect_rows_draw_one_token_from_the_target_alone"
+)
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
 )
@@ -259,10 +263,62 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_lossless.py::test_cache_holds_the_targets_entries[coupled]",),
     ),
     PlantedBug(
+        "positions are fed behind the limit",
+        STEPS,
+        "(positions < state.limit[:, None] - 1)",
+        "(positions < state.limit[:, None])",
+        ("tests/test_unsound.py::test_the_last_token_is_never_fed",),
+    ),
+    PlantedBug(
+        "a suspect row is fed drafts again",
+        STEPS,
+        "is_fed &= (offsets == 0) | ~is_suspect[:, None]",
+        "is_fed &= offsets >= 0",
+        (f"{UNSOUND}[plain-coupled-4]",),
+    ),
+    PlantedBug(
+        "a suspect row keeps the entries of its drafts",
+        STEPS,
+        "start = (is_suspect, state.cache)",
+        "start = (jnp.zeros_like(is_suspect), state.cache)",
+        (f"{UNSOUND}[plain-coupled-4]",),
+    ),
+    PlantedBug(
+        "a suspect row draws what a draft leaves over",
+        STEPS,
+        "residual = jnp.where(is_suspect[:, None], target[:, 0], residual)",
+        "del is_suspect",
+        (f"{SUSPECT}[token]",),
+    ),
+    PlantedBug(
+        "a suspect row keeps drafts",
+        STEPS,
+        "return jnp.where(is_suspect, 0, num_accepted), draws",
+        "return num_accepted, draws",
+        (f"{SUSPECT}[coupled]",),
+    ),
+    PlantedBug(
+        "the first bad logit beside drafts ends a row",
+        STEPS,
+        "((reason == Finish.NONFINITE) & ~is_alone)",
+        "((reason == Finish.NONFINITE) & is_alone)",
+        (f"{UNSOUND}[plain-coupled-4]",),
+    ),
+    PlantedBug(
+        "unseen values count where they are not finite",
+        CACHE,
+        "return lax.cond(is_clean, lambda *_: out, careful, probs, values)",
+        "return lax.cond(is_clean, careful, lambda *_: out, probs, values)",
+        (
+            "tests/test_kv_cache.py::"
+            "test_entries_that_are_not_visible_change_nothing[3-nan]",
+        ),
+    ),
+    PlantedBug(
         "rows that have ended still write",
         STEPS,
-        "jnp.where(state.live[:, None], state.length[:, None] - 1 + offsets, NONE)",
-        "state.length[:, None] - 1 + offsets",
+        "is_fed = state.live[:, None] & (",
+        "is_fed = (",
         ("tests/test_lossless.py::test_dead_rows_are_not_written[coupled]",),
     ),
     PlantedBug(
@@ -516,6 +572,27 @@ BUGS: tuple[PlantedBug, ...] = (
         'np.argsort(-np.asarray(costs, float), kind="stable")',
         'np.argsort(np.asarray(costs, float), kind="stable")',
         ("tests/test_replicas.py::test_the_longest_are_dealt_first",),
+    ),
+    PlantedBug(
+        "a save that can be loaded before it is whole",
+        "er_jax/hf.py",
+        "return 0 if WEIGHT_FILE.fullmatch(name) else 1 + (name == CONFIG)",
+        "return 2 if WEIGHT_FILE.fullmatch(name) else 1 - (name == CONFIG)",
+        ("tests/test_hf_saving.py::test_killed_before_every_step[empty]",),
+    ),
+    PlantedBug(
+        "weights of an index where transformers reads one file",
+        "er_jax/hf.py",
+        "if is_file(path / WEIGHTS):",
+        "if is_file(path / WEIGHTS) and not is_file(path / INDEX):",
+        ("tests/test_hf_damage.py::test_one_file_is_read_before_an_index",),
+    ),
+    PlantedBug(
+        "true read as the number 1",
+        "er_jax/hf.py",
+        "type(value) is int and low <= value <= high",
+        "isinstance(value, int) and low <= value <= high",
+        ("tests/test_hf_damage.py::test_every_field_is_checked[llama-vocab_size]",),
     ),
 )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from er_jax import kv_cache
+from er_jax.types import NONE
 
 S = 24
 
@@ -82,9 +83,12 @@ def test_the_two_paths_agree(
     np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("junk", [1e30, np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("num_queries", [3, 20])
-def test_entries_that_are_not_visible_change_nothing(num_queries: int) -> None:
-    """Bit for bit: a zero weight times any finite entry is zero."""
+def test_entries_that_are_not_visible_change_nothing(
+    num_queries: int, junk: float
+) -> None:
+    """Bit for bit, whatever they hold, and by either path."""
     query = normal(2, num_queries, 4, 6).astype(np.float32)
     keys = normal(2, S, 12, seed=1).astype(np.float32)
     values = normal(2, S, 12, seed=2).astype(np.float32)
@@ -92,13 +96,34 @@ def test_entries_that_are_not_visible_change_nothing(num_queries: int) -> None:
     positions = np.stack([positions, np.minimum(positions, 4)])
     clean = attend(query, keys, values, positions)
     dirty_keys, dirty_values = keys.copy(), values.copy()
-    dirty_keys[0, 10:], dirty_values[0, 10:] = 1e30, -1e30
-    dirty_keys[1, 5:], dirty_values[1, 5:] = -1e30, 1e30
+    dirty_keys[0, 10:], dirty_values[0, 10:] = junk, -junk
+    dirty_keys[1, 5:], dirty_values[1, 5:] = -junk, junk
     dirty = attend(query, dirty_keys, dirty_values, positions)
     np.testing.assert_array_equal(dirty, clean)
     # The last visible one does count.
     values[1, positions[1].max()] += 1
     assert not np.array_equal(attend(query, keys, values, positions)[1], clean[1])
+
+
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("junk", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("num_queries", [1, 3, 20])
+def test_a_query_that_sees_a_non_finite_entry_is_nan_and_no_other(
+    num_queries: int, junk: float, where: str
+) -> None:
+    """As the entry of a token that was only drafted is seen by those behind it."""
+    query = normal(2, num_queries, 4, 6).astype(np.float32)
+    keys = normal(2, S, 12, seed=1).astype(np.float32)
+    values = normal(2, S, 12, seed=2).astype(np.float32)
+    positions = np.tile(np.arange(num_queries, dtype=np.int32), (2, 1))
+    positions[1, -1] = NONE  # padding sees nothing
+    clean = np.asarray(attend(query, keys, values, positions))
+    at = num_queries // 2
+    (keys if where == "keys" else values)[:, at, 7] = junk  # one number of one head
+    out = np.asarray(attend(query, keys, values, positions))
+    sees = positions >= at
+    np.testing.assert_array_equal(out[~sees], clean[~sees])
+    assert np.isnan(out[sees]).all()
 
 
 def test_bfloat16_attention_has_float32_sums() -> None:

@@ -11,6 +11,7 @@ a seed nobody looked at, and never for the seeds here, which are fixed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -262,6 +263,25 @@ def test_bad_logits_leave_the_rest_of_the_distribution(rule: AcceptRule) -> None
     target = {**TARGET, "pages": TARGET["pages"].copy()}
     target["pages"][1, 0] = np.nan
     check_completions(rule, 3, target)
+
+
+@rules
+def test_suspect_rows_draw_one_token_from_the_target_alone(rule: AcceptRule) -> None:
+    """And no entry is left of what they were fed before."""
+    rows = ROWS // 2
+    state = start_state(
+        TOY, TARGET, same_prompt(PROMPT, rows), NUM_TOKENS, cache_length=8
+    )
+    suspect = np.full(rows, Finish.NONFINITE, np.int32)
+    state = dataclasses.replace(state, finish_reason=suspect)
+    state, info = run(rule, 3, state, settings(), TARGET, DRAFT, max_rounds=1)
+    assert (state.length == 3).all()
+    assert (state.finish_reason == Finish.RUNNING).all()
+    assert list(info.accepted) == [rows, 0, 0, 0]
+    assert (state.cache[:, 2:] == 0).all()
+    counts = np.bincount(state.tokens[:, 2], minlength=3)
+    probs = oracle_table(full_table(TARGET), settings())[PROMPT]
+    assert_same_distribution(counts, probs)
 
 
 @rules
