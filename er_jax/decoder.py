@@ -35,7 +35,9 @@ class RopeScaling:
     mixed in proportion to the turns that a wave makes within `original_length`.
 
     Args:
-      factor: >= 1. low_freq_factor, high_freq_factor: the first below the second.
+      factor: >= 1.
+      low_freq_factor: above 0.
+      high_freq_factor: above the other.
       original_length: positions the model was made for before.
     Raises:
       ValueError: numbers out of these ranges.
@@ -79,14 +81,16 @@ class DecoderConfig:
     Args:
       vocab_size: V, token ids.
       dim: width of the residual stream.
-      num_layers: L. num_heads: H. num_kv_heads: K, divides H.
+      num_layers: L.
+      num_heads: H.
+      num_kv_heads: K, divides H.
       head_dim: D, even; None is dim / num_heads.
       hidden_dim: width of the SwiGLU layer.
-      rope_theta: base of the rotary frequencies. rope_scaling: how they are stretched;
-        None leaves them.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: how they are stretched; None leaves them.
       norm_eps: added to the mean square in RMSNorm.
-      qkv_bias: biases on the q, k and v projections (Qwen2). o_bias: on the output
-        projection of attention.
+      qkv_bias: biases on the q, k and v projections (Qwen2).
+      o_bias: bias on the output projection of attention.
       qk_norm: RMSNorm over each head's q and k (Qwen3).
       tied_embeddings: the vocabulary projection is the embedding table.
       max_length: positions the model was made for; longer rollouts are refused. None
@@ -118,6 +122,17 @@ class DecoderConfig:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("head_dim", "max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least 1, or None"
+                )
+        # Also not NaN, and nothing that float32 rounds to zero or infinity.
+        for name, low, high in (("rope_theta", 1, 1e18), ("norm_eps", 1e-30, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be from {low:g} to {high:g}"
+                )
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads="
@@ -151,11 +166,14 @@ class Decoder:
     Args:
       config: sizes and switches.
       source: directory of the checkpoint it came from, None if from none; no part of
-        what the policy is.
+        what the policy is. source_config: text of the config.json there, likewise.
     """
 
     config: DecoderConfig
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    source_config: str | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     @property
     def vocab_size(self) -> int:

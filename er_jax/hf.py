@@ -1,13 +1,12 @@
 """Hugging Face checkpoints: loaded as a `Decoder`, and a `Decoder` saved as one.
 
 Llama 2 and 3, Mistral without a sliding window, Qwen2, Qwen2.5 and Qwen3 (dense), from
-single or sharded safetensors. A field of a configuration is either understood, or known
-to change nothing, or refused by name: none is ignored.
+single or sharded safetensors. `hf_config` reads and writes their configuration.
 
 *Loading* checks names, shapes and types of all tensors before it reads any, then reads
 them one by one, in slices, straight into arrays of the wanted type: beside the result
-there is never more than one tensor. *Saving* writes beside the directory and renames at
-the end: a directory that is there is whole.
+there is never more than one tensor. *Saving* needs nothing of the checkpoint that was
+loaded, and is done in one step at the end: what can be loaded is whole.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ import functools
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,42 +32,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from er_jax.decoder import Decoder, DecoderConfig, RopeScaling
+from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.drafter import TiedEmbedding
+from er_jax.hf_config import (
+    CONFIG,
+    OBJECT,
+    checked,
+    decoder_config,
+    is_file,
+    new_fields,
+    read_json,
+    refusal,
+    said,
+    shown,
+)
 from er_jax.sharding import param_spec
 from er_jax.types import Params
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-# Fields that say sizes and switches; each is read below.
-READ_FIELDS = frozenset(
-    """
-    model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
-    num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps rope_theta
-    rope_scaling rope_parameters tie_word_embeddings attention_bias mlp_bias
-    sliding_window use_sliding_window layer_types max_position_embeddings
-    partial_rotary_factor quantization_config torch_dtype dtype
-    """.split()
-)
-
-# Fields that change nothing that is computed here: training, generation, bookkeeping.
-HARMLESS_FIELDS = frozenset(
-    """
-    transformers_version _name_or_path initializer_range use_cache bos_token_id
-    eos_token_id pad_token_id attention_dropout hidden_dropout pretraining_tp
-    max_window_layers output_attentions output_hidden_states return_dict id2label
-    label2id problem_type is_encoder_decoder chunk_size_feed_forward unsloth_fixed
-    unsloth_version task_specific_params finetuning_task _attn_implementation
-    """.split()
-)
+INDEX_FIELDS = {"weight_map": dataclasses.replace(OBJECT, is_null_unsaid=False)}
 
 # Files of a checkpoint beside configuration and weights that a trained one needs too.
 COMPANIONS = (
@@ -82,6 +69,9 @@ COMPANIONS = (
     "chat_template.json",
 )
 
+# What a save writes beside these and the configuration.
+WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Bytes read, turned and converted at once.
@@ -91,10 +81,25 @@ SHARD_BYTES = 4 << 30
 
 def policy_of(directory: str | os.PathLike[str], dtype: Any = None) -> Decoder:
     """Return the policy of a checkpoint without its parameters; see `load_hf`."""
-    path = Path(directory)
-    named = None if dtype is None else jnp.dtype(dtype).name
-    config = decoder_config(_read_json(path / CONFIG), named)
-    return Decoder(config, source=str(path))
+    file = Path(directory) / CONFIG
+    fields = read_json(file)
+    config = decoder_config(fields, _dtype_name(dtype), file)
+    # Whatever becomes of directory and working directory, it can be saved.
+    source = os.path.abspath(directory)
+    return Decoder(config, source=source, source_config=json.dumps(fields))
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    if dtype is None:
+        return None
+    name = None
+    with contextlib.suppress(TypeError):
+        name = jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16", "float64"):
+        raise ValueError(
+            f"dtype={dtype!r} is not supported; use 'float32', 'bfloat16' or 'float64'"
+        )
+    return name
 
 
 def load_hf(
@@ -114,11 +119,13 @@ def load_hf(
         them on the default device.
       progress: show a progress bar of the bytes.
     Returns:
-      The policy, which remembers the directory for `save_hf`, and its parameters.
+      The policy, which keeps configuration and directory for `save_hf`, and its
+      parameters.
     Raises:
-      ValueError: no such checkpoint; an architecture or a field that is not supported;
-        tensors that are missing, left over, damaged, or of another shape or type; a
-        mesh that does not divide them.
+      ValueError: no such checkpoint; an architecture, or a field or its value, that is
+        not supported; a damaged file, or an index that names files elsewhere; tensors
+        that are missing, left over, or of another shape or type; a mesh that does not
+        divide them.
     """
     path = Path(directory)
     policy = policy_of(directory, dtype)
@@ -146,170 +153,41 @@ def load_hf(
 def save_hf(directory: str | os.PathLike[str], policy: Decoder, params: Params) -> None:
     """Save parameters as a checkpoint that `transformers` loads.
 
-    Configuration, tokenizer and generation settings come from the checkpoint that the
-    policy was loaded from, if it was; else the configuration is written anew.
+    The configuration is that of the checkpoint that the policy was loaded from, which
+    it keeps; else it is written anew. Tokenizer and generation settings are copied
+    from there as far as they still can be read.
 
     Args:
-      directory: must not exist, or be empty; written whole or not at all.
+      directory: must not exist, or be empty. Until all is written, no configuration is
+        there and nothing can be loaded; what a killed save left is removed.
       policy: the policy. params: its parameters, bare: no draft.
     Raises:
       ValueError: the directory holds something; the parameters are not the policy's; or
         no supported architecture has this policy's switches.
+      OSError: it cannot be written; nothing of it is left.
     """
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(
-            f"directory={os.fspath(directory)!r} already holds something; give a new "
-            "one, so that nothing is lost"
-        )
-    config = policy.config
-    tensors = list(_tensors(config))
+    # A link is followed: renaming would replace it, not what it points to.
+    target = Path(os.path.realpath(directory))
+    _check_free(target, directory)
+    tensors = list(_tensors(policy.config))
     arrays = dict(_disassembled(params, tensors))
-    source = None if policy.source is None else Path(policy.source)
-    fields = _fields_of(policy, source)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
+    fields = _fields_of(policy)
     try:
-        _write_tensors(part, tensors, arrays)
-        if source is not None:
-            _copy_companions(source, part)
-        (part / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
-        part.rename(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def decoder_config(fields: Mapping[str, Any], dtype: str | None) -> DecoderConfig:
-    """Return the decoder that a configuration describes.
-
-    Args:
-      fields: of config.json. dtype: as for `load_hf`.
-    Raises:
-      ValueError: something that is not supported, by its name.
-    """
-    family = fields.get("model_type")
-    if family not in ARCHITECTURES:
-        raise ValueError(
-            f"model_type={family!r} is not supported; load a checkpoint of one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    for name in sorted(fields.keys() - READ_FIELDS - HARMLESS_FIELDS):
-        if fields[name] not in (None, False, [], {}):
-            raise ValueError(
-                f"{CONFIG} says {name}={fields[name]!r}, which is not known here and "
-                "may change what the model computes; if it does not, remove it from "
-                f"{CONFIG}"
-            )
-
-    def refuse(name: str, wanted: str) -> None:
-        raise ValueError(
-            f"{CONFIG} says {name}={fields.get(name)!r}, which is not supported; only "
-            f"{wanted} is"
-        )
-
-    def required(name: str) -> Any:
-        if fields.get(name) is None:
-            raise ValueError(f"{CONFIG} has no {name}; the checkpoint is incomplete")
-        return fields[name]
-
-    architectures = fields.get("architectures")
-    if architectures and ARCHITECTURES[family] not in architectures:
-        refuse("architectures", f"{ARCHITECTURES[family]}, a language model,")
-    if fields.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", "'silu'")
-    if fields.get("mlp_bias"):
-        refuse("mlp_bias", "False")
-    if fields.get("quantization_config"):
-        refuse("quantization_config", "a checkpoint that is not quantized")
-    if fields.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor", "1.0")
-    if set(fields.get("layer_types") or ()) - {"full_attention"}:
-        refuse("layer_types", "'full_attention'")
-    # Qwen names a window even where it does not use one; Mistral's is on by default.
-    if family in ("qwen2", "qwen3"):
-        has_window = bool(fields.get("use_sliding_window"))
-    else:
-        unsaid = 4096 if family == "mistral" else None
-        has_window = fields.get("sliding_window", unsaid) is not None
-    if has_window:
-        refuse("sliding_window", "a model without one (null)")
-    heads = required("num_attention_heads")
-    kv_heads = fields.get("num_key_value_heads")
-    if kv_heads is None:
-        kv_heads = heads if family == "llama" else required("num_key_value_heads")
-    head_dim = fields.get("head_dim")
-    if head_dim is None and family == "qwen3":
-        head_dim = 128
-    if head_dim is not None and head_dim * heads == required("hidden_size"):
-        head_dim = None
-    has_bias = bool(fields.get("attention_bias"))
-    theta, scaling = _rope(fields)
-    return DecoderConfig(
-        vocab_size=required("vocab_size"),
-        dim=required("hidden_size"),
-        num_layers=required("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        hidden_dim=required("intermediate_size"),
-        head_dim=head_dim,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=fields.get("rms_norm_eps", 1e-6),
-        qkv_bias=has_bias or family == "qwen2",
-        o_bias=has_bias,
-        qk_norm=family == "qwen3",
-        tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        max_length=fields.get("max_position_embeddings"),
-        dtype=dtype or _default_dtype(fields),
-    )
-
-
-def _default_dtype(fields: Mapping[str, Any]) -> str:
-    named = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
-    known = {"float16": "float32", "float32": "float32", "bfloat16": "bfloat16"}
-    if named not in known:
-        raise ValueError(
-            f"{CONFIG} says dtype={named!r}, which no policy here has; choose one with "
-            "dtype='float32' or dtype='bfloat16'"
-        )
-    return known[named]
-
-
-def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return theta and scaling, from the old fields or the new one."""
-    new, old = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
-    found = {**old, **new}
-    theta = float(found.pop("rope_theta", fields.get("rope_theta") or 10_000.0))
-    if found.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"{CONFIG} says partial_rotary_factor other than 1.0, which is not "
-            "supported"
-        )
-    kinds = {found.pop(name) for name in ("rope_type", "type") if name in found}
-    kind = kinds.pop() if kinds else "default"
-    if kinds or kind not in ("default", "llama3"):
-        raise ValueError(
-            f"{CONFIG} says rope_type={kind!r}, which is not supported; only 'default' "
-            "and 'llama3' are"
-        )
-    if kind == "default":
-        names: dict[str, str] = {}
-    else:
-        names = {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_length",
-        }
-    if found.keys() != names.keys():
-        raise ValueError(
-            f"{CONFIG} says rope_type={kind!r} with {sorted(found)}; it takes exactly "
-            f"{sorted(names)}"
-        )
-    if kind == "default":
-        return theta, None
-    return theta, RopeScaling(**{names[name]: found[name] for name in names})
+        part = _begun(target)
+        try:
+            _write_tensors(part, tensors, arrays)
+            if policy.source is not None:
+                _copy_companions(Path(policy.source), part)
+            (part / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
+            _finish(part, target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{target} cannot be written ({error}); make room, or give another "
+            "directory, and save again"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +228,7 @@ def _tensors(c: DecoderConfig) -> Iterator[Tensor]:
         "up_proj": (c.hidden_dim, c.dim),
         "down_proj": (c.dim, c.hidden_dim),
     }
-    yield Tensor("model.embed_tokens.weight", ("embed",), (c.vocab_size, c.dim))
+    yield Tensor(TABLE, ("embed",), (c.vocab_size, c.dim))
     for i in range(c.num_layers):
         prefix, at = f"model.layers.{i}", ("layers", i)
         yield Tensor(f"{prefix}.input_layernorm.weight", (*at, "attn_norm"), (c.dim,))
@@ -372,57 +250,58 @@ def _tensors(c: DecoderConfig) -> Iterator[Tensor]:
     yield Tensor("model.norm.weight", ("final_norm",), (c.dim,))
     if not c.tied_embeddings:
         shape = (c.vocab_size, c.dim)
-        yield Tensor("lm_head.weight", ("lm_head",), shape, is_turned=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); give the directory of a "
-            "checkpoint as save_pretrained writes it"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; copy it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object; copy it again")
-    return found
+        yield Tensor(HEAD, ("lm_head",), shape, is_turned=True)
 
 
 def _files(path: Path) -> list[str]:
-    """Return the names of the files with weights."""
-    if (path / INDEX).exists():
-        index = _read_json(path / INDEX)
-        files = sorted(set(index.get("weight_map", {}).values()))
+    """Return the names of the files with weights, all of which are in the directory."""
+    # Where both are there, as in `transformers`.
+    if is_file(path / WEIGHTS):
+        return [WEIGHTS]
+    index = path / INDEX
+    if is_file(index):
+        placed = checked(read_json(index), INDEX_FIELDS, index)["weight_map"]
+        for tensor, name in placed.items():
+            if not _is_plain(name):
+                words = "a plain file name in the same directory"
+                raise refusal(index, f"weight_map[{shown(tensor)}]", name, words)
+        files = sorted(set(placed.values()))
         if not files:
-            raise ValueError(f"{path / INDEX} names no files; copy it again")
-        missing = [name for name in files if not (path / name).exists()]
+            raise ValueError(f"{index} names no files in weight_map; copy it again")
+        missing = [name for name in files if not is_file(path / name)]
         if missing:
             raise ValueError(
                 f"{path} lacks {len(missing)} of {len(files)} shards, "
-                f"{missing[0]} first; copy them again"
+                f"{said(missing[0])} first; copy them again"
             )
         return files
-    if (path / WEIGHTS).exists():
-        return [WEIGHTS]
     others = sorted(file.name for file in path.glob("*.bin"))
     raise ValueError(
-        f"{path} holds neither {WEIGHTS} nor {INDEX}"
-        + (f", only {others[0]}; save it again as safetensors" if others else "")
+        f"{path} holds neither {WEIGHTS} nor {INDEX}; "
+        + (f"only {others[0]}; save it again as safetensors" if others else "copy them")
     )
+
+
+def _is_plain(name: Any) -> bool:
+    """Tell whether something names a file right here, on any system.
+
+    Of the name only: in the Hugging Face cache it is a link to a file elsewhere.
+    """
+    is_name = isinstance(name, str) and name not in ("", ".", "..")
+    return is_name and not any(mark in name for mark in "/\\:\0")
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
         # NumPy knows bfloat16 once ml_dtypes is imported, as JAX does.
-        with safe_open(path, framework="np") as handle:
-            yield handle
-    except SafetensorError as error:
+        handle = safe_open(path, framework="np")
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} is damaged or cut short ({error}); copy it again"
         ) from error
+    with handle:
+        yield handle
 
 
 def _placed(
@@ -437,7 +316,10 @@ def _placed(
     for file in files:
         for name in handles[file].keys():
             if name in place:
-                raise ValueError(f"{path}: {name} is in {place[name]} and in {file}")
+                raise ValueError(
+                    f"{path}: {said(name)} is in {place[name]} and in {file}; remove "
+                    "the file that is another checkpoint's"
+                )
             place[name] = file
     missing = [name for name in tensors if name not in place]
     if missing:
@@ -452,17 +334,17 @@ def _placed(
             return config.rope_scaling is None
         return name in tensors
 
-    extra = [name for name in place if not is_known(name)]
-    if config.tied_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
-        _check_tied(path, handles, place)
+    known = dict(tensors)
+    if config.tied_embeddings and HEAD in place:
+        known[HEAD] = dataclasses.replace(tensors[TABLE], name=HEAD)
+    extra = [name for name in place if not is_known(name) and name not in known]
     if extra:
         raise ValueError(
             f"{path} holds {len(extra)} tensors that the model its configuration "
-            f"describes does not have, {sorted(extra)[0]} first; its configuration is "
+            f"describes does not have, {said(min(extra))} first; its configuration is "
             "another's"
         )
-    for name, tensor in tensors.items():
+    for name, tensor in known.items():
         found = handles[place[name]].get_slice(name)
         shape = tuple(found.get_shape())
         if shape != tensor.shape:
@@ -475,6 +357,8 @@ def _placed(
                 f"{path}: {name} has type {found.get_dtype()}; only "
                 f"{', '.join(DTYPES.values())} can be loaded"
             )
+    if HEAD in known and HEAD not in tensors:
+        _check_tied(path, handles, place)
     return place
 
 
@@ -482,11 +366,10 @@ def _check_tied(
     path: Path, handles: Mapping[str, Any], place: Mapping[str, str]
 ) -> None:
     """Refuse a projection that is not the embedding it should be tied to."""
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    head, table = (handles[place[name]].get_slice(name) for name in names)
-    shape = tuple(table.get_shape())
+    head, table = (handles[place[name]].get_slice(name) for name in (HEAD, TABLE))
+    shape = table.get_shape()
     rows = max(1, SLICE_BYTES // (8 * shape[1]))
-    is_same = tuple(head.get_shape()) == shape and all(
+    is_same = all(
         np.array_equal(
             head[i : min(i + rows, shape[0])], table[i : min(i + rows, shape[0])]
         )
@@ -593,6 +476,11 @@ def _disassembled(
                 f"params: {tensor.leaf} has shape {shape}, and the policy's has "
                 f"{tensor.leaf_shape}; {remedy}"
             )
+        if leaf.dtype.name not in DTYPES.values():
+            raise ValueError(
+                f"params: {tensor.leaf} has dtype {leaf.dtype.name}; only "
+                f"{', '.join(DTYPES.values())} can be loaded again: {remedy}"
+            )
         yield tensor.name, leaf
 
 
@@ -630,71 +518,107 @@ def _write_tensors(
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
+    """Copy tokenizer and settings, without what is gone or cannot be read."""
     for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, directory / name)
+        try:
+            if not is_file(source / name):
+                continue
+            data = (source / name).read_bytes()
+        except (OSError, ValueError):  # no reason to lose what was trained
+            continue
+        (directory / name).write_bytes(data)
 
 
-def _fields_of(policy: Decoder, source: Path | None) -> dict[str, Any]:
+def _is_part(target: Path, name: str) -> bool:
+    """Tell whether a name is that of a directory in which a save to `target` writes."""
+    return bool(re.fullmatch(rf"\.{re.escape(target.name)}\.\w+\.part", name))
+
+
+def _new_part(target: Path) -> Path:
+    """Name a directory to write in: within `target` if that is there, else beside it.
+
+    One that is there stays the same: it may be a mount, or somebody's working
+    directory. One that is not appears by renaming.
+    """
+    home = target if target.is_dir() else target.parent
+    return home / f".{target.name}.{secrets.token_hex(4)}.part"
+
+
+def _check_free(target: Path, given: str | os.PathLike[str]) -> None:
+    """Refuse a target that holds more than what killed saves left there."""
+    if target.is_dir():
+        names = {file.name for file in target.iterdir()}
+        parts = {name for name in names if _is_part(target, name)}
+        is_taken = bool(names - parts - _half_moved(target))
+    else:
+        is_taken = os.path.lexists(target)
+    if is_taken:
+        raise ValueError(
+            f"directory={os.fspath(given)!r} already holds something; give a new "
+            "one, so that nothing is lost"
+        )
+
+
+def _half_moved(target: Path) -> set[str]:
+    """Return the files that a save left which was killed while it moved them there.
+
+    Weights go first and the configuration last (`_finish`), which tells them from
+    files that were put beside a save that was killed before.
+    """
+    names = {file.name for file in target.iterdir()}
+    weights = {name for name in names if WEIGHT_FILE.fullmatch(name)}
+    if CONFIG in names or not weights or not any(_is_part(target, n) for n in names):
+        return set()
+    return weights | (names & set(COMPANIONS))
+
+
+def _begun(target: Path) -> Path:
+    """Make a directory to write in, having removed what killed saves left."""
+    part = _new_part(target)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        # Weights last: while they are there, the others are known to be a save's.
+        for name in sorted(_half_moved(target), key=_order, reverse=True):
+            (target / name).unlink()
+    for left in list(part.parent.iterdir()):
+        if _is_part(target, left.name):
+            # Renamed first: another process that writes there fails; it does not mix.
+            with contextlib.suppress(OSError):  # another's, say; it may stay
+                shutil.rmtree(left.rename(_new_part(target)), ignore_errors=True)
+    part.mkdir()
+    return part
+
+
+def _order(name: str) -> int:
+    """Weights, then what is copied, then the configuration, which makes it loadable."""
+    return 0 if WEIGHT_FILE.fullmatch(name) else 1 + (name == CONFIG)
+
+
+def _finish(part: Path, target: Path) -> None:
+    """Put what was written where it belongs, all of it or nothing."""
+    if part.parent != target:
+        part.rename(target)
+        return
+    names = sorted((file.name for file in part.iterdir()), key=_order)
+    try:
+        for name in names:
+            (part / name).replace(target / name)
+    except BaseException:
+        if not (target / CONFIG).exists():
+            for name in names:
+                (target / name).unlink(missing_ok=True)
+        raise
+    part.rmdir()
+
+
+def _fields_of(policy: Decoder) -> dict[str, Any]:
     """Return the configuration to save: the source's own where it still holds."""
     config = policy.config
-    if source is not None:
-        fields = _read_json(source / CONFIG)
-        if decoder_config(fields, config.dtype) == config:
+    if policy.source_config is not None:
+        fields = json.loads(policy.source_config)
+        if decoder_config(fields, config.dtype, Path(CONFIG)) == config:
             for name in ("dtype", "torch_dtype"):
                 if name in fields:
                     fields[name] = config.dtype
             return fields
-    return _new_fields(config)
-
-
-def _new_fields(c: DecoderConfig) -> dict[str, Any]:
-    """Return a configuration for a decoder that came from nowhere."""
-    family = "llama"
-    if c.qk_norm:
-        family = "qwen3"
-    elif c.qkv_bias and not c.o_bias:
-        family = "qwen2"
-    if c.qkv_bias != c.o_bias and family != "qwen2":
-        raise ValueError(
-            f"qkv_bias={c.qkv_bias}, o_bias={c.o_bias}, qk_norm={c.qk_norm}: no "
-            f"supported architecture ({', '.join(ARCHITECTURES)}) has these together"
-        )
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": c.rope_scaling.factor,
-            "low_freq_factor": c.rope_scaling.low_freq_factor,
-            "high_freq_factor": c.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": c.rope_scaling.original_length,
-        }
-    # Both spellings: older versions of transformers read the fields behind.
-    older = {k: v for k, v in rope.items() if k != "rope_theta"}
-    fields: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.dim,
-        "intermediate_size": c.hidden_dim,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.norm_eps,
-        "rope_parameters": rope,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": older if c.rope_scaling is not None else None,
-        "tie_word_embeddings": c.tied_embeddings,
-        "max_position_embeddings": c.max_length or 2**17,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "dtype": c.dtype,
-        "torch_dtype": c.dtype,
-    }
-    if family != "qwen2":
-        fields["attention_bias"] = c.qkv_bias
-    if family == "llama":
-        fields["mlp_bias"] = False
-    return fields
+    return new_fields(config)

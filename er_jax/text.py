@@ -6,11 +6,13 @@ Needs the extra `hf`. Left out: any model.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from er_jax.hf import COMPANIONS
+from er_jax.hf_config import is_file, read_json, refusal
 
 Message = Mapping[str, str]
 
@@ -73,7 +75,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> TextTokenizer:
         generation_config.json says, else config.json, else the tokenizer itself.
     Raises:
       ImportError: the extra `hf` is not installed.
-      ValueError: no tokenizer there, or nothing says where completions end.
+      ValueError: no tokenizer there, or damaged files; or nothing says where
+        completions end, or something that is no token id.
     """
     try:
         from transformers import AutoTokenizer
@@ -82,22 +85,45 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> TextTokenizer:
             'tokenizers need transformers; install it with pip install "er-jax[hf]"'
         ) from error
     path = Path(directory)
-    if not (path / "tokenizer_config.json").exists():
+    found = [name for name in COMPANIONS if is_file(path / name)]
+    if "tokenizer_config.json" not in found:
         raise ValueError(
             f"{path} has no tokenizer (tokenizer_config.json); copy the tokenizer's "
             "files there"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    found: Any = None
-    for name in ("generation_config.json", "config.json"):
-        if found is None and (path / name).exists():
-            found = json.loads((path / name).read_text("utf-8")).get("eos_token_id")
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
+    stops = _stops(path)
+    try:
+        # False, or it would ask on the terminal whether to run a checkpoint's code.
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    # Damaged files end in whatever their reader meets first.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{path}: the tokenizer cannot be loaded ({reason}); copy the tokenizer's "
+            "files again"
+        ) from error
+    if not stops and tokenizer.eos_token_id is not None:
+        stops = (tokenizer.eos_token_id,)
+    if not stops:
         raise ValueError(
             f"{path} does not say where completions end; give eos_token_id in "
             "generation_config.json"
         )
-    stops = tuple(found) if isinstance(found, Sequence) else (found,)
     return TextTokenizer(tokenizer, stops)
+
+
+def _stops(path: Path) -> tuple[int, ...]:
+    """Return the end tokens that a checkpoint's settings name; none if they do not."""
+    for file in (path / "generation_config.json", path / "config.json"):
+        found = read_json(file).get("eos_token_id") if is_file(file) else None
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        # By type: true is no id.
+        if not ids or any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
+            words = "a token id, or a list of them,"
+            raise refusal(file, "eos_token_id", found, words)
+        return tuple(ids)
+    return ()
