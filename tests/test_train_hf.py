@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 import er_jax
 from tests.test_text import make_tokenizer
+from train.config import GRPOConfig, HFConfig
+from train.subjects import subject_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,6 +33,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
     make_tokenizer(directory)
     return directory
+
+
+def test_a_prompt_over_the_positions_is_refused_with_its_line(tmp_path: Path) -> None:
+    """When the data is read; nothing of the weights is, for there are none."""
+    transformers.Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, eos_token_id=2,
+        max_position_embeddings=32,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    make_tokenizer(tmp_path)
+    data = tmp_path / "sums.jsonl"
+    prompts = ["1+1=", "2+2=", "1+1+1+1+1+1+1="]  # the last has 17 tokens
+    lines = [json.dumps({"prompt": prompt, "answer": "2"}) for prompt in prompts]
+    data.write_text("\n".join(lines))
+    config = HFConfig(
+        model=tmp_path, data=data, grpo=GRPOConfig(max_new_tokens=15, max_slots=8)
+    )
+    problems = subject_of(config).problems
+    assert len(problems["train"]) == 2 and len(problems["eval"]) == 1
+    for max_new, message in (
+        (16, r'sums.jsonl, line 3: "prompt" has 17 tokens, .* leave 16 beside grpo'),
+        (32, "max_new_tokens=32: the model has 32 positions; leave some"),
+    ):
+        grpo = GRPOConfig(max_new_tokens=max_new, max_slots=8)
+        with pytest.raises(ValueError, match=message):
+            subject_of(dataclasses.replace(config, grpo=grpo))
 
 
 def run(*command: object) -> str:

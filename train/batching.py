@@ -86,6 +86,9 @@ class Buckets:
       tokens: tokens in one chunk; a bucket of length T has max(1, tokens // T) rows,
         rounded down to a multiple of `row_groups`, but for the first.
       row_groups: parts of a mesh that the rows are spread over.
+    A bucket longer than `tokens` is part of a step that has an example for it or for a
+    longer one, and of no other: what the longest line of a file needs is not paid for
+    where it is not sampled.
 
     Raises:
       ValueError: lengths not ascending from >= 1, or tokens < 1.
@@ -122,10 +125,18 @@ class Buckets:
         )
 
     def up_to(self, longest: int) -> "Buckets":
-        """The same buckets, but the last is `longest` tokens rounded up to 16."""
+        """The same buckets, but the last is `longest` tokens rounded up to 16.
+
+        Past `tokens` there is one of every doubling, since those are few and costly.
+        """
         last = -(-longest // 16) * 16
-        shorter = tuple(length for length in self.lengths if length < last)
-        return dataclasses.replace(self, lengths=(*shorter, last))
+        lengths = [length for length in self.lengths if length < last]
+        step = self.tokens // 16 * 16
+        while 0 < step < last:
+            if step > max(lengths, default=0):
+                lengths.append(step)
+            step *= 2
+        return dataclasses.replace(self, lengths=(*lengths, last))
 
 
 def batch_of(examples: Sequence[Example], rows: int, length: int) -> Batch:
@@ -180,6 +191,8 @@ def stack_chunks(
 ) -> tuple[Chunks, ...]:
     """Sort examples into buckets; the shapes depend on `capacity` and not on lengths.
 
+    Which buckets there are depends on the longest example, past `buckets.tokens`.
+
     Args:
       examples: at most `capacity` of them.
       buckets: shapes of the chunks.
@@ -187,6 +200,11 @@ def stack_chunks(
     Returns:
       One `Chunks` for each bucket.
     """
+    longest = max(map(buckets.length_for, examples), default=0)
+    most = max(longest, buckets.tokens, buckets.lengths[0])
+    buckets = dataclasses.replace(
+        buckets, lengths=tuple(length for length in buckets.lengths if length <= most)
+    )
     batches = make_batches(examples, buckets)
     stacked = []
     for length in buckets.lengths:

@@ -13,14 +13,17 @@ from typing import Any
 
 import er_jax
 from train.losses import PolicyLoss
+from train.settings import check_types, require
 from train.sft import SFTConfig
-from train.tasks import ArithmeticConfig, require
+from train.tasks import ArithmeticConfig
 
 DTYPES = ("float32", "float64")
 
 # What a resumed run may change: how far it goes, where it lies, how often it saves, on
 # which devices it runs.
-FREE_ON_RESUME = ("steps", "out", "resume", "save_every", "profile", "mesh")
+FREE_ON_RESUME = (
+    "steps", "out", "resume", "resume_step", "save_every", "profile", "mesh",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,9 @@ class ModelConfig:
     head_dim: int = 32
     hidden_dim: int = 512
     qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def decoder(self, vocab_size: int, dtype: str) -> er_jax.Decoder:
         """Return the policy; `er_jax.DecoderConfig` checks the sizes."""
@@ -80,6 +86,7 @@ class MeshConfig:
     heartbeat_s: int = 100
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("data", "fsdp", "model", "heartbeat_s"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give >= 1")
         is_named = self.coordinator is not None and self.coordinator != "auto"
@@ -134,6 +141,7 @@ class GRPOConfig:
     chunk_tokens: int = 1_152
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (
             "prompts_per_step",
             "max_new_tokens",
@@ -181,6 +189,7 @@ class BaseConfig:
         runs repeat bit for bit; needs "ar" or "fixed:g", and is slower.
       out: directory for everything the run writes.
       resume: go on from the last checkpoint in `out`.
+      resume_step: or from this one, if the last is damaged; later ones are set aside.
       save_every: GRPO steps between two checkpoints.
       eval_samples: completions per held-out problem when evaluating.
       profile: directory for a trace of one step, the second that this process makes.
@@ -195,6 +204,7 @@ class BaseConfig:
     reproducible: bool = False
     out: Path = Path("runs/run")
     resume: bool = False
+    resume_step: int | None = None
     save_every: int = 5
     eval_samples: int = 2
     profile: Path | None = None
@@ -202,7 +212,15 @@ class BaseConfig:
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:
+        check_types(self)
         require(self.steps >= 0, "steps", self.steps, "give >= 0")
+        step = self.resume_step
+        require(
+            step is None or (self.resume and step >= 0),
+            "resume_step",
+            step,
+            "it goes with --resume, and names a checkpoint, >= 0",
+        )
         for name in ("save_every", "eval_samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give >= 1")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"choose from {DTYPES}")
@@ -256,7 +274,7 @@ class RunConfig(BaseConfig):
                 "max_new_tokens",
                 self.grpo.max_new_tokens,
                 f"the longest solution has {self.task.longest_solution} tokens and an "
-                "end token; allow for that, or lower task.max_terms",
+                "end token; allow for that, or lower task.max_operations",
             )
 
 
@@ -291,7 +309,13 @@ class HFConfig(BaseConfig):
 
 def to_json(config: Any) -> dict[str, Any]:
     """Return a config as values JSON can hold, the same after a round trip."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+    def path(value: object) -> str:
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"{value!r} has no place in a config")
+
+    return json.loads(json.dumps(dataclasses.asdict(config), default=path))
 
 
 def differences(

@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,11 +39,18 @@ from flax import struct
 from tqdm import tqdm
 
 import er_jax
-from train import losses, metrics, tasks
+from train import losses, metrics, rewards, tasks
 from train.batching import Buckets, Chunks, Example, stack_chunks
-from train.checkpoints import Checkpoints, check_same_config
+from train.checkpoints import (
+    DIRECTORY,
+    Checkpoints,
+    NoRunError,
+    check_same_config,
+    set_aside_after,
+)
 from train.config import BaseConfig, GRPOConfig, HFConfig, to_json
 from train.controllers import RuleController
+from train.files import replace_text, writing
 from train.losses import PolicyLoss
 from train.placement import Placement, agreed, is_first, join, on_host
 from train.subjects import Subject, subject_of
@@ -73,6 +81,9 @@ class TrainState:
 
 
 ONE_DEVICE = Placement()
+
+# Characters of a prompt or a completion in a message.
+MOST_SHOWN = 200
 
 
 @functools.lru_cache
@@ -169,7 +180,7 @@ def update(
     return state, info
 
 
-# The same refresh on its own, to say how much of an update it is.
+# The same refresh on its own, for the first step.
 refresh = jax.jit(er_jax.attach_draft, static_argnames="config")
 
 
@@ -199,6 +210,7 @@ class Trainer:
       metrics: the file everything is logged to.
       state: None until `begin` or `resume`.
       ref_params: the policy of step 0; None when no KL is asked for.
+      reference_digest: of `ref_params`.
     """
 
     config: BaseConfig
@@ -209,14 +221,16 @@ class Trainer:
     metrics: metrics.MetricsFile
     state: Any = None
     ref_params: Any = None
+    reference_digest: str | None = None
 
     @classmethod
     def of(cls, config: BaseConfig) -> Trainer:
-        """Set a run up: data, policy, shapes, controller. Writes the data to `out`."""
+        """Set a run up: data, policy, shapes, controller. Writes nothing.
+
+        Raises:
+          ValueError: as `subject_of`, or buckets or a mesh that cannot be.
+        """
         subject = subject_of(config)
-        for name, lines in subject.problems.items():
-            if is_first():
-                tasks.write_jsonl(config.out / "data" / f"{name}.jsonl", lines)
         longest = max(
             len(subject.tokenizer.encode_prompt(problem.prompt))
             for name in ("train", "eval")
@@ -318,9 +332,9 @@ class Trainer:
         """
         tokenizer = self.subject.tokenizer
         sampler = self.placement.sampler(self.state.params, self.state.gathered)
-        sample: Any = er_jax.rollout_replicas
-        if not self.config.mesh.replicas:
-            sample = functools.partial(er_jax.rollout, controller=self.controller)
+        sample: Any = er_jax.rollout
+        if self.config.mesh.replicas:
+            sample = er_jax.rollout_replicas
         out = sample(
             self.policy,
             sampler,
@@ -332,16 +346,40 @@ class Trainer:
             sequence_ids=range(
                 first_sequence_id, first_sequence_id + len(problems) * n
             ),
+            controller=self.controller,
             mesh=self.placement.sampling,
         )
+        scores, failure = np.zeros(len(out.lengths)), None
+        if is_first():
+            try:
+                scores = self._scores(problems, out, n)
+            except ValueError as error:
+                failure = error
+        # The others are told of a failure, or they would wait for the scores.
+        told = agreed(np.append(scores, failure is not None))
+        if told[-1]:
+            raise failure or ValueError("the first process could not score; see there")
+        return out, told[:-1].reshape(len(problems), n)
+
+    def _scores(
+        self, problems: Sequence[Problem], out: er_jax.Rollout, n: int
+    ) -> np.ndarray:
+        """Return the reward of every row; ValueError naming the first without one."""
         scores = np.zeros(len(out.lengths))
-        for row, length in enumerate(out.lengths if is_first() else ()):
-            scores[row] = self.subject.reward(
-                tokenizer.decode(out.completion_ids[row, :length]),
-                problems[row // n].answer,
-                finished=bool(out.finish_reason[row] == "stop"),
-            )
-        return out, agreed(scores).reshape(len(problems), n)
+        for row, length in enumerate(out.lengths):
+            problem = problems[row // n]
+            text = self.subject.tokenizer.decode(out.completion_ids[row, :length])
+            finished = bool(out.finish_reason[row] == "stop")
+            try:
+                scores[row] = rewards.score(
+                    self.subject.reward, text, problem.answer, finished=finished
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; completion {row % n + 1} of {n}, {text[:MOST_SHOWN]!r}, "
+                    f"of the problem {problem.prompt[:MOST_SHOWN]!r}"
+                ) from error
+        return scores
 
     def evaluate(self) -> dict[str, Any]:
         """Sample the held-out problems, log and return the mean reward.
@@ -409,11 +447,6 @@ class Trainer:
         start = time.perf_counter()
         infos = self._update(examples)
         update_s = time.perf_counter() - start
-        start = time.perf_counter()
-        pair, _ = self._drafted(self.state.params.policy)
-        jax.block_until_ready(pair.draft)
-        refresh_s = time.perf_counter() - start
-
         self.state = self.state.replace(
             step=np.int32(int(self.state.step) + 1),
             position=np.int32(int(self.state.position) + grpo.prompts_per_step),
@@ -436,7 +469,6 @@ class Trainer:
             "timing": {
                 "rollout_s": data.seconds,
                 "update_s": update_s,
-                "refresh_s": refresh_s,
                 "rollout_compile_s": stats.seconds["compile"],
                 "tokens_by_gamma": {str(g): n for g, n in sorted(stats.tokens.items())},
                 "kept_by_gamma": {
@@ -485,23 +517,47 @@ class Trainer:
                 "data_digest": self.data_digest,
                 "position": int(self.state.position),
                 "controller": self.controller.state_dict(),
+                "reference_digest": self.reference_digest,
             },
         )
 
-    def resume(self, checkpoints: Checkpoints) -> None:
-        """Take over the latest checkpoint and cut the metrics back to it.
+    def resume(self) -> bool:
+        """Take over the checkpoint that the config names; writes nothing.
 
+        Returns:
+          Whether there is one; a run that was killed before its first is to begin.
         Raises:
-          FileNotFoundError: there is none.
-          ValueError: it was made with another config or other data.
+          FileNotFoundError: there is none of the step that is asked for.
+          ValueError: it was made with another config or other data, or it is damaged;
+            or there is none, and the metrics tell of one.
         """
-        saved_host = checkpoints.restore_host()
-        check_same_config(saved_host["config"], to_json(self.config))
-        if saved_host["data_digest"] != self.data_digest:
+        out, step = self.config.out, self.config.resume_step
+        try:
+            with Checkpoints(out, read_only=True) as checkpoints:
+                if checkpoints.latest_step is not None or step is not None:
+                    self._take_over(checkpoints, step)
+                    return True
+        except NoRunError:
+            if step is not None:
+                raise
+        if any(record["kind"] != "warmup" for record in self.metrics.read()):
+            raise ValueError(
+                f"resume: {self.metrics.path} tells of steps, and there is no "
+                f"checkpoint in {out / DIRECTORY}; put it back, or begin anew, without "
+                "--resume"
+            )
+        return False
+
+    def _check_host(self, host: dict[str, Any]) -> None:
+        """Raise ValueError where a checkpoint is of another run."""
+        check_same_config(host["config"], to_json(self.config))
+        if host["data_digest"] != self.data_digest:
             raise ValueError(
                 "resume: the contents of data have changed since the checkpoint was "
                 "made; give the same file, or another --out"
             )
+
+    def _take_over(self, checkpoints: Checkpoints, step: int | None) -> None:
         shapes = jax.eval_shape(self.policy.init, self.keys["init"])
         place, optimizer = self.placement, make_optimizer(self.config.grpo)
         opt_state = place.shaped_optimizer(
@@ -514,6 +570,8 @@ class Trainer:
                 "opt_state": opt_state,
                 "key": place.shaped_whole(self.rollout_key),
             },
+            step=step,
+            check=self._check_host,
         )
         pair, gathered = self._drafted(saved.policy)
         self.state = TrainState(
@@ -526,8 +584,25 @@ class Trainer:
         )
         self.controller.load_state_dict(saved.host["controller"])
         if self.config.grpo.kl_coef > 0:
-            self.ref_params = checkpoints.restore_policy(shapes, step=0)
-        self.metrics.cut_after(saved.step)
+            self.reference_digest = saved.host["reference_digest"]
+            try:
+                self.ref_params = checkpoints.restore_policy(
+                    shapes, step=0, digest=self.reference_digest
+                )
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(
+                    f"{error}; grpo.kl_coef needs the policy of step 0: put it back or "
+                    "begin anew, without --resume"
+                ) from error
+
+    def write_inputs(self) -> None:
+        """Write to `out` what is run, on what."""
+        out = self.config.out
+        with writing("config and data", out):
+            text = json.dumps(to_json(self.config), indent=2)
+            replace_text(out / "config.json", text + "\n")
+            for name, lines in self.problems.items():
+                tasks.write_jsonl(out / "data" / f"{name}.jsonl", lines)
 
     def begin(self, checkpoints: Checkpoints) -> None:
         """Make the first parameters and save them as step 0."""
@@ -541,6 +616,7 @@ class Trainer:
         params = self.placement.put(self.policy, params)
         if self.config.grpo.kl_coef > 0:
             self.ref_params = jax.tree.map(jnp.copy, params)  # `update` donates params
+            self.reference_digest = metrics.digest(params)
         self.state = self.new_state(params)
 
     @staticmethod
@@ -553,25 +629,33 @@ class Trainer:
         lines = [
             dataclasses.astuple(p) for name in self.problems.values() for p in name
         ]
-        return metrics.digest(np.frombuffer(json.dumps(lines).encode(), np.uint8))
+        return metrics.text_digest(lines)
 
 
 def run(config: BaseConfig) -> list[dict[str, Any]]:
     """Run, or go on with, a whole run and return all lines of its metrics.
 
-    Effects: writes `config.out`. An older run found there is moved aside, unless it is
-    resumed.
+    Effects: writes `config.out`, once nothing is left that could be refused. An older
+    run found there is moved aside, unless it is resumed.
+    Raises:
+      ValueError, FileNotFoundError: as `Trainer.of` and `Trainer.resume`.
     """
     start = time.perf_counter()
-    if not config.resume and is_first():
-        move_aside(config.out)
-    agreed(0)  # No other process looks into the directory before.
-    config.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer.of(config)
+    is_resumed = config.resume and trainer.resume()
     say: Callable[[str], None] = print if is_first() else lambda _: None
+    agreed(0)  # All processes have read what they are about to change.
     if is_first():
-        text = json.dumps(to_json(config), indent=2)
-        (config.out / "config.json").write_text(text + "\n")
+        if not config.resume:
+            move_aside(config.out)
+        trainer.write_inputs()
+        if is_resumed:
+            step, log = int(trainer.state.step), trainer.metrics
+            aside = set_aside_after(config.out, step, log.path)
+            if aside is not None:
+                say(f"the checkpoints after step {step} are now in {aside}")
+            log.cut_after(step)
+    agreed(0)  # No other process looks into the directory before.
     sizes = [
         leaf.size
         for leaf in jax.tree.leaves(
@@ -585,8 +669,7 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
     )
     rollout = None
     with Checkpoints(config.out) as checkpoints:
-        if config.resume and checkpoints.latest_step is not None:
-            trainer.resume(checkpoints)
+        if is_resumed:
             say(f"resumed after step {int(trainer.state.step)}")
         else:
             trainer.begin(checkpoints)
@@ -619,7 +702,8 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
         if jax.process_count() > 1:
             params = on_host(params)  # By all: each holds a part.
         if is_first() and not trained.exists():
-            er_jax.save_hf(trained, trainer.policy, params)
+            with writing("the trained checkpoint", trained):
+                er_jax.save_hf(trained, trainer.policy, params)
     records = trainer.metrics.read()
     if is_first():
         report(config, records, time.perf_counter() - start, trained, rollout)
@@ -639,19 +723,21 @@ def report(
       config, records: of the run. seconds: that this process took.
       trained: the checkpoint it made for others. rollout: the last one.
     """
+    records = [record for record in records if metrics.is_complete(record)]
     text = summary(records, seconds)
     if trained is not None:
         text += f"\nthe trained checkpoint is in {trained}"
     if rollout is not None:
         text += "\nlast rollout: " + rollout.stats.summary()
     print("\n" + text)
-    (config.out / "summary.txt").write_text(text + "\n")
-    try:
-        metrics.plot(records, config.out / "metrics.png")
-        if rollout is not None:
-            rollout.stats.plot(config.out / "rollout.png")
-    except ImportError as error:
-        print(f"no pictures: {error}")
+    with writing("the summary", config.out):
+        replace_text(config.out / "summary.txt", text + "\n")
+        try:
+            metrics.plot(records, config.out / "metrics.png")
+            if rollout is not None:
+                rollout.stats.plot(config.out / "rollout.png")
+        except ImportError as error:
+            print(f"no pictures: {error}")
 
 
 def profiled(directory: Path | None) -> AbstractContextManager[Any]:
@@ -694,13 +780,12 @@ def summary(records: Sequence[dict[str, Any]], seconds: float) -> str:
         times = [r["timing"] for r in steps]
         total = {
             name: sum(t[name] for t in times)
-            for name in ("rollout_s", "rollout_compile_s", "update_s", "refresh_s")
+            for name in ("rollout_s", "rollout_compile_s", "update_s")
         }
         lines.append(
             f"{len(steps)} GRPO steps: rollouts {total['rollout_s']:.1f} s (of it "
             f"compiling {total['rollout_compile_s']:.1f} s), updates "
-            f"{total['update_s']:.1f} s (of it the draft's refresh about "
-            f"{total['refresh_s']:.1f} s)"
+            f"{total['update_s']:.1f} s"
         )
         gammas: dict[str, int] = {}
         for one in times:
@@ -729,7 +814,17 @@ def main(args: Sequence[str] | None = None) -> None:
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     join(config.mesh)
-    run(config)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; --resume --out {config.out} goes on from the last "
+            "checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(128 + signal.SIGINT)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"train.grpo: {error}") from error
 
 
 if __name__ == "__main__":

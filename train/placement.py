@@ -35,7 +35,7 @@ from jax.sharding import (
 import er_jax
 from er_jax import sharding
 from train.config import MeshConfig
-from train.tasks import require
+from train.settings import require
 
 
 def join(config: MeshConfig) -> None:

@@ -8,9 +8,12 @@ read as it likes), and whether the policy ended the completion itself.
 from __future__ import annotations
 
 import importlib
+import math
+import numbers
 import re
+import traceback
 from decimal import Decimal, InvalidOperation
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Reward(Protocol):
@@ -19,6 +22,27 @@ class Reward(Protocol):
     def __call__(self, completion: str, answer: str, *, finished: bool) -> float:
         """Return the score."""
         ...
+
+
+def score(reward: Reward, completion: str, answer: str, *, finished: bool) -> float:
+    """Return what a reward gives a completion, as a number.
+
+    Raises:
+      ValueError: the reward raised something, or returned anything but a finite number.
+    """
+    try:
+        found: Any = reward(completion, answer, finished=finished)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"the reward raised {type(error).__name__}: {error} ({last.filename}, line "
+            f"{last.lineno})"
+        ) from error
+    # A number of NumPy, JAX or torch.
+    number = found.item() if getattr(found, "shape", None) == () else found
+    if not isinstance(number, numbers.Real) or not math.isfinite(number):
+        raise ValueError(f"the reward returned {found!r}; let it return a number")
+    return float(number)
 
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")

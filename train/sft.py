@@ -21,7 +21,8 @@ import optax
 
 from train import losses
 from train.batching import Batch, Buckets, Example, make_batches
-from train.tasks import Problem, Tokenizer, require
+from train.settings import check_types, require
+from train.tasks import Problem, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class SFTConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        check_types(self)
         require(self.max_steps >= 0, "max_steps", self.max_steps, "give >= 0")
         require(
             0 < self.stop_at <= 1, "stop_at", self.stop_at, "a chance must be in (0, 1]"

@@ -21,6 +21,7 @@ from train.batching import Buckets
 from train.config import BaseConfig, HFConfig, RunConfig
 from train.metrics import MetricsFile
 from train.placement import Placement
+from train.settings import require
 from train.tasks import EOS, AnyTokenizer, Problem
 
 
@@ -110,7 +111,7 @@ class Checkpoint:
         self.mesh = Placement.of(config.mesh).mesh
         self.policy = er_jax.hf.policy_of(config.model, config.dtype)
         tokenizer = load_tokenizer(config.model)
-        tasks.require(
+        require(
             tokenizer.vocab_size <= self.policy.vocab_size,
             "model",
             str(config.model),
@@ -120,7 +121,17 @@ class Checkpoint:
         self.tokenizer: AnyTokenizer = tokenizer
         self.stop_token_ids = tokenizer.stop_token_ids
         self.reward = rewards.reward_of(config.reward)
-        problems = tasks.read_jsonl(config.data, tokenizer)
+        room, max_new = self.policy.max_length, config.grpo.max_new_tokens
+        if room is not None:
+            room -= max_new
+            require(
+                room > 0,
+                "max_new_tokens",
+                max_new,
+                f"the model has {self.policy.max_length} positions; leave some of them "
+                "for prompts",
+            )
+        problems = tasks.read_jsonl(config.data, tokenizer, max_prompt=room)
         train, held_out = split(problems, config.data, config.num_eval, config.seed)
         self.problems = {"train": train, "eval": held_out}
 

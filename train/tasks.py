@@ -19,12 +19,17 @@ arguments.
 """
 
 import dataclasses
+import functools
+import io
 import json
 import random
 import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
+
+from train.files import replace_text
+from train.settings import check_types, require
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -160,6 +165,7 @@ class ArithmeticConfig:
     num_eval: int = 64
 
     def __post_init__(self) -> None:
+        check_types(self)
         more, share = self.more_operations, self.long_share
         require(0 <= more < 1, "more_operations", more, "give a chance in [0, 1)")
         require(0 <= share <= 1, "long_share", share, "give a share in [0, 1]")
@@ -185,12 +191,6 @@ class ArithmeticConfig:
         """Characters that no generated solution exceeds."""
         digits = len(str(self.max_total))
         return self.max_operations * len("a+9:+9=;") + self.max_operations * 2 * digits
-
-
-def require(holds: bool, name: str, value: object, remedy: str) -> None:
-    """Raise ValueError naming argument, value and remedy, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name}={value!r}: {remedy}")
 
 
 def arithmetic_problem(
@@ -282,27 +282,47 @@ def make_arithmetic(config: ArithmeticConfig, seed: int) -> dict[str, list[Probl
 
 def write_jsonl(path: Path, problems: Iterable[Problem]) -> None:
     """Write one JSON object a line, leaving `solution` out where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for problem in problems:
-            fields = dataclasses.asdict(problem)
-            kept = {name: value for name, value in fields.items() if value is not None}
-            file.write(json.dumps(kept) + "\n")
+    lines = []
+    for problem in problems:
+        fields = dataclasses.asdict(problem)
+        kept = {name: value for name, value in fields.items() if value is not None}
+        lines.append(json.dumps(kept) + "\n")
+    replace_text(path, "".join(lines))
 
 
-def read_jsonl(path: Path, tokenizer: AnyTokenizer) -> list[Problem]:
+def read_jsonl(
+    path: Path, tokenizer: AnyTokenizer, *, max_prompt: int | None = None
+) -> list[Problem]:
     """Read a data file and check every line of it.
 
+    Args:
+      path: a file in UTF-8. tokenizer: of the policy.
+      max_prompt: tokens that leave room for a completion in the policy's positions;
+        None is no limit.
     Raises:
-      ValueError: naming file and line, when it is not a JSON object, a field is
-        missing, not a string or empty, or a character is outside the vocabulary; also
-        when the file has no line.
+      ValueError: naming file and line, when it is not UTF-8 or not a JSON object, a
+        field is missing, not a string or empty, a character is outside the vocabulary,
+        or a prompt is too long; also when the file cannot be read or has no line.
     """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"data={str(path)!r} cannot be read ({error.strerror}); give a JSONL file"
+        ) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {number}: byte {data[error.start]:#04x} is not UTF-8; save "
+            "the file in that encoding"
+        ) from None
     problems = []
-    with Path(path).open() as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                problems.append(parse_line(line, f"{path}, line {number}", tokenizer))
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            problems.append(parse_line(line, where, tokenizer, max_prompt))
     if not problems:
         raise ValueError(
             f"{path} has no problems; "
@@ -311,11 +331,13 @@ def read_jsonl(path: Path, tokenizer: AnyTokenizer) -> list[Problem]:
     return problems
 
 
-def parse_line(line: str, where: str, tokenizer: AnyTokenizer) -> Problem:
+def parse_line(
+    line: str, where: str, tokenizer: AnyTokenizer, max_prompt: int | None = None
+) -> Problem:
     """One checked line of a data file; `where` begins the message of every error."""
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where}: not JSON ({error}); give one JSON object a line"
         ) from None
@@ -336,6 +358,20 @@ def parse_line(line: str, where: str, tokenizer: AnyTokenizer) -> Problem:
             tokenizer.encode(value)
         except ValueError as error:
             raise ValueError(f'{where}, "{name}": {error}') from None
+    try:
+        size = len(tokenizer.encode_prompt(fields["prompt"]))
+    except Exception as error:  # a checkpoint's chat template is a program
+        raise ValueError(
+            f'{where}: "prompt" cannot be turned into tokens '
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if size == 0:
+        raise ValueError(f'{where}: "prompt" has no tokens; give at least one')
+    if max_prompt is not None and size > max_prompt:
+        raise ValueError(
+            f'{where}: "prompt" has {size} tokens, and the policy\'s positions leave '
+            f"{max_prompt} beside grpo.max_new_tokens; shorten it, or lower that"
+        )
     return Problem(fields["prompt"], fields["answer"], fields.get("solution"))
 
 
@@ -376,6 +412,12 @@ def problem_at(problems: Sequence[Problem], position: int, seed: int) -> Problem
     A function of its arguments: the position is all a checkpoint needs to go on.
     """
     round_number, index = divmod(position, len(problems))
-    order = list(range(len(problems)))
+    return problems[_order(len(problems), seed, round_number)[index]]
+
+
+@functools.lru_cache(maxsize=2)  # one step may end a round and begin the next
+def _order(count: int, seed: int, round_number: int) -> Sequence[int]:
+    """The order in which a round takes its problems."""
+    order = list(range(count))
     random.Random(f"order {seed} {round_number}").shuffle(order)
-    return problems[order[index]]
+    return order

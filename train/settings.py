@@ -1,0 +1,77 @@
+"""Settings that check themselves: every field holds what its annotation says.
+
+NumPy's numbers, of which sweeps over settings are made, become Python's, so that a
+config can be written as JSON and compared with one that was read. Anything else of
+another type is refused by name, before it decides something.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+
+def require(holds: bool, name: str, value: object, remedy: str) -> None:
+    """Raise ValueError naming argument, value and remedy, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+def check_types(settings: Any) -> None:
+    """Bring the fields of a frozen dataclass to the types of their annotations.
+
+    Args:
+      settings: annotated with bool, int, float, str, Path, a dataclass, a tuple of any
+        number of one of them, or one of these and None. What the command line has yet
+        to fill in is left alone.
+    Raises:
+      ValueError: naming the first field of another type, or a number not finite.
+    """
+    wanted = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value is not tyro.MISSING:
+            value = _typed(field.name, value, wanted[field.name])
+            object.__setattr__(settings, field.name, value)
+
+
+def _typed(name: str, value: Any, wanted: Any) -> Any:
+    """Return a value as the type that is wanted."""
+    if isinstance(wanted, types.UnionType):
+        (wanted,) = (kind for kind in typing.get_args(wanted) if kind is not type(None))
+        return None if value is None else _typed(name, value, wanted)
+    if typing.get_origin(wanted) is tuple:
+        is_many = isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
+        require(is_many, name, value, "give several values, as a tuple")
+        return tuple(_typed(name, one, typing.get_args(wanted)[0]) for one in value)
+    given = value
+    if isinstance(value, np.generic) or getattr(value, "shape", None) == ():
+        value = value.item()
+    is_bool = isinstance(value, bool)
+    if wanted is bool:
+        require(is_bool, name, given, "give True or False")
+    elif wanted is int:
+        is_whole = isinstance(value, numbers.Integral) and not is_bool
+        require(is_whole, name, given, "give a whole number")
+    elif wanted is float:
+        is_number = isinstance(value, numbers.Real) and not is_bool
+        require(is_number and math.isfinite(value), name, given, "give a finite number")
+        value = float(value)
+    elif wanted is str:
+        require(isinstance(value, str), name, given, "give a text")
+    elif wanted is Path:
+        require(isinstance(value, str | os.PathLike), name, given, "give a path")
+        value = Path(value)
+    else:
+        remedy = f"give a {wanted.__name__}"
+        require(isinstance(value, wanted), name, given, remedy)
+    return value
