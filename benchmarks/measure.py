@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
+import er_jax
 from er_jax.calibrate import CACHE_VARIABLE
 from er_jax.figures import new_figure
 
@@ -160,8 +161,9 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     versions = {
         name: importlib.metadata.version(name)
-        for name in ("jax", "jaxlib", "numpy", "flax", "aqtp", "er-jax")
+        for name in ("jax", "jaxlib", "numpy", "flax", "aqtp")
     }
+    versions["er-jax"] = er_jax.__version__  # also of a tree that is not installed
     try:
         load = round(os.getloadavg()[0], 2)
     except OSError:

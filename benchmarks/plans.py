@@ -64,7 +64,7 @@ def point_of(model: str, device: str, args: Args) -> dict[str, Any]:
         slots=args.slots,
         max_length=args.length,
         gammas=(0, args.gamma),
-        model=args.model_parallel or None,
+        model_parallel=args.model_parallel or None,
     )
     return {
         "preset": model,

@@ -19,6 +19,8 @@ import tyro
 from benchmarks import (
     acceptance,
     disturbed,
+    fuzz,
+    host,
     imitation,
     measure,
     plans,
@@ -218,6 +220,11 @@ def section(record: Mapping[str, Any]) -> str:
         parts.append(markdown(*scaling.rows_of(points)))
     if record["benchmark"] == "imitation":
         parts.append(markdown(*imitation.rows_of(points)))
+    if record["benchmark"] == "host":
+        parts.append(markdown(*host.rows_of(points)))
+    if record["benchmark"] == "fuzz":
+        parts.append(fuzz.summary(record))
+        parts.append(markdown(*fuzz.rows_of(points)))
     if record["benchmark"] == "disturbed":
         parts.append(markdown(*disturbed.rows_of(points)))
     for check in record.get("checks", ()):

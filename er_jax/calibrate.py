@@ -1,9 +1,10 @@
 """Measuring what rounds cost here, from the engine's own windows.
 
-*First use.* One autoregressive and one speculative window of the smallest batch are
-compiled and timed. That pair decides whether anything else is worth compiling: where
-drafting does not pay with one row, where it is bound by memory most, it pays nowhere.
-What rollouts learn from there on is kept on disk, for the next process to begin with.
+*First look.* One autoregressive and one speculative window of the smallest batch are
+compiled and timed, when plain decoding has taken so long that it is worth to find out
+(`Controller.first_look`). That pair decides whether anything else is worth compiling:
+where drafting does not pay with one row, where it is bound by memory most, it pays
+nowhere. What rollouts learn is kept on disk, for the next process to begin with.
 
 *Survey.* On purpose, ahead of time: rounds at some cells of a grid of rows and lengths,
 next always where it is least certain whether speculation pays, until that and the cost
@@ -12,13 +13,14 @@ of other drafts are known or the time is spent (`er-jax calibrate`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import math
 import os
 import platform
+import re
 import tempfile
 import time
 import warnings
@@ -32,13 +34,22 @@ from tqdm import tqdm
 
 from er_jax import costs
 from er_jax.acceptance import expected_tokens
+from er_jax.arguments import check_chance, check_gammas, check_number, check_whole
 from er_jax.control import PRIOR_KEEP, Controller
 from er_jax.costs import LatencyTable
 from er_jax.drafter import PolicyParams
 from er_jax.engine import Engine, signature
 from er_jax.figures import new_figure
 from er_jax.pass_costs import Cell, PassCosts
-from er_jax.types import NONE, DecodeState, LogprobKind, Program, Sampling
+from er_jax.types import (
+    NONE,
+    Cache,
+    DecodeState,
+    LogprobKind,
+    Policy,
+    Program,
+    Sampling,
+)
 
 # Seconds of rounds behind one reading, and readings per program; the least is taken,
 # because other work on the machine only ever adds time.
@@ -50,6 +61,14 @@ FIRST_BUDGET_S = 20.0
 
 # Names the directory in which costs are kept between processes; nothing keeps none.
 CACHE_VARIABLE = "ER_JAX_CACHE"
+
+# So many files are kept there, those that were used last, and the text of a policy in
+# one is cut at so many characters. A file that was not finished after so many seconds
+# is of a process that was killed.
+MAX_FILES = 128
+MAX_DESCRIPTION = 1000
+ABANDONED_S = 3600.0
+OUR_FILES = re.compile(r"costs-[0-9a-f]{16}\.json(\.[\w.-]+\.part)?")
 
 
 def neutral_sampling() -> Sampling:
@@ -85,7 +104,10 @@ def measure_round(
         settings = neutral_sampling()
     state = engine.allocate(program.rows, program.cache_length)
     reach = engine.rounds_per_test * (program.gamma + 1)
-    room = max(program.cache_length - 1 - reach, reach) // (program.gamma + 1)
+    # No further than the policy has positions, whatever the cache has room for.
+    most = getattr(engine.policy, "max_length", None) or program.cache_length
+    limit = min(program.cache_length, most)
+    room = max(limit - 1 - reach, reach) // (program.gamma + 1)
 
     def run(state: DecodeState, num_rounds: int) -> tuple[DecodeState, float, float]:
         rows = program.rows
@@ -93,7 +115,7 @@ def measure_round(
             state,
             length=np.ones(rows, np.int32),
             prompt_length=np.ones(rows, np.int32),
-            limit=np.full(rows, program.cache_length, np.int32),
+            limit=np.full(rows, limit, np.int32),
             sequence_id=np.arange(rows, dtype=np.int32),
             live=np.ones(rows, bool),
         )
@@ -118,6 +140,9 @@ def measure_round(
 
 def conditions(engine: Engine, params: PolicyParams) -> dict[str, str]:
     """Return what measured costs hold for: device, versions, policy, draft."""
+    # Not above: the package imports this module before it knows its version.
+    from er_jax import __version__
+
     device = jax.devices()[0]
     kind = device.device_kind
     if device.platform == "cpu":
@@ -125,17 +150,37 @@ def conditions(engine: Engine, params: PolicyParams) -> dict[str, str]:
     return {
         "device": kind,
         "jax": jax.__version__,
-        "er_jax": importlib.metadata.version("er-jax"),
-        "policy": repr(engine.policy),
+        "er_jax": __version__,
+        "policy": _described(engine.policy),
         "accept": engine.accept,
         "mesh": "none" if engine.mesh is None else str(dict(engine.mesh.shape)),
         "parameters": _digest(signature(params.policy)),
         "draft": _digest(signature(params.draft)),
+        "cache": _digest(signature(_position(engine.policy))),
     }
 
 
+def _position(policy: Policy) -> Cache:
+    """Return the shapes of a policy's cache, for one position of one row."""
+    return jax.eval_shape(lambda: policy.init_cache(1, 1))
+
+
+def _described(policy: Policy) -> str:
+    """Return what a policy is, the same in every process; of a long text the start."""
+    kind = type(policy)
+    text = f"{kind.__module__}.{kind.__qualname__}: {_text(policy)}"
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    return f"{text[:MAX_DESCRIPTION]}... and more, {_digest(text)}"
+
+
+def _text(value: Any) -> str:
+    """Return a value's text without addresses, which are others in every process."""
+    return re.sub(r"\bat 0x[0-9a-fA-F]+", "at an address", repr(value))
+
+
 def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(_text(value).encode()).hexdigest()[:16]
 
 
 def cache_directory() -> Path | None:
@@ -160,40 +205,42 @@ def cache_path(about: Mapping[str, str]) -> Path | None:
     return directory / f"costs-{_digest(named)}.json" if directory else None
 
 
-def prepare(
-    engine: Engine,
-    params: PolicyParams,
-    controller: Controller,
-    cache_length: int,
-    *,
-    budget_s: float = FIRST_BUDGET_S,
-) -> None:
-    """Tell a controller that may speculate what rounds cost, if it does not know.
+def recall(engine: Engine, params: PolicyParams, controller: Controller) -> None:
+    """Give a controller that may draft, and has timed nothing, what a disk has kept.
 
-    From what was kept on disk; else from a first pair of readings, of one row.
-
-    Args:
-      engine, params: what to time. controller: its table is filled in.
-      cache_length: of the programs measured. budget_s: seconds after which no reading
-        is begun, compilation not counted; one of each program there always is.
     Warns:
       RuntimeWarning: what was kept is of other versions or damaged; measured again.
     """
-    drafting = [gamma for gamma in controller.gammas if gamma]
     table = controller.table
-    is_known = table.passes is not None or any(p.gamma for p in table.seconds)
-    if not drafting or len(controller.gammas) < 2 or is_known:
+    if len(controller.gammas) < 2 or table.seconds or table.passes is not None:
         return
     kept = _kept(engine, params)
     if kept is not None:
         controller.table = kept
-        return
-    middle = min(drafting, key=lambda gamma: abs(gamma - 4))
-    for gamma in (0, middle):
-        program = Program(engine.num_groups, cache_length, gamma)
-        seconds = measure_round(engine, params, program, budget_s=budget_s / 2)
-        rounds = costs.TRUSTED_POSITIONS  # The least of several readings stands.
-        controller.table.observe(program, seconds * rounds, rounds)
+
+
+def look(
+    engine: Engine,
+    params: PolicyParams,
+    controller: Controller,
+    programs: Sequence[Program],
+    *,
+    budget_s: float = FIRST_BUDGET_S,
+) -> None:
+    """Measure what `Controller.first_look` asks for, and tell the controller.
+
+    Args:
+      engine, params: what to time. controller: learns. programs: what it asks for.
+      budget_s: seconds after which no reading is begun, compilation not counted; one of
+        each program there always is.
+    """
+    each_s = budget_s / len(programs)
+    seconds = {
+        program: measure_round(engine, params, program, budget_s=each_s)
+        for program in programs
+    }
+    # The least of several readings stands.
+    controller.observe_first_look(seconds, costs.TRUSTED_POSITIONS)
 
 
 def _kept(engine: Engine, params: PolicyParams) -> LatencyTable | None:
@@ -202,24 +249,28 @@ def _kept(engine: Engine, params: PolicyParams) -> LatencyTable | None:
     if engine.is_leader:
         about = conditions(engine, params)
         path = cache_path(about)
-        if path is not None and path.exists():
+        if path is not None and path.is_file():
             try:
-                found, text = LatencyTable.load(path, about), path.read_text()
+                found, text = LatencyTable.load(path, about), path.read_text("utf-8")
             except (ValueError, OSError) as error:
                 warnings.warn(f"kept costs are not used: {error}", RuntimeWarning, 4)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # It was used: others are dropped before it.
     text = engine.agree_text(text)
-    if text is None or found is not None:
+    if text is None or not engine.is_spread:
         return found
+    # All of them from one text: the file may have been replaced meanwhile.
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "costs.json")
-        copy.write_text(text)
+        copy.write_text(text, "utf-8")
         return LatencyTable.load(copy)
 
 
 def remember(engine: Engine, params: PolicyParams, controller: Controller) -> None:
     """Keep on disk what a controller that may speculate has learnt, if it is news.
 
-    News are a program that had not been timed, and twice the rounds.
+    News are a program that had not been timed, and twice the rounds. Of the files kept
+    there, those that were not used for longest are dropped; see `MAX_FILES`.
 
     Warns:
       RuntimeWarning: it cannot be written.
@@ -233,6 +284,7 @@ def remember(engine: Engine, params: PolicyParams, controller: Controller) -> No
     assert path is not None
     try:
         controller.table.save(path, about)
+        _prune(path)
     except OSError as error:
         warnings.warn(
             f"costs cannot be kept for the next process: {error}; name a directory "
@@ -240,6 +292,25 @@ def remember(engine: Engine, params: PolicyParams, controller: Controller) -> No
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _prune(latest: Path) -> None:
+    """Drop the costs that were used longest ago, and what was never finished.
+
+    Only files whose names are ours; two processes may do so at once.
+    """
+    used_s: dict[Path, float] = {}
+    for path in latest.parent.iterdir():
+        if path != latest and OUR_FILES.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                used_s[path] = path.stat().st_mtime
+    whole = [path for path in used_s if path.suffix == ".json"]
+    whole.sort(key=used_s.__getitem__, reverse=True)
+    parts = used_s.keys() - set(whole)
+    old = [path for path in parts if used_s[path] < time.time() - ABANDONED_S]
+    for path in [*whole[MAX_FILES - 1 :], *old]:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 # How much the logarithm of the speed-up is taken to change, at most, from a cell to its
@@ -309,8 +380,14 @@ def survey(
         within them is finished. spent_s: seconds spent so far, compilation not counted.
       progress: show a progress bar of the seconds.
     Raises:
-      ValueError: an empty grid, or no gamma above 0.
+      ValueError: an empty grid, no gamma above 0, or no such number.
     """
+    for name, values in (("rows", rows), ("lengths", lengths)):
+        for value in values:
+            check_whole(name, value)
+    check_gammas(gammas)
+    check_chance("keep_prob", keep_prob)
+    check_number("budget_s", budget_s, 0, math.inf, "seconds")
     drafting = sorted({gamma for gamma in gammas if gamma > 0})
     if not drafting or not rows or not lengths:
         raise ValueError(

@@ -5,13 +5,22 @@ er-jax sweep FILE.csv ...        how well costs are predicted, on a latency swee
 er-jax replay FILE.csv           controllers on a trace of lengths, without a device
 er-jax plan --model M --device D whether a model fits on a device that is not here
 er-jax rollout --model DIR       completions of prompts, as text
+
+What a user can mend (an argument, a file, an extra that is not installed) ends in one
+line and exit code 1, an unknown option in exit code 2; a mistake of the library keeps
+its traceback. Arguments are checked where they are used, and here before what takes
+long: a checkpoint is read, programs are compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import math
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,14 +29,61 @@ import tyro
 
 from er_jax import calibrate, hf, plan, replay, sweep
 from er_jax.acceptance import AcceptRule
+from er_jax.arguments import check_chance, check_gammas, check_number, check_whole
 from er_jax.control import DEFAULT_GAMMAS, PRIOR_KEEP
 from er_jax.costs import LatencyTable
 from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.drafter import DrafterConfig
-from er_jax.engine import Engine
+from er_jax.engine import Engine, device_bytes, device_memory_bytes
+from er_jax.figures import check_picture
 from er_jax.pass_costs import Cell, PassCosts, Roofline
 from er_jax.rollout import RolloutConfig, rollout
 from er_jax.text import load_tokenizer
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+# Positions of the shortest cache that is surveyed.
+SHORTEST = 64
+
+# Replays of one command: each is a rollout of its own, kept in memory.
+MOST_SEEDS = 10_000
+
+# Completions of one command: all are kept until they are printed.
+MOST_COMPLETIONS = 2**20
+
+# Any more would be cut to 32 bits, and be the same seed as another.
+MOST_SEED = 2**32 - 1
+
+
+def check_output(name: str, path: Path | None, *, is_picture: bool = False) -> None:
+    """Refuse a file that cannot be written, before there is anything to write.
+
+    Args:
+      name: of the argument that gives the path. is_picture: drawn by matplotlib.
+    Raises:
+      ValueError: a directory, a place where none can be written, no kind of picture.
+      ImportError: matplotlib is missing; install the extra `plot`.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{name}={path} is a directory; give a file in it")
+    place = path.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(
+            f"{name}={path} cannot be written in {place}; give a path in a directory "
+            "that can be"
+        )
+    if is_picture:
+        check_picture(name, path)
+
+
+def _with_place(path: Path) -> Path:
+    """Return the path, its directory made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +97,14 @@ class Calibrate:
     Args:
       decoder: sizes of the built-in decoder.
       drafter: how its draft is quantized.
-      slots: most rows of a batch. max_length: longest cache, tokens.
-      gammas: draft lengths. accept: acceptance rule.
+      slots: most rows of a batch.
+      max_length: longest cache, tokens, at least 64.
+      gammas: draft lengths, one of them above 0.
+      accept: acceptance rule.
       keep: chance that a draft is kept, for the speed-up.
       budget: seconds of measuring, compilation not counted.
-      out: where to save the readings as well (JSON). plot: where to save a picture.
+      out: where to save the readings as well (JSON).
+      plot: where to save a picture.
     """
 
     decoder: DecoderConfig
@@ -61,18 +120,32 @@ class Calibrate:
 
     def run(self) -> None:
         """Measure, print a table, and save what was asked for."""
-        if self.slots < 1 or self.max_length < 64:
+        check_whole("slots", self.slots)
+        check_whole("max_length", self.max_length, SHORTEST)
+        check_gammas(self.gammas, SHORTEST - 1)
+        if not any(self.gammas):
             raise ValueError(
-                f"slots={self.slots} must be at least 1 and max_length="
-                f"{self.max_length} at least 64"
+                f"gammas={self.gammas} has no draft to survey; give one above 0"
             )
+        check_chance("keep", self.keep)
+        check_number("budget", self.budget, 0, math.inf, "seconds")
+        check_output("out", self.out)
+        check_output("plot", self.plot, is_picture=True)
         policy = Decoder(self.decoder)
+        shapes = plan.shapes_of(policy, self.drafter, self.slots, self.max_length)
+        needed, there = device_bytes(shapes), device_memory_bytes() or math.inf
+        if needed > there:
+            raise ValueError(
+                f"slots={self.slots}, max_length={self.max_length} and such a decoder "
+                f"need {needed / 1e9:.3g} GB, and the device has {there / 1e9:.3g}; "
+                "choose less of them"
+            )
         params = policy.init(jax.random.key(0))
         engine = Engine(policy, self.accept)
         pair = engine.attach_draft(params, self.drafter)
         rows = [1 << i for i in range(self.slots.bit_length()) if 1 << i < self.slots]
         rows.append(self.slots)
-        lengths = sorted({max(self.max_length >> i, 64) for i in range(3)})
+        lengths = sorted({max(self.max_length >> i, SHORTEST) for i in range(3)})
         found = calibrate.survey_engine(
             engine,
             pair,
@@ -106,7 +179,8 @@ class Calibrate:
         if kept is not None:
             print(f"kept for rollouts of such a policy in {kept}")
         if self.plot is not None:
-            calibrate.plot_speed_up(found, rows, lengths, self.keep, self.plot)
+            path = _with_place(self.plot)
+            calibrate.plot_speed_up(found, rows, lengths, self.keep, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +200,8 @@ class Sweep:
         """Print a report for each file."""
         if not self.files:
             raise ValueError("files is empty; give at least one latency sweep (CSV)")
-        for file in self.files:
-            print(sweep.report(sweep.read_sweep(file)))
+        for found in [sweep.read_sweep(file) for file in self.files]:
+            print(sweep.report(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +212,8 @@ class Replay:
       costs: a latency sweep (CSV), or what `er-jax calibrate` saved (JSON); the table
         is fitted to it, and the roofline by which the published rule decides.
       trace: kind of generated lengths, or a JSONL file of {"length": ...}.
-      num: completions of a generated trace. cap: their limit, tokens.
+      num: completions of a generated trace.
+      cap: limit of each of these, tokens.
       slots: rows decoded at once; all if not given.
       keep: chance that a draft is kept.
       controls: any of fixed:N, paper, best, oracle; ar is always there.
@@ -160,17 +235,18 @@ class Replay:
 
     def run(self) -> None:
         """Print the comparison and save the picture."""
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep={self.keep} must be a chance, from 0 to 1")
-        if min(self.num, self.cap, self.seeds) < 1:
+        check_chance("keep", self.keep)
+        check_whole("seeds", self.seeds, 1, MOST_SEEDS)
+        if self.slots is not None:
+            check_whole("slots", self.slots)
+        check_gammas(self.gammas)
+        check_output("plot", self.plot, is_picture=True)
+        if isinstance(self.trace, Path) and not self.trace.exists():
             raise ValueError(
-                f"num={self.num}, cap={self.cap} and seeds={self.seeds} must be at "
-                "least 1"
+                f"trace={self.trace} is neither a file nor one of "
+                f"{', '.join(replay.TRACES)}"
             )
-        if self.costs.suffix == ".json":
-            measured = LatencyTable.load(self.costs).readings()
-        else:
-            measured = sweep.read_sweep(self.costs).fitted()
+        measured = replay.read_costs(self.costs)
         if isinstance(self.trace, Path):
             traces = [replay.Trace.load(self.trace)] * self.seeds
         else:
@@ -193,7 +269,7 @@ class Replay:
         )
         print(comparison.summary())
         if self.plot is not None:
-            comparison.plot(self.plot)
+            comparison.plot(_with_place(self.plot))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +285,12 @@ class Plan:
         qwen3-0.6b, -1.7b, -4b, -8b, -14b, -32b.
       device: a TPU slice such as v5e:2x4, v5p:2x2x1 or v6e:2x2; a100, h100, h200, or
         several of them such as h100:8; or cpu.
-      slots: rows over all devices. max_length: cache positions of each.
-      drafter: how the draft is quantized. dtype: of the parameters; None is the
-        checkpoint's own. gammas: programs to compile. accept: acceptance rule.
+      slots: rows over all devices.
+      max_length: cache positions of each.
+      drafter: how the draft is quantized.
+      dtype: of the parameters; None is the checkpoint's own.
+      gammas: programs to compile.
+      accept: acceptance rule.
       model_parallel: devices that share a copy of the weights; None is the fewest.
       keep: chance that a draft is kept, for the speed-up.
     """
@@ -221,7 +300,7 @@ class Plan:
     slots: int = 64
     max_length: int = 4096
     drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
-    dtype: str | None = None
+    dtype: Dtype | None = None
     gammas: tuple[int, ...] = (0, 4)
     accept: AcceptRule = "coupled"
     model_parallel: int | None = None
@@ -235,6 +314,11 @@ class Plan:
             config = plan.PRESETS[self.model]
             if self.dtype is not None:
                 config = dataclasses.replace(config, dtype=self.dtype)
+        elif not Path(self.model).is_dir():
+            raise ValueError(
+                f"model={self.model} is neither a directory nor one of "
+                f"{', '.join(plan.PRESETS)}"
+            )
         else:
             config = hf.policy_of(self.model, self.dtype).config
         found = plan.plan(
@@ -245,7 +329,7 @@ class Plan:
             gammas=self.gammas,
             drafter=self.drafter,
             accept=self.accept,
-            model=self.model_parallel,
+            model_parallel=self.model_parallel,
             keep=self.keep,
         )
         print(f"{self.model} on {found.summary()}")
@@ -258,10 +342,13 @@ class Sample:
     Args:
       model: directory of the checkpoint, its tokenizer included.
       prompt: what a user says; give several to sample them together.
-      num: completions of each. max_new_tokens: limit of each.
-      temperature: 0 is greedy. top_p: 1 is off. control: how draft lengths are chosen.
-      seed: of the noise; the same seed gives the same completions. dtype: of the
-        parameters; None is the checkpoint's own.
+      num: completions of each.
+      max_new_tokens: limit of each.
+      temperature: 0 is greedy.
+      top_p: 1 is off.
+      control: how draft lengths are chosen.
+      seed: of the noise; the same seed gives the same completions.
+      dtype: of the parameters; None is the checkpoint's own.
       out: JSONL for prompts, completions and their log-probabilities.
       profile: directory for a trace of the device, for XProf or Perfetto.
     """
@@ -274,27 +361,36 @@ class Sample:
     top_p: float = 1.0
     control: str = "best"
     seed: int = 0
-    dtype: str | None = None
+    dtype: Dtype | None = None
     out: Path | None = None
     profile: Path | None = None
 
     def run(self) -> None:
         """Sample, print the texts and the summary, and save what was asked for."""
+        if not self.prompt:
+            raise ValueError("prompt is empty; give one text or more")
+        check_whole("num", self.num, 1, MOST_COMPLETIONS // len(self.prompt))
+        check_whole("seed", self.seed, 0, MOST_SEED)
+        check_output("out", self.out)
+        if self.profile is not None and self.profile.exists():
+            if not self.profile.is_dir():
+                raise ValueError(f"profile={self.profile} is a file; give a directory")
+        config = RolloutConfig(
+            max_new_tokens=self.max_new_tokens,
+            n=self.num,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            control=self.control,
+        )
         tokenizer = load_tokenizer(self.model)
+        config = dataclasses.replace(config, stop_token_ids=tokenizer.stop_token_ids)
         policy, params = hf.load_hf(self.model, dtype=self.dtype, progress=True)
         found = rollout(
             policy,
             params,
             [tokenizer.encode_prompt(text) for text in self.prompt],
             key=jax.random.key(self.seed),
-            config=RolloutConfig(
-                max_new_tokens=self.max_new_tokens,
-                n=self.num,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                stop_token_ids=tokenizer.stop_token_ids,
-                control=self.control,
-            ),
+            config=config,
             progress=sys.stderr.isatty(),
             profile=self.profile,
         )
@@ -311,7 +407,7 @@ class Sample:
             print(f"> {lines[-1]['prompt']}\n{lines[-1]['completion']}\n")
         print(found.stats.summary())
         if self.out is not None:
-            self.out.write_text(
+            _with_place(self.out).write_text(
                 "".join(json.dumps(line) + "\n" for line in lines), "utf-8"
             )
 
@@ -325,14 +421,40 @@ Command = (
 )
 
 
-def main() -> None:
-    """Run the command line."""
+def complaint(error: Exception) -> str | None:
+    """Return, in one line, what a user can mend; None of any other failure."""
+    if isinstance(error, OSError) and error.filename is not None:
+        remedy = "make room, or " if error.errno == errno.ENOSPC else ""
+        text = f"{error.filename}: {error.strerror}; {remedy}give another path"
+    elif isinstance(error, MemoryError):
+        text = f"out of memory ({str(error) or 'of this host'}); choose smaller sizes"
+    elif isinstance(error, ImportError) and error.name is not None:
+        return None  # Not the library's own sentence about a missing extra.
+    elif isinstance(error, ValueError | OSError | ImportError):
+        text = str(error) or type(error).__name__
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+      arguments: of the command; None is those of the process.
+    Raises:
+      SystemExit: 1 with a line for what a user can mend; 2 for an unknown option, a
+        missing one or one of another type; 0 after --help.
+    """
     command: Calibrate | Sweep | Replay | Plan | Sample
-    command = tyro.cli(Command, prog="er-jax")  # type: ignore[arg-type]
+    command = tyro.cli(Command, prog="er-jax", args=arguments)  # type: ignore[arg-type]
     try:
         command.run()
-    except (ValueError, ImportError) as error:
-        raise SystemExit(f"er-jax: {error}") from error
+    except Exception as error:
+        line = complaint(error)
+        if line is None:
+            raise
+        raise SystemExit(f"er-jax: {line}") from error
 
 
 if __name__ == "__main__":

@@ -6,9 +6,14 @@ of each window; what contradicts the estimate far enough replaces it at once.
 is one of the choices, so switching speculation off is nothing special. *Rent or buy*
 decides about compiling: for every program that is not compiled, the time lost by
 running the best compiled one instead is added up, and the program is compiled when its
-sum reaches what its compilation takes.
+sum reaches what its compilation takes. Nothing is known of drafts at first: they are
+taken to be `UNKNOWN_SPEED_UP` times as fast, and when so much has been lost as it takes
+to find out, one row is measured with drafts and without (`first_look`). Where one row
+gains nothing, no batch does, and no program that drafts is compiled after that.
 
 A controller is a host object, kept across RL steps. `PaperRule` is the published rule.
+Rollouts in several threads may share one: they share what is learnt, and each has for
+itself what belongs to one rollout.
 
 Source: the expected tokens of a round, Leviathan et al. 2023 (arXiv 2211.17192),
 equation 1, here with a chance per depth; rent or buy, Karlin et al. 1988
@@ -17,16 +22,34 @@ equation 1, here with a chance per depth; rent or buy, Karlin et al. 1988
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from er_jax.acceptance import expected_tokens
-from er_jax.costs import DOUBT, LatencyTable
-from er_jax.pass_costs import Kind, PassPredictor, Roofline, seconds_of_passes
+from er_jax.arguments import whole_numbers
+from er_jax.costs import (
+    DOUBT,
+    LatencyTable,
+    OwnLock,
+    checked_programs,
+    listed_programs,
+)
+from er_jax.pass_costs import (
+    Kind,
+    PassPredictor,
+    Roofline,
+    checked_list,
+    checked_real,
+    checked_seconds,
+    checked_whole,
+    seconds_of_passes,
+)
 from er_jax.types import Program
 
 DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
@@ -61,9 +84,18 @@ HYSTERESIS = 0.03
 GAMMA_HYSTERESIS = 0.005
 
 
+# What drafts are taken to gain before any were timed: a third of the time without them
+# is lost. Then finding out costs at most a third of what has been spent so far.
+UNKNOWN_SPEED_UP = 1.5
+
 # What a sampling setting says, and the one of those who name none.
 SETTING_NAMES = ("temperature", "top_k", "top_p", "min_p")
-NO_SETTING: tuple[float, ...] = ()
+Setting: TypeAlias = tuple[float, ...]
+NO_SETTING: Setting = ()
+
+# Acceptance is remembered for so many sampling settings, those that were used last: a
+# temperature that is lowered a little in every step makes as many as there are steps.
+MAX_SETTINGS = 16
 
 
 def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
@@ -78,6 +110,9 @@ def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
       ValueError: an unknown control, a gamma below 0, or gammas without 0.
     """
     remedy = "use 'best', 'paper', 'ar' or 'fixed:g' with a whole number g >= 0"
+    gammas = whole_numbers("gammas", gammas)
+    if not isinstance(control, str):
+        raise ValueError(f"control={control!r} is no word; {remedy}")
     if control == "ar":
         return (0,)
     if control == "paper":
@@ -265,18 +300,77 @@ class PaperRule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is kept from rollout to rollout as JSON-ready values."""
-        names = ("gamma", "tokens_per_round", "_num_high", "_num_low")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "gamma": int(self.gamma),
+            "tokens_per_round": float(self.tokens_per_round),
+            "_num_high": int(self._num_high),
+            "_num_low": int(self._num_low),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another rule had learnt, between rollouts."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Take over what another rule had learnt, between rollouts.
+
+        Raises:
+          ValueError: not what `state_dict` returns; it names what is wrong. Nothing is
+            taken over then.
+        """
+        _check_names("rule", state, self.state_dict())
+        gamma = checked_whole("rule's gamma", state["gamma"], least=1)
+        if self.is_adaptive and gamma not in PAPER_LADDER:
+            raise ValueError(
+                f"rule's gamma is {gamma}, and must be on the ladder {PAPER_LADDER}"
+            )
+        tokens = checked_real(
+            "rule's tokens_per_round", state["tokens_per_round"], least=1
+        )
+        high, low = (
+            checked_whole(f"rule's {name}", state[name])
+            for name in ("_num_high", "_num_low")
+        )
+        self.gamma, self.tokens_per_round = gamma, tokens
+        self._num_high, self._num_low = high, low
         self.start_rollout()
+
+
+@dataclasses.dataclass(eq=False)
+class _Rollout:
+    """What belongs to one rollout; its estimates are of its setting, and shared.
+
+    used, kept: drafts used, as the choice needs them, and drafts kept, which say
+      whether the drafter is sound. broken: shares of drafts (expected, found) that said
+      it is not. wanted: programs for which lost time is booked.
+    """
+
+    setting: Setting
+    used: AcceptanceEstimate
+    kept: AcceptanceEstimate
+    broken: tuple[float, float] | None = None
+    is_probing: bool = False
+    wanted: list[Program] = dataclasses.field(default_factory=list)
+
+
+class _OfThread(threading.local):
+    """The rollout that a thread is in or was in last; of copies there is none."""
+
+    rollout: _Rollout | None = None
+
+    def __reduce__(self) -> tuple[type[_OfThread], tuple[()]]:
+        return _OfThread, ()
+
+
+class _Running(set[_Rollout]):
+    """The rollouts under way; in copies there are none."""
+
+    def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
+        return _Running, ()
 
 
 class Controller:
     """Chooses programs by expected tokens per second; learns from every window.
+
+    Rollouts in several threads may share one. Costs, acceptance and the time lost are
+    learnt together, under a lock; setting, probes and what is said of a broken drafter
+    are of each thread's own rollout. With "paper" they share the rule's one switch too.
 
     Args:
       control: "best", "paper" (see `PaperRule`), "ar" or "fixed:g"; all but the first
@@ -296,25 +390,30 @@ class Controller:
         patience: float = 1.0,
     ) -> None:
         self.gammas = parse_control(control, gammas)
-        if patience < 0:
-            raise ValueError(f"patience={patience} must be at least 0")
+        if not isinstance(patience, int | float) or not patience >= 0:
+            raise ValueError(f"patience={patience!r} must be a number of at least 0")
         self.control = control
         self.patience = patience
         self.table = LatencyTable()
+        self.measuring = OwnLock()
+        """Held while first costs are measured: once, and nothing beside it."""
+        self._lock = OwnLock()
+        # By setting, the latest last.
+        empty = AcceptanceEstimate.empty
         depth = max(self.gammas)
-        self._setting = NO_SETTING
-        # By setting: drafts used, as the choice needs them, and drafts kept, which say
-        # whether the drafter is sound.
-        self._estimates = {NO_SETTING: AcceptanceEstimate.empty(depth)}
-        self._drafters = {NO_SETTING: AcceptanceEstimate.empty(depth)}
-        self.broken_drafter: tuple[float, float] | None = None
-        """Shares of drafts (expected, found) that said so in this rollout."""
+        self._estimates = {NO_SETTING: empty(depth)}
+        self._drafters = {NO_SETTING: empty(depth)}
+        # Of this thread, of those that have begun none, and those under way.
+        self._own = _OfThread()
+        self._latest = self._rollout_at(NO_SETTING)
+        self._running = _Running()
         self._plain_s = self._probed_s = 0.0
-        self._is_probing = False
         # By rows and gamma: row-rounds of live rows, and of rows live at the beginning.
         self._row_rounds: dict[tuple[int, int], tuple[float, float]] = {}
         self._lost_s: dict[Program, float] = {}
-        self._wanted: list[Program] = []
+        # Of plain decoding by rows, cache length, joint, while nothing is known of
+        # drafts.
+        self._plain_at: dict[tuple[int, int, bool], float] = {}
         self._rule = PaperRule(_TableRoofline(self)) if control == "paper" else None
 
     def __repr__(self) -> str:
@@ -323,7 +422,9 @@ class Controller:
     def summary(self) -> str:
         """Return what was learnt of programs and drafts, as text for people."""
         lines = [f"{self!r}: {len(self.table.seconds)} programs timed"]
-        for setting, estimate in self._estimates.items():
+        with self._lock:
+            estimates = list(self._estimates.items())
+        for setting, estimate in estimates:
             if not estimate.tested.any():
                 continue
             depth = int(np.flatnonzero(estimate.tested)[-1]) + 1
@@ -342,31 +443,79 @@ class Controller:
         return "\n".join(lines)
 
     @property
+    def _rollout(self) -> _Rollout:
+        """This thread's rollout; of one that has begun none, the latest."""
+        return self._own.rollout or self._latest
+
+    def _rollout_at(self, setting: Setting) -> _Rollout:
+        return _Rollout(setting, self._estimates[setting], self._drafters[setting])
+
+    @property
     def acceptance(self) -> AcceptanceEstimate:
         """Chances that drafts are used, at the setting of this rollout."""
-        return self._estimates[self._setting]
+        return self._rollout.used
 
-    def start_rollout(self, setting: tuple[float, ...] = NO_SETTING) -> None:
-        """Begin a rollout.
+    @property
+    def broken_drafter(self) -> tuple[float, float] | None:
+        """Shares of drafts (expected, found) that said so in this rollout, if any."""
+        return self._rollout.broken
+
+    def start_rollout(self, setting: Sequence[float] = NO_SETTING) -> None:
+        """Begin a rollout of this thread.
+
+        What is known of acceptance weighs less from here on, because the policy moves
+        between rollouts; not if others of this setting are under way, which sample from
+        the same one.
 
         Args:
           setting: what acceptance depends on beside the policy, as `SETTING_NAMES`.
-            One never met begins with what is known of the last one.
+            One never met begins with what is known of the last one. The last
+            `MAX_SETTINGS` of them are remembered.
         """
-        for known in (self._estimates, self._drafters):
-            if setting not in known:
-                last = known[self._setting]
-                known[setting] = dataclasses.replace(
-                    last, tested=last.tested.copy(), kept=last.kept.copy()
-                )
-                known[setting].forget()
-        self._setting = setting
-        self.broken_drafter = None
-        if self._rule is not None:
-            self._rule.end_rollout()
-            self._rule.start_rollout()
-        for known in (self._estimates, self._drafters):
-            known[setting].decay(KEEP_PER_ROLLOUT)
+        setting = tuple(float(value) for value in setting)
+        with self._lock:
+            last = self._rollout
+            for known, before in (
+                (self._estimates, last.used),
+                (self._drafters, last.kept),
+            ):
+                estimate = known.pop(setting, None)
+                if estimate is None:
+                    estimate = AcceptanceEstimate(
+                        tested=before.tested.copy(), kept=before.kept.copy()
+                    )
+                    estimate.forget()
+                known[setting] = estimate
+                for old in list(known)[:-MAX_SETTINGS]:
+                    del known[old]
+            if self._rule is not None and not self._running:
+                self._rule.end_rollout()
+                self._rule.start_rollout()
+            self._latest = self._own.rollout = self._rollout_at(setting)
+            if all(other.setting != setting for other in self._running):
+                self._latest.used.decay(KEEP_PER_ROLLOUT)
+                self._latest.kept.decay(KEEP_PER_ROLLOUT)
+
+    @contextlib.contextmanager
+    def sampling(self, setting: Sequence[float] = NO_SETTING) -> Iterator[None]:
+        """Be in a rollout from its first choice to its last window.
+
+        As `start_rollout`, and others know when it is over. One inside of another, from
+        a callback of it for instance, leaves that one as it was.
+        """
+        with self._lock:
+            outer = self._own.rollout
+            is_inner = outer in self._running
+            self.start_rollout(setting)
+            own = self._rollout
+            self._running.add(own)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(own)
+            if is_inner:
+                self._own.rollout = outer
 
     def speed(self, program: Program) -> float | None:
         """Return expected tokens per second of each live row; None if unknown."""
@@ -412,6 +561,18 @@ class Controller:
         Returns:
           One of `options`.
         """
+        with self._lock:
+            return self._choose(options, current, compile_s, live, length)
+
+    def _choose(
+        self,
+        options: Sequence[Program],
+        current: Program | None,
+        compile_s: Callable[[Program], float],
+        live: int,
+        length: float,
+    ) -> Program:
+        own = self._rollout
         if self._rule is not None:
             gamma = self._rule.choose(live, length)
             options = [p for p in options if p.gamma == gamma] or options
@@ -421,21 +582,28 @@ class Controller:
         for program in ready:
             if program not in self.table.seconds:
                 # Compiled, by another controller say, and never timed: cheap to try.
+                if program.gamma and not self.knows_drafts:
+                    plain = speeds.get(program._replace(gamma=0), 0.0)
+                    speeds[program] = UNKNOWN_SPEED_UP * plain
                 speeds[program] /= 1 - DOUBT
         best_ready = max(ready, key=speeds.__getitem__)
         worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
-        self._wanted = [p for p in options if speeds[p] > worthwhile]
+        own.wanted = [p for p in options if speeds[p] > worthwhile]
+        if self._drafts_lose():
+            own.wanted = [p for p in own.wanted if not p.gamma]
         paid = [
             program
-            for program in self._wanted
+            for program in own.wanted
             if self._lost_s.get(program, 0.0) >= self.patience * compile_s(program)
         ]
-        self._is_probing = False
+        own.is_probing = False
         # The published rule never draws back, and has no use for probes.
         may_probe = self._rule is None
         if paid:
-            self._wanted = []
-            return max(paid, key=speeds.__getitem__)
+            own.wanted = []
+            bought = max(paid, key=speeds.__getitem__)
+            self._settle(bought, best_ready)
+            return bought
         chosen = best_ready
         if current in ready:
             is_same_shape = best_ready.shape == current.shape
@@ -444,8 +612,97 @@ class Controller:
                 chosen = current
         may_probe &= chosen.gamma == 0
         probe = self._find_probe(chosen, ready) if may_probe else None
-        self._is_probing = probe is not None
+        own.is_probing = probe is not None
         return probe or chosen
+
+    def _settle(self, bought: Program, before: Program) -> None:
+        """Take off the others' accounts what a program that is compiled now saves.
+
+        The same seconds were booked for all programs that would have been faster. Where
+        another has at most as many rows, what is left is what it gains beside the new
+        one; where it has more, the seconds in which the new one could not have run.
+
+        Args:
+          bought: the program. before: the fastest one that was compiled before.
+        """
+        lost_s = self._lost_s.pop(bought, 0.0)
+        speeds = self._speeds([bought, before, *self._lost_s])
+        for other, seconds in self._lost_s.items():
+            if other.rows > bought.rows:
+                self._lost_s[other] = max(seconds - lost_s, 0.0)
+                continue
+            slow, now, fast = (1 / speeds[p] for p in (before, bought, other))
+            share = (now - fast) / (slow - fast) if fast < now < slow else 0.0
+            self._lost_s[other] = share * seconds
+
+    def first_look(
+        self, rows: int, cache_length: int, compile_s: Callable[[Program], float]
+    ) -> tuple[Program, ...]:
+        """Return programs to measure before anything else is known of drafts, or none.
+
+        One row, where decoding is bound by memory most, without drafts and with about
+        four. It is due when the time lost without drafts, were they
+        `UNKNOWN_SPEED_UP` times as fast, reaches what it takes to compile them; for
+        "paper", whose rule has to be told what passes cost, at once.
+
+        Args:
+          rows: of the smallest batch. cache_length: of the longest cache.
+          compile_s: as in `choose`.
+        """
+        drafting = [gamma for gamma in self.gammas if gamma]
+        if not drafting or self.knows_drafts:
+            return ()
+        middle = min(drafting, key=lambda gamma: abs(gamma - 4))
+        pair = tuple(Program(rows, cache_length, gamma) for gamma in (0, middle))
+        if self._rule is None:
+            lost_s = sum(self._plain_at.values()) * (1 - 1 / UNKNOWN_SPEED_UP)
+            if lost_s < self.patience * sum(map(compile_s, pair)):
+                return ()
+        return pair
+
+    @property
+    def knows_drafts(self) -> bool:
+        """Whether costs of drafting were ever measured, here or elsewhere."""
+        return self.table.passes is not None or any(p.gamma for p in self.table.seconds)
+
+    def observe_first_look(self, seconds: dict[Program, float], rounds: int) -> None:
+        """Learn what one row costs; the time lost so far is booked by it.
+
+        Args:
+          seconds: of a round of each program. rounds: that each is worth.
+        """
+        with self._lock:
+            for program, round_s in seconds.items():
+                self.table.observe(program, round_s * rounds, rounds)
+            plain_at, self._plain_at = self._plain_at, {}
+            for shape, plain_s in plain_at.items():
+                programs = [Program(*shape[:2], g, shape[2]) for g in self.gammas]
+                speeds = self._speeds(programs)
+                plain = next(p for p in programs if not p.gamma)
+                for program in programs:
+                    if speeds[program] > speeds[plain]:
+                        lost_s = plain_s * (1 - speeds[plain] / speeds[program])
+                        self._lost_s[program] = lost_s
+
+    def _drafts_lose(self) -> bool:
+        """Whether one row was measured, and gains nothing by any draft that is kept.
+
+        Kept as often as they are known to be, or as those of a good drafter. A survey
+        has measured more than one row, and is believed.
+        """
+        one_row = [p for p in self.table.seconds if p.gamma and p.rows == 1]
+        if self.table.passes is not None or not one_row:
+            return False
+        for measured in one_row:
+            plain_s = self.table.round_seconds(measured._replace(gamma=0))
+            for gamma in self.gammas:
+                round_s = self.table.round_seconds(measured._replace(gamma=gamma))
+                if not gamma or not plain_s or not round_s:
+                    continue
+                chances = np.maximum(self.acceptance.keep_probs(gamma), PRIOR_KEEP)
+                if expected_tokens(list(chances)) * plain_s > round_s:
+                    return False
+        return True
 
     def _find_probe(self, plain: Program, ready: Sequence[Program]) -> Program | None:
         """Return what to run instead of plain decoding, to see if drafts would pay.
@@ -485,9 +742,26 @@ class Controller:
             is `emitted`.
           live: rows that were live at its beginning; 0 if that is not known.
         """
+        accepted = emitted if accepted is None else accepted
+        with self._lock:
+            self._observe(program, num_rounds, emitted, seconds, accepted, live)
+
+    def _observe(
+        self,
+        program: Program,
+        num_rounds: int,
+        emitted: np.ndarray,
+        seconds: float,
+        accepted: np.ndarray,
+        live: int,
+    ) -> None:
+        own = self._rollout
         if program.gamma == 0:
             self._plain_s += seconds
-        elif self._is_probing:
+            if not self.knows_drafts:
+                known_s = self._plain_at.get(program.shape, 0.0)
+                self._plain_at[program.shape] = known_s + seconds
+        elif own.is_probing:
             self._probed_s += seconds
         row_rounds = int(emitted.sum())
         if live:
@@ -499,73 +773,96 @@ class Controller:
                 keep * in_all + max(live * num_rounds, row_rounds),
             )
         self.table.observe(program, seconds, num_rounds)
-        accepted = emitted if accepted is None else accepted
         if self._rule is not None and program.gamma:
             self._rule.observe(accepted)
-        drafter = self._drafters[self._setting]
-        shares = drafter.contradiction(accepted)
+        shares = own.kept.contradiction(accepted)
         if shares is not None:
-            drafter.forget()
-            self.acceptance.forget()
+            own.kept.forget()
+            own.used.forget()
             if shares[1] < DEAD_SHARE * shares[0]:
-                self.broken_drafter = shares
-        drafter.observe(accepted)
-        self.acceptance.observe(emitted)
-        if not self._wanted:
+                own.broken = shares
+        own.kept.observe(accepted)
+        own.used.observe(emitted)
+        if not own.wanted:
             return
-        speeds = self._speeds([program, *self._wanted])
-        for wanted in self._wanted:
+        speeds = self._speeds([program, *own.wanted])
+        for wanted in own.wanted:
             # `wanted` had a speed when it was chosen, and what has one keeps one.
             lost = seconds * max(0.0, 1 - speeds[program] / speeds[wanted])
             self._lost_s[wanted] = self._lost_s.get(wanted, 0.0) + lost
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was learnt as JSON-ready values."""
-        return {
-            "control": self.control,
-            "gammas": list(self.gammas),
-            "seconds": [[*p, s] for p, s in self.table.seconds.items()],
-            "rounds": [[*p, n] for p, n in self.table.rounds.items()],
-            "pace": self.table.pace,
-            "lost_s": [[*p, s] for p, s in self._lost_s.items()],
-            "setting": list(self._setting),
-            "probing": [self._plain_s, self._probed_s],
-            "row_rounds": [[*name, *r] for name, r in self._row_rounds.items()],
-            "rule": self._rule.state_dict() if self._rule is not None else None,
-            "acceptance": _listed(self._estimates),
-            "drafters": _listed(self._drafters),
-        }
+        with self._lock:
+            return {
+                "control": self.control,
+                "gammas": [int(gamma) for gamma in self.gammas],
+                "seconds": listed_programs(self.table.seconds),
+                "rounds": [
+                    [*p, int(n)] for *p, n in listed_programs(self.table.rounds)
+                ],
+                "pace": float(self.table.pace),
+                "lost_s": listed_programs(self._lost_s),
+                "setting": list(next(reversed(self._estimates))),
+                "probing": [float(self._plain_s), float(self._probed_s)],
+                "row_rounds": [
+                    [int(rows), int(gamma), float(live), float(in_all)]
+                    for (rows, gamma), (live, in_all) in self._row_rounds.items()
+                ],
+                "rule": self._rule.state_dict() if self._rule is not None else None,
+                "acceptance": _listed(self._estimates),
+                "drafters": _listed(self._drafters),
+            }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what another controller of the same kind had learnt.
 
         Raises:
-          ValueError: the state is of another control or other gammas.
+          ValueError: the state is of another control or other gammas, or not what
+            `state_dict` returns; it names what is wrong. Nothing is taken over then.
         """
+        _check_names("state", state, self.state_dict())
         mine = (self.control, list(self.gammas))
-        theirs = (state["control"], list(state["gammas"]))
+        theirs = (state["control"], checked_list("gammas", state["gammas"]))
         if mine != theirs:
             raise ValueError(
                 f"state is of control, gammas = {theirs}, this controller of {mine}; "
                 "make the controller with the same settings"
             )
-        self.table = LatencyTable(
-            seconds={Program(*p): s for *p, s in state["seconds"]},
-            rounds={Program(*p): n for *p, n in state["rounds"]},
+        table = LatencyTable(
+            seconds=checked_programs("seconds", state["seconds"], checked_seconds),
+            rounds=checked_programs("rounds", state["rounds"], checked_whole),
             passes=self.table.passes,
-            pace=state["pace"],
+            pace=checked_real("pace", state["pace"], least=1e-9, most=1e9),
         )
-        self._lost_s = {Program(*p): s for *p, s in state["lost_s"]}
-        self._setting = tuple(state["setting"])
-        self._plain_s, self._probed_s = state["probing"]
-        self._row_rounds = {
-            (rows, gamma): (alive, in_all)
-            for rows, gamma, alive, in_all in state["row_rounds"]
-        }
-        if self._rule is not None:
-            self._rule.load_state_dict(state["rule"])
-        self._estimates = _unlisted(state["acceptance"])
-        self._drafters = _unlisted(state["drafters"])
+        lost_s = checked_programs("lost_s", state["lost_s"], checked_real)
+        probing = checked_list("probing", state["probing"], 2)
+        plain_s, probed_s = (checked_real("probing", value) for value in probing)
+        row_rounds = dict(
+            _checked_row_rounds(f"row_rounds[{i}]", row)
+            for i, row in enumerate(checked_list("row_rounds", state["row_rounds"]))
+        )
+        depth = max(self.gammas)
+        estimates, drafters = (
+            _unlisted(name, state[name], depth) for name in ("acceptance", "drafters")
+        )
+        setting = _checked_setting("setting", state["setting"])
+        for name, known in (("acceptance", estimates), ("drafters", drafters)):
+            if setting not in known:
+                raise ValueError(f"{name} has no entry for the setting {setting}")
+            # The latest goes last, and only so many are kept.
+            known[setting] = known.pop(setting)
+            for old in list(known)[:-MAX_SETTINGS]:
+                del known[old]
+        if self._rule is None and state["rule"] is not None:
+            raise ValueError(f"rule must be null for control={self.control!r}")
+        with self._lock:
+            if self._rule is not None:
+                self._rule.load_state_dict(state["rule"])
+            self.table, self._lost_s, self._row_rounds = table, lost_s, row_rounds
+            self._plain_s, self._probed_s = plain_s, probed_s
+            self._estimates, self._drafters = estimates, drafters
+            self._own, self._latest = _OfThread(), self._rollout_at(setting)
 
 
 class _TableRoofline:
@@ -584,15 +881,50 @@ class _TableRoofline:
         return self._fitted.pass_seconds(kind, rows, length, gamma)
 
 
-def _listed(estimates: dict[tuple[float, ...], AcceptanceEstimate]) -> list[Any]:
+def _listed(estimates: dict[Setting, AcceptanceEstimate]) -> list[Any]:
     return [
         [list(setting), estimate.tested.tolist(), estimate.kept.tolist()]
         for setting, estimate in estimates.items()
     ]
 
 
-def _unlisted(values: list[Any]) -> dict[tuple[float, ...], AcceptanceEstimate]:
-    return {
-        tuple(setting): AcceptanceEstimate(tested=np.array(tested), kept=np.array(kept))
-        for setting, tested, kept in values
-    }
+def _unlisted(name: str, values: Any, depth: int) -> dict[Setting, AcceptanceEstimate]:
+    """Return what `_listed` made a list of; `ValueError` for anything else."""
+    found = {}
+    for i, row in enumerate(checked_list(name, values)):
+        setting, *counts = checked_list(f"{name}[{i}]", row, 3)
+        tested, kept = (
+            np.array([checked_real(f"{name}[{i}]", x) for x in checked], float)
+            for checked in (checked_list(f"{name}[{i}]", c, depth) for c in counts)
+        )
+        # Both decay alike, each with roundings of its own.
+        if (kept > tested * (1 + 1e-9)).any():
+            raise ValueError(f"{name}[{i}] kept more drafts than it tested: {row}")
+        found[_checked_setting(f"{name}[{i}]", setting)] = AcceptanceEstimate(
+            tested=tested, kept=kept
+        )
+    return found
+
+
+def _checked_setting(name: str, value: Any) -> Setting:
+    return tuple(
+        checked_real(f"the setting of {name}", x) for x in checked_list(name, value)
+    )
+
+
+def _checked_row_rounds(
+    name: str, row: Any
+) -> tuple[tuple[int, int], tuple[float, float]]:
+    rows, gamma, live, in_all = checked_list(name, row, 4)
+    size = checked_whole(f"rows of {name}", rows, least=1)
+    lived, all_rounds = (checked_real(name, value) for value in (live, in_all))
+    return (size, checked_whole(f"gamma of {name}", gamma)), (lived, all_rounds)
+
+
+def _check_names(name: str, state: Any, known: dict[str, Any]) -> None:
+    """Check that a state has just the names it is known to have."""
+    if not isinstance(state, dict):
+        raise ValueError(f"{name} is a {type(state).__name__}, and must be a dict")
+    for key in known.keys() ^ state.keys():
+        has = "holds" if key in state else "lacks"
+        raise ValueError(f"{name} {has} {key!r}; give what state_dict returned")

@@ -16,7 +16,9 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from er_jax.pass_costs import (
     LENGTH_EXPONENT,
@@ -24,10 +26,17 @@ from er_jax.pass_costs import (
     Kind,
     PassCosts,
     Reading,
+    checked_list,
+    checked_pass_costs,
+    checked_program,
+    checked_seconds,
+    damaged,
     load_record,
     save_record,
 )
 from er_jax.types import Program
+
+Number = TypeVar("Number", int, float)
 
 # A round of all groups of devices as one, in rounds of each for itself, where none was
 # measured: weights are read by parts, two or more, and sums are sent.
@@ -57,14 +66,39 @@ STALE = 0.03
 TRUSTED_POSITIONS = 50
 DOUBT = 0.2
 
+# A file holds at most so many programs: no rollout has so many, and each is looked at
+# for every prediction.
+MAX_PROGRAMS = 10_000
+
 # What a file says of a program is worth so many positions: half of what is trusted, for
 # the machine may have been busy then, and a program that looks slow is never run.
 SAVED_POSITIONS = 25
 
 
+class OwnLock:
+    """A lock for `with`, which a thread may take again; copies of its owner get others.
+
+    Shallow copies share it, as they share what it guards.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OwnLock], tuple[()]]:
+        return OwnLock, ()
+
+
 @dataclasses.dataclass
 class LatencyTable:
     """Seconds per round of each program, from windows that really ran.
+
+    Threads may call the methods of one table side by side.
 
     seconds: program -> seconds per round at pace 1: the mean over rounds, later an
       exponential average.
@@ -78,6 +112,9 @@ class LatencyTable:
     rounds: dict[Program, int] = dataclasses.field(default_factory=dict)
     passes: PassCosts | None = None
     pace: float = 1.0
+    _lock: OwnLock = dataclasses.field(
+        default_factory=OwnLock, init=False, repr=False, compare=False
+    )
     _is_changing: bool = dataclasses.field(
         default=False, init=False, repr=False, compare=False
     )
@@ -105,6 +142,10 @@ class LatencyTable:
         """
         if num_rounds < 1:
             return
+        with self._lock:
+            self._observe(program, seconds, num_rounds)
+
+    def _observe(self, program: Program, seconds: float, num_rounds: int) -> None:
         reading = seconds / num_rounds / self.pace
         known = self.seconds.get(program)
         if known is None:
@@ -132,12 +173,15 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
         """Write all readings as JSON, with what they hold for; see `save_record`."""
-        values = {
-            "passes": [] if self.passes is None else [*map(list, self.passes.readings)],
-            "programs": [[*program, s] for program, s in self.seconds.items()],
-        }
+        passes = self.passes
+        with self._lock:
+            values = {
+                "passes": [] if passes is None else [*map(list, passes.readings)],
+                "programs": listed_programs(self.seconds),
+            }
+            num_rounds = sum(self.rounds.values())
         save_record(path, "latency table", about, values)
-        self._kept_rounds = sum(self.rounds.values())
+        self._kept_rounds = num_rounds
 
     @classmethod
     def load(
@@ -148,26 +192,37 @@ class LatencyTable:
         Args:
           path: the file. about: what it must hold for; None takes anything.
         Raises:
-          ValueError: no latency table, or of another device, version or policy.
+          ValueError: no latency table, or of another device, version or policy; or one
+            that is damaged: it names the file and what is wrong in it.
           OSError: the file cannot be read.
         """
         values = load_record(path, "latency table", about)
-        seconds = {Program(*p): s for *p, s in values["programs"]}
+        with damaged(path):
+            names = {"programs", "passes"}
+            if not isinstance(values, dict) or not names <= values.keys():
+                raise ValueError("it has no lists of programs and passes")
+            rows = checked_list("programs", values["programs"])
+            if len(rows) > MAX_PROGRAMS:
+                raise ValueError(f"it holds {len(rows)} programs, over {MAX_PROGRAMS}")
+            seconds = checked_programs("programs", rows, checked_seconds)
+            passes = checked_pass_costs("passes", values["passes"])
         rounds = {p: max(SAVED_POSITIONS // (p.gamma + 1), 1) for p in seconds}
-        readings = [Reading(*reading) for reading in values["passes"]]
-        table = cls(seconds, rounds, PassCosts(readings) if readings else None)
+        table = cls(seconds, rounds, passes)
         table._kept_rounds = sum(rounds.values())
         return table
 
     @property
     def is_news(self) -> bool:
         """Whether a program was timed since it was saved, or twice the rounds."""
-        return sum(self.rounds.values()) > 2 * self._kept_rounds
+        with self._lock:
+            return sum(self.rounds.values()) > 2 * self._kept_rounds
 
     def readings(self) -> list[Reading]:
         """Return all that was measured, passes and whole rounds, of separate groups."""
         found = [] if self.passes is None else list(self.passes.readings)
-        for program, seconds in self.seconds.items():
+        with self._lock:
+            measured = list(self.seconds.items())
+        for program, seconds in measured:
             kind: Kind = "round" if program.gamma else "target"
             if not program.joint:
                 found.append(Reading(kind, *program[:3], seconds))
@@ -175,6 +230,10 @@ class LatencyTable:
 
     def round_seconds(self, program: Program) -> float | None:
         """Return measured or predicted seconds per round; None if nothing is known."""
+        with self._lock:
+            return self._round_seconds(program)
+
+    def _round_seconds(self, program: Program) -> float | None:
         measured = self.seconds.get(program)
         if measured is None:
             predicted = self._predicted(program)
@@ -217,9 +276,10 @@ class LatencyTable:
             if apart is None or near is None:
                 return None if apart is None else JOINT_SHARE * apart
             return apart * self.seconds[near] / (self._apart(near) or apart)
-        if self.passes is not None:
+        if self.passes is not None and self.passes.has_rounds(program.gamma):
             expected = self.passes.round_seconds(program)
             others = [p for p in self.seconds if p != program and not p.joint]
+            others = [p for p in others if self.passes.has_rounds(p.gamma)]
             near = min(others, key=lambda p: _distance(p, program), default=None)
             if near is None:
                 return expected
@@ -280,6 +340,33 @@ class LatencyTable:
         self._steps.clear()
         self._predictions.clear()
         self._predicted_from.clear()
+
+
+def listed_programs(values: Mapping[Program, float]) -> list[list[Any]]:
+    """Return (program, number) as JSON-ready rows, whatever types they came in."""
+    return [
+        [int(p.rows), int(p.cache_length), int(p.gamma), bool(p.joint), float(value)]
+        for p, value in values.items()
+    ]
+
+
+def checked_programs(
+    name: str, value: Any, checked: Callable[[str, Any], Number]
+) -> dict[Program, Number]:
+    """Return what `listed_programs` made a list of.
+
+    Args:
+      name: of the list in its file. checked: for the number of each program.
+    Raises:
+      ValueError: it is no such list; see `pass_costs.checked_whole`.
+    """
+    found: dict[Program, Number] = {}
+    for i, row in enumerate(checked_list(name, value)):
+        *program, number = checked_list(f"{name}[{i}]", row) or [None]
+        found[checked_program(f"{name}[{i}]", program)] = checked(
+            f"the number of {name}[{i}]", number
+        )
+    return found
 
 
 class _Neighbours:

@@ -60,14 +60,24 @@ class DrafterConfig:
     skip: tuple[str, ...] = ("embed", "norm")
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
+        if type(self.bits) is not int or self.bits not in (4, 8):
             raise ValueError(f"bits={self.bits!r} is not supported; use 8 or 4")
-        if self.group_size is not None and self.group_size < 1:
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 1):
             raise ValueError(
-                f"group_size={self.group_size!r} must be at least 1; use None for one "
-                "scale per output channel"
+                f"group_size={size!r} must be a whole number of at least 1; use None "
+                "for one scale per output channel"
             )
-        if self.act_bits not in (8, 16, "auto"):
+        if isinstance(self.skip, str) or not all(
+            isinstance(word, str) and word for word in self.skip
+        ):
+            raise ValueError(
+                f"skip={self.skip!r} must be several words, none of them empty, which "
+                "occurs in every path; give a tuple, as skip=('norm',)"
+            )
+        # A list does, as it comes out of a file; a tuple can name a program.
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if type(self.act_bits) is float or self.act_bits not in (8, 16, "auto"):
             raise ValueError(
                 f"act_bits={self.act_bits!r} is not supported; use 8, 16 or 'auto'"
             )

@@ -17,12 +17,15 @@ compiler cuts the program as the parameters are cut. For few rows all groups bec
 must call the same methods in the same order; what they measure is made one
 (`Engine.agree`).
 
+Threads may call the methods of one engine side by side: each program is compiled once,
+and whoever wants it meanwhile waits. Not on a mesh that spans processes: these could
+not call in the same order then.
+
 Left out: which program to run (`control`), when (`scheduler`).
 """
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -30,6 +33,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
@@ -305,10 +309,22 @@ def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
 
 @dataclasses.dataclass
 class CompiledProgram:
-    """An executable, and what its compilation took."""
+    """An executable, and what its compilation took here."""
 
     call: Callable[..., Any]
     compile_s: float
+
+
+class _Own(threading.local):
+    """What compilation has cost one thread.
+
+    seconds: of compiling, and of waiting for others that did. compiled: name and
+      seconds of all that this thread compiled, in order.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.compiled: list[tuple[tuple[Any, ...], float]] = []
 
 
 class _Books:
@@ -316,17 +332,40 @@ class _Books:
 
     def __init__(self) -> None:
         self.compiled: dict[tuple[Any, ...], CompiledProgram] = {}
-        self.compile_s = 0.0
         self.slowest_s: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self.own = _Own()
+        self.lock = threading.Lock()
+        self._under_way: dict[tuple[Any, ...], threading.Lock] = {}
 
-    def add(self, key: tuple[Any, ...], call: Any, seconds: float) -> None:
-        """Keep an executable; threads may compile side by side."""
-        kind = key[0]
-        with self._lock:
-            self.compiled[key] = CompiledProgram(call=call, compile_s=seconds)
-            self.compile_s += seconds
-            self.slowest_s[kind] = max(seconds, self.slowest_s.get(kind, 0.0))
+    def program(
+        self, key: tuple[Any, ...], make: Callable[[], tuple[CompiledProgram, float]]
+    ) -> CompiledProgram:
+        """Return an executable, made first if it is not there.
+
+        A thread that asks while another makes it waits; if that one fails it makes it
+        itself. Other programs are made meanwhile.
+
+        Args:
+          key: its name. make: returns it, and the seconds that the next one of its
+            kind is expected to take.
+        """
+        start = time.perf_counter()
+        with self.lock:
+            under_way = self._under_way.setdefault(key, threading.Lock())
+        with under_way:
+            found = self.compiled.get(key)
+            if found is not None:
+                self.own.seconds += time.perf_counter() - start
+                return found
+            found, expected_s = make()
+            kind = key[0]
+            with self.lock:
+                self.compiled[key] = found
+                self.slowest_s[kind] = max(expected_s, self.slowest_s.get(kind, 0.0))
+                del self._under_way[key]
+        self.own.seconds += found.compile_s
+        self.own.compiled.append((key, found.compile_s))
+        return found
 
 
 class RunningWindow:
@@ -479,6 +518,7 @@ class Engine:
         """Whether this is the process whose measurements count."""
         self._prefix = "" if owner is None else "joint "
         self._books: _Books = _Books() if owner is None else owner._books
+        self._joint: Engine | None = None
         self._draft_kinds: dict[Hashable, str] = {}
         self.defaults: dict[Hashable, Any] = {}
         """Objects callers keep per engine, such as the controller of unnamed calls."""
@@ -490,14 +530,22 @@ class Engine:
 
     @property
     def compile_s(self) -> float:
-        """Seconds spent compiling so far."""
-        return self._books.compile_s
+        """Seconds this thread has spent compiling, or waiting for one that does."""
+        return self._books.own.seconds
 
-    @functools.cached_property
+    @property
+    def compiled_here(self) -> list[tuple[tuple[Any, ...], float]]:
+        """Name and seconds of all that this thread has compiled, in order."""
+        return self._books.own.compiled
+
+    @property
     def joint(self) -> Engine:
         """The engine of the same devices with all their groups as one; of a mesh."""
-        mesh = sharding.joint_mesh(self._mesh)
-        return Engine(self.policy, self.accept, mesh, owner=self)
+        with self._books.lock:
+            if self._joint is None:
+                mesh = sharding.joint_mesh(self._mesh)
+                self._joint = Engine(self.policy, self.accept, mesh, owner=self)
+        return self._joint
 
     @property
     def _mesh(self) -> Mesh:
@@ -551,10 +599,15 @@ class Engine:
         def first_and_any(parts: jax.Array) -> jax.Array:
             return jnp.append(parts[0, :-1], jnp.max(parts[:, -1]))
 
-        own = np.append(np.asarray(values, np.float32), np.float32(failure is not None))
+        # The process that has failed, counted from 1; of several the last.
+        failed = 0 if failure is None else 1 + jax.process_index()
+        own = np.append(np.asarray(values, np.float32), np.float32(failed))
         found = self._combine("agree", own[None], lambda _: own[None], first_and_any)
         if found[-1] and failure is None:
-            failure = RuntimeError("another process has failed; its own error says why")
+            failure = RuntimeError(
+                f"another process has failed, process {int(found[-1]) - 1}; its own "
+                "error says why"
+            )
         return found[:-1], failure
 
     def _combine(
@@ -569,13 +622,17 @@ class Engine:
         shape = (self._mesh.size, *own.shape[1:])
         spread = jax.make_array_from_callback(shape, every, part)
         key = (self._prefix + name, str(own.dtype), *shape)
-        if key not in self.compiled:
+
+        def make() -> tuple[CompiledProgram, float]:
             whole = NamedSharding(self._mesh, WHOLE)
             start = time.perf_counter()
             program = jax.jit(function, out_shardings=whole)
             call = program.lower(_abstract(spread, every)).compile()
-            self._books.add(key, call, time.perf_counter() - start)
-        return np.asarray(self.compiled[key].call(spread))
+            seconds = time.perf_counter() - start
+            return CompiledProgram(call, seconds), seconds
+
+        program = self.compiled.get(key) or self._books.program(key, make)
+        return np.asarray(program.call(spread))
 
     def agree_text(self, text: str | None) -> str | None:
         """Return the leading process's text, or None if it has none."""
@@ -630,16 +687,34 @@ class Engine:
     def _program(
         self, name: tuple[Any, ...], function: Any, lower: Callable[[Any], Any]
     ) -> CompiledProgram:
+        """Return a program, compiled first if it is not there.
+
+        Raises:
+          RuntimeError: it cannot be compiled in another process. What fails here is
+            raised as it is. Either way it is there in no process.
+        """
+
+        def make() -> tuple[CompiledProgram, float]:
+            start, call, failure = time.perf_counter(), None, None
+            try:
+                call = lower(function).compile()
+            except Exception as error:
+                failure = error
+            finally:
+                # JAX keeps what it compiles for a function as long as the function
+                # lives; here programs are to live as long as their engine.
+                function.clear_cache()
+            seconds = time.perf_counter() - start
+            # Others would wait in this program for one that does not have it.
+            (leading_s,), failure = self.meet([seconds], failure)
+            if call is None or failure is not None:
+                assert failure is not None
+                raise failure
+            # What decides is the same in all processes; what is told is each one's own.
+            return CompiledProgram(call, seconds), float(leading_s)
+
         key = self._key(*name)
-        if key not in self.compiled:
-            start = time.perf_counter()
-            call = lower(function).compile()
-            # JAX keeps what it compiles for a function as long as the function lives;
-            # here programs are to live as long as their engine.
-            function.clear_cache()
-            seconds = float(self.agree([time.perf_counter() - start])[0])
-            self._books.add(key, call, seconds)
-        return self.compiled[key]
+        return self.compiled.get(key) or self._books.program(key, make)
 
     def _key(self, kind: str, *rest: Any) -> tuple[Any, ...]:
         return (self._prefix + kind, *rest)
@@ -768,9 +843,10 @@ class Engine:
 
     def draft_kind(self, draft: Params) -> str:
         """Return a short name for all drafts of these shapes and dtypes."""
-        number = len(self._draft_kinds)
         name = signature(draft, self.mesh)
-        return self._draft_kinds.setdefault(name, f"draft {number}")
+        with self._books.lock:
+            number = len(self._draft_kinds)
+            return self._draft_kinds.setdefault(name, f"draft {number}")
 
     def _window_name(
         self, program: Program, draft_kind: str | None, num_stop_ids: int
@@ -788,7 +864,9 @@ class Engine:
     def expected_compile_s(self, kind: str) -> float:
         """Return the seconds one more program of a kind should take to compile."""
         slowest_s = self._books.slowest_s
-        return slowest_s.get(self._prefix + kind, slowest_s.get(kind, 1.0))
+        # A move of rows is a small part of a window.
+        first_s = 0.1 * slowest_s["window"] if "window" in slowest_s else 1.0
+        return slowest_s.get(self._prefix + kind, slowest_s.get(kind, first_s))
 
     def start_window(
         self,
@@ -915,8 +993,14 @@ class Engine:
         return [path for path, good in zip(paths, flags, strict=True) if not good]
 
 
+# Calls whose engines are kept; those that one call needs together count as one, however
+# many they are.
 MAX_ENGINES = 16
-_engines: collections.OrderedDict[Hashable, Engine] = collections.OrderedDict()
+_engines: list[dict[Hashable, Engine]] = []
+"""By name, together what one call needs; the least recently used first."""
+_living: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
+"""All that somebody still holds: kept ones, and those of calls that have not ended."""
+_engines_lock = threading.Lock()
 
 
 def engine_for(
@@ -924,24 +1008,61 @@ def engine_for(
 ) -> Engine:
     """Return the engine of this policy, these parameter shapes, this rule and mesh.
 
-    Engines are kept, least recently used last out, so that calls of `rollout` share
+    Engines are kept, least recently used first out, so that calls of `rollout` share
     programs without the caller holding anything.
     """
-    name = (policy, signature(params, mesh), accept, mesh)
-    engine = _engines.pop(name, None) or Engine(policy, accept, mesh)
-    _engines[name] = engine
-    while len(_engines) > MAX_ENGINES:
-        _engines.popitem(last=False)
-    return engine
+    return engines_for(policy, accept, [(params, mesh)])[0]
+
+
+def engines_for(
+    policy: Policy, accept: AcceptRule, places: Sequence[tuple[Params, Mesh | None]]
+) -> list[Engine]:
+    """Return an engine for each of several places; they are kept and dropped together.
+
+    Args:
+      policy, accept: as for `engine_for`.
+      places: parameters and mesh of each; what a single call needs.
+    """
+    names: list[Hashable] = [
+        (policy, signature(params, mesh), accept, mesh or default_device())
+        for params, mesh in places
+    ]
+    with _engines_lock:
+        own = {
+            name: _living.get(name) or Engine(policy, accept, mesh)
+            for name, (_, mesh) in zip(names, places, strict=True)
+        }
+        _living.update(own)
+        whole = [kept for kept in _engines if own.keys() <= kept.keys()]
+        for kept in () if whole else _engines:
+            for name in own.keys() & kept.keys():
+                del kept[name]
+        latest = whole[0] if whole else own
+        _engines[:] = [kept for kept in _engines if kept and kept is not latest]
+        _engines.append(latest)
+        del _engines[:-MAX_ENGINES]
+        return [own[name] for name in names]
 
 
 def forget_engines() -> None:
     """Drop all kept engines with their programs and controllers.
 
     For processes that go through many models or shapes: on CPU some hundred compiled
-    programs use up the memory mappings that Linux allows a process.
+    programs use up the memory mappings that Linux allows a process. A call that another
+    thread is in goes on with its own, which ends with it.
     """
-    _engines.clear()
+    with _engines_lock:
+        _engines.clear()
+        _living.clear()
+
+
+def default_device() -> jax.Device:
+    """Return the device that programs without a mesh run on."""
+    config: Any = jax.config
+    device = config.jax_default_device
+    if isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device or jax.local_devices()[0]
 
 
 def device_bytes(tree: Any) -> int:
@@ -958,10 +1079,15 @@ def device_bytes(tree: Any) -> int:
 
 def device_memory_bytes() -> int | None:
     """Return the memory of one device here in bytes, None where it is unknown."""
-    device = jax.local_devices()[0]
+    device = default_device()
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+    return host_memory_bytes() if device.platform == "cpu" else None
+
+
+def host_memory_bytes() -> int | None:
+    """Return the memory of this host in bytes, None where it is unknown."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,7 +5,9 @@ The one place that knows matplotlib may be missing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -27,6 +29,24 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def check_picture(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a path that no picture can be saved as, before there is one.
+
+    Args:
+      name: of the argument that gives the path.
+    Raises:
+      ValueError: a kind of file that matplotlib does not write.
+      ImportError: as `new_figure`.
+    """
+    kind = Path(path).suffix.removeprefix(".").lower()
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    if kind and kind not in known:
+        raise ValueError(
+            f"{name}={os.fspath(path)} ends in .{kind}; a picture is one of "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def text_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:

@@ -25,6 +25,9 @@ from er_jax.types import DATA_AXIS, MODEL_AXIS, Cache, wide_dtype
 # Below this many queries per row and head group, reading the cache decides the cost.
 MERGED_QUERIES = 16
 
+# On CPU, where something is not finite, at most so many entries are cleaned at once.
+CAREFUL_ENTRIES = 128
+
 # On CPU, up to this many merged queries per row the keys are the left factor.
 KEYS_FIRST_QUERIES = 16
 
@@ -159,7 +162,7 @@ def _attend(
         v = v.reshape(batch, length, kv_heads, size)
         out = jnp.einsum("bkgts,bskd->btkgd", probs, v)
         out = out.reshape(batch, num_queries, heads * size)
-        return _with_nan(out, visible, is_sound)
+        return _with_nan(out, _sees_bad(visible, is_sound))
 
     # [.., K, 1, K, 1]: head i's query meets only head i's part of an entry.
     own = jnp.eye(kv_heads, dtype=query.dtype)[None, None, :, None, :, None]
@@ -189,32 +192,65 @@ def _attend(
         return jnp.stack(parts, axis=2).reshape(len(out), num_queries, heads * size)
 
     def careful(probs: jax.Array, values: jax.Array) -> jax.Array:
-        def one_row(row: tuple[jax.Array, ...]) -> jax.Array:
-            probs, keys, values, visible = (part[None] for part in row)
-            is_sound = _is_sound(keys, values)
-            v = jnp.where(is_sound[..., None], values, jnp.zeros((), values.dtype))
-            return _with_nan(combined(probs, v), visible, is_sound)[0]
+        # Some entries of a row at a time: a copy of all would double their memory.
+        size_s = max(n for n in range(1, CAREFUL_ENTRIES + 1) if length % n == 0)
 
-        # One after the other: a copy of all the values would double their memory.
-        return lax.map(one_row, (probs, keys, values, visible))
+        def add(
+            done: tuple[jax.Array, jax.Array], i: jax.Array
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            out, sees_bad = done
+            row, start = i // (length // size_s), i % (length // size_s) * size_s
+
+            def part(x: jax.Array, axis: int) -> jax.Array:
+                first, sizes = [jnp.int32(0)] * 3, list(x.shape)
+                first[0], first[axis] = row, start
+                sizes[0], sizes[axis] = 1, size_s
+                return lax.dynamic_slice(x, first, sizes)
+
+            k, v = part(keys, 1), part(values, 1)
+            is_sound = _is_sound(k, v)
+            v = jnp.where(is_sound[..., None], v, jnp.zeros((), v.dtype))
+            sees = _sees_bad(part(visible, 2), is_sound)
+            out = out.at[row].add(combined(part(probs, 2), v)[0].astype(wide))
+            return (out, sees_bad.at[row].set(sees_bad[row] | sees[0])), None
+
+        start = (
+            jnp.zeros((batch, num_queries, heads * size), wide),
+            jnp.zeros((batch, num_queries, 1), jnp.bool_),
+        )
+        steps = jnp.arange(batch * (length // size_s), dtype=jnp.int32)
+        out, sees_bad = lax.scan(add, start, steps)[0]
+        return _with_nan(out.astype(values.dtype), sees_bad)
 
     def checked(probs: jax.Array, values: jax.Array) -> jax.Array:
         # Only a CPU branches for free. What leaks is never finite.
         out = combined(probs, values)
-        is_clean = jnp.all(jnp.isfinite(out))
-        return lax.cond(is_clean, lambda *_: out, careful, probs, values)
+        is_clean = jnp.all(jnp.isfinite(out), axis=(1, 2), keepdims=True)
+
+        def mended(probs: jax.Array, values: jax.Array) -> jax.Array:
+            # Other rows stay as they are, to the last bit.
+            return jnp.where(is_clean, out, careful(probs, values))
+
+        return lax.cond(jnp.all(is_clean), lambda *_: out, mended, probs, values)
 
     return lax.platform_dependent(probs, values, cpu=checked, default=combined)
 
 
 def _is_sound(keys: jax.Array, values: jax.Array) -> jax.Array:
     """Whether entries `[B, S, K * D]` are finite in key and value, bool `[B, S]`."""
-    return jnp.all(jnp.isfinite(keys) & jnp.isfinite(values), axis=-1)
+    # The largest number is finite if all are; NaN is the largest of any. Flags of all
+    # numbers would have to be written.
+    largest = [jnp.max(jnp.abs(entries), axis=-1) for entries in (keys, values)]
+    return jnp.isfinite(largest[0]) & jnp.isfinite(largest[1])
 
 
-def _with_nan(out: jax.Array, visible: jax.Array, is_sound: jax.Array) -> jax.Array:
-    """Return `[B, T, H * D]` with NaN in queries that see (`[B, T, S]`) a bad entry."""
-    sees_bad = jnp.any(visible & ~is_sound[:, None], axis=-1, keepdims=True)
+def _sees_bad(visible: jax.Array, is_sound: jax.Array) -> jax.Array:
+    """Whether queries see (`[B, T, S]`) an entry that is not finite, `[B, T, 1]`."""
+    return jnp.any(visible & ~is_sound[:, None], axis=-1, keepdims=True)
+
+
+def _with_nan(out: jax.Array, sees_bad: jax.Array) -> jax.Array:
+    """Return attention `[B, T, H * D]`, NaN where `sees_bad` (`[B, T, 1]`)."""
     return jnp.where(sees_bad, jnp.asarray(jnp.nan, out.dtype), out)
 
 
@@ -236,9 +272,7 @@ def resize(cache: Cache, length: int) -> Cache:
     return jax.tree.map(leaf_of_length, cache)
 
 
-def copy_row(
-    cache: Cache, source: jax.Array, to: jax.Array, count: jax.Array
-) -> Cache:
+def copy_row(cache: Cache, source: jax.Array, to: jax.Array, count: jax.Array) -> Cache:
     """Overwrite row `to` with the first `count` entries of row `source`, zeros behind.
 
     Args:

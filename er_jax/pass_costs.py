@@ -13,14 +13,17 @@ Source: the three equations, EfficientRollout (arXiv 2606.18967), section 3.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -32,6 +35,16 @@ ROWS_EXPONENT = 0.5
 LENGTH_EXPONENT = 0.3
 
 Kind = Literal["target", "draft", "verify", "round"]
+
+# A record of costs is at most so large, and holds at most so many readings of passes:
+# whatever is larger was not written by `save_record`. No pass takes less or more than
+# these seconds.
+MAX_RECORD_BYTES = 1 << 24
+MAX_READINGS = 2000
+LEAST_SECONDS, MOST_SECONDS = 1e-9, 1e6
+
+# No number of rows, positions or rounds is larger.
+MOST = 2**31 - 1
 
 # What a kink in the cost of a position, from one number of rows to the next, weighs
 # against errors of fit: enough that few readings do not make a surface of their noise.
@@ -83,8 +96,9 @@ def seconds_of_passes(costs: PassPredictor, program: Program) -> float:
 class Surface:
     """Seconds of one kind of pass over rows and length.
 
-    Linear in length (weights once, and every entry of the cache once), piecewise linear
-    in rows, and never falling in either as far as rows were measured.
+    Linear in length (weights once, and every entry of the cache once) and at most in
+    proportion to it, piecewise linear in rows, and never falling in either as far as
+    rows were measured.
 
     rows: numbers of rows that were measured, ascending.
     shortest, longest: lengths at which `low` and `high` hold.
@@ -141,12 +155,16 @@ class Surface:
         weights = [reading.weight for reading in readings] + [KINK_WEIGHT] * num_kinks
         price = np.concatenate([np.zeros(first), np.repeat(weights, 2)])
 
-        ascending = np.zeros((3 * num_rows - 2, num_unknowns))
+        ascending = np.zeros((4 * num_rows - 2, num_unknowns))
         for i in range(num_rows - 1):
             ascending[2 * i, [i, i + 1]] = 1, -1
             ascending[2 * i + 1, [num_rows + i, num_rows + i + 1]] = 1, -1
         for i in range(num_rows):
             ascending[2 * num_rows - 2 + i, [i, num_rows + i]] = 1, -1
+            # And at most in proportion: where rows were measured at one length only,
+            # nothing else keeps the other one from costing nothing.
+            least = shortest / longest
+            ascending[3 * num_rows - 2 + i, [i, num_rows + i]] = -1, least
         found = optimize.linprog(
             price,
             A_ub=ascending,
@@ -154,6 +172,11 @@ class Surface:
             A_eq=equal,
             b_eq=wanted,
         )
+        if found.x is None:
+            raise ValueError(
+                f"readings of {readings[0].kind} at gamma {readings[0].gamma} cannot "
+                f"be fitted: {found.message}; time them again"
+            )
         low, high = found.x[:num_rows], found.x[num_rows:first]
         if shortest == longest:
             low = high
@@ -200,7 +223,7 @@ class PassCosts:
     Args:
       readings: of any kinds, shapes and gammas; a target reading at least.
     Raises:
-      ValueError: no target reading.
+      ValueError: no target reading, or readings that no surface can be fitted to.
     """
 
     def __init__(self, readings: Sequence[Reading]) -> None:
@@ -293,6 +316,11 @@ class PassCosts:
             # Where nothing tells, in proportion.
             parts[gamma] = float(np.median(beyond or [gamma / whole[0]]))
         return whole, parts
+
+    def has_rounds(self, gamma: int) -> bool:
+        """Whether enough was measured to say what a round of this gamma takes."""
+        passes = self.gammas("draft") and self.gammas("verify")
+        return gamma == 0 or bool(self.gammas("round") or passes)
 
     def round_seconds(self, program: Program) -> float:
         """Return the seconds of a whole round, drafts and verification.
@@ -425,7 +453,134 @@ class Roofline:
         cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
     ) -> Roofline:
         """Read what `save` wrote; errors as in `load_record`."""
-        return cls(**load_record(path, "roofline", about))
+        values = load_record(path, "roofline", about)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or sorted(values) != sorted(names):
+            raise ValueError(
+                f"{path} is damaged: a roofline must have {', '.join(names)}; measure "
+                "it again"
+            )
+        with damaged(path):
+            return cls(**{name: checked_real(name, values[name]) for name in names})
+
+
+def checked_whole(name: str, value: Any, *, least: int = 0, most: int = MOST) -> int:
+    """Return a number of a file as an int.
+
+    Raises:
+      ValueError: it is no whole number, or outside of its limits; `name` is in it.
+    """
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
+        raise ValueError(
+            f"{name} is {_short(value)}, and must be a whole number from {least} to "
+            f"{most}"
+        )
+    return int(value)
+
+
+def checked_real(
+    name: str, value: Any, *, least: float = 0.0, most: float = math.inf
+) -> float:
+    """Return a finite number of a file as a float; errors as of `checked_whole`."""
+    is_number = isinstance(value, int | float | np.integer | np.floating)
+    if (
+        not is_number
+        or isinstance(value, bool)
+        or not least <= value <= most
+        or abs(value) > 1e300  # inf, and whole numbers that no float holds
+    ):
+        above = f" to {most:g}" if most < math.inf else ""
+        raise ValueError(
+            f"{name} is {_short(value)}, and must be a finite number from {least:g}"
+            f"{above}"
+        )
+    return float(value)
+
+
+def checked_seconds(name: str, value: Any) -> float:
+    """Return the seconds of a pass or round; errors as of `checked_whole`."""
+    return checked_real(name, value, least=LEAST_SECONDS, most=MOST_SECONDS)
+
+
+def checked_list(name: str, value: Any, length: int | None = None) -> list[Any]:
+    """Return a list of a file, of this length if one is given; errors alike."""
+    is_list = isinstance(value, list | tuple)
+    if not is_list or (length is not None and len(value) != length):
+        of = "" if length is None else f" of {length}"
+        raise ValueError(f"{name} is {_short(value)}, and must be a list{of}")
+    return list(value)
+
+
+def checked_program(name: str, value: Any) -> Program:
+    """Return a program: rows, cache length, gamma, joint or not; errors alike."""
+    fields = checked_list(name, value)
+    if len(fields) not in (3, 4) or not isinstance(fields[-1], bool | int):
+        raise ValueError(
+            f"{name} is {_short(value)}, and must be rows, cache length, gamma and "
+            "whether joint"
+        )
+    joint = fields[3] if len(fields) == 4 else False
+    if not isinstance(joint, bool):
+        raise ValueError(f"joint of {name} is {_short(joint)}, and must be true, false")
+    return Program(
+        rows=checked_whole(f"rows of {name}", fields[0], least=1),
+        cache_length=checked_whole(f"cache length of {name}", fields[1], least=1),
+        gamma=checked_whole(f"gamma of {name}", fields[2]),
+        joint=joint,
+    )
+
+
+def checked_pass_costs(name: str, value: Any) -> PassCosts | None:
+    """Return costs of passes from the readings of a file, None of an empty list.
+
+    Raises:
+      ValueError: as `checked_whole`; or no costs of passes can be made of them.
+    """
+    rows = checked_list(name, value)
+    if not rows:
+        return None
+    if len(rows) > MAX_READINGS:
+        raise ValueError(f"{name} holds {len(rows)} readings, more than {MAX_READINGS}")
+    return PassCosts([_checked_reading(f"{name}[{i}]", r) for i, r in enumerate(rows)])
+
+
+def _checked_reading(name: str, value: Any) -> Reading:
+    fields = checked_list(name, value)
+    if len(fields) not in (5, 6) or fields[0] not in get_args(Kind):
+        raise ValueError(
+            f"{name} is {_short(value)}, and must be a kind of {get_args(Kind)}, rows, "
+            "length, gamma, seconds and weight"
+        )
+    kind, rows, length, gamma, seconds, weight = [*fields, 1.0][:6]
+    least, most = (0, 0) if kind == "target" else (1, MOST)
+    return Reading(
+        kind=kind,
+        rows=checked_whole(f"rows of {name}", rows, least=1),
+        length=checked_whole(f"length of {name}", length, least=1),
+        gamma=checked_whole(
+            f"gamma of {name}",
+            gamma,
+            least=least,
+            most=most,
+        ),
+        seconds=checked_seconds(f"seconds of {name}", seconds),
+        weight=checked_real(f"weight of {name}", weight, least=1e-6, most=1e6),
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextlib.contextmanager
+def damaged(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have a `ValueError` of what is wrong in a file name the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; measure them again") from error
 
 
 def save_record(
@@ -439,12 +594,17 @@ def save_record(
       values: JSON-ready.
     """
     record = {"kind": kind, "about": dict(about), "values": values}
-    # Renamed into place: a reader never meets half a file.
+    # Renamed into place: a reader never meets half a file. Of a name that no other
+    # thread or process writes to.
     whole = Path(path)
     whole.parent.mkdir(parents=True, exist_ok=True)
-    part = whole.with_name(f"{whole.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    part.replace(whole)
+    part = whole.with_name(f"{whole.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        part.replace(whole)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load_record(
@@ -458,15 +618,22 @@ def load_record(
       ValueError: no such record, or of another device, version or policy.
       OSError: the file cannot be read.
     """
+    size = Path(path).stat().st_size
+    if size > MAX_RECORD_BYTES:
+        raise ValueError(
+            f"{path} holds no costs: it has {size} bytes, more than "
+            f"{MAX_RECORD_BYTES}; measure them again"
+        )
     try:
         record = json.loads(Path(path).read_text("utf-8"))
-        found, values = record["about"], record["values"]
-        is_kind = record["kind"] == kind
-    except (ValueError, KeyError, TypeError) as error:
+        found, values = dict(record["about"]), record["values"]
+        found_kind = record["kind"]
+    # Deeply nested brackets, too, are no costs.
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no costs; measure them again") from error
-    if not is_kind:
+    if found_kind != kind:
         raise ValueError(
-            f"{path} holds {record['kind']}, not {kind}; give another file"
+            f"{path} holds {str(found_kind)[:80]}, not {kind}; give another file"
         )
     for name, wanted in (about or {}).items():
         if found.get(name) != wanted:

@@ -27,7 +27,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from er_jax import sharding, steps
-from er_jax.acceptance import AcceptRule, expected_tokens
+from er_jax.acceptance import ACCEPT_RULES, AcceptRule, expected_tokens
+from er_jax.arguments import MOST_DRAFTS, check_chance, check_gammas, check_whole
 from er_jax.calibrate import neutral_sampling
 from er_jax.control import PRIOR_KEEP
 from er_jax.decoder import Decoder, DecoderConfig, RopeScaling
@@ -471,34 +472,41 @@ def plan(
     gammas: Sequence[int] = (0, GAMMA),
     drafter: DrafterConfig | None = None,
     accept: AcceptRule = "coupled",
-    model: int | None = None,
+    model_parallel: int | None = None,
     keep: float = PRIOR_KEEP,
 ) -> Plan:
     """Compile a policy's windows for a target and count.
 
     Args:
       config: the decoder. target: where. slots: rows of the whole mesh. max_length:
-        cache positions of each. gammas: programs to compile.
+        cache positions of each. gammas: programs to compile, each once.
       drafter: how the draft is quantized. accept: acceptance rule.
-      model: devices that share one copy of the weights; None is the fewest that hold
-        parameters, draft and state.
+      model_parallel: devices that share one copy of the weights; None is the fewest
+        that hold parameters, draft and state.
       keep: chance of a draft, for the speed-up.
     Raises:
-      ValueError: sizes that do not fit the mesh.
+      ValueError: no such number, or sizes that do not fit the mesh.
     """
     policy, drafter = Decoder(config), drafter or DrafterConfig()
-    if slots < 1 or max_length < 1:
+    check_whole("slots", slots)
+    check_whole("max_length", max_length)
+    # A round's positions are entries of the cache.
+    check_gammas(gammas, min(max_length - 1, MOST_DRAFTS))
+    check_chance("keep", keep)
+    if accept not in ACCEPT_RULES:
         raise ValueError(
-            f"slots={slots} and max_length={max_length} must be at least 1"
+            f"accept={accept!r} is unknown; use one of {', '.join(ACCEPT_RULES)}"
         )
     chips = len(target.devices)
-    shapes = _shapes(policy, drafter, slots, max_length)
-    if model is None:
-        model = _fewest(target, shapes, policy, chips, slots)
+    if model_parallel is not None:
+        check_whole("model_parallel", model_parallel, 1, chips)
+    shapes = shapes_of(policy, drafter, slots, max_length)
+    model = model_parallel or _fewest(target, shapes, policy, chips, slots)
     if chips % model or slots % (chips // model):
         raise ValueError(
-            f"model={model} with slots={slots}: model must divide the {chips} devices, "
-            "and the number of groups that makes must divide the slots; choose others"
+            f"model_parallel={model} with slots={slots}: it must divide the {chips} "
+            "devices, and the number of groups that makes must divide the slots; "
+            "choose others"
         )
     data = chips // model
     devices = np.array(target.devices).reshape(data, model)
@@ -514,7 +522,7 @@ def plan(
         if min(leaf.shape) > 1 and len(leaf.shape) > 1
     }
     programs = []
-    for gamma in gammas:
+    for gamma in dict.fromkeys(gammas):
         params = pair if gamma else PolicyParams(policy=pair.policy, draft=None)
         program = Program(slots, max_length, gamma)
         start = time.perf_counter()
@@ -571,9 +579,14 @@ def plan(
     )
 
 
-def _shapes(policy: Decoder, drafter: DrafterConfig, slots: int, length: int) -> Any:
-    params = jax.eval_shape(policy.init, jax.random.key(0))
-    pair = jax.eval_shape(lambda x: attach_draft(x, drafter), params)
+def shapes_of(policy: Decoder, drafter: DrafterConfig, slots: int, length: int) -> Any:
+    """Return the shapes of parameters with their draft, and of a state.
+
+    Raises:
+      ValueError: a draft that cannot be made of these parameters, or a dtype that is
+        not enabled.
+    """
+    pair = jax.eval_shape(lambda: attach_draft(policy.init(jax.random.key(0)), drafter))
     return pair, jax.eval_shape(lambda: steps.empty_state(policy, slots, length))
 
 

@@ -23,10 +23,20 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from er_jax.arguments import (
+    MOST,
+    MOST_DRAFTS,
+    check_chance,
+    check_gammas,
+    check_whole,
+    is_whole,
+)
 from er_jax.control import Controller, PaperRule, parse_control
+from er_jax.costs import LatencyTable
 from er_jax.figures import new_figure
-from er_jax.pass_costs import PassPredictor
+from er_jax.pass_costs import PassPredictor, Reading
 from er_jax.rollout import Rollout
+from er_jax.sweep import read_sweep
 from er_jax.types import Program
 
 # Decisions are taken when a row ends, and after so many rounds.
@@ -35,6 +45,35 @@ SPECULATIVE_HORIZON = 16
 
 # Mean lengths are rounded up to a multiple of this, so that costs are looked up once.
 LENGTH_STEP = 32
+
+# Tokens of a trace: the luck of each is drawn beforehand, in some thirty bytes.
+MOST_TOKENS = 2**30
+
+# Whole rounds are enough to price one, or its passes.
+PRICED: tuple[set[str], ...] = ({"target", "round"}, {"target", "draft", "verify"})
+
+
+def read_costs(path: str | os.PathLike[str]) -> list[Reading]:
+    """Read what rounds can be priced by.
+
+    Args:
+      path: what `LatencyTable.save` wrote (.json), or a latency sweep (CSV).
+    Raises:
+      ValueError: neither of them, or readings that price no rounds with drafts.
+      OSError: the file cannot be read.
+    """
+    if Path(path).suffix.lower() == ".json":
+        found = LatencyTable.load(path).readings()
+    else:
+        found = read_sweep(path).fitted()
+    kinds = {reading.kind for reading in found}
+    if not any(enough <= kinds for enough in PRICED):
+        raise ValueError(
+            f"{path} holds {' and '.join(sorted(kinds)) or 'no'} readings, which price "
+            "no rounds with drafts; measure steps and rounds (er-jax calibrate), or "
+            "target, draft and verify passes"
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +93,23 @@ class Trace:
                 f"{len(self.prompt_lengths)} prompt lengths; give one of each for "
                 "every completion, at least one"
             )
+        for name, values in vars(self).items():
+            if not np.issubdtype(values.dtype, np.integer):
+                raise ValueError(f"{name} of type {values.dtype} must be whole numbers")
         if self.lengths.min() < 1:
             raise ValueError(
                 f"a completion of {self.lengths.min()} tokens; each has at least one"
+            )
+        if self.prompt_lengths.min() < 0:
+            raise ValueError(
+                f"a prompt of {self.prompt_lengths.min()} tokens; give 0 if it is not "
+                "known"
+            )
+        total = self.lengths.sum(dtype=float)
+        if total > MOST_TOKENS:
+            raise ValueError(
+                f"a trace of {total:.0f} tokens; at most {MOST_TOKENS} are replayed: "
+                "give fewer completions, or shorter ones"
             )
 
     @classmethod
@@ -79,24 +132,35 @@ class Trace:
         """Read what `save` wrote; a missing prompt_length is 0.
 
         Raises:
-          ValueError: a line without a length.
+          ValueError: not text, no completion, a line without a length, or one that no
+            completion has.
+          OSError: the file cannot be read.
         """
         found = []
-        text = Path(path).read_text("utf-8")
+        try:
+            text = Path(path).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8 ({error})") from error
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
-                found.append(
-                    (int(values.get("prompt_length", 0)), int(values["length"]))
-                )
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, RecursionError):
+                values = None
+            values = values if isinstance(values, dict) else {}
+            prompt, length = values.get("prompt_length", 0), values.get("length")
+            if not is_whole(prompt, 0, MOST) or not is_whole(length, 1, MOST):
                 raise ValueError(
-                    f'{path}, line {number}: {line[:60]!r} is not like {{"length": 12}}'
-                ) from error
+                    f'{path}, line {number}: {line[:60]!r} is not like {{"length": 12, '
+                    f'"prompt_length": 5}}, whole numbers from 1 and 0 to {MOST}'
+                )
+            found.append((prompt, length))
         prompts, lengths = np.array(found or np.zeros((0, 2)), int).T
-        return cls(prompt_lengths=prompts, lengths=lengths)
+        try:
+            return cls(prompt_lengths=prompts, lengths=lengths)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def tail_trace(num: int, *, cap: int, seed: int, prompt_length: int = 256) -> Trace:
@@ -104,6 +168,7 @@ def tail_trace(num: int, *, cap: int, seed: int, prompt_length: int = 256) -> Tr
 
     98.5 % are log-normal with median 460 and sigma 0.6, the rest with median 2700.
     """
+    _check_sizes(num, cap, prompt_length)
     random = np.random.default_rng(seed)
     median = np.where(random.random(num) < 0.985, 460, 2700)
     lengths = median * np.exp(0.6 * random.standard_normal(num))
@@ -118,6 +183,8 @@ def capped_trace(
     At a cap of 16 000: prompts normal around 9400 with deviation 4800, their
     completions around them with deviation 1800; scaled to `cap`.
     """
+    _check_sizes(num, cap, prompt_length)
+    check_whole("group", group)
     random = np.random.default_rng(seed)
     means = 9400 + 4800 * random.standard_normal(-(-num // group))
     lengths = np.repeat(means, group)[:num] + 1800 * random.standard_normal(num)
@@ -129,6 +196,7 @@ def mixture_trace(num: int, *, cap: int, seed: int, prompt_length: int = 256) ->
 
     At a cap of 32 000: normal around 4959, 12 720, 9175 and 17 655.
     """
+    _check_sizes(num, cap, prompt_length)
     random = np.random.default_rng(seed)
     kind = random.choice(4, num, p=[0.36 / 0.99, 0.07 / 0.99, 0.37 / 0.99, 0.19 / 0.99])
     means = np.array([4959, 12_720, 9175, 17_655])[kind]
@@ -138,6 +206,12 @@ def mixture_trace(num: int, *, cap: int, seed: int, prompt_length: int = 256) ->
 
 
 TRACES = {"tail": tail_trace, "capped": capped_trace, "mixture": mixture_trace}
+
+
+def _check_sizes(num: int, cap: int, prompt_length: int) -> None:
+    check_whole("num", num, 1, MOST_TOKENS)
+    check_whole("cap", cap)
+    check_whole("prompt_length", prompt_length, 0)
 
 
 def _trace(lengths: np.ndarray, cap: int, prompt_length: int) -> Trace:
@@ -185,6 +259,7 @@ class Fixed:
     """Always the same draft length; 0 is plain decoding."""
 
     def __init__(self, gamma: int) -> None:
+        check_whole("gamma", gamma, 0, MOST_DRAFTS)
         self.gamma = gamma
 
     def choose(self, situation: Situation) -> int:
@@ -202,6 +277,7 @@ class Best:
     """The library's controller, with a table that holds the true costs of passes."""
 
     def __init__(self, costs: RoundCosts, gammas: Sequence[int]) -> None:
+        check_gammas(gammas)
         self.controller = Controller("best", gammas)
         self._costs = costs
         self._current: Program | None = None
@@ -260,6 +336,8 @@ class Oracle:
     def __init__(
         self, costs: RoundCosts, gammas: Sequence[int], keep_prob: float
     ) -> None:
+        check_gammas(gammas)
+        check_chance("keep_prob", keep_prob)
         self._costs, self._gammas, self._keep_prob = costs, tuple(gammas), keep_prob
 
     def choose(self, situation: Situation) -> int:
@@ -289,6 +367,8 @@ class Luck:
     """
 
     def __init__(self, trace: Trace, keep_prob: float, seed: int) -> None:
+        check_chance("keep_prob", keep_prob)
+        check_whole("seed", seed, 0, 2**63)
         total = int(trace.lengths.sum())
         is_kept = np.random.default_rng(seed).random(total) < keep_prob
         self.start = np.concatenate([[0], np.cumsum(trace.lengths)[:-1]])
@@ -335,7 +415,18 @@ def replay(
       trace: lengths. costs: prices rounds. decider: chooses gammas. luck: of this
         trace. slots: rows decoded at once; None is all. until_s: stop at the first
         decision after so many seconds.
+    Raises:
+      ValueError: no slots, `until_s` below 0 or NaN, or luck of another trace.
     """
+    if slots is not None:
+        check_whole("slots", slots)
+    if not until_s >= 0:
+        raise ValueError(f"until_s={until_s} must be seconds, 0 or more")
+    if len(luck.run) != trace.lengths.sum() or len(luck.start) != len(trace.lengths):
+        raise ValueError(
+            f"luck was drawn for {len(luck.run)} tokens, the trace has "
+            f"{trace.lengths.sum()}; draw it for this trace"
+        )
     slots = len(trace.lengths) if slots is None else slots
     waiting = len(trace.lengths)
     rows = np.arange(min(slots, waiting))
@@ -345,7 +436,9 @@ def replay(
     seconds_of: dict[Program, float] = {}
 
     def rounded(length: float) -> int:
-        return int(-(-length // LENGTH_STEP) * LENGTH_STEP)
+        # A row that decodes holds a token at least, whatever is known of its prompt;
+        # a pass over no positions at all has no price.
+        return int(-(-max(length, 1) // LENGTH_STEP) * LENGTH_STEP)
 
     def round_s(live: int, length: float, gamma: int) -> float:
         program = Program(live, rounded(length), gamma)
@@ -414,8 +507,11 @@ def make_decider(
         the published rule decides by. gammas: what `best` and the oracle choose from.
       keep_prob: told to the oracle only.
     Raises:
-      ValueError: an unknown control, or gammas without 0.
+      ValueError: an unknown control, gammas without 0 or none that drafts may have, or
+        no chance.
     """
+    check_gammas(gammas)
+    check_chance("keep_prob", keep_prob)
     if control == "paper":
         return Paper(PaperRule(roofline))
     if control == "best":
@@ -426,7 +522,8 @@ def make_decider(
         return Fixed(*parse_control(control, gammas))
     except ValueError as error:
         raise ValueError(
-            f"control={control!r} is unknown; use one of {', '.join(CONTROLS)}"
+            f"control={control!r} is unknown; use one of {', '.join(CONTROLS)}, N from "
+            f"0 to {MOST_DRAFTS}"
         ) from error
 
 
@@ -514,7 +611,14 @@ def compare(
         kept, at any depth and position.
       slots: rows decoded at once; None is all. num_warm_ups: rollouts not counted.
       progress: show a progress bar.
+    Raises:
+      ValueError: no trace; or as `make_decider` and `replay`, before the first rollout.
     """
+    if not len(traces):
+        raise ValueError("traces is empty; give one or more")
+    if slots is not None:
+        check_whole("slots", slots)
+    check_whole("num_warm_ups", num_warm_ups, 0)
     deciders = {
         control: make_decider(control, costs, roofline, gammas, keep_prob)
         for control in dict.fromkeys(("ar", *controls))

@@ -18,7 +18,10 @@ Source: the rule of dealing, Graham 1969, "Bounds on multiprocessing timing anom
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from er_jax import engine, sharding
+from er_jax.control import Controller
 from er_jax.drafter import PolicyParams
 from er_jax.rollout import (
     Rollout,
@@ -133,6 +137,34 @@ def replica_params(params: Any, mesh: Mesh, own: Mesh) -> Any:
     return jax.tree.map(leaf, params)
 
 
+def _bare(params: Params | PolicyParams) -> Params:
+    return params.policy if isinstance(params, PolicyParams) else params
+
+
+def _check_shared(parts: Sequence[Mesh]) -> None:
+    """Check that the replicas of every process can share a controller.
+
+    They learn in the order in which their windows end. Where a replica spans processes
+    these must decide alike, and that order is another in each.
+
+    Args:
+      parts: the mesh of every replica, so that all processes find the same.
+    """
+    processes = [
+        {device.process_index for device in part.devices.flat} for part in parts
+    ]
+    for replica, own in enumerate(processes):
+        for other in range(len(parts)):
+            shared = own & processes[other]
+            if len(own) > 1 and other != replica and shared:
+                raise ValueError(
+                    f"controller is given, but replica {replica} spans processes, and "
+                    f"process {min(shared)} has a part of replica {other} too, which "
+                    "would share it; order the mesh's devices so that each process has "
+                    "a part of one replica, or use controller=None"
+                )
+
+
 def rollout_replicas(
     policy: Policy,
     params: Params | PolicyParams,
@@ -144,8 +176,10 @@ def rollout_replicas(
     num_replicas: int | None = None,
     sequence_ids: Sequence[int] | None = None,
     expected_lengths: Sequence[float] | None = None,
+    controller: Controller | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
     progress: bool = False,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Rollout:
     """Sample as `rollout` does, by replicas that do not wait for each other.
 
@@ -157,15 +191,22 @@ def rollout_replicas(
         part of the mesh. None is one for every place on that axis.
       expected_lengths: `[P]`, tokens that completions of each prompt are expected to
         have, such as `ExpectedLengths.of(prompts)`; None takes all for equal.
+      controller: one for all replicas, which are alike: what one learns of costs and
+        acceptance, the others know. Keep it across calls. Of several processes each
+        has what the first one learnt when the call returns. None uses one for each
+        replica, which lives as long as the process.
       on_finish: called with (sequence id, `Completion`) as rows finish, by one thread
         at a time, in one process for each completion.
       progress: show a progress bar of the sequences sampled here.
+      profile: directory for a trace of this process, all replicas here in it; as for
+        `rollout`.
     Returns:
       The whole `Rollout`, in every process. `stats` has the counts of the replicas
       here, `stats.replica_s` the seconds of all, `stats.idle_share` what was lost.
     Raises:
       ValueError: a wrong argument. RolloutError: a replica failed; it carries what all
-        replicas here have finished.
+        replicas here have finished. KeyboardInterrupt: Ctrl-C, with the same in an
+        attribute `completions`.
     """
     arrays = checked_prompts(prompts, policy.vocab_size)
     ids = checked_sequence_ids(sequence_ids, len(arrays) * config.n)
@@ -184,25 +225,35 @@ def rollout_replicas(
             f"num_replicas={num_replicas} must divide the mesh's axis data of {size}; "
             "use None for one at every place"
         )
-    params = sharding.place(policy, params, whole_mesh)
-    dealt = deal(costs.tolist(), num_replicas)
-    bare = params.policy if isinstance(params, PolicyParams) else params
-    programs = engine.engine_for(policy, bare, config.accept, whole_mesh)
-    # Processes meet now, while they are together: the first meeting of their devices
-    # may have a time limit, and they come to the last one when they are done.
-    programs.agree([0.0])
     here = jax.process_index()
+    parts = replica_meshes(whole_mesh, num_replicas)
+    if controller is not None:
+        _check_shared(parts)
     own = {
         replica: part
-        for replica, part in enumerate(replica_meshes(whole_mesh, num_replicas))
+        for replica, part in enumerate(parts)
         if any(device.process_index == here for device in part.devices.flat)
     }
+    params = sharding.place(policy, params, whole_mesh)
+    dealt = deal(costs.tolist(), num_replicas)
     # Here and not in threads: of one array, JAX 0.10 may hand two threads that ask for
     # its shards at once some of them twice or not at all.
     own_params = {
         replica: replica_params(params, whole_mesh, part)
         for replica, part in own.items()
     }
+    # Held to the end of the call, so that none is dropped before its thread asks.
+    programs, *_held = engine.engines_for(
+        policy,
+        config.accept,
+        [
+            (_bare(params), whole_mesh),
+            *((_bare(own_params[replica]), part) for replica, part in own.items()),
+        ],
+    )
+    # Processes meet now, while they are together: the first meeting of their devices
+    # may have a time limit, and they come to the last one when they are done.
+    programs.agree([0.0])
     # The setting of a `with` block holds for its own thread only.
     is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     lock, interrupted = threading.Lock(), threading.Event()
@@ -234,31 +285,38 @@ def rollout_replicas(
                     key=key,
                     config=config,
                     sequence_ids=ids[columns[dealt[replica]].reshape(-1)].tolist(),
+                    controller=controller,
                     mesh=own[replica],
                     on_finish=finished,
                 )
             return out, time.perf_counter() - start
 
-        with concurrent.futures.ThreadPoolExecutor(len(own)) as pool:
+        with (
+            contextlib.nullcontext()
+            if profile is None
+            else jax.profiler.trace(profile),
+            concurrent.futures.ThreadPoolExecutor(len(own)) as pool,
+        ):
             running = {replica: pool.submit(sample, replica) for replica in own}
+            stop: BaseException | None = None
             try:
                 concurrent.futures.wait(running.values())
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 # The main thread's alone: the others end with their next completion.
                 interrupted.set()
-                raise
+                stop = error
 
     completions: dict[int, Completion] = {}
     stats: list[RolloutStats] = []
     seconds = np.zeros(len(dealt), np.float32)
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     sequence_of = {int(name): sequence for sequence, name in enumerate(ids)}
     for replica, future in running.items():
         try:
             result = future.result()
-        except Exception as error:
+        except BaseException as error:
             errors.append(error)
-            done = error.completions if isinstance(error, RolloutError) else {}
+            done: dict[int, Completion] = getattr(error, "completions", {})
             completions |= {sequence_of[i]: c for i, c in done.items()}
             continue
         # Of the processes that share a replica, one brings its results.
@@ -275,16 +333,30 @@ def rollout_replicas(
             for row, length in enumerate(out.lengths)
         }
     # A replica that failed elsewhere would be waited for without end.
-    _, failure = programs.meet([], errors[0] if errors else None)
+    failed = [error for error in errors if isinstance(error, Exception)]
+    if stop is None:  # Or was a callback's, of a replica?
+        stop = next((e for e in errors if not isinstance(e, Exception)), None)
+    if stop is not None:
+        failed.insert(0, RuntimeError(f"the rollout was ended by {stop!r}"))
+    _, failure = programs.meet([], failed[0] if failed else None)
     if failure is not None:
+        named = {int(ids[sequence]): c for sequence, c in completions.items()}
+        if stop is not None:
+            stop.completions = named  # type: ignore[attr-defined]
+            raise stop
         if not completions and isinstance(failure, ValueError):
             raise failure
         raise RolloutError(
             f"{len(errors)} of {len(own)} replicas here failed; {len(completions)} of "
             f"{len(ids)} completions had finished, which this exception holds: "
             f"{failure}",
-            {int(ids[sequence]): c for sequence, c in completions.items()},
+            named,
         ) from failure
+    if controller is not None and programs.is_spread:
+        # Replicas of other processes have met other windows.
+        learnt = programs.agree_text(json.dumps(controller.state_dict()))
+        assert learnt is not None, "the leading process has a text"
+        controller.load_state_dict(json.loads(learnt))
     merged = RolloutStats.merged(stats) if stats else RolloutStats()
     merged.replica_s = programs.gather(seconds).tolist()
     return assemble(arrays, completions, ids, config, merged, programs)

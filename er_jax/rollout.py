@@ -19,7 +19,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 
 from er_jax import calibrate, engine, scheduler, sharding
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
+from er_jax.arguments import MOST, is_whole, whole_numbers
 from er_jax.control import DEFAULT_GAMMAS, Controller, parse_control
 from er_jax.drafter import (
     DrafterConfig,
@@ -103,14 +104,24 @@ class RolloutConfig:
     drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
 
     def __post_init__(self) -> None:
-        for name in ("gammas", "stop_token_ids"):
-            # Lists do, as they come out of a file; a tuple can name a program.
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("max_new_tokens", "n", "max_slots", "top_k", "pad_id"):
             value: Any = getattr(self, name)
-            is_whole = isinstance(value, int | np.integer)
-            if not is_whole or abs(value) >= 2**31:
-                raise ValueError(f"{name}={value} must be a whole number of type int32")
+            if not is_whole(value, -MOST - 1, MOST):
+                raise ValueError(
+                    f"{name}={value!r} must be a whole number of type int32"
+                )
+            object.__setattr__(self, name, int(value))
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, _real_number(name, getattr(self, name)))
+        for name in ("gammas", "stop_token_ids"):
+            # A tuple of plain numbers can name a program, and be written to a file.
+            numbers = whole_numbers(name, getattr(self, name))
+            object.__setattr__(self, name, numbers)
+        if not isinstance(self.drafter, DrafterConfig):
+            raise ValueError(
+                f"drafter={self.drafter!r} is no DrafterConfig; give "
+                "er_jax.DrafterConfig(...)"
+            )
         for name in ("max_new_tokens", "n", "max_slots"):
             value = getattr(self, name)
             if value < 1:
@@ -139,6 +150,14 @@ class RolloutConfig:
         parse_control(self.control, self.gammas)
 
 
+def _real_number(name: str, value: Any) -> float:
+    """Return a number as a plain float; `ValueError` for anything else."""
+    is_real = isinstance(value, int | float | np.integer | np.floating)
+    if not is_real or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a number, as 0.7 is")
+    return float(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """Completions of a request, N = len(prompts) * n in prompt order.
@@ -151,7 +170,7 @@ class Rollout:
     logprobs: float32 `[N, max_new_tokens]`, of the emitted token under the target model
       by the meaning in the config, 0 where masked.
     lengths: int32 `[N]`, sampled tokens.
-    finish_reason: list of N words, "stop", "length" or "nonfinite".
+    finish_reason: `[N]` words, "stop", "length" or "nonfinite".
     sequence_ids: int32 `[N]`, the names of the completions for the noise.
     stats: what the rollout did; see `RolloutStats`.
     """
@@ -199,7 +218,8 @@ def rollout(
       sequence_ids: N distinct integers in 0 .. 2**31-1, the completions' names for the
         noise; default 0 .. N-1. Giving one again samples that completion again.
       controller: learns costs and acceptance; keep it across calls. None uses one
-        that lives as long as the process, per policy, control and drafter.
+        that lives as long as the process, per policy, control and drafter. Calls in
+        several threads may share one; see `Controller`.
       mesh: devices to run on, with any of the axes data, fsdp and model (see
         `sharding`; `sharding.rollout_mesh` takes other names); None is the default
         device. Parameters are used as they lie on it. A decoder's are laid out by the
@@ -216,6 +236,7 @@ def rollout(
     Raises:
       ValueError: a wrong argument, before anything is compiled or allocated.
       RolloutError: a failure on the way, holding the completions finished so far.
+      KeyboardInterrupt: Ctrl-C, with these in an attribute `completions`.
     Warns:
       RuntimeWarning: rows ended at a non-finite logit; it names their sequence ids. Or
         drafts were kept far less often than expected: a stale or broken draft.
@@ -231,6 +252,55 @@ def rollout(
       >>> out.completion_ids.shape
       (2, 4)
     """
+    _check_outside_jit(params, prompts, key)
+    with _own_jax_settings():
+        return _rollout(
+            policy, params, prompts, key, config, sequence_ids, controller, mesh,
+            on_finish, progress, profile,
+        )  # fmt: skip
+
+
+def _check_outside_jit(params: Any, prompts: Any, key: Any = None) -> None:
+    arrays = prompts if isinstance(prompts, list | tuple) else [prompts]
+    arrays = [array for array in arrays if isinstance(array, jax.Array)]
+    for name, leaves in (
+        ("params", jax.tree.leaves(params)),
+        ("prompts", arrays),
+        ("key", [key]),
+    ):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise ValueError(
+                f"{name} is traced: a rollout decides on the host what to run next "
+                "and cannot be part of jax.jit, grad, vmap or scan; call it outside of "
+                "them, and jit the update alone"
+            )
+
+
+@contextlib.contextmanager
+def _own_jax_settings() -> Iterator[None]:
+    """Undo settings of the caller's that are not meant for a rollout.
+
+    Its transfers are few and on purpose, so a guard against others must not stop them;
+    and its programs are compiled ahead, which `disable_jit` would make impossible.
+    """
+    with jax.transfer_guard("allow"), jax.disable_jit(False):
+        yield
+
+
+def _rollout(
+    policy: Policy,
+    params: Params | PolicyParams,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    config: RolloutConfig,
+    sequence_ids: Sequence[int] | None,
+    controller: Controller | None,
+    mesh: Mesh | None,
+    on_finish: Callable[[int, Completion], None] | None,
+    progress: bool,
+    profile: str | os.PathLike[str] | None,
+) -> Rollout:
+    """Sample; arguments as for `rollout`, which checks and sets up."""
     start_s = time.perf_counter()
     settings = _settings(config, key)
     params, arrays, ids, request, programs, controller = _begin(
@@ -239,7 +309,7 @@ def rollout(
     bare = params.policy if isinstance(params, PolicyParams) else params
 
     stats = RolloutStats()
-    before = len(programs.compiled)
+    before = len(programs.compiled_here)
     compiled_s = programs.compile_s
     with stats.timed("check", lambda: programs.compile_s):
         bad = programs.find_nonfinite(bare)
@@ -250,50 +320,62 @@ def rollout(
             "garbage: go back to the last finite parameters"
         )
     pair = _with_draft(programs, params, config, controller, stats)
-    with stats.timed("calibration", lambda: programs.compile_s):
-        longest = request.cache_lengths[-1]
-        calibrate.prepare(programs, pair, controller, longest)
-    controller.start_rollout(
-        (config.temperature, float(config.top_k), config.top_p, config.min_p)
-    )
-    with contextlib.nullcontext() if profile is None else jax.profiler.trace(profile):
-        completions = scheduler.run(
-            programs,
-            pair,
-            request,
-            settings,
-            controller,
-            stats,
-            on_finish=on_finish,
-            progress=progress,
-        )
-    stats.compiled = [
-        (_program_name(name), program.compile_s)
-        for name, program in list(programs.compiled.items())[before:]
-    ]
-    stats.seconds["compile"] = programs.compile_s - compiled_s
-    out = assemble(arrays, completions, ids, config, stats, programs)
-    calibrate.remember(programs, pair, controller)
-    stats.seconds["host"] = time.perf_counter() - start_s - stats.total_s
-    if controller.broken_drafter is not None:
-        expected, found = controller.broken_drafter
+    with stats.timed("calibration", lambda: programs.compile_s), controller.measuring:
+        calibrate.recall(programs, pair, controller)
+    setting = (config.temperature, config.top_k, config.top_p, config.min_p)
+    completions: dict[int, Completion] = {}
+    # What fails from here on, a warning made an error among it, loses no completion.
+    with scheduler.keeping(lambda: completions, request):
+        with (
+            controller.sampling(setting),
+            contextlib.nullcontext()
+            if profile is None
+            else jax.profiler.trace(profile),
+        ):
+            completions = scheduler.run(
+                programs,
+                pair,
+                request,
+                settings,
+                controller,
+                stats,
+                on_finish=on_finish,
+                progress=progress,
+            )
+            broken_drafter = controller.broken_drafter
+        stats.compiled = [
+            (_program_name(name), seconds)
+            for name, seconds in programs.compiled_here[before:]
+        ]
+        stats.seconds["compile"] = programs.compile_s - compiled_s
+        out = assemble(arrays, completions, ids, config, stats, programs)
+        calibrate.remember(programs, pair, controller)
+        stats.seconds["host"] = time.perf_counter() - start_s - stats.total_s
+        _warn_of(broken_drafter, out)
+    return out
+
+
+def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
+    """Warn the caller of `rollout` of what ought to be looked into."""
+    if broken_drafter is not None:
+        expected, found = broken_drafter
         warnings.warn(
             f"drafts were kept at {100 * found:.0f} % where {100 * expected:.0f} % "
             "were expected: the draft is stale, broken or of another policy. Derive it "
             "with er_jax.attach_draft in every update. The rollout went on without "
             "drafting wherever that is faster, and its tokens are not affected",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
     bad_ids = out.sequence_ids[out.finish_reason == "nonfinite"]
     if len(bad_ids):
         warnings.warn(
-            f"{len(bad_ids)} of {len(ids)} completions ended at a non-finite logit, "
-            f"sequence ids {bad_ids.tolist()[:20]}; their tokens before it are kept",
+            f"{len(bad_ids)} of {len(out.sequence_ids)} completions ended at a "
+            f"non-finite logit, sequence ids {bad_ids.tolist()[:20]}; their tokens "
+            "before it are kept",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
-    return out
 
 
 class _Begun(NamedTuple):
@@ -320,7 +402,12 @@ def _begin(
 
     Parameters that do not lie on the mesh are moved there.
     """
+    _check_policy(policy)
+    is_drafting = max(parse_control(config.control, config.gammas)) > 0
+    if isinstance(params, PolicyParams) and params.draft is None and not is_drafting:
+        params = params.policy
     arrays = checked_prompts(prompts, policy.vocab_size)
+    _check_result_fits(len(arrays), config)
     ids = checked_sequence_ids(sequence_ids, len(arrays) * config.n)
     _check_token_ids(config, policy.vocab_size)
     _check_length(arrays, config, getattr(policy, "max_length", None))
@@ -334,6 +421,8 @@ def _begin(
             )
         mesh = sharding.rollout_mesh(mesh)
         params = sharding.place(policy, params, mesh)
+    else:
+        _check_placement(params)
     groups = 1 if mesh is None else mesh.shape[DATA_AXIS]
     request = request_of(arrays, ids, config, groups)
     bare = params.policy if isinstance(params, PolicyParams) else params
@@ -377,6 +466,22 @@ def compile_ahead(
     Raises:
       ValueError: as for `rollout`.
     """
+    _check_outside_jit(params, prompts)
+    with _own_jax_settings():
+        return _compile_ahead(
+            policy, params, prompts, config, controller, mesh, progress
+        )
+
+
+def _compile_ahead(
+    policy: Policy,
+    params: Params | PolicyParams,
+    prompts: Sequence[Sequence[int]],
+    config: RolloutConfig,
+    controller: Controller | None,
+    mesh: Mesh | None,
+    progress: bool,
+) -> list[Program]:
     begun = _begin(policy, params, prompts, config, None, controller, mesh)
     params, request, controller = begun.params, begun.request, begun.controller
     slots, lengths = request.slots, request.cache_lengths
@@ -517,6 +622,20 @@ def checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
+def _check_result_fits(num_prompts: int, config: RolloutConfig) -> None:
+    """Check that what the call returns fits in the host's memory."""
+    width = 4 + 4 + 1  # token, log-probability, mask
+    size = num_prompts * config.n * config.max_new_tokens * width
+    limit = engine.host_memory_bytes()
+    if limit is not None and size > limit:
+        raise ValueError(
+            f"n={config.n} completions of each of {num_prompts} prompts, of "
+            f"max_new_tokens={config.max_new_tokens}, are {size / 1e9:.1f} GB of "
+            f"results, and the host has {limit / 1e9:.1f} GB; sample them in several "
+            "calls, with other sequence_ids in each"
+        )
+
+
 def _check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
     for token in config.stop_token_ids:
         if not 0 <= token < vocab_size:
@@ -539,6 +658,47 @@ def _check_length(
                 f"shorten it to {max(max_length - config.max_new_tokens, 0)} tokens or "
                 "lower max_new_tokens"
             )
+
+
+def _check_policy(policy: Any) -> None:
+    missing = [
+        name
+        for name in ("vocab_size", "init_cache", "forward", "logits")
+        if not hasattr(policy, name)
+    ]
+    if missing:
+        raise ValueError(
+            f"policy={policy!r} has no {', '.join(missing)}; docs/any-policy.md says "
+            "what a policy must offer"
+        )
+    try:
+        hash(policy)
+    except TypeError as error:
+        raise ValueError(
+            f"policy={policy!r} cannot be hashed ({error}), and names compiled "
+            "programs; make it a frozen dataclass that holds no arrays, lists or dicts"
+        ) from error
+
+
+def _check_placement(params: Any) -> None:
+    """Check that parameters lie where programs without a mesh run."""
+    device = engine.default_device()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not isinstance(leaf, jax.Array) or leaf.devices() == {device}:
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = sorted(leaf.devices(), key=lambda d: d.id)
+        if len(found) > 1:
+            place = f"is laid out over {len(found)} devices ({leaf.sharding})"
+            remedy = "give mesh=, the mesh they lie on"
+        else:
+            place = f"lies on {found[0]}"
+            remedy = "call inside jax.default_device(...) of theirs"
+        raise ValueError(
+            f"params: {name or 'the array'} {place}, and without a mesh a rollout runs "
+            f"on {device}; move them with jax.device_put(params, jax.devices()[0]), or "
+            f"{remedy}"
+        )
 
 
 def _one_token(policy: Policy, params: Params) -> jax.Array:
@@ -577,6 +737,11 @@ def _check_parameters(policy: Policy, params: Params) -> None:
         raise ValueError(
             f"params does not fit the policy: one token's logits have shape "
             f"{logits.shape} instead of {(1, 1, policy.vocab_size)}; {remedy}"
+        )
+    if logits.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"policy.logits returns {logits.dtype}; it must be float32 or wider, or "
+            "the sampled distribution is rounded: add .astype(jnp.float32)"
         )
 
 

@@ -20,13 +20,14 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from er_jax import calibrate
 from er_jax.control import Controller
 from er_jax.costs import bucket_of, row_buckets
 from er_jax.drafter import PolicyParams
@@ -66,6 +67,12 @@ class Completion:
     logprobs: np.ndarray
     finish_reason: str
 
+    def copy(self) -> Completion:
+        """Return the same with arrays of its own."""
+        return dataclasses.replace(
+            self, token_ids=self.token_ids.copy(), logprobs=self.logprobs.copy()
+        )
+
 
 class RolloutError(RuntimeError):
     """A rollout failed half-way; `completions` holds what had finished.
@@ -76,6 +83,37 @@ class RolloutError(RuntimeError):
     def __init__(self, message: str, completions: dict[int, Completion]) -> None:
         super().__init__(message)
         self.completions = completions
+
+
+@contextlib.contextmanager
+def keeping(
+    completions: Callable[[], Mapping[int, Completion]], request: Request
+) -> Iterator[None]:
+    """Have whatever ends the block early carry the completions there are by then.
+
+    A failure becomes a `RolloutError`, unless it is one already. What is no failure,
+    as Ctrl-C or `sys.exit`, stays what it is and gets an attribute `completions`.
+
+    Args:
+      completions: called then; sequence -> completion. request: names the sequences.
+    """
+    try:
+        yield
+    except RolloutError:
+        raise
+    except BaseException as error:
+        done = {int(request.sequence_ids[s]): c for s, c in completions().items()}
+        state = f"{len(done)} of {len(request.prompt_of)} completions"
+        if isinstance(error, Exception):
+            raise RolloutError(
+                f"the rollout failed after {state}, which this exception holds: "
+                f"{error}",
+                done,
+            ) from error
+        if not hasattr(error, "completions"):
+            error.completions = done  # type: ignore[attr-defined]
+            error.add_note(f"{state} had finished; `completions` holds them")
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +178,7 @@ def run(
       Sequence (0 .. N-1) -> completion.
     Raises:
       RolloutError: anything failed on the way; it carries the finished completions.
+      KeyboardInterrupt: with the same in an attribute `completions`; see `keeping`.
     """
     batch = Batch(engine, params, request, stats, settings)
 
@@ -150,54 +189,52 @@ def run(
                 continue
             try:
                 sequence_id = int(request.sequence_ids[sequence])
-                on_finish(sequence_id, batch.completions[sequence])
+                # A copy: what is done to it must not change the result.
+                on_finish(sequence_id, batch.completions[sequence].copy())
             except Exception as error:
                 return error
         return None
 
-    with tqdm(total=len(request.prompt_of), unit="seq", disable=not progress) as bar:
-        try:
-            while batch.queue or batch.num_live:
-                if batch.is_refill_due():
-                    batch.refill()
-                program = batch.program
-                if program is None or batch.is_decision_due():
-                    program = controller.choose(
-                        batch.options(controller.gammas),
-                        batch.program,
-                        compile_s=batch.compile_s,
-                        live=batch.num_live,
-                        length=batch.mean_length,
+    def finished() -> dict[int, Completion]:
+        # A window may be under way, or over and not yet collected. Where the device
+        # itself has failed, there is nothing more to fetch.
+        with contextlib.suppress(Exception):
+            batch.end_window(controller)
+        with contextlib.suppress(Exception):
+            batch.collect()
+        return batch.completions
+
+    with (
+        tqdm(total=len(request.prompt_of), unit="seq", disable=not progress) as bar,
+        keeping(finished, request),
+    ):
+        while batch.queue or batch.num_live:
+            if batch.is_refill_due():
+                batch.refill()
+            program = batch.program
+            if program is None or batch.is_decision_due():
+                batch.look(controller)
+                program = controller.choose(
+                    batch.options(controller.gammas),
+                    batch.program,
+                    compile_s=batch.compile_s,
+                    live=batch.num_live,
+                    length=batch.mean_length,
+                )
+                batch.move_to(program)
+            with jax.profiler.StepTraceAnnotation("window", **program._asdict()):
+                batch.start_window(program, controller.table.round_seconds(program))
+                # What ended in the one before is delivered while this one runs.
+                failure = deliver(batch.collect())
+                if progress:
+                    bar.set_postfix_str(
+                        f"live={batch.num_live}, gamma={program.gamma}",
+                        refresh=False,
                     )
-                    batch.move_to(program)
-                with jax.profiler.StepTraceAnnotation("window", **program._asdict()):
-                    batch.start_window(program, controller.table.round_seconds(program))
-                    # What ended in the one before is delivered while this one runs.
-                    failure = deliver(batch.collect())
-                    if progress:
-                        bar.set_postfix_str(
-                            f"live={batch.num_live}, gamma={program.gamma}",
-                            refresh=False,
-                        )
-                    batch.end_window(controller, failure)
-            _, failure = engine.meet([], deliver(batch.collect()))
-            if failure is not None:
-                raise failure
-        except Exception as error:
-            # A window may be under way, or over and not yet collected. Where the device
-            # itself has failed, there is nothing more to fetch.
-            with contextlib.suppress(Exception):
-                batch.end_window(controller)
-            with contextlib.suppress(Exception):
-                batch.collect()
-            done = {
-                int(request.sequence_ids[s]): c for s, c in batch.completions.items()
-            }
-            raise RolloutError(
-                f"the rollout failed after {len(done)} of {len(request.prompt_of)} "
-                f"completions, which this exception holds: {error}",
-                done,
-            ) from error
+                batch.end_window(controller, failure)
+        _, failure = engine.meet([], deliver(batch.collect()))
+        if failure is not None:
+            raise failure
     return batch.completions
 
 
@@ -213,12 +250,12 @@ def placed(keep: np.ndarray, old_rows: int, new_rows: int, groups: int) -> np.nd
     """
     old_each, new_each = old_rows // groups, new_rows // groups
     own = [keep[keep // old_each == group] for group in range(groups)]
-    left_over = [row for rows in own for row in rows[new_each:]]
+    left_over = collections.deque(row for rows in own for row in rows[new_each:])
     index = np.full((groups, new_each), NONE)
     for group, rows in enumerate(own):
         stay = rows[:new_each].tolist()
         while len(stay) < new_each and left_over:
-            stay.append(left_over.pop(0))
+            stay.append(left_over.popleft())
         index[group, : len(stay)] = stay
     return index.reshape(-1)
 
@@ -255,6 +292,49 @@ class _Over(NamedTuple):
     moment: Moment
     sequence: np.ndarray
     length: np.ndarray
+
+
+class _Places:
+    """Which rows of a group hold which prompt, and which of them are free.
+
+    Every answer takes the same time however many rows there are: lists are used up from
+    their ends, and what is no longer true of a row is dropped when it is met.
+
+    Args:
+      resident: int `[rows]`, the prompt in each row of all groups; kept up to date.
+      rows: of this group. free: its free rows, ascending.
+    """
+
+    def __init__(self, resident: np.ndarray, rows: slice, free: list[int]) -> None:
+        self._resident = resident
+        self._free = free[::-1]
+        self._is_free = set(free)
+        self._holders: dict[int, list[int]] = collections.defaultdict(list)
+        self._free_holders: dict[int, list[int]] = collections.defaultdict(list)
+        for row, prompt in enumerate(resident[rows].tolist(), rows.start):
+            self._holders[prompt].append(row)
+        for row in self._free:
+            self._free_holders[int(resident[row])].append(row)
+
+    def holder(self, prompt: int) -> int | None:
+        """Return a row that holds a prompt, None if there is none."""
+        rows = self._holders[prompt]
+        while rows and self._resident[rows[-1]] != prompt:
+            rows.pop()
+        return rows[-1] if rows else None
+
+    def take(self, prompt: int) -> int:
+        """Take a free row for a prompt, if possible one that holds it already."""
+        own = self._free_holders[prompt] or self._free
+        while own[-1] not in self._is_free:
+            own.pop()
+            own = own or self._free
+        row = own.pop()
+        self._is_free.remove(row)
+        if self._resident[row] != prompt:
+            self._resident[row] = prompt
+            self._holders[prompt].append(row)
+        return row
 
 
 class Batch:
@@ -401,45 +481,38 @@ class Batch:
             which the admission counts.
         """
         request, first, count = self.request, rows.start, rows.stop - rows.start
+        places = _Places(self.resident, rows, free)
         clones: list[tuple[int, int, int]] = []  # sequence, from, to
         fresh: dict[int, list[int]] = {}
         for sequence in starting:
             prompt = int(request.prompt_of[sequence])
-            found = first + np.flatnonzero(self.resident[rows] == prompt)
-            if not len(found):
+            source = places.holder(prompt)
+            if source is None:
                 fresh.setdefault(prompt, []).append(sequence)
-                continue
-            own = [slot for slot in found if slot in free]
-            slot = int(own[0]) if own else free[0]
-            free.remove(slot)
-            self.resident[slot] = prompt
-            clones.append((sequence, int(found[0]), slot))
+            else:
+                clones.append((sequence, source, places.take(prompt)))
         # A clone may have overwritten the last copy of a prompt that a later one was
         # promised; clones run in this order, so what was found was there.
 
         order: list[tuple[int, int, int]] = []  # sequence, slot, index of its prompt
-        prompts = list(fresh)
-        num_chunks = -(-len(prompts) // request.chunk)
+        index_of = {prompt: index for index, prompt in enumerate(fresh)}
+        num_chunks = -(-len(fresh) // request.chunk)
         num_prompts = -(-count // request.chunk) * request.chunk
         first_row, num_rows = np.zeros((2, num_prompts // request.chunk), np.int32)
-        for index, prompt in enumerate(prompts):
+        for prompt, index in index_of.items():
             chunk = index // request.chunk
             if index % request.chunk == 0:
                 first_row[chunk] = len(order)
             for sequence in fresh[prompt]:
-                slot = free.pop(0)
-                self.resident[slot] = prompt
-                order.append((sequence, slot, index))
+                order.append((sequence, places.take(prompt), index))
                 num_rows[chunk] += 1
         for sequence, _, slot in clones:
             prompt = int(request.prompt_of[sequence])
-            if prompt not in prompts:
-                prompts.append(prompt)
-            order.append((sequence, slot, prompts.index(prompt)))
+            order.append((sequence, slot, index_of.setdefault(prompt, len(index_of))))
 
         tokens = np.zeros((num_prompts, request.prompt_bucket), np.int32)
         length = np.zeros(num_prompts, np.int32)
-        for index, prompt in enumerate(prompts):
+        for prompt, index in index_of.items():
             ids = request.prompts[prompt]
             tokens[index, : len(ids)] = ids
             length[index] = len(ids)
@@ -590,6 +663,20 @@ class Batch:
             seconds += 0.0 if is_ready else engine.expected_compile_s(kind)
         return seconds
 
+    def look(self, controller: Controller) -> None:
+        """Have the controller find out what drafts cost, if it is time for that."""
+        if len(controller.gammas) < 2:
+            return  # There is nothing to decide.
+        longest = self.request.cache_lengths[-1]
+        least = self.request.row_buckets()[0]
+        with controller.measuring:
+            programs = controller.first_look(least, longest, self.compile_s)
+            if not programs:
+                return
+            own = self._engines[False]
+            with self.stats.timed("calibration", lambda: own.compile_s):
+                calibrate.look(own, self._params[False], controller, programs)
+
     def move_to(self, program: Program) -> None:
         """Compact or grow the state to the shape of a program."""
         self.program, self._decided_ago_s = program, 0.0
@@ -676,9 +763,9 @@ class Batch:
         if self._running is None:
             return
         (window, program, has_run, second, live_before) = self._running
-        self._running = None
         info, seconds, is_measured = window.wait()
         measured, failure = self.engine.meet([seconds, is_measured], failure)
+        self._running = None  # Only now: an interrupted wait can be made again.
         seconds, is_measured = float(measured[0]), bool(measured[1])
         self._decided_ago_s += seconds
         sequence, length = self.sequence, self.length
@@ -720,14 +807,9 @@ class Batch:
         if self._over is None:
             return []
         (info, text, moment, sequences, length_before) = self._over
-        self._over = None
         was_live = sequences != NONE
-        num_tokens = int((info.length - length_before)[was_live].sum())
-        self.stats.add_window(moment, num_tokens, info.accepted)
         ended = np.flatnonzero(was_live & ~info.live)
-        if not len(ended):
-            return []
-        found = fetch_rows(text, ended)
+        found = fetch_rows(text, ended) if len(ended) else {}
         for slot, (tokens, logprobs) in found.items():
             sequence = int(sequences[slot])
             prompt = self.request.prompts[self.request.prompt_of[sequence]]
@@ -737,4 +819,7 @@ class Batch:
                 logprobs=np.array(logprobs[part]),
                 finish_reason=FINISH_NAMES[int(info.finish_reason[slot])],
             )
+        num_tokens = int((info.length - length_before)[was_live].sum())
+        self.stats.add_window(moment, num_tokens, info.accepted)
+        self._over = None  # Only now: an interrupted fetch can be made again.
         return [int(sequences[slot]) for slot in found]

@@ -61,7 +61,8 @@ class RolloutStats:
     tokens: gamma -> tokens emitted.
     accepted: gamma -> int64 `[gamma + 1]`, row-rounds by number of drafts kept.
     timeline: windows in order.
-    compiled: (program name, seconds) of everything compiled during the call.
+    compiled: (program name, seconds) of everything this call compiled. Where another
+      thread's call was compiling what this one needed, the wait is in the seconds.
     num_prefilled: distinct prompts run through the prefill.
     num_cloned: completions started from entries that were still in the batch.
     replica_s: where replicas sampled side by side (`rollout_replicas`), the wall
@@ -103,11 +104,14 @@ class RolloutStats:
         """Book the wall time of a block of device work, less its compilation.
 
         Args:
-          phase: one of `PHASES`. compile_s: the engine's seconds of compiling so far.
+          phase: one of `PHASES`. compile_s: seconds that this thread has spent on
+            compiling so far, as `Engine.compile_s`: what others compile meanwhile does
+            not lengthen the block.
         """
         start, compiled = time.perf_counter(), compile_s()
         yield
-        self.seconds[phase] += time.perf_counter() - start - (compile_s() - compiled)
+        seconds = time.perf_counter() - start - (compile_s() - compiled)
+        self.seconds[phase] += max(seconds, 0.0)  # Below 0 by rounding alone.
 
     def add_window(self, moment: Moment, num_tokens: int, accepted: np.ndarray) -> None:
         """Book one window: what ran, tokens emitted, histogram of drafts kept."""

@@ -24,12 +24,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from er_jax.arguments import MOST
 from er_jax.pass_costs import (
     Cell,
     Kind,
@@ -54,21 +57,25 @@ DOUBTFUL_STD = 0.10
 DOUBTFUL_SPREAD = 0.25
 DOUBTFUL_WEIGHT = 0.1
 
+# No pass on any device takes less; what is fitted divides by it.
+LEAST_MS = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """The passes of one model on one device.
 
     model: its name in the file. readings: all of them, those that are not to be fitted
-      to as well.
+      to as well. source: the file, for messages.
     """
 
     model: str
     readings: tuple[Reading, ...]
+    source: str
 
     @property
     def grid(self) -> list[Cell]:
-        """Cells with a target reading, in order."""
+        """Cells with a target reading, in order; one at least."""
         found = {Cell(r.rows, r.length) for r in self.readings if r.kind == "target"}
         return sorted(found)
 
@@ -106,40 +113,81 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
     Returns:
       The sweep, in seconds, doubtful readings with less weight.
     Raises:
-      ValueError: a missing column, no target pass, or no verification.
+      ValueError: no CSV, a missing column, a line with what no pass has, or no pass of
+        some mode.
+      OSError: the file cannot be read.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {', '.join(missing)}; a sweep needs "
-                f"{', '.join(COLUMNS)}"
-            )
-        rows = list(table)
-    readings = []
-    for row in rows:
-        batch, length = int(row["batch"]), int(row["seq"])
-        if not batch or not length or row["mode"] not in MODES:
-            continue
-        mean, deviation = float(row["mean_ms"]), float(row["std_ms"])
-        readings.append(
-            Reading(
-                kind=MODES[row["mode"]],
-                rows=batch,
-                length=length,
-                gamma=int(row["gamma"]),
-                seconds=float(row["median_ms"]) / 1e3,
-                weight=DOUBTFUL_WEIGHT if deviation > DOUBTFUL_STD * mean else 1.0,
-            )
-        )
+    readings, model = [], ""
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
+            if missing:
+                raise ValueError(
+                    f"{path} has no column {', '.join(missing)}; a sweep needs "
+                    f"{', '.join(COLUMNS)}"
+                )
+            for row in table:
+                model = model or row["model"]
+                reading = _reading(row, f"{path}, line {table.line_num}")
+                if reading is not None:
+                    readings.append(reading)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8 ({error})") from error
     for kind in ("target", "draft", "verify"):
         if not any(reading.kind == kind for reading in readings):
             raise ValueError(
                 f"{path} holds no {kind} pass; a sweep needs the modes "
                 f"{', '.join(MODES)}"
             )
-    return Sweep(model=rows[0]["model"], readings=tuple(readings))
+    return Sweep(model=model, readings=tuple(readings), source=os.fspath(path))
+
+
+def _reading(row: dict[str, Any], place: str) -> Reading | None:
+    """Return what a line says, None of a warm-up or another mode.
+
+    Args:
+      row: texts by column; None behind the end of a line that is cut off.
+    Raises:
+      ValueError: what no pass has, with its place.
+    """
+
+    def number(
+        name: str, kind: Callable[[str], float], low: float, limits: str
+    ) -> float:
+        text = row[name]
+        try:
+            value = kind(text or "")
+        except ValueError:
+            value = math.nan
+        if not low <= value <= MOST:
+            raise ValueError(f"{place}: {name}={text!r} must be {limits}")
+        return value
+
+    def whole(name: str, low: int) -> int:
+        return int(number(name, int, low, f"a whole number from {low} to {MOST}"))
+
+    if None in row.values():
+        raise ValueError(f"{place} is cut off: it has less columns than the first one")
+    batch, length = whole("batch", 0), whole("seq", 0)
+    if not batch or not length or row["mode"] not in MODES:
+        return None
+    kind = MODES[row["mode"]]
+    gamma = whole("gamma", 0 if kind == "target" else 1)
+    if kind == "target" and gamma:
+        raise ValueError(f"{place}: gamma={gamma} of a target pass must be 0")
+    for name in ("mean_ms", "std_ms"):
+        number(name, float, 0, "milliseconds, 0 or more")
+    number("median_ms", float, LEAST_MS, "milliseconds, above 0")
+    is_doubtful = float(row["std_ms"]) > DOUBTFUL_STD * float(row["mean_ms"])
+    return Reading(
+        kind=kind,
+        rows=batch,
+        length=length,
+        gamma=gamma,
+        seconds=float(row["median_ms"]) / 1e3,
+        weight=DOUBTFUL_WEIGHT if is_doubtful else 1.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +226,13 @@ class Judgement:
         return 1 - len(self.misses) / self.num_cycles
 
     def __str__(self) -> str:
+        clean = "no clean cells"
+        if self.clean_errors:
+            clean = f"clean cells {100 * np.mean(self.clean_errors):.2f} %"
         return (
             f"target MAPE {100 * np.mean(self.target_errors):.2f} %, "
             f"cycle MAPE {100 * np.mean(self.cycle_errors):.2f} % "
-            f"(clean cells {100 * np.mean(self.clean_errors):.2f} %), "
+            f"({clean}), "
             f"sign right in {self.num_cycles - len(self.misses)} of {self.num_cycles} "
             f"({100 * self.sign_share:.1f} %)"
         )
@@ -205,6 +256,8 @@ def judge(model: PassPredictor, sweep: Sweep, cells: Sequence[Cell]) -> Judgemen
 
     Args:
       model: what predicts. sweep: what was measured. cells: where to look.
+    Raises:
+      ValueError: no cycle was measured there.
     """
     known = {reading[:4]: reading.seconds for reading in sweep.readings}
     target_errors, cycle_errors, clean_errors = [], [], []
@@ -233,6 +286,11 @@ def judge(model: PassPredictor, sweep: Sweep, cells: Sequence[Cell]) -> Judgemen
                 misses.append(
                     Miss(cell, gamma, speed_up, predicted_speed_up, is_doubtful)
                 )
+    if not cycle_errors:
+        raise ValueError(
+            f"{sweep.source} has no cycle in {len(cells)} cells; measure target, draft "
+            "and verify passes of one gamma in the same cell"
+        )
     return Judgement(
         target_errors=tuple(target_errors),
         cycle_errors=tuple(cycle_errors),
@@ -254,7 +312,11 @@ def halves(sweep: Sweep) -> tuple[list[Cell], list[Cell]]:
 
 
 def report(sweep: Sweep) -> str:
-    """Return, as text, how well the table and the roofline describe a sweep."""
+    """Return, as text, how well the table and the roofline describe a sweep.
+
+    Raises:
+      ValueError: too few cells to fit to one half and judge the other.
+    """
     lines = [
         f"{sweep.model}: {len(sweep.grid)} cells, gammas "
         f"{', '.join(map(str, sweep.gammas))}; speed-up of gamma tokens a cycle"
@@ -264,6 +326,14 @@ def report(sweep: Sweep) -> str:
         "roofline": Roofline.fit,
     }
     halved = halves(sweep)
+    for half in halved:
+        kinds = {reading.kind for reading in sweep.fitted(set(half).__contains__)}
+        if kinds != set(MODES.values()):
+            raise ValueError(
+                f"{sweep.source} has {len(sweep.grid)} cells of batch and seq, too few "
+                "to fit to one half and judge the other; measure "
+                f"{', '.join(MODES)} at 2 x 2 cells or more"
+            )
     for name, fit in fits.items():
         whole = judge(fit(sweep.fitted()), sweep, sweep.grid)
         lines.append(f"  {name}, fitted to all: {whole}")

@@ -18,8 +18,8 @@ import er_jax
 from er_jax import kv_cache
 from er_jax.types import Cache, Params
 
-# Finite, and its products with weights of order 1 are not.
-HUGE = 3e38
+# Of the largest number there is: finite, and its sums with weights of order 1 are not.
+HUGE = 0.88
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,5 +92,5 @@ def poisoned(
     for name, at in (("embed", token), ("position_embed", position)):
         if at is not None:
             params[name] = params[name].copy()
-            params[name][at] = HUGE
+            params[name][at] = HUGE * np.finfo(params[name].dtype).max
     return params

@@ -8,7 +8,8 @@ samples twice together with the others, by measured costs and then by as many ch
 can be, and once by replicas. Writes what it got to
 DIRECTORY/RANK.npz, and a file DIRECTORY/RANK.started at the first
 completion that it is told of. With FAILING, the process of that rank fails at its third
-completion of every rollout, and all write what was raised in them.
+completion of every rollout, cannot compile a program in one more, and all write what
+was raised in them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ NAMES = ("data", "model")
 HEARTBEAT_S = 10
 
 
+class NoRoom:
+    """A program that this process cannot compile."""
+
+    def lower(self, *_: Any, **__: Any) -> Any:
+        raise MemoryError("no room to compile")
+
+    def clear_cache(self) -> None: ...
+
+
 def main(
     rank: int,
     count: int,
@@ -49,6 +59,7 @@ def main(
     time.perf_counter = lambda: start + (true_clock() - start) * (1 + 7 * rank)
 
     import er_jax
+    from er_jax import engine
     from er_jax.rollout import checked_prompts
     from tests import test_mesh
 
@@ -104,9 +115,18 @@ def main(
                 sampled(sample)
             except er_jax.RolloutError as error:
                 errors.append(error)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == failing:
+                patch.setattr(engine, "run_allocation", NoRoom())
+            with pytest.raises((RuntimeError, MemoryError)) as uncompiled:
+                larger = dataclasses.replace(config, max_slots=24)
+                sampled(functools.partial(together[0], config=larger))
+        # And all are still in step.
+        assert er_jax.gather_prompts([[rank]])[0] == [[other] for other in range(count)]
         np.savez(
             out / f"{rank}.npz",
             messages=[str(error) for error in errors],
+            uncompiled=str(uncompiled.value),
             together=list(errors[0].completions),
             apart=list(errors[1].completions),
         )

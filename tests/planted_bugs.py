@@ -50,6 +50,7 @@ SAMPLING, ACCEPTANCE = "er_jax/sampling.py", "er_jax/acceptance.py"
 INTEGRATIONS = (
     "tests/test_integrations.py::test_the_quantized_kernels_are_what_is_multiplied"
 )
+DAMAGE = "tests/test_train_damage.py"
 STEPS, CACHE = "er_jax/steps.py", "er_jax/kv_cache.py"
 ENUMERATION = "tests/test_acceptance.py::test_every_outcome_adds_up_to_the_target"
 ROUND = "tests/test_lossless.py::test_every_outcome_of_a_round"
@@ -305,10 +306,37 @@ BUGS: tuple[PlantedBug, ...] = (
         (f"{UNSOUND}[plain-coupled-4]",),
     ),
     PlantedBug(
+        "seconds are lost once for every program that was missed",
+        "er_jax/control.py",
+        "            self._settle(bought, best_ready)\n",
+        "",
+        ("tests/test_control.py::test_seconds_are_lost_once",),
+    ),
+    PlantedBug(
+        "drafts are compiled although one row loses by them",
+        "er_jax/control.py",
+        "if self._drafts_lose():",
+        "if not options:",
+        (
+            "tests/test_control.py::"
+            "test_where_one_row_gains_nothing_no_draft_is_compiled",
+        ),
+    ),
+    PlantedBug(
+        "a row measured past the policy's positions",
+        "er_jax/calibrate.py",
+        "limit = min(program.cache_length, most)",
+        "limit = max(program.cache_length, most)",
+        (
+            "tests/test_unsound.py::"
+            "test_measuring_a_round_feeds_no_position_that_the_policy_has_not",
+        ),
+    ),
+    PlantedBug(
         "unseen values count where they are not finite",
         CACHE,
-        "return lax.cond(is_clean, lambda *_: out, careful, probs, values)",
-        "return lax.cond(is_clean, careful, lambda *_: out, probs, values)",
+        "return lax.cond(jnp.all(is_clean), lambda *_: out, mended, probs, values)",
+        "return lax.cond(jnp.all(is_clean), mended, lambda *_: out, probs, values)",
         (
             "tests/test_kv_cache.py::"
             "test_entries_that_are_not_visible_change_nothing[3-nan]",
@@ -401,8 +429,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "costs of another version taken for this one's",
         "er_jax/calibrate.py",
-        "LatencyTable.load(path, about), path.read_text()",
-        "LatencyTable.load(path), path.read_text()",
+        'LatencyTable.load(path, about), path.read_text("utf-8")',
+        'LatencyTable.load(path), path.read_text("utf-8")',
         (
             "tests/test_calibrate.py::"
             "test_costs_of_something_else_are_refused_and_replaced[jax]",
@@ -468,6 +496,20 @@ BUGS: tuple[PlantedBug, ...] = (
         "np.maximum.accumulate(np.maximum(low + share * (high - low), least))",
         "np.maximum(low + share * (high - low), least)",
         ("tests/test_pass_costs.py::test_no_surface_falls_in_rows_or_length",),
+    ),
+    PlantedBug(
+        "a surface that costs nothing where nothing was measured",
+        "er_jax/pass_costs.py",
+        "[i, num_rows + i]] = -1, least",
+        "[i, num_rows + i]] = -1, 0",
+        ("tests/test_pass_costs.py::test_no_pass_is_for_nothing",),
+    ),
+    PlantedBug(
+        "a pass over no positions in a replay",
+        "er_jax/replay.py",
+        "-(-max(length, 1) // LENGTH_STEP)",
+        "-(-length // LENGTH_STEP)",
+        ("tests/test_trace_replay.py::test_no_row_decodes_without_a_token",),
     ),
     PlantedBug(
         "means of a sweep read for medians",
@@ -589,10 +631,57 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "true read as the number 1",
-        "er_jax/hf.py",
+        "er_jax/hf_config.py",
         "type(value) is int and low <= value <= high",
         "isinstance(value, int) and low <= value <= high",
         ("tests/test_hf_damage.py::test_every_field_is_checked[llama-vocab_size]",),
+    ),
+    PlantedBug(
+        "a digest that does not see where a number stands",
+        "train/metrics.py",
+        "first = mixed(words ^ mixed(place))",
+        "first = mixed(words)",
+        (f"{DAMAGE}::test_digests_see_places_and_nothing_of_the_layout",),
+    ),
+    PlantedBug(
+        "arrays of a checkpoint taken as they come",
+        "train/checkpoints.py",
+        "if metrics.digest(found) != wanted:",
+        "if wanted is None:",
+        (f"{DAMAGE}::test_a_flipped_byte_of_an_array_is_never_given_back[trainer]",),
+    ),
+    PlantedBug(
+        "problems in one order in every round",
+        "train/tasks.py",
+        "_order(len(problems), seed, round_number)",
+        "_order(len(problems), seed, 0)",
+        (
+            "tests/test_tasks.py"
+            "::test_the_stream_takes_every_problem_once_each_time_round",
+        ),
+    ),
+    PlantedBug(
+        "replicas of one step forget as if they were steps",
+        "er_jax/control.py",
+        "if all(other.setting != setting for other in self._running):",
+        "if True:",
+        ("tests/test_threads.py::test_rollouts_at_once_forget_once",),
+    ),
+    PlantedBug(
+        "a thread learns at the setting of another",
+        "er_jax/control.py",
+        "return self._own.rollout or self._latest",
+        "return self._latest",
+        (
+            "tests/test_threads.py::test_a_rollout_in_another_thread_has_its_own_setting",
+        ),
+    ),
+    PlantedBug(
+        "costs of one cache taken for another's",
+        "er_jax/calibrate.py",
+        '"cache": _digest(signature(_position(engine.policy))),',
+        "",
+        ("tests/test_calibrate.py::test_caches_of_another_kind_are_told_apart",),
     ),
 )
 

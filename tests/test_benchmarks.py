@@ -20,6 +20,8 @@ from benchmarks import (
     accelerator,
     acceptance,
     disturbed,
+    fuzz,
+    host,
     imitation,
     measure,
     passes,
@@ -690,6 +692,33 @@ def test_places_have_the_same_work_each(tmp_path: Path) -> None:
     header, rows = imitation.rows_of(record["points"])
     column = header.index("beside one place")
     assert [row[column] for row in rows if row[1] == 1] == [1, 1]
+
+
+def test_host_work_does_not_grow_with_slots(tmp_path: Path) -> None:
+    """Time that the thread computes: what else the machine does adds nothing.
+
+    Four times what fewer slots cost is far above the spread, and far below the work of
+    a search through the slots for every completion, which is 64 times as much here.
+    """
+    record = host.main(host.Args(slots=(64, 512), count=1, repeats=2, out=tmp_path))
+    found = {(p["prompts"], p["rows"]): p["host_ms"]["min"] for p in record["points"]}
+    assert len(found) == 2 * len(host.KINDS)
+    for kind in host.KINDS:
+        assert found[kind, 512] < 4 * found[kind, 64], found
+
+
+def test_schedules_are_told_by_their_record() -> None:
+    """At least two thousand, no difference, and the table says both."""
+    record = json.loads((measure.RESULTS / "fuzz.json").read_text())
+    assert record["differences"] == []
+    points = record["points"]
+    assert fuzz.total(points, "schedules") == record["settings"]["schedules"] >= 2000
+    assert {point["preset"] for point in points} == set(fuzz.POLICIES)
+    header, rows = fuzz.rows_of(points)
+    assert all(len(row) == len(header) for row in rows)
+    assert rows[-1][header.index("differences")] == 0
+    assert rows[-1][header.index("completions")] == fuzz.total(points, "completions")
+    assert f"{fuzz.total(points, 'cloned')} completions" in fuzz.summary(record)
 
 
 def test_sharing_and_dealing_are_replayed(tmp_path: Path) -> None:

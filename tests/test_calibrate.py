@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import math
+import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -187,12 +191,19 @@ SIZES = er_jax.DecoderConfig(
 POLICY = er_jax.Decoder(SIZES)
 
 
+def kept_by(
+    policy: er_jax.Decoder = POLICY, bits: int = 8
+) -> tuple[Engine, er_jax.PolicyParams]:
+    """Return an engine, and parameters of which only shapes are known."""
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    config = er_jax.DrafterConfig(bits=bits)
+    pair = jax.eval_shape(lambda p: er_jax.attach_draft(p, config), params)
+    return Engine(policy, "coupled"), pair
+
+
 def kept_path(policy: er_jax.Decoder = POLICY, bits: int = 8) -> Path:
     """Return where the costs of such a policy are kept."""
-    engine = Engine(policy, "coupled")
-    params = policy.init(jax.random.key(0))
-    pair = engine.attach_draft(params, er_jax.DrafterConfig(bits=bits))
-    path = calibrate.cache_path(calibrate.conditions(engine, pair))
+    path = calibrate.cache_path(calibrate.conditions(*kept_by(policy, bits)))
     assert path is not None
     return path
 
@@ -216,7 +227,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def new_controller() -> er_jax.Controller:
-    return er_jax.Controller("best", (0, 2))
+    """One that looks at drafts and compiles whatever is better at once."""
+    return er_jax.Controller("best", (0, 2), patience=0)
 
 
 def test_what_rollouts_learn_is_kept_for_the_next_process(
@@ -282,6 +294,216 @@ def test_a_damaged_file_is_replaced(cache: Path) -> None:
     assert LatencyTable.load(kept_path()).seconds
 
 
+def damages() -> dict[str, Any]:
+    """Return what may become of a file of costs: a name, and its text or a change."""
+    deep, long = "[" * 100_000, [[1, 64, 0, False, 1e-3]] * 10_001
+    whole = ["target", 1, 64, 0, 1e-3, 1.0]
+    return {
+        "truncated": lambda text: text[: len(text) // 2],
+        "empty": lambda text: "",
+        "not text": lambda text: "\udcff\udcfe",
+        "a list": lambda text: "[]",
+        "a number": lambda text: "7",
+        "nested": lambda text: deep,
+        "huge": lambda text: text + " " * (1 << 24),
+        "about is a list": {"about": [1, 2]},
+        "another kind": {"kind": ["roofline"]},
+        "values are a list": {"values": []},
+        "values are empty": {"values": {}},
+        "programs are a dict": {"programs": {}},
+        "too many programs": {"programs": long},
+        "an empty row": {"programs": [[]]},
+        "a short row": {"programs": [[1, 64, 1e-3]]},
+        "a word for a row": {"programs": ["abcd"]},
+        "rows are 0": {"programs": [[0, 64, 0, False, 1e-3]]},
+        "length below 0": {"programs": [[1, -64, 0, False, 1e-3]]},
+        "rows are no number": {"programs": [["1", 64, 0, False, 1e-3]]},
+        "half a row": {"programs": [[1.5, 64, 0, False, 1e-3]]},
+        "gamma below 0": {"programs": [[1, 64, -2, False, 1e-3]]},
+        "joint is 1": {"programs": [[1, 64, 2, 1, 1e-3]]},
+        "seconds are NaN": {"programs": [[1, 64, 0, False, math.nan]]},
+        "seconds are infinite": {"programs": [[1, 64, 0, False, math.inf]]},
+        "seconds are 0": {"programs": [[1, 64, 0, False, 0.0]]},
+        "seconds below 0": {"programs": [[1, 64, 0, False, -1e-3]]},
+        "seconds are null": {"programs": [[1, 64, 0, False, None]]},
+        "seconds are true": {"programs": [[1, 64, 0, False, True]]},
+        "seconds beyond floats": {"programs": [[1, 64, 0, False, 10**400]]},
+        "passes are null": {"passes": None},
+        "a pass is a number": {"passes": [1]},
+        "a short pass": {"passes": [["target", 1]]},
+        "an unknown kind": {"passes": [whole, ["train", 1, 64, 2, 1e-3, 1.0]]},
+        "no target": {"passes": [["draft", 1, 64, 2, 1e-3, 1.0]]},
+        "a target that drafts": {"passes": [["target", 1, 64, 2, 1e-3, 1.0]]},
+        "a round of no drafts": {"passes": [whole, ["round", 1, 64, 0, 1e-3, 1.0]]},
+        "a pass of NaN": {"passes": [["target", 1, 64, 0, math.nan, 1.0]]},
+        "a pass of no time": {"passes": [["target", 1, 64, 0, 0, 1.0]]},
+        "a pass of no weight": {"passes": [["target", 1, 64, 0, 1e-3, 0.0]]},
+        "too many passes": {"passes": [whole] * 2001},
+    }
+
+
+@pytest.mark.parametrize("damage", damages())
+def test_damaged_costs_are_refused_by_name_and_replaced(
+    cache: Path, damage: str
+) -> None:
+    """Each on its own would end the rollout, or be believed."""
+    engine, pair = kept_by()
+    path, table = kept_path(), LatencyTable()
+    table.observe(Program(1, 64, 0), 1e-2, 10)
+    table.save(path, calibrate.conditions(engine, pair))
+    change = damages()[damage]
+    if isinstance(change, dict):
+        record = json.loads(path.read_text())
+        for name, value in change.items():
+            place = record["values"] if name in ("programs", "passes") else record
+            place[name] = value
+        path.write_text(json.dumps(record))
+    else:
+        path.write_text(change(path.read_text()), errors="surrogateescape")
+    with pytest.warns(RuntimeWarning, match="kept costs are not used: ") as caught:
+        assert calibrate._kept(engine, pair) is None
+    assert str(path) in str(caught[0].message) and len(str(caught[0].message)) < 500
+    controller = new_controller()
+    controller.table.observe(Program(1, 64, 0), 2e-2, 10)
+    calibrate.remember(engine, pair, controller)
+    found = calibrate._kept(engine, pair)
+    assert found is not None and found.seconds == controller.table.seconds
+
+
+def test_costs_of_passes_that_do_not_draft_end_no_rollout(cache: Path) -> None:
+    """What they do not price is predicted from the programs that ran."""
+    target = [["target", 1, 64, 0, 1e-3, 1.0]]
+    for passes in (target, [*target, ["draft", 1, 64, 2, 1e-3, 1.0]]):
+        table = LatencyTable({Program(1, 64, 0): 1e-3, Program(1, 64, 2): 2e-3})
+        path = cache / "costs.json"
+        table.save(path, {})
+        record = json.loads(path.read_text())
+        record["values"]["passes"] = passes
+        path.write_text(json.dumps(record))
+        found = LatencyTable.load(path)
+        assert found.round_seconds(Program(4, 64, 0)) is not None
+        assert found.round_seconds(Program(4, 64, 2)) is not None
+
+
+def test_a_place_that_is_no_file_is_not_waited_for(cache: Path) -> None:
+    """Reading a FIFO would wait for a writer without end."""
+    engine, pair = kept_by()
+    os.mkfifo(kept_path())
+    assert calibrate._kept(engine, pair) is None
+    controller = new_controller()
+    controller.table.observe(Program(1, 64, 0), 2e-2, 10)
+    calibrate.remember(engine, pair, controller)
+    assert calibrate._kept(engine, pair) is not None
+
+
+def test_the_version_is_known_where_nothing_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with PYTHONPATH on a source tree."""
+    found = importlib.metadata.Distribution.from_name
+
+    def from_name(name: str) -> Any:
+        if name.replace("_", "-") == "er-jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    engine, pair = kept_by()
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", from_name)
+    assert calibrate.conditions(engine, pair)["er_jax"] == er_jax.__version__
+
+
+@dataclasses.dataclass(frozen=True)
+class Addressed(er_jax.Decoder):
+    """A decoder whose text holds an address, as that of a module with functions does.
+
+    marks: objects, whose addresses are others in every process.
+    """
+
+    marks: tuple[Any, ...] = ()
+
+
+def test_costs_are_found_again_by_policies_of_another_process(cache: Path) -> None:
+    engine, pair = kept_by(Addressed(SIZES, marks=(object(), lambda: None)))
+    table = LatencyTable({Program(1, 64, 0): 1e-3})
+    path = calibrate.cache_path(calibrate.conditions(engine, pair))
+    assert path is not None
+    table.save(path, calibrate.conditions(engine, pair))
+    again, pair = kept_by(Addressed(SIZES, marks=(object(), lambda: None)))
+    assert repr(again.policy) != repr(engine.policy)
+    found = calibrate._kept(again, pair)
+    assert found is not None and found.seconds == table.seconds
+    # Another one's are not.
+    other, pair = kept_by(Addressed(SIZES, marks=(1,)))
+    assert calibrate._kept(other, pair) is None
+
+
+def test_caches_of_another_kind_are_told_apart(cache: Path) -> None:
+    """Where the policy's own text says nothing."""
+
+    @dataclasses.dataclass(frozen=True, repr=False)
+    class Silent(er_jax.Decoder):
+        wide: bool = False
+
+        def init_cache(self, rows: int, length: int) -> Any:
+            found = super().init_cache(rows, length)
+            return (found, found) if self.wide else found
+
+    paths = set()
+    for wide in (False, True):
+        engine, pair = kept_by(Silent(SIZES, wide=wide))
+        about = calibrate.conditions(engine, pair)
+        paths.add(calibrate.cache_path(about))
+        assert "Silent" in about["policy"] and " 0x" not in about["policy"]
+    assert len(paths) == 2
+
+
+def test_a_long_text_is_cut_and_not_confused() -> None:
+    one, other = (
+        kept_by(Addressed(SIZES, marks=("a" * 100_000, mark))) for mark in (1, 2)
+    )
+    texts = [calibrate.conditions(*each)["policy"] for each in (one, other)]
+    assert max(map(len, texts)) < 1100 and texts[0] != texts[1]
+
+
+def test_files_are_bounded_and_those_of_others_left_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "MAX_FILES", 3)
+    others = ["notes.txt", "costs.json", "costs-mine.json", "costs-0123.json.part"]
+    for name in others:
+        (cache / name).write_text("mine")
+        os.utime(cache / name, (0, 0))
+    ours = [cache / f"costs-{number:016x}.json" for number in range(5)]
+    for age, path in enumerate(ours):
+        path.write_text("{}")
+        os.utime(path, (time.time() - 10 - age,) * 2)
+    killed = cache / f"{ours[0].name}.123.part"
+    under_way = cache / f"{ours[0].name}.124-5.part"
+    for part in (killed, under_way):
+        part.write_text("{")
+    os.utime(killed, (0, 0))
+    engine, pair = kept_by()
+    controller = new_controller()
+    controller.table.observe(Program(1, 64, 0), 2e-2, 10)
+    calibrate.remember(engine, pair, controller)
+    found = {path.name for path in cache.iterdir()}
+    kept = {kept_path().name, ours[0].name, ours[1].name, under_way.name}
+    assert found == {*others, *kept}
+    # What is read was used: the next ones drop another.
+    os.utime(kept_path(), (0, 0))
+    assert calibrate._kept(engine, pair) is not None
+    assert kept_path().stat().st_mtime > time.time() - 60
+
+
+def test_two_threads_may_keep_costs_at_once(tmp_path: Path) -> None:
+    path, table = tmp_path / "costs.json", LatencyTable({Program(1, 64, 0): 1e-3})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        saved = [pool.submit(table.save, path, {}) for _ in range(200)]
+        assert [each.result() for each in saved] == [None] * 200
+    assert [p.name for p in tmp_path.iterdir()] == ["costs.json"]
+    assert LatencyTable.load(path).seconds == table.seconds
+
+
 def test_costs_that_cannot_be_kept_cost_nothing_but_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +550,8 @@ def test_a_first_rollout_is_not_held_up_for_long(
     for budget_s, readings in ((0.0, 1), (60.0, 3)):
         started.clear()
         controller = new_controller()
-        calibrate.prepare(engine, pair, controller, 64, budget_s=budget_s)
+        pair_of = Program(1, 64, 0), Program(1, 64, 2)
+        calibrate.look(engine, pair, controller, pair_of, budget_s=budget_s)
         # The first window of each only says how long to read.
         assert started == [0] * (1 + readings) + [2] * (1 + readings)
         assert controller.table.seconds.keys() == {Program(1, 64, 0), Program(1, 64, 2)}

@@ -13,14 +13,16 @@ import pytest
 from er_jax import Controller
 from er_jax.control import (
     HYSTERESIS,
+    MAX_SETTINGS,
     PRIOR_KEEP,
     PROBE_SHARE,
     AcceptanceEstimate,
+    PaperRule,
     parse_control,
 )
 from er_jax.costs import row_buckets
 from er_jax.types import Program
-from tests.test_pass_costs import passes
+from tests.test_pass_costs import ROOFLINE, passes
 
 AR, SPEC = Program(4, 128, 0), Program(4, 128, 4)
 
@@ -305,6 +307,118 @@ def test_time_is_booked_against_what_was_wanted() -> None:
     # SPEC has been missed for its price; `other` has not.
     assert controller.choose([other, AR], AR, compile_s=price) == AR
     assert controller.choose([SPEC, AR], AR, compile_s=price) == SPEC
+
+
+def test_seconds_are_lost_once() -> None:
+    """A batch too large was missed for all that are smaller; one of them is enough.
+
+    At two rows live of 4: two rows would be 2 times as fast, one row cannot run. At one
+    live, two rows are 2 and one is 2.2 times as fast.
+    """
+    two, one = AR._replace(rows=2), AR._replace(rows=1)
+    controller = made({AR: 0.022, two: 0.011, one: 0.010})
+    price = compiled_are([AR], cost=4.0)
+    for options in ([two, AR], [one, two, AR]):
+        for _ in range(3):
+            assert controller.choose(options, AR, compile_s=price) == AR
+            controller.observe(AR, 46, NO_DRAFTS, 1.012)
+    # Two rows were missed for 6 half seconds, one row for 3 times 0.55.
+    assert controller._lost_s[two] == pytest.approx(6 * 1.012 / 2, rel=0.1)
+    before = controller._lost_s[one]
+    controller.patience = 0.75
+    assert controller.choose([one, two, AR], AR, compile_s=price) == two
+    # What is left of it is what one row gains beside two, a tenth.
+    share = (0.011 - 0.010) / (0.022 - 0.010)
+    assert controller._lost_s[one] == pytest.approx(share * before, rel=0.1)
+    assert two not in controller._lost_s
+
+
+def test_a_smaller_batch_takes_off_only_what_it_could_have_run() -> None:
+    two, one = AR._replace(rows=2), AR._replace(rows=1)
+    controller = made({AR: 0.022, two: 0.011, one: 0.005})
+    price = compiled_are([AR], cost=4.0)
+    for options, windows in (([two, AR], 2), ([one, two, AR], 6)):
+        for _ in range(windows):
+            assert controller.choose(options, AR, compile_s=price) == AR
+            controller.observe(AR, 46, NO_DRAFTS, 1.012)
+    lost_s = dict(controller._lost_s)
+    assert lost_s[two] < 4.2
+    assert lost_s[one] > 4.2
+    price = compiled_are([AR], cost=4.2)
+    assert controller.choose([one, two, AR], AR, compile_s=price) == one
+    assert controller._lost_s[two] == max(lost_s[two] - lost_s[one], 0)
+
+
+# The first look.
+
+
+def new(*, patience: float = 1.0, control: str = "best") -> Controller:
+    return Controller(control, (0, 2, 4, 8), patience=patience)
+
+
+def test_one_row_is_looked_at_when_it_is_worth_it() -> None:
+    """At three times the price: drafts might be half as fast again."""
+    controller, cost = new(), compiled_are([], cost=2.0)
+    assert controller.first_look(1, 256, cost) == ()
+    for _ in range(11):
+        assert controller.choose([SPEC, AR], AR, compile_s=compiled_are([AR])) == AR
+        controller.observe(AR, 100, NO_DRAFTS, 1.0)
+        assert controller.first_look(1, 256, cost) == ()
+    controller.observe(AR, 100, NO_DRAFTS, 1.0)
+    pair = (Program(1, 256, 0), Program(1, 256, 4))
+    assert controller.first_look(1, 256, cost) == pair
+    # Half of it is compiled already.
+    assert new().first_look(1, 256, compiled_are([], cost=0.0)) == pair
+    controller.observe_first_look({pair[0]: 0.01, pair[1]: 0.02}, 50)
+    assert controller.first_look(1, 256, cost) == ()
+    assert controller.knows_drafts
+
+
+def test_who_cannot_choose_has_nothing_to_look_at() -> None:
+    for control in ("ar", "fixed:0"):
+        assert new(control=control).first_look(1, 256, FREE) == ()
+    # The published rule is told of costs before it decides.
+    paper = new(control="paper").first_look(1, 256, compiled_are([], cost=1e9))
+    assert [p.gamma for p in paper] == [0, 5]
+
+
+def test_after_the_first_look_what_was_lost_is_booked() -> None:
+    controller = new()
+    for _ in range(60):
+        controller.observe(AR, 100, NO_DRAFTS, 1.0)
+    one = Program(1, 128, 0)
+    # A round of four for the price of two steps.
+    controller.observe_first_look({one: 0.005, one._replace(gamma=4): 0.010}, 50)
+    ready = compiled_are([AR], cost=5.0)
+    bought = controller.choose([SPEC, AR], AR, compile_s=ready)
+    assert bought == SPEC
+    assert controller.choose([SPEC, AR], SPEC, compile_s=FREE) == SPEC
+
+
+def test_where_one_row_gains_nothing_no_draft_is_compiled() -> None:
+    """However fast a draft may look at other sizes, and whatever was lost."""
+    controller = new(patience=0)
+    one = Program(1, 128, 0)
+    controller.observe_first_look({one: 0.002, one._replace(gamma=4): 0.0095}, 50)
+    # Seven times a step for four drafts: it is hoped to be faster by none.
+    controller.table.seconds |= {AR: 0.010, SPEC: 0.005}
+    controller.observe(AR, 100, NO_DRAFTS, 100.0)
+    price = compiled_are([AR], cost=1.0)
+    assert controller.choose([SPEC, AR], AR, compile_s=price) == AR
+    # What is compiled may run.
+    assert controller.choose([SPEC, AR], AR, compile_s=FREE) == SPEC
+    # At one row it does pay: 4.5 tokens for 4 steps.
+    controller = new(patience=0)
+    controller.observe_first_look({one: 0.002, one._replace(gamma=4): 0.008}, 50)
+    controller.table.seconds |= {AR: 0.010, SPEC: 0.005}
+    assert controller.choose([SPEC, AR], AR, compile_s=price) == SPEC
+
+
+def test_drafts_that_are_compiled_are_tried_without_a_look() -> None:
+    controller = new()
+    controller.observe(AR, 1000, NO_DRAFTS, 10.0)
+    assert controller.choose([SPEC, AR], AR, compile_s=FREE) == SPEC
+    assert controller.choose([SPEC, AR], AR, compile_s=compiled_are([AR])) == AR
 
 
 # Live rows fall.
@@ -649,3 +763,184 @@ def test_rows_that_idle_make_a_program_slower() -> None:
     again = Controller("best", controller.gammas)
     again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
     assert again.speed(SPEC) == pytest.approx(controller.speed(SPEC))
+
+
+# States that are JSON, bounded, and checked.
+
+
+def test_a_state_is_json_whatever_numbers_it_was_made_of() -> None:
+    """NumPy's are what configurations, schedules and clocks of arrays hold."""
+    gammas = tuple(np.array([0, 2]))
+    controller = Controller("best", gammas)
+    size = np.int64(4)
+    for gamma in gammas:
+        program = Program(size, np.int32(128), gamma, np.bool_(False))  # type: ignore[arg-type]
+        setting = (np.float32(0.5), np.int64(3), np.float64(0.25), 0)
+        controller.start_rollout(setting)  # type: ignore[arg-type]
+        controller.observe(
+            program,
+            np.int64(10),  # type: ignore[arg-type]
+            np.zeros(gamma + 1, int),
+            np.float32(0.5),  # type: ignore[arg-type]
+            live=np.int64(3),  # type: ignore[arg-type]
+        )
+    controller.choose([Program(8, 128, 0), AR], AR, compile_s=compiled_are([AR]))
+    state = controller.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    again = Controller("best", (0, 2))
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    paper = Controller("paper")
+    assert paper._rule is not None
+    paper._rule.observe(np.array([0] * 5 + [100]))
+    paper._rule.end_rollout()
+    paper._rule.gamma = np.int64(7)  # type: ignore[assignment]
+    assert json.loads(json.dumps(paper.state_dict()))["rule"]["gamma"] == 7
+
+
+def test_a_temperature_that_falls_does_not_make_the_state_grow() -> None:
+    controller = Controller("best", (0, 4))
+    controller.start_rollout((1.0,))
+    controller.observe(SPEC, 10, windows_of(0.9), 0.1)
+    sizes = []
+    for step in range(100):
+        with controller.sampling((1 - step / 200,)):
+            controller.observe(SPEC, 10, windows_of(0.9), 0.1)
+        with controller.sampling((0.0,)):  # the evaluation, every time
+            evaluated = controller.acceptance
+        sizes.append(len(json.dumps(controller.state_dict())))
+    assert sizes[-1] < 1.2 * sizes[20]
+    state = controller.state_dict()
+    for name in ("acceptance", "drafters"):
+        settings = [setting for setting, *_ in state[name]]
+        assert len(settings) == MAX_SETTINGS
+        # The last used are remembered, and what is used every time is.
+        assert settings[-1] == [0.0] and settings[-2] == [1 - 99 / 200]
+    controller.start_rollout((0.0,))
+    assert controller.acceptance is evaluated
+    # A state of more is cut on loading.
+    row = state["acceptance"][0]
+    state["acceptance"] = [[[9.0 + i], *row[1:]] for i in range(40)]
+    state["drafters"], state["setting"] = state["acceptance"], [20.0]
+    again = Controller("best", (0, 4))
+    again.load_state_dict(state)
+    assert len(again.state_dict()["acceptance"]) == MAX_SETTINGS
+    assert again.state_dict()["setting"] == [20.0]
+
+
+def test_a_rollout_goes_on_whose_setting_was_dropped() -> None:
+    """One that is long, beside many short ones of other settings."""
+    controller = Controller("best", (0, 4))
+    with controller.sampling((1.0,)):
+        for step in range(2 * MAX_SETTINGS):
+            with controller.sampling((step / 100,)):
+                pass
+        controller.observe(SPEC, 10, windows_of(0.9), 0.1)
+        assert controller.acceptance.tested[0] > 0
+    Controller("best", (0, 4)).load_state_dict(controller.state_dict())
+
+
+DAMAGES: list[tuple[str, object, str]] = [
+    ("seconds", None, "seconds is None"),
+    ("seconds", {"a": 1}, "seconds is"),
+    ("seconds", [[4, 128, 0, False, math.nan]], "seconds"),
+    ("seconds", [[4, 128, 0, False, 0.0]], "seconds"),
+    ("seconds", [[4, 128, 0, False, "1"]], "seconds"),
+    ("seconds", [[4, 128, 0.1]], "seconds"),
+    ("seconds", [4], "seconds"),
+    ("rounds", [[4, 128, 0, False, -1]], "rounds"),
+    ("rounds", [[4, 128, 0, False, 1.5]], "rounds"),
+    ("rounds", [[0, 128, 0, False, 1]], "rounds"),
+    ("pace", math.inf, "pace"),
+    ("pace", 0, "pace"),
+    ("pace", [1.0], "pace"),
+    ("lost_s", [[4, 128, 0, False, -1.0]], "lost_s"),
+    ("lost_s", 3, "lost_s"),
+    ("setting", [math.nan], "setting"),
+    ("setting", ["1"], "setting"),
+    ("setting", [0.125], "setting"),
+    ("setting", None, "setting"),
+    ("probing", [1.0], "probing"),
+    ("probing", [1.0, -1.0], "probing"),
+    ("probing", [1.0, math.nan], "probing"),
+    ("row_rounds", [[4, 0, 1.0]], "row_rounds"),
+    ("row_rounds", [[4, 0, 1.0, math.inf]], "row_rounds"),
+    ("row_rounds", [[4, -1, 1.0, 2.0]], "row_rounds"),
+    ("rule", {"gamma": 5}, "rule"),
+    ("acceptance", [], "acceptance"),
+    ("acceptance", [[[], [1.0] * 4]], "acceptance"),
+    ("acceptance", [[[], [1.0] * 3, [1.0] * 3]], "acceptance"),
+    ("acceptance", [[[], [1.0] * 4, [math.nan] * 4]], "acceptance"),
+    ("acceptance", [[[], [1.0] * 4, [2.0] * 4]], "acceptance"),
+    ("acceptance", [[[], [-1.0] * 4, [-1.0] * 4]], "acceptance"),
+    ("drafters", [[[], [1.0] * 4, None]], "drafters"),
+    ("drafters", "abc", "drafters"),
+    ("gammas", 4, "gammas"),
+    ("gammas", None, "gammas"),
+    ("control", None, "same settings"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), DAMAGES)
+def test_a_damaged_state_is_refused_whole(name: str, value: object, said: str) -> None:
+    """It names the field, and nothing of it is taken over."""
+    other = Controller("best", (0, 4))
+    other.observe(AR, 10, NO_DRAFTS, 1.0, live=4)
+    other.observe(SPEC, 10, windows_of(0.5), 1.0, live=4)
+    controller = Controller("best", (0, 4))
+    before = json.dumps(controller.state_dict())
+    with pytest.raises(ValueError, match=said):
+        controller.load_state_dict(other.state_dict() | {name: value})
+    assert json.dumps(controller.state_dict()) == before
+    assert controller.acceptance.tested.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "state", [None, [], "x", {}, {"control": "best"}, {"gammas": [0, 4]}]
+)
+def test_what_is_no_state_is_refused(state: object) -> None:
+    with pytest.raises(ValueError, match=r"^state (is a|lacks)"):
+        Controller("best", (0, 4)).load_state_dict(state)  # type: ignore[arg-type]
+
+
+def test_names_that_no_state_has_are_refused() -> None:
+    state = Controller("best", (0, 4)).state_dict() | {"choose": 1}
+    with pytest.raises(ValueError, match="state holds 'choose'"):
+        Controller("best", (0, 4)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"choose": 1}, "rule holds 'choose'"),
+        ({"costs": None}, "rule holds 'costs'"),
+        ({"is_adaptive": False}, "rule holds 'is_adaptive'"),
+        ({"gamma": 6}, "gamma is 6, and must be on the ladder"),
+        ({"gamma": "5"}, "gamma is '5'"),
+        ({"gamma": None}, "gamma is None"),
+        ({"tokens_per_round": math.nan}, "tokens_per_round is nan"),
+        ({"tokens_per_round": 0.5}, "tokens_per_round is 0.5"),
+        ({"_num_high": -1}, "_num_high is -1"),
+        ({"_num_low": 1.5}, "_num_low is 1.5"),
+        ({"_num_low": True}, "_num_low is True"),
+    ],
+)
+def test_the_rule_takes_only_what_it_knows(
+    change: dict[str, object], said: str
+) -> None:
+    """Any attribute could be set by a checkpoint, `choose` among them."""
+    controller = Controller("paper")
+    assert controller._rule is not None
+    before = dict(vars(controller._rule))
+    state = controller.state_dict()
+    state["pace"], state["rule"] = 2.0, state["rule"] | change
+    with pytest.raises(ValueError, match=said):
+        controller.load_state_dict(state)
+    assert vars(controller._rule) == before and controller.table.pace == 1.0
+    bads: list[object] = [None, [], {"gamma": 5}]
+    for bad in bads:
+        with pytest.raises(ValueError, match="rule "):
+            controller.load_state_dict(state | {"rule": bad})
+    held = PaperRule(ROOFLINE, gamma=4, is_adaptive=False)
+    held.load_state_dict(held.state_dict())
+    assert held.gamma == 4

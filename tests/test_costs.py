@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from er_jax.costs import LatencyTable, bucket_of, row_buckets
-from er_jax.pass_costs import PassCosts, Reading
+from er_jax.pass_costs import PassCosts, Reading, Roofline, save_record
 from er_jax.types import Program
+from tests.test_pass_costs import ROOFLINE
 
 AR = Program(rows=4, cache_length=128, gamma=0)
 SPECULATIVE = Program(rows=4, cache_length=128, gamma=4)
@@ -383,3 +386,31 @@ def test_joint_programs_come_back_from_a_file(tmp_path: Path) -> None:
     table = known({AR: 1.0, AR._replace(joint=True): 2.0})
     table.save(tmp_path / "table.json", {"device": "x"})
     assert LatencyTable.load(tmp_path / "table.json").seconds == table.seconds
+
+
+@pytest.mark.parametrize(
+    "values", [None, [], {}, {"extra": 1.0}, {"dense_s": math.nan}, {"dense_s": "1"}]
+)
+def test_a_damaged_roofline_is_refused(tmp_path: Path, values: Any) -> None:
+    path = tmp_path / "roofline.json"
+    ROOFLINE.save(path, ABOUT)
+    if values:
+        values = dataclasses.asdict(ROOFLINE) | values
+    save_record(path, "roofline", ABOUT, values)
+    with pytest.raises(ValueError, match=r"roofline.json is damaged: .* measure"):
+        Roofline.load(path, ABOUT)
+
+
+def test_readings_that_no_surface_fits_are_named() -> None:
+    readings = [Reading("target", rows, 64, 0, float("1e-200")) for rows in (1, 2)]
+    readings += [Reading("target", rows, 128, 0, 1e200) for rows in (1, 2)]
+    with pytest.raises(ValueError, match="target at gamma 0 cannot be fitted"):
+        PassCosts(readings)
+
+
+def test_numbers_of_numpy_are_written(tmp_path: Path) -> None:
+    path, size = tmp_path / "costs.json", np.int64(4)
+    program = Program(size, np.int32(128), np.int64(2))  # type: ignore[arg-type]
+    table = LatencyTable({program: np.float32(0.5)})  # type: ignore[dict-item]
+    table.save(path, ABOUT)
+    assert LatencyTable.load(path, ABOUT).seconds == {Program(4, 128, 2): 0.5}

@@ -214,7 +214,7 @@ def test_rows_are_independent(single: tuple[er_jax.Decoder, Any]) -> None:
     """A row's neighbours may be anything, not-a-number included."""
     policy, params = single
     tokens = some_tokens(3)[:, :4]
-    positions = np.tile(np.arange(4), (3, 1))
+    positions = np.tile(np.arange(4) + 4, (3, 1))  # behind entries that are there
     cache = policy.init_cache(3, 8)
     clean, _ = run(policy, params, tokens, positions, cache)
     spoilt = jax.tree.map(lambda x: x.at[1].set(jnp.nan), cache)
@@ -304,6 +304,12 @@ def test_it_is_a_policy() -> None:
         ({"num_kv_heads": 0}, ("num_kv_heads=0", "num_heads=4", "divisors")),
         ({"dim": 18}, ("num_heads=4", "dim=18", "head_dim")),
         ({"head_dim": 5}, ("head_dim=5", "even")),
+        ({"head_dim": 0}, ("head_dim=0", "at least 1")),
+        ({"max_length": 0}, ("max_length=0", "at least 1")),
+        ({"rope_theta": 0.0}, ("rope_theta=0.0", "from 1 to 1e+18")),
+        ({"rope_theta": float("nan")}, ("rope_theta=nan", "from 1 to 1e+18")),
+        ({"norm_eps": 0.0}, ("norm_eps=0.0", "from 1e-30 to 1")),
+        ({"norm_eps": -1e-6}, ("norm_eps=-1e-06", "from 1e-30 to 1")),
         ({"dtype": "int8"}, ("dtype='int8'", "bfloat16")),
     ],
 )

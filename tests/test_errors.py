@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -400,3 +401,207 @@ def test_a_prompt_that_cannot_fit(
 def test_unknown_memory_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "device_memory_bytes", lambda: None)
     assert rollout(*fresh()).lengths.tolist() == [4]
+
+
+# Arguments of the wrong type.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"gammas": (0, 2.5), "control": "best"}, ["gammas[1]=2.5", "whole number"]),
+        ({"gammas": 4, "control": "best"}, ["gammas=4", "gammas=(4,)"]),
+        ({"gammas": "024", "control": "best"}, ["gammas='024'", "tuple"]),
+        ({"gammas": (0, True), "control": "best"}, ["gammas[1]=True"]),
+        ({"stop_token_ids": 3}, ["stop_token_ids=3", "stop_token_ids=(3,)"]),
+        ({"stop_token_ids": (2.5,)}, ["stop_token_ids[0]=2.5", "whole number"]),
+        ({"stop_token_ids": "3"}, ["stop_token_ids='3'", "tuple"]),
+        ({"stop_token_ids": (None,)}, ["stop_token_ids[0]=None"]),
+        ({"temperature": "1"}, ["temperature='1'", "must be a number"]),
+        ({"temperature": None}, ["temperature=None", "must be a number"]),
+        ({"temperature": True}, ["temperature=True", "must be a number"]),
+        ({"temperature": np.ones(2)}, ["temperature=", "must be a number"]),
+        ({"top_p": "0.9"}, ["top_p='0.9'", "must be a number"]),
+        ({"min_p": [0.1]}, ["min_p=[0.1]", "must be a number"]),
+        ({"top_k": True}, ["top_k=True", "whole number"]),
+        ({"n": "2"}, ["n='2'", "whole number"]),
+        ({"control": None}, ["control=None", "'best'", "'fixed:g'"]),
+        ({"control": 4}, ["control=4", "'fixed:g'"]),
+        ({"control": "fixed:²"}, ["control='fixed:²'", "'fixed:g'"]),
+        ({"drafter": None}, ["drafter=None", "DrafterConfig"]),
+        ({"accept": None}, ["accept=None", "'coupled'"]),
+        ({"logprobs": ["raw"]}, ["logprobs=['raw']", "'raw'"]),
+    ],
+)
+def test_arguments_of_the_wrong_type(
+    refused: Refused, arguments: dict[str, Any], parts: list[str]
+) -> None:
+    refused(parts, **arguments)
+
+
+def test_results_that_cannot_fit_on_the_host(refused: Refused) -> None:
+    refused(
+        ["n=2147483647", "max_new_tokens=4", "GB of results", "several calls"],
+        n=2**31 - 1,
+    )
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    config = er_jax.RolloutConfig(
+        max_new_tokens=np.int64(4),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        top_k=np.int32(3),  # type: ignore[arg-type]
+        stop_token_ids=np.array([3, 4]),  # type: ignore[arg-type]
+        gammas=[np.int64(0), 2],  # type: ignore[arg-type]
+    )
+    assert type(config.max_new_tokens) is type(config.top_k) is int
+    assert type(config.temperature) is type(config.top_p) is float
+    assert config.stop_token_ids == (3, 4)
+    assert config.gammas == (0, 2)
+    json.dumps(dataclasses.asdict(config))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"skip": "norm"}, ["skip='norm'", "skip=('norm',)"]),
+        ({"skip": ("norm", "")}, ["skip=('norm', '')", "empty"]),
+        ({"skip": (1,)}, ["skip=(1,)"]),
+        ({"bits": 8.0}, ["bits=8.0", "8 or 4"]),
+        ({"bits": "8"}, ["bits='8'", "8 or 4"]),
+        ({"group_size": 64.0}, ["group_size=64.0", "whole number"]),
+        ({"group_size": True}, ["group_size=True", "whole number"]),
+        ({"act_bits": 8.0}, ["act_bits=8.0", "'auto'"]),
+    ],
+)
+def test_drafters_of_the_wrong_type(
+    arguments: dict[str, Any], parts: list[str]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        DrafterConfig(**arguments)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_a_list_of_words_to_skip_does() -> None:
+    assert DrafterConfig(skip=["norm"]).skip == ("norm",)  # type: ignore[arg-type]
+
+
+# The policy.
+
+
+def test_no_policy(refused: Refused) -> None:
+    _, params = fresh()
+    refused(["policy=26", "no vocab_size", "any-policy"], pair=(26, params))
+
+
+def test_a_policy_that_cannot_be_hashed(refused: Refused) -> None:
+    @dataclasses.dataclass
+    class Unhashable:
+        inner: er_jax.Decoder
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    policy, params = fresh()
+    refused(
+        ["policy=", "cannot be hashed", "frozen dataclass"],
+        pair=(Unhashable(policy), params),
+    )
+
+
+def test_logits_narrower_than_float32(refused: Refused) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Narrow:
+        inner: er_jax.Decoder
+
+        def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
+            return self.inner.logits(params, hidden).astype("bfloat16")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    policy, params = fresh()
+    refused(
+        ["policy.logits", "bfloat16", "float32 or wider"], pair=(Narrow(policy), params)
+    )
+
+
+# Where parameters lie.
+
+
+@pytest.mark.parametrize("part", ["policy", "draft"])
+def test_parameters_on_another_device(refused: Refused, part: str) -> None:
+    policy, params = fresh()
+    pair = er_jax.attach_draft(params, DrafterConfig())
+    moved = jax.device_put(getattr(pair, part), jax.devices()[3])
+    pair = dataclasses.replace(pair, **{part: moved})
+    refused(
+        ["params: ", f"lies on {jax.devices()[3]}", f"runs on {jax.devices()[0]}",
+         "jax.device_put", "jax.default_device"],
+        pair=(policy, pair), control="fixed:2",
+    )  # fmt: skip
+
+
+def test_parameters_of_a_mesh_without_the_mesh(refused: Refused) -> None:
+    policy, params = fresh()
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put(params, everywhere)
+    refused(
+        ["params: ", "laid out over 2 devices", "NamedSharding", "give mesh=",
+         "jax.device_put"],
+        pair=(policy, params),
+    )  # fmt: skip
+
+
+def test_parameters_run_where_the_default_device_is() -> None:
+    """One engine for each device: programs of one cannot run on another."""
+    policy, params = fresh()
+    wanted = rollout(policy, params)
+    device = jax.devices()[2]
+    moved = jax.device_put(params, device)
+    with jax.default_device(device):
+        found = rollout(policy, moved)
+    np.testing.assert_array_equal(found.completion_ids, wanted.completion_ids)
+    with pytest.raises(ValueError, match=f"runs on {jax.devices()[0]}"):
+        rollout(policy, moved)
+    rollout(policy, jax.device_put(moved, jax.devices()[0]))
+
+
+# Settings of the caller's.
+
+
+def test_inside_jit(refused: Refused) -> None:
+    policy, params = fresh()
+    for traced, part in (("params", "params is traced"), ("key", "key is traced")):
+
+        def inside(value: Any, traced: str = traced) -> Any:
+            given = {"params": params, "key": KEY} | {traced: value}
+            return rollout(policy, given["params"], key=given["key"]).completion_ids
+
+        value = {"params": params, "key": KEY}[traced]
+        with pytest.raises(ValueError, match=f"{part}.*cannot be part of jax.jit"):
+            jax.jit(inside)(value)
+
+
+def test_guards_and_disabled_jit_are_the_callers_own() -> None:
+    policy, params = fresh()
+    key = jax.random.key(5)
+    wanted = rollout(policy, params, key=key, control="fixed:2")
+    placed = jax.device_put(params)
+    with jax.transfer_guard("disallow"):
+        found = rollout(policy, placed, key=key, control="fixed:2")
+    np.testing.assert_array_equal(found.completion_ids, wanted.completion_ids)
+    policy, params = fresh(dim=24)
+    wanted = rollout(policy, params, control="fixed:2")
+    engine.forget_engines()
+    with jax.disable_jit():
+        found = rollout(policy, params, control="fixed:2")
+    np.testing.assert_array_equal(found.completion_ids, wanted.completion_ids)
+
+
+def test_who_does_not_draft_needs_no_draft() -> None:
+    policy, params = fresh()
+    wanted = rollout(policy, params)
+    found = rollout(policy, PolicyParams(params, None))
+    np.testing.assert_array_equal(found.completion_ids, wanted.completion_ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,23 @@ def test_a_query_that_sees_a_non_finite_entry_is_nan_and_no_other(
     sees = positions >= at
     np.testing.assert_array_equal(out[~sees], clean[~sees])
     assert np.isnan(out[sees]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_bad_entry_of_one_row_changes_no_bit_of_another(dtype: Any) -> None:
+    """In caches longer than what is cleaned at once."""
+    size = 2 * kv_cache.CAREFUL_ENTRIES + 64
+    arrays = [normal(3, n, d, seed=n) for n, d in ((2, 24), (size, 12), (size, 12))]
+    query, keys, values = (jnp.asarray(x, dtype) for x in arrays)
+    query = query.reshape(3, 2, 4, 6)
+    positions = np.array([[250, 251], [310, 311], [3, 4]], np.int32)
+    clean = np.asarray(attend(query, keys, values, positions), np.float32)
+    values = values.at[1, 311].set(jnp.nan).at[2, 200].set(jnp.inf)
+    out = np.asarray(attend(query, keys, values, positions), np.float32)
+    np.testing.assert_array_equal(out[0], clean[0])
+    assert np.isnan(out[1, 1]).all()
+    np.testing.assert_allclose(out[1, 0], clean[1, 0], rtol=0, atol=0.02)
+    np.testing.assert_allclose(out[2], clean[2], rtol=0, atol=0.02)
 
 
 def test_bfloat16_attention_has_float32_sums() -> None:

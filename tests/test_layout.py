@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import enum
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
+    "arguments",
     "types",
     "figures",
     "sampling",
@@ -47,6 +49,7 @@ ORDER = (
     "rollout",
     "replicas",
     "replay",
+    "hf_config",
     "hf",
     "text",
     "plan",
@@ -141,6 +144,8 @@ def imports_not_downwards(texts: Texts) -> list[str]:
             if not is_below(name, "er_jax"):
                 continue
             target = (*name.split("."), "")[1]
+            if target == "__version__":  # the package's own, where the build reads it
+                continue
             if target not in ORDER:
                 bad.append(f"{path} imports {name}: name the module it comes from")
             elif target == module == "integrations":
@@ -229,6 +234,16 @@ def undeclared_dependencies(texts: Texts) -> list[str]:
     return bad
 
 
+def needs_to_be_installed(texts: Texts) -> list[str]:
+    """A source tree on the path works as it is: er_jax.__version__ is its version."""
+    return [
+        f"{path} imports {name}"
+        for path, tree in sources(texts, "er_jax", "train", "configs")
+        for name in sorted(imported(path, tree))
+        if is_below(name, "importlib.metadata") or is_below(name, "pkg_resources")
+    ]
+
+
 def paths_of_one_machine(texts: Texts) -> list[str]:
     """Absolute paths, and relative ones that lead to nothing in the project."""
     bad = []
@@ -259,6 +274,103 @@ def checks_not_the_same(texts: Texts) -> list[str]:
         for path, commands in found.items()
         if tuple(commands) != CHECKS
     ]
+
+
+def commands(texts: Texts) -> Iterator[tuple[str, str]]:
+    """Yield (path, line) of all that tells a person or a machine what to run.
+
+    Lines that a backslash continues are one.
+    """
+    for path, text in sorted(texts.items()):
+        if path.endswith(".md") or path.split("/")[0] in (".ci", ".github"):
+            for line in text.replace("\\\n", " ").splitlines():
+                yield path, line
+
+
+# What follows -m: a quoted expression or one word.
+AFTER_M = re.compile(r"""(?<!\S)-m\s+(?:\\?"(.*?)"|'(.*?)'|([\w.]+))""")
+PYTHON = re.compile(r"python[\d.]*\s+(?:-(?!m\b)\w+\s+(?:\w\S*\s+)?)*$")
+
+
+def modules_run(texts: Texts) -> Iterator[tuple[str, str]]:
+    """Yield (path, module) of every `python -m module` that is written down."""
+    for path, line in commands(texts):
+        for match in AFTER_M.finditer(line):
+            if PYTHON.search(line[: match.start()]):
+                yield path, "".join(filter(None, match.groups()))
+
+
+def markers_run(texts: Texts) -> Iterator[tuple[str, str]]:
+    """Yield (path, expression) of every `pytest -m expression` that is written down.
+
+    `$tests` is what .ci/run takes out of the README.
+    """
+    for path, line in commands(texts):
+        for match in AFTER_M.finditer(line):
+            before = line[: match.start()]
+            if re.search(r"pytest|\$tests", before) and not PYTHON.search(before):
+                yield path, "".join(filter(None, match.groups()))
+    options = pytest_options(texts)["addopts"]
+    for option, value in itertools.pairwise(options):
+        if option == "-m":
+            yield "pyproject.toml", value
+
+
+def pytest_options(texts: Texts) -> dict[str, Any]:
+    return tomllib.loads(texts["pyproject.toml"])["tool"]["pytest"]["ini_options"]
+
+
+def markers(texts: Texts) -> dict[str, str]:
+    """Return the project's markers and what is said of each."""
+    lines = pytest_options(texts)["markers"]
+    return dict(re.split(r":\s*", line, maxsplit=1) for line in lines)
+
+
+def unknown_markers(texts: Texts) -> list[str]:
+    """pytest runs nothing for a marker that does not exist, and says nothing of it."""
+    bad = []
+    for path, expression in markers_run(texts):
+        names = set(re.findall(r"\w+", expression)) - {"and", "or", "not"}
+        for name in sorted(names - markers(texts).keys()):
+            bad.append(f"{path} runs tests marked {name}, and no test may be")
+    return bad
+
+
+def markers_that_no_machine_runs(texts: Texts) -> list[str]:
+    """A test that is left out by default and run nowhere else holds nothing."""
+    machines = [
+        expression
+        for path, expression in markers_run(texts)
+        if path.split("/")[0] in (".ci", ".github")
+    ]
+    return [
+        f"pyproject.toml has a marker {name}, and neither .ci nor .github/workflows "
+        "runs it"
+        for name in markers(texts)
+        if name not in machines
+    ]
+
+
+def modules_that_cannot_be_run(texts: Texts) -> list[str]:
+    """`python -m` of something that is not there, or does nothing when it is run."""
+    project = tomllib.loads(texts["pyproject.toml"])["project"]
+    extras = project["optional-dependencies"].values()
+    installed = itertools.chain(project["dependencies"], ["pip"], *extras)
+    known = {re.split(r"[^\w-]", line)[0] for line in installed}
+    known |= sys.stdlib_module_names
+    bad = []
+    for path, module in modules_run(texts):
+        if module.split(".")[0] not in OWN:
+            if module.split(".")[0] not in known:
+                bad.append(f"{path} runs {module}, which nothing installs")
+            continue
+        place = module.replace(".", "/")
+        text = texts.get(f"{place}.py") or texts.get(f"{place}/__main__.py")
+        if text is None:
+            bad.append(f"{path} runs {module}, which does not exist")
+        elif "__main__" not in text:
+            bad.append(f"{path} runs {module}, which does nothing when it is run")
+    return bad
 
 
 Rule = Callable[[Texts], list[str]]
@@ -314,6 +426,13 @@ RULES: list[tuple[Rule, list[Texts]]] = [
         ],
     ),
     (
+        needs_to_be_installed,
+        [
+            {"er_jax/costs.py": "import importlib.metadata"},
+            {"train/grpo.py": "def f():\n    from importlib.metadata import version"},
+        ],
+    ),
+    (
         paths_of_one_machine,
         [
             {"README.md": "cd /" + "home/me/er_jax"},
@@ -327,6 +446,26 @@ RULES: list[tuple[Rule, list[Texts]]] = [
             {".ci/run": "run ruff check --fix\nrun ruff format --check\nrun mypy\n"},
             {"CONTRIBUTING.md": "ruff check\nruff format\nmypy\n"},
             {".pre-commit-config.yaml": ""},
+        ],
+    ),
+    (
+        unknown_markers,
+        [
+            {".github/workflows/ci.yml": "      - run: python -m pytest -m pods"},
+            {".ci/run": 'run "$tests -m slwo"'},
+            {".ci/run": "run \"$tests -m 'slow and not gpu'\""},
+            {"docs/guide.md": 'see `python -m pytest -m "slow or pods"`, or not'},
+            {"CONTRIBUTING.md": "python -m pytest \\\n    -x -m nightly"},
+            {"README.md": ".venv/bin/python3 -m pytest -m quick tests/test_x.py"},
+        ],
+    ),
+    (
+        modules_that_cannot_be_run,
+        [
+            {"docs/guide.md": "`python -m benchmarks.no_such_script`"},
+            {"docs/guide.md": "python -m train.losses"},
+            {"README.md": "python3 -m venev .venv && .venv/bin/python -m pytset"},
+            {".github/workflows/ci.yml": "      - run: python -X dev -m ptest"},
         ],
     ),
 ]
@@ -349,6 +488,20 @@ def test_rule_finds_what_is_planted(rule: Rule, planted: Texts, texts: Texts) ->
     found = set(rule({**texts, **planted})) - set(rule(texts))
     assert found
     assert all(next(iter(planted)) in violation for violation in found)
+
+
+def test_every_marker_is_run_by_a_machine(texts: Texts) -> None:
+    assert markers_that_no_machine_runs(texts) == []
+    planted = {".github/workflows/ci.yml": "run: python -m pytest -m slow"}
+    (found,) = markers_that_no_machine_runs({**texts, **planted})
+    assert "a marker long" in found
+
+
+def test_commands_are_found(texts: Texts) -> None:
+    """A rule over no commands would always hold."""
+    assert len(list(modules_run(texts))) > 50
+    paths = {path for path, _ in markers_run(texts)}
+    assert paths >= {".ci/run", ".github/workflows/ci.yml", "CONTRIBUTING.md"}
 
 
 def test_all_modules_are_read(texts: Texts) -> None:

@@ -113,6 +113,16 @@ def test_one_reading_is_a_surface() -> None:
     assert surface.seconds(4, 512) == pytest.approx(2.0 * 2**0.3)
 
 
+def test_no_pass_is_for_nothing() -> None:
+    """Rows that were measured at one length only, the other of which is another's."""
+    readings = [Reading("target", 1, 1024, 0, 8.0), Reading("target", 4, 256, 0, 6.0)]
+    surface = Surface.fit(readings)
+    assert surface.seconds(1, 1024) == pytest.approx(8)
+    assert surface.seconds(4, 256) == pytest.approx(6)
+    for rows, length in itertools.product((1, 2, 4, 8), (1, 256, 512, 1024)):
+        assert surface.seconds(rows, length) >= 8 * length / 1024 * (1 - 1e-9)
+
+
 def passes(
     roofline: Roofline = ROOFLINE, gammas: tuple[int, ...] = (3, 7)
 ) -> PassCosts:

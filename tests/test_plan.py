@@ -187,10 +187,43 @@ def test_a_missing_compiler_is_named(
 
 
 def test_sizes_that_do_not_fit_the_mesh_are_refused() -> None:
-    with pytest.raises(ValueError, match="model=3 with slots=8"):
-        made(model=3)
-    with pytest.raises(ValueError, match="slots=0 and max_length=128 must be"):
-        made(slots=0)
+    """One device has one group of devices, and nine slots make no four groups."""
+    with pytest.raises(ValueError, match=r"model_parallel=3 must be .* from 1 to 1"):
+        made(model_parallel=3)
+    target = plan.target_of("cpu")
+    eight = dataclasses.replace(target, devices=tuple(jax.devices("cpu")))
+    for model, slots in ((3, 8), (2, 9)):
+        with pytest.raises(ValueError, match=f"model_parallel={model} with slots"):
+            plan.plan(CONFIG, eight, slots=slots, max_length=128, model_parallel=model)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"slots": 0}, "slots=0 must be a whole number from 1"),
+        ({"slots": True}, "slots=True must be a whole number"),
+        ({"slots": 2.0}, "slots=2.0 must be a whole number"),
+        ({"max_length": 2**31}, "max_length=2147483648 must be a whole number"),
+        ({"gammas": ()}, "gammas is empty"),
+        ({"gammas": (0, -1)}, r"gammas=\(0, -1\) must all be .* from 0 to 127"),
+        ({"gammas": (0, 128)}, r"gammas=\(0, 128\) must all be .* from 0 to 127"),
+        ({"gammas": (0, 2.5)}, r"gammas=\(0, 2.5\) must all be whole numbers"),
+        ({"keep": 5}, "keep=5 must be a chance"),
+        ({"keep": float("nan")}, "keep=nan must be a chance"),
+        ({"keep": "1"}, "keep='1' must be a chance"),
+        ({"accept": "maybe"}, "accept='maybe' is unknown; use one of coupled"),
+        ({"model_parallel": 0}, "model_parallel=0 must be a whole number"),
+        ({"model_parallel": -1}, "model_parallel=-1 must be a whole number"),
+    ],
+)
+def test_wrong_arguments_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(**wrong)
+
+
+def test_each_gamma_is_compiled_once() -> None:
+    found = made(gammas=(0, 0))
+    assert [count.program.gamma for count in found.programs] == [0]
 
 
 def test_presets_are_of_their_published_size() -> None:

@@ -108,6 +108,10 @@ def test_what_fails_in_one_process_ends_the_call_in_all(tmp_path: Path) -> None:
     for own, message in zip(found, ("another process", "disk full"), strict=True):
         together, apart = own["messages"]
         assert message in together and message in apart
+    # Nor is a program run by some that another could not compile.
+    told, own_error = (str(own["uncompiled"]) for own in found)
+    assert "another process has failed, process 1" in told
+    assert own_error == "no room to compile"
     # Nothing that was finished is lost, and each is one process's.
     for mode in ("together", "apart"):
         first, second = (set(own[mode].tolist()) for own in found)

@@ -94,12 +94,13 @@ def test_warm_calls_compile_nothing(
     """Whatever the prompts, temperatures, truncations, stops, keys and meanings."""
     policy = small_policy({"ar": 101.0, "fixed:2": 102.0, "best": 103.0}[control])
     params = policy.init(jax.random.key(0))
-    # A controller that buys nothing more: what `best` buys later is its own decision.
-    controller = er_jax.Controller(control, (0, 2), patience=1e9)
+    controller = er_jax.Controller(control, (0, 2), patience=0)
     run = functools.partial(
         call, policy, params, control=control, controller=controller
     )
     first = run()
+    # It buys nothing more: what `best` buys later is its own decision.
+    controller.patience = 1e9
     kinds = [name.split("(")[0] for name, _ in first.stats.compiled]
     expected = {
         "ar": ["admit", "allocate", "finite", "window"],
@@ -530,6 +531,7 @@ def test_the_cache_is_read_as_it_lies() -> None:
                 for _, name, _, result in operations(text)
                 if result.rpartition("x")[0] == whole.rpartition("x")[0]
             }
-            # Scatters end several lines further down, and are counted by name.
-            assert made <= {"func.call", "call"}, (platform, made)
+            # Scatters end several lines further down, and are counted by name. Rows of
+            # a cache are updated where entries of drafts have to be removed.
+            assert made <= {"func.call", "call", "dynamic_update_slice"}, made
             assert text.count('"stablehlo.scatter"') >= 4

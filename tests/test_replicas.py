@@ -7,6 +7,8 @@ import itertools
 import signal
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ import er_jax
 from er_jax import replicas, sharding
 from tests import test_mesh
 from tests.test_mesh import POLICY, config_of, mesh_of, parameters, prompts
+from train import grpo
+from train.controllers import RuleController
 
 
 def sample(**changes: Any) -> er_jax.Rollout:
@@ -83,6 +87,100 @@ def test_more_replicas_than_prompts() -> None:
     assert found.stats.replica_s.count(0.0) == 2
 
 
+def test_replicas_share_the_controller_they_are_given(tmp_path: Path) -> None:
+    """What it says is done by all, and what they find is learnt by it."""
+    config = config_of(max_new_tokens=20, control="ar", max_slots=4)
+    controller = er_jax.Controller("ar", patience=1e9)
+    with pytest.raises(ValueError, match="controller chooses from gammas"):
+        sample(config=config, controller=er_jax.Controller("fixed:2"))
+    found = sample(
+        config=config, controller=controller, profile=tmp_path / "trace",
+    )  # fmt: skip
+    test_mesh.assert_same(found, wanted())
+    assert controller.table.seconds
+    alive = sum(live for live, _ in controller._row_rounds.values())
+    assert alive > 0.3 * found.lengths.sum(), "one replica of four learnt"
+    assert any((tmp_path / "trace").rglob("*.pb")), "there is no trace"
+
+
+def test_replicas_follow_a_controller_of_rules() -> None:
+    """Sizes of batches by fours, and not as the clock would have them."""
+    config = config_of(max_new_tokens=20, control="ar", max_slots=4)
+    seen: list[tuple[list[int], int]] = []
+
+    class Told(RuleController):
+        def choose(self, options: Any, current: Any, **known: Any) -> Any:
+            chosen = super().choose(options, current, **known)
+            seen.append((sorted({p.rows for p in options}), chosen.rows))
+            return chosen
+
+    found = sample(config=config, controller=Told("ar"))
+    test_mesh.assert_same(found, wanted())
+    assert {sizes[-1] for sizes, _ in seen} == {4}
+    for sizes, rows in seen:
+        assert rows == (1 if 1 in sizes else 4)
+    assert {rows for _, rows in seen} == {1, 4}
+
+
+@pytest.mark.parametrize(
+    ("processes", "is_good"),
+    [
+        ([[0, 0], [0, 0], [1, 1], [1, 1]], True),
+        ([[0, 1], [2, 3]], True),
+        ([[0, 1], [0, 1]], False),
+        ([[0, 1], [1, 2]], False),
+        ([[0, 0], [0, 1]], False),
+    ],
+)
+def test_replicas_that_cannot_share_a_controller(
+    processes: list[list[int]], is_good: bool
+) -> None:
+    """A process would decide by what the other replica of its showed it first."""
+    parts: Any = [
+        SimpleNamespace(
+            devices=np.array([SimpleNamespace(process_index=p) for p in own])
+        )
+        for own in processes
+    ]
+    if is_good:
+        replicas._check_shared(parts)
+        return
+    with pytest.raises(ValueError, match=r"spans processes.* use controller=None"):
+        replicas._check_shared(parts)
+
+
+@pytest.mark.parametrize("is_replicas", [False, True])
+def test_training_samples_with_its_own_controller(
+    is_replicas: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--reproducible` is a controller: with replicas it was made and not used."""
+    told: list[Any] = []
+
+    def sampled(name: str) -> Any:
+        def sample(*_: Any, **options: Any) -> None:
+            told.append((name, options["controller"]))
+            raise InterruptedError
+
+        return sample
+
+    for name in ("rollout", "rollout_replicas"):
+        monkeypatch.setattr(er_jax, name, sampled(name))
+    run: Any = SimpleNamespace(
+        subject=SimpleNamespace(tokenizer=None, stop_token_ids=()),
+        placement=SimpleNamespace(sampler=lambda *_: None, sampling=None),
+        state=SimpleNamespace(params=None, gathered=None),
+        config=SimpleNamespace(
+            mesh=SimpleNamespace(replicas=is_replicas),
+            rollout_config=lambda **_: None,
+        ),
+        controller=object(), policy=None,
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        grpo.Trainer.sample(run, [], n=2, key=None, first_sequence_id=0)  # type: ignore[arg-type]
+    name = "rollout_replicas" if is_replicas else "rollout"
+    assert told == [(name, run.controller)]
+
+
 def first(prompt: int, name: int | None = None) -> np.ndarray:
     """The first tokens of a completion sampled alone by its name."""
     out = er_jax.rollout(
@@ -143,9 +241,34 @@ def test_an_interrupted_call_ends() -> None:
             signal.pthread_kill(main, signal.SIGINT)
             time.sleep(1)  # until the main thread has heard of it
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as info:
         sample(on_finish=on_finish)
     assert len(told) < 27
+    assert_kept(info.value)
+
+
+def assert_kept(error: Any) -> None:
+    """All that had finished by then is there, and is what it should be."""
+    assert error.completions
+    for name, completion in error.completions.items():
+        length = wanted().lengths[name]
+        np.testing.assert_array_equal(
+            completion.token_ids, wanted().completion_ids[name, :length]
+        )
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_callback_that_ends_the_program_loses_nothing(
+    stop: type[BaseException],
+) -> None:
+    def on_finish(name: int, _: er_jax.Completion) -> None:
+        if name == 0:
+            raise stop
+
+    with pytest.raises(stop) as info:
+        sample(on_finish=on_finish)
+    assert len(info.value.completions) > 15  # type: ignore[attr-defined]
+    assert_kept(info.value)
 
 
 def test_parameters_are_not_copied() -> None:

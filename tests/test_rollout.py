@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import sampling
+from er_jax import engine, sampling, scheduler
 from er_jax.types import NONE, LogprobKind, Sampling
 
 POLICY = er_jax.Decoder(
@@ -413,6 +413,74 @@ def test_a_failing_callback_loses_nothing(params: Any, out: er_jax.Rollout) -> N
     assert [done[i].token_ids.tolist() for i in range(6)] == rows(out)
 
 
+def test_what_a_callback_does_to_a_completion_changes_no_result(
+    params: Any, out: er_jax.Rollout
+) -> None:
+    def spoil(sequence_id: int, completion: er_jax.Completion) -> None:
+        completion.token_ids[:] = 0
+        completion.logprobs[:] = np.nan
+
+    made = sample(params, on_finish=spoil)
+    np.testing.assert_array_equal(made.completion_ids, out.completion_ids)
+    np.testing.assert_array_equal(made.logprobs, out.logprobs)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_callback_loses_nothing(
+    params: Any, out: er_jax.Rollout, stop: type[BaseException]
+) -> None:
+    """What is no failure stays what it is, with what had finished."""
+
+    def interrupt(sequence_id: int, completion: er_jax.Completion) -> None:
+        raise stop
+
+    with pytest.raises(stop) as error:
+        sample(params, on_finish=interrupt)
+    done: Any = error.value.completions  # type: ignore[attr-defined]
+    assert sorted(done) == [0, 1, 2, 3, 4, 5]
+    assert [done[i].token_ids.tolist() for i in range(6)] == rows(out)
+    assert any("6 of 6 completions" in note for note in error.value.__notes__)
+
+
+@pytest.mark.parametrize("at", ["wait", "fetch", "plan"])
+def test_ctrl_c_at_any_time_loses_nothing_that_had_finished(
+    params: Any, out: er_jax.Rollout, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a window runs, while rows are fetched, while the next one is planned."""
+    place, name = {
+        "wait": (engine.RunningWindow, "wait"),
+        "fetch": (scheduler, "fetch_rows"),
+        "plan": (er_jax.Controller, "choose"),
+    }[at]
+    real: Any = getattr(place, name)
+    calls = 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == (1 if at == "fetch" else 2):
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(place, name, interrupted)
+    with pytest.raises(KeyboardInterrupt) as error:
+        sample(params, max_slots=2)
+    done: Any = error.value.completions  # type: ignore[attr-defined]
+    assert len(done) >= 2
+    assert all(done[i].token_ids.tolist() == rows(out)[i] for i in done)
+    # And the next call is none the worse for it.
+    np.testing.assert_array_equal(sample(params).completion_ids, out.completion_ids)
+
+
+def test_a_warning_made_an_error_loses_nothing() -> None:
+    table = jnp.zeros((8, 8), jnp.float32).at[7].set(3e38)
+    with pytest.raises(er_jax.RolloutError, match="non-finite logit") as error:
+        er_jax.rollout(
+            Table(), {"table": table}, [[7], [1]], key=KEY, config=config()
+        )  # under `filterwarnings = error`
+    assert len(error.value.completions) == 4
+
+
 def test_nothing_is_printed_unless_asked(
     params: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -470,7 +538,7 @@ def test_the_published_rule_samples_the_same_tokens(params: Any) -> None:
 
 
 def test_best_measures_once_and_then_knows(params: Any) -> None:
-    controller = er_jax.Controller("best", (0, 2), patience=1e9)
+    controller = er_jax.Controller("best", (0, 2), patience=0)
     made = sample(params, control="best", gammas=(0, 2), controller=controller)
     measured = {(p.rows, p.gamma) for p in controller.table.seconds}
     assert {(1, 0), (1, 2)} <= measured

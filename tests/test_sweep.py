@@ -163,3 +163,74 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
     targets = [row for row in rows if row["mode"] == "target_decode"]
     with pytest.raises(ValueError, match="holds no draft pass"):
         read_sweep(write(tmp_path / "b.csv", targets))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"median_ms": "fast"}, "line 3: median_ms='fast' must be milliseconds"),
+        ({"median_ms": "nan"}, "line 3: median_ms='nan' must be milliseconds"),
+        ({"median_ms": "inf"}, "line 3: median_ms='inf' must be milliseconds"),
+        ({"median_ms": 0}, "line 3: median_ms='0' must be milliseconds, above 0"),
+        ({"mean_ms": -1}, "line 3: mean_ms='-1' must be milliseconds, 0 or more"),
+        ({"std_ms": ""}, "line 3: std_ms='' must be milliseconds"),
+        ({"batch": -4}, "line 3: batch='-4' must be a whole number from 0"),
+        ({"seq": 2.5}, "line 3: seq='2.5' must be a whole number"),
+        ({"seq": 2**31}, "line 3: seq='2147483648' must be a whole number"),
+        ({"gamma": 3}, "line 3: gamma=3 of a target pass must be 0"),
+        ({"mode": "target_verify"}, "line 3: gamma='0' must be a whole number from 1"),
+    ],
+)
+def test_lines_that_no_pass_has_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    rows = rows_of()
+    rows[1].update(changes)
+    with pytest.raises(ValueError, match=message):
+        read_sweep(write(tmp_path / "a.csv", rows))
+
+
+@pytest.mark.parametrize("data", [b"\x00\x00", b"\xff\xfe,", b"\x89PNG\r\n"])
+def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a.csv (is no CSV|has no column)"):
+        read_sweep(path)
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    """At every byte: an error that names the file, or a sweep of fewer passes."""
+    text = write(tmp_path / "whole.csv", rows_of()).read_text()
+    head = len(text.splitlines()[0]) + 1
+    path = tmp_path / "a.csv"
+    for end in [*range(0, head + 90, 7), len(text) - 20]:
+        path.write_text(text[:end])
+        with pytest.raises(ValueError, match=r"a\.csv"):
+            read_sweep(path)
+
+
+def cells_of(*cells: tuple[int, int]) -> list[dict[str, Any]]:
+    return [row for row in rows_of() if (row["batch"], row["seq"]) in cells]
+
+
+def test_too_few_cells_to_judge_are_refused(tmp_path: Path) -> None:
+    few = [(1, 256)], [(1, 256), (2, 256)]
+    for cells in few:
+        sweep = read_sweep(write(tmp_path / "a.csv", cells_of(*cells)))
+        with pytest.raises(
+            ValueError, match=rf"a\.csv has {len(cells)} cells of batch and"
+        ):
+            report(sweep)
+    enough = cells_of((1, 256), (1, 512), (2, 256), (2, 512))
+    assert "both halves" in report(read_sweep(write(tmp_path / "b.csv", enough)))
+
+
+def test_a_judgement_needs_a_cycle(path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sweep\.csv has no cycle in 0 cells"):
+        judge(ROOFLINE, read_sweep(path), [])
+
+
+def test_no_clean_cell_is_said(path: Path) -> None:
+    sweep = read_sweep(path)
+    found = judge(ROOFLINE, sweep, [max(sweep.grid)])
+    assert "no clean cells" in str(found)

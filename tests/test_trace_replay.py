@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -302,6 +304,118 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, line: str) -> None:
     path.write_text(f'{{"length": 3}}\n\n{line}\n')
     with pytest.raises(ValueError, match="line 3"):
         Trace.load(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"length": 2.5}', "line 2: .*2.5"),
+        ('{"length": true}', "line 2: .*true"),
+        ('{"length": 0}', "line 2: .*0"),
+        ('{"length": NaN}', "line 2: .*NaN"),
+        ('{"length": 9999999999}', "line 2: .*9999999999"),
+        ('{"length": 3, "prompt_length": -1}', "line 2: .*-1"),
+        ('{"length": 2147483647}', "lengths.jsonl: a trace of 2147483651 tokens"),
+    ],
+)
+def test_lengths_that_no_completion_has_are_refused(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "lengths.jsonl"
+    path.write_text(f'{{"length": 4}}\n{line}\n')
+    with pytest.raises(ValueError, match=message):
+        Trace.load(path)
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.jsonl"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"lengths.jsonl is no text in UTF-8"):
+        Trace.load(path)
+
+
+COSTS = passes()
+TRACE = Trace(np.array([10, 0]), np.array([4, 6]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Trace(np.array([1.0]), np.array([2])), "prompt_lengths of type float"),
+        (lambda: Trace(np.array([-1]), np.array([2])), "a prompt of -1 tokens"),
+        (lambda: TRACES["tail"](0, cap=9, seed=0), "num=0 must be"),
+        (lambda: TRACES["tail"](4, cap=0, seed=0), "cap=0 must be"),
+        (lambda: TRACES["capped"](-1, cap=9, seed=0), "num=-1 must be"),
+        (lambda: TRACES["mixture"](2**40, cap=9, seed=0), "num=1099511627776 must be"),
+        (lambda: Luck(TRACE, 1.5, 0), "keep_prob=1.5 must be a chance"),
+        (lambda: Luck(TRACE, float("nan"), 0), "keep_prob=nan must be a chance"),
+        (lambda: Luck(TRACE, 0.5, -1), "seed=-1 must be"),
+        (lambda: Fixed(-1), "gamma=-1 must be"),
+        (lambda: Oracle(COSTS, (), 0.5), "gammas is empty"),
+        (lambda: Oracle(COSTS, (-1, 0), 0.5), r"gammas=\(-1, 0\) must all be"),
+        (lambda: Oracle(COSTS, (0,), 2.0), "keep_prob=2.0 must be a chance"),
+        (lambda: Best(COSTS, (0, 2.5)), r"gammas=\(0, 2.5\) must all be"),  # type: ignore[arg-type]
+        (
+            lambda: make_decider("ar", COSTS, ROOFLINE, (), 0.5),
+            "gammas is empty",
+        ),
+        (
+            lambda: make_decider("fixed:99999", COSTS, ROOFLINE, (0,), 0.5),
+            "gamma=99999 must be|N from 0 to 1024",
+        ),
+        *(
+            (
+                lambda slots=slots: replay(
+                    TRACE, COSTS, Fixed(0), Luck(TRACE, 0.5, 0), slots=slots
+                ),
+                f"slots={slots} must be a whole number from 1",
+            )
+            for slots in (0, -1, 2.5)
+        ),
+        (
+            lambda: replay(
+                TRACE, COSTS, Fixed(0), Luck(TRACE, 0.5, 0), until_s=float("nan")
+            ),
+            "until_s=nan must be seconds",
+        ),
+        (
+            lambda: replay(TRACE, COSTS, Fixed(0), Luck(trace_of(9, 9), 0.5, 0)),
+            "luck was drawn for 18 tokens, the trace has 10",
+        ),
+        (
+            lambda: compare([], COSTS, ROOFLINE, (), gammas=(0,), keep_prob=0.5),
+            "traces is empty",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_no_row_decodes_without_a_token() -> None:
+    lengths = []
+
+    class Looking(Fixed):
+        def choose(self, situation: Situation) -> int:
+            lengths.append(situation.length)
+            return 0
+
+    trace = Trace(np.zeros(2, int), np.array([1, 40]))
+    replay(trace, Costs(), Looking(0), Luck(trace, 0.5, 0))
+    assert lengths == [32, 32]
+
+
+@pytest.mark.parametrize("control", ["ar", "fixed:3", "paper", "best", "oracle"])
+def test_prompts_of_unknown_length_have_a_price(control: str) -> None:
+    """On costs of one cache length a pass over no positions would take no time."""
+    longest = max(reading.length for reading in COSTS.readings)
+    costs = PassCosts([r for r in COSTS.readings if r.length == longest])
+    trace = Trace(np.zeros(3, int), np.array([1, 2, 5]))
+    decider = make_decider(control, costs, ROOFLINE, range(5), 0.9)
+    outcome = replay(trace, costs, decider, Luck(trace, 0.9, 0))
+    assert outcome.seconds > 0
+    assert outcome.done.tolist() == [1, 2, 5]
 
 
 def test_empty_traces_and_empty_completions_are_refused(tmp_path: Path) -> None:

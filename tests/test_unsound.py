@@ -11,13 +11,15 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import er_jax
-from er_jax import steps
+from er_jax import calibrate, steps
 from er_jax.acceptance import ACCEPT_RULES
-from er_jax.types import Params
+from er_jax.engine import Engine
+from er_jax.types import Finish, Params, Program
 from tests.learned import Learned, poisoned
 
 PROMPTS = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [2, 2, 2], [5, 1, 3]]
@@ -76,7 +78,7 @@ def test_the_last_token_is_never_fed() -> None:
         limit=limit,
         live=np.array([True, True, True, False]),
     )
-    offsets, none = np.arange(5, dtype=np.int32)[None], np.zeros(4, bool)
+    offsets, none = jnp.arange(5)[None], jnp.zeros(4, bool)
     positions = steps._positions(state, offsets, none)
     wanted = [[2, 3, 4, 5, 6], [5, 6, -1, -1, -1], [6, -1, -1, -1, -1], [-1] * 5]
     np.testing.assert_array_equal(positions, wanted)
@@ -176,3 +178,23 @@ def test_a_draft_full_of_nan_costs_time_and_nothing_else() -> None:
     )
     out = er_jax.rollout(policy, pair, PROMPTS, key=jax.random.key(3), config=config)
     assert_same(out, sample(policy, params, "ar"))
+
+
+def test_measuring_a_round_feeds_no_position_that_the_policy_has_not() -> None:
+    """The caches that are measured have room for more: rows would end at once."""
+    policy = Learned(max_length=20, attention="plain")
+    engine = Engine(policy, "coupled")
+    pair = er_jax.attach_draft(policy.init(0), er_jax.DrafterConfig())
+    infos: list[Any] = []
+    start_window = engine.start_window
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        state, window = start_window(*arguments, **options)
+        infos.append(window.wait()[0])
+        return state, window
+
+    engine.start_window = watched  # type: ignore[method-assign]
+    calibrate.measure_round(engine, pair, Program(2, 64, 2))
+    assert len(infos) > 1
+    assert all(info.finish_reason.max() != Finish.NONFINITE for info in infos)
+    assert max(info.length.max() for info in infos) > 10

@@ -1,0 +1,89 @@
+"""Which engines are kept between calls: what one call needs is kept as one."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import er_jax
+from er_jax import engine
+from er_jax.engine import Engine
+from tests.test_programs import CompileCounter, small_policy
+
+
+@pytest.fixture(autouse=True)
+def room_for_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_ENGINES", 1)
+    engine.forget_engines()
+
+
+def places(*names: str) -> list[tuple[Any, None]]:
+    """Parameters whose shapes are a place's name."""
+    return [(jax.ShapeDtypeStruct((len(name),), "float32"), None) for name in names]
+
+
+def test_more_replicas_than_engines_are_kept_compile_once(
+    compile_counter: CompileCounter,
+) -> None:
+    policy = small_policy(301.0)
+    params = policy.init(jax.random.key(0))
+
+    def sample(**options: Any) -> er_jax.Rollout:
+        return er_jax.rollout_replicas(
+            policy, params, [[1, 2], [3]], key=jax.random.key(1),
+            config=er_jax.RolloutConfig(max_new_tokens=4, control="ar"),
+            mesh=Mesh(np.array(jax.devices()[:2]), ("data",)), **options,
+        )  # fmt: skip
+
+    first = sample()
+    assert len(first.stats.compiled) == 8
+    with compile_counter() as compiled:
+        again = sample()
+    assert again.stats.compiled == []
+    assert compiled.count == 0, compiled
+    assert again.completion_ids.tolist() == first.completion_ids.tolist()
+
+
+def test_what_a_call_needs_is_kept_together_and_dropped_together() -> None:
+    policy = small_policy(302.0)
+    first = engine.engines_for(policy, "coupled", places("a", "bb", "ccc"))
+    assert len(set(first)) == 3
+    # Asked for alone, as by a replica's own rollout, one still belongs to the others.
+    assert engine.engines_for(policy, "coupled", places("bb")) == first[1:2]
+    gone = [weakref.ref(one) for one in first]
+    del first
+    assert all(ref() for ref in gone)
+    engine.engines_for(policy, "coupled", places("dddd"))
+    assert not any(ref() for ref in gone)
+
+
+def test_another_partition_takes_over_what_both_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "MAX_ENGINES", 2)
+    policy = small_policy(302.0)
+
+    def get(*names: str) -> list[weakref.ref[Engine]]:
+        found = engine.engines_for(policy, "coupled", places(*names))
+        return [weakref.ref(one) for one in found]
+
+    whole, half = get("a", "bb")
+    same, quarter = get("a", "ccc")
+    assert same() is whole() is not None
+    get("dddd")
+    assert half() is None and whole() and quarter()
+
+
+def test_an_engine_in_use_is_found_again_and_not_made_twice() -> None:
+    policy = small_policy(302.0)
+    (held,) = engine.engines_for(policy, "coupled", places("a"))
+    engine.engines_for(policy, "coupled", places("bb"))  # there is room for one
+    assert engine.engines_for(policy, "coupled", places("a")) == [held]
+    # Forgotten, it is nobody's but its holder's.
+    engine.forget_engines()
+    assert engine.engines_for(policy, "coupled", places("a")) != [held]
