@@ -18,6 +18,7 @@ import tyro
 
 from benchmarks import (
     acceptance,
+    cold,
     disturbed,
     fuzz,
     host,
@@ -220,6 +221,8 @@ def section(record: Mapping[str, Any]) -> str:
         parts.append(markdown(*scaling.rows_of(points)))
     if record["benchmark"] == "imitation":
         parts.append(markdown(*imitation.rows_of(points)))
+    if record["benchmark"] == "cold":
+        parts.append(markdown(*cold.rows_of(points)))
     if record["benchmark"] == "host":
         parts.append(markdown(*host.rows_of(points)))
     if record["benchmark"] == "fuzz":

@@ -411,6 +411,8 @@ class Controller:
         # By rows and gamma: row-rounds of live rows, and of rows live at the beginning.
         self._row_rounds: dict[tuple[int, int], tuple[float, float]] = {}
         self._lost_s: dict[Program, float] = {}
+        # Of the smallest batch: one row, or one for each group of devices.
+        self._least_rows = 1
         # Of plain decoding by rows, cache length, joint, while nothing is known of
         # drafts.
         self._plain_at: dict[tuple[int, int, bool], float] = {}
@@ -649,6 +651,7 @@ class Controller:
           rows: of the smallest batch. cache_length: of the longest cache.
           compile_s: as in `choose`.
         """
+        self._least_rows = rows
         drafting = [gamma for gamma in self.gammas if gamma]
         if not drafting or self.knows_drafts:
             return ()
@@ -690,7 +693,11 @@ class Controller:
         Kept as often as they are known to be, or as those of a good drafter. A survey
         has measured more than one row, and is believed.
         """
-        one_row = [p for p in self.table.seconds if p.gamma and p.rows == 1]
+        one_row = [
+            p
+            for p in self.table.seconds
+            if p.gamma and p.rows == self._least_rows and not p.joint
+        ]
         if self.table.passes is not None or not one_row:
             return False
         for measured in one_row:

@@ -19,6 +19,7 @@ import er_jax
 from benchmarks import (
     accelerator,
     acceptance,
+    cold,
     disturbed,
     fuzz,
     host,
@@ -39,8 +40,16 @@ from benchmarks import (
     workloads,
 )
 from benchmarks.passes import Pass
-from er_jax import Decoder, DecoderConfig, DrafterConfig, RolloutConfig
+from er_jax import (
+    Controller,
+    Decoder,
+    DecoderConfig,
+    DrafterConfig,
+    RolloutConfig,
+    calibrate,
+)
 from er_jax.acceptance import AcceptRule, expected_tokens
+from er_jax.control import DEFAULT_GAMMAS
 from er_jax.costs import LatencyTable
 from er_jax.pass_costs import PassCosts, Reading
 from er_jax.scheduler import Request
@@ -692,6 +701,49 @@ def test_places_have_the_same_work_each(tmp_path: Path) -> None:
     header, rows = imitation.rows_of(record["points"])
     column = header.index("beside one place")
     assert [row[column] for row in rows if row[1] == 1] == [1, 1]
+
+
+@pytest.fixture
+def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "measure_round", cold.measured)
+
+
+@pytest.mark.parametrize("name", cold.POLICIES)
+def test_first_calls_are_not_much_slower_than_an_oracles(
+    name: str, simulated_clock: None
+) -> None:
+    """The totals of 1 to 20 calls, within 1.3 times those of the record's oracle."""
+    record = json.loads((measure.RESULTS / "cold.json").read_text())
+    (point,) = (p for p in record["points"] if p["preset"] == name)
+    args = cold.Args()
+    found = cold.calls(cold.POLICIES[name], Controller(), args.calls, args.gammas)
+    assert len(point["oracle_s"]) == 20
+    for ours, oracle_s in zip(found, point["oracle_s"], strict=True):
+        assert ours <= cold.LIMIT * oracle_s
+    # The costs are still those that the oracle knew.
+    plan = cold.Plan(frozenset({(cold.POLICIES[name].slots, 0)}), is_short=False)
+    oracle = cold.Oracle(cold.POLICIES[name], plan)
+    (first,) = cold.calls(cold.POLICIES[name], oracle, 1, args.gammas)
+    assert first == pytest.approx(point["oracle_s"][0], rel=1e-4)
+
+
+def test_no_draft_is_compiled_that_one_row_rules_out(
+    simulated_clock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[cold.CompilingEngine] = []
+    made = cold.CompilingEngine
+
+    def kept(*args: Any) -> cold.CompilingEngine:
+        engines.append(made(*args))
+        return engines[-1]
+
+    monkeypatch.setattr(cold, "CompilingEngine", kept)
+    costs, controller = cold.POLICIES["in the cache"], Controller()
+    cold.calls(costs, controller, 60, DEFAULT_GAMMAS)
+    (engine,) = engines
+    drafting = [n[1] for n in engine.compiled if n[0] == "window" and n[1].gamma]
+    assert [program[0::2] for program in drafting] == [(1, 4)]
+    assert controller.knows_drafts
 
 
 def test_host_work_does_not_grow_with_slots(tmp_path: Path) -> None:

@@ -24,12 +24,8 @@ from tests.learned import Learned, poisoned
 
 PROMPTS = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [2, 2, 2], [5, 1, 3]]
 NEW = 17  # with three prompt tokens: all of the policy's twenty positions
-GAMMAS = [
-    1,
-    pytest.param(2, marks=pytest.mark.slow),
-    4,
-    pytest.param(8, marks=pytest.mark.slow),
-]
+# Compiled for each rule and attention: all but one length are left to the slow tests.
+GAMMAS = [4, *(pytest.param(gamma, marks=pytest.mark.slow) for gamma in (1, 2, 8))]
 
 
 def sample(
@@ -138,7 +134,9 @@ def test_a_poisoned_prompt_ends_its_rows_before_a_token(attention: str) -> None:
         assert (out.lengths[~is_bad] > 0).all()
 
 
-@pytest.mark.parametrize("attention", ["library", "plain"])
+@pytest.mark.parametrize(
+    "attention", [pytest.param("library", marks=pytest.mark.slow), "plain"]
+)
 def test_what_a_longer_draft_leaves_behind_is_not_met_by_a_shorter_one(
     attention: str,
 ) -> None:
