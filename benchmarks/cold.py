@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from benchmarks import measure, scaling, workloads
+from benchmarks import measure, scaling
 from benchmarks.predicted import SimulatedEngine, SimulatedState
 from er_jax import Controller, PolicyParams, RolloutConfig, calibrate
 from er_jax.calibrate import neutral_sampling
@@ -47,8 +47,9 @@ class Costs:
 
     round_s: of a program's round. window_s: to compile an autoregressive window;
     drafting_s: one that drafts. other_s: to compile a move of rows, or anything small.
-    start_s: what every first call compiles beside windows. slots, count, longest: of
-    each call. keep: chance that a draft is kept.
+    start_s: what every first call compiles beside windows. slots, count: of each call.
+    mean, longest: tokens of its completions, which end with equal chance at any token.
+    keep: chance that a draft is kept.
     """
 
     round_s: Callable[[Program], float]
@@ -58,6 +59,7 @@ class Costs:
     start_s: float
     slots: int
     count: int
+    mean: int
     longest: int
     keep: float = 0.95
 
@@ -99,6 +101,7 @@ POLICIES: dict[str, Costs] = {
         start_s=1.8,
         slots=32,
         count=32,
+        mean=70,
         longest=256,
     ),
     # 90M on two cores: drafts cost less than half a step.
@@ -114,6 +117,7 @@ POLICIES: dict[str, Costs] = {
         start_s=5.0,
         slots=16,
         count=48,
+        mean=50,
         longest=160,
     ),
     "7B on an H100": Costs(
@@ -124,6 +128,7 @@ POLICIES: dict[str, Costs] = {
         start_s=30.0,
         slots=64,
         count=128,
+        mean=600,
         longest=2048,
     ),
 }
@@ -264,7 +269,8 @@ def calls(
     costs: Costs, controller: Controller, num: int, gammas: tuple[int, ...]
 ) -> list[float]:
     """Return the seconds, compilation included, after each of several calls."""
-    lengths = workloads.tail_lengths(costs.count, costs.longest)
+    drawn = np.random.default_rng(0).geometric(1 / costs.mean, costs.count)
+    lengths = np.minimum(drawn, costs.longest)
     prompts = [np.full(32, i, np.int32) for i in range(costs.count)]
     config = RolloutConfig(
         max_new_tokens=costs.longest, max_slots=costs.slots, gammas=gammas

@@ -739,7 +739,7 @@ def test_no_draft_is_compiled_that_one_row_rules_out(
 
     monkeypatch.setattr(cold, "CompilingEngine", kept)
     costs, controller = cold.POLICIES["in the cache"], Controller()
-    cold.calls(costs, controller, 60, DEFAULT_GAMMAS)
+    cold.calls(costs, controller, 80, DEFAULT_GAMMAS)
     (engine,) = engines
     drafting = [n[1] for n in engine.compiled if n[0] == "window" and n[1].gamma]
     assert [program[0::2] for program in drafting] == [(1, 4)]
