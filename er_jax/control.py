@@ -635,8 +635,10 @@ class Controller:
             if other.rows > bought.rows:
                 self._lost_s[other] = max(seconds - lost_s, 0.0)
                 continue
-            slow, now, fast = (1 / speeds[p] for p in (before, bought, other))
-            share = (now - fast) / (slow - fast) if fast < now < slow else 0.0
+            slow, now, fast = (speeds[p] for p in (before, bought, other))
+            share = 0.0
+            if 0 < slow < now < fast:
+                share = (1 / now - 1 / fast) / (1 / slow - 1 / fast)
             self._lost_s[other] = share * seconds
 
     def first_look(

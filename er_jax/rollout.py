@@ -413,6 +413,7 @@ def _begin(
     _check_length(arrays, config, getattr(policy, "max_length", None))
     if isinstance(params, PolicyParams):
         check_draft(params)
+    _check_alive(params)
     if mesh is not None:
         if not isinstance(mesh, Mesh):
             raise ValueError(
@@ -680,6 +681,17 @@ def _check_policy(policy: Any) -> None:
         ) from error
 
 
+def _check_alive(params: Any) -> None:
+    """Check that no parameter was donated to another program."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"params: {name or 'the array'} was deleted, donated to a jitted "
+                "update for instance; pass the parameters that the update returned"
+            )
+
+
 def _check_placement(params: Any) -> None:
     """Check that parameters lie where programs without a mesh run."""
     device = engine.default_device()
@@ -696,7 +708,7 @@ def _check_placement(params: Any) -> None:
             remedy = "call inside jax.default_device(...) of theirs"
         raise ValueError(
             f"params: {name or 'the array'} {place}, and without a mesh a rollout runs "
-            f"on {device}; move them with jax.device_put(params, jax.devices()[0]), or "
+            f"on {device}; move them there with jax.device_put(params, device), or "
             f"{remedy}"
         )
 

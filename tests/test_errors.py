@@ -542,6 +542,16 @@ def test_parameters_on_another_device(refused: Refused, part: str) -> None:
     )  # fmt: skip
 
 
+def test_parameters_that_were_donated(refused: Refused) -> None:
+    policy, params = fresh()
+    params = jax.device_put(params)
+    params["final_norm"].delete()
+    refused(
+        ["params: final_norm was deleted", "donated", "that the update returned"],
+        pair=(policy, params),
+    )
+
+
 def test_parameters_of_a_mesh_without_the_mesh(refused: Refused) -> None:
     policy, params = fresh()
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
