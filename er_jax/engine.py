@@ -130,6 +130,12 @@ def run_window(
     def total(x: jax.Array) -> jax.Array:
         return x if mesh is None else lax.psum(x, DATA_AXIS)
 
+    def is_any(rows: jax.Array) -> jax.Array:
+        # Where devices send to each other within a pass, all groups run as many.
+        found = jnp.any(rows)
+        is_apart = mesh is None or mesh.size == mesh.shape[DATA_AXIS]
+        return found if is_apart else total(found.astype(jnp.int32)) > 0
+
     def of_all(rows: jax.Array) -> jax.Array:
         return (
             rows
@@ -157,8 +163,9 @@ def run_window(
         ) -> tuple[DecodeState, jax.Array]:
             state, counts = carry
             state, info = steps.decode_round(
-                policy, params, state, settings, gamma=gamma, accept=accept
-            )
+                policy, params, state, settings, gamma=gamma, accept=accept,
+                is_any=is_any,
+            )  # fmt: skip
             kinds = jnp.arange(gamma + 1, dtype=jnp.int32)
             found = jnp.stack([info.num_accepted, jnp.maximum(info.num_emitted - 1, 0)])
             is_kind = found[..., None] == kinds[None, None]

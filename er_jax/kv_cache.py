@@ -68,7 +68,7 @@ def attend(
     would if that entry were finite. With few queries on an accelerator the second does
     not hold, because it would cost another pass over the cache: there a non-finite
     entry may turn all queries of its row to NaN, and `steps.decode_round` runs such a
-    row again without drafts.
+    row again, one token at a time.
 
     In a rollout's programs on a mesh every device of the axis `model` takes its part of
     the heads: left to the compiler, the merged product would be cut within heads and

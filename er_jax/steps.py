@@ -15,9 +15,10 @@ nothing is fed at `limit - 1` or behind it.
 
 Non-finite entries: attention multiplies every entry of a row, those it may not see by
 zero, and zero times NaN is NaN. So the entry of a token that was only drafted can make
-the logits of the tokens before it non-finite. A row that met non-finite logits beside
-drafts is therefore *suspect*: its next round removes all entries from its last token on
-and feeds that token alone. Only what is non-finite then is the row's own, and ends it.
+the logits of the tokens before it non-finite. Where that happens beside drafts, the
+same drafts are verified again, one after the other, with nothing behind them
+(`_verify`), and what they leave behind is removed. Drafting anew instead would not be
+exact: whether drafts are given up would depend on what they are.
 
 Left out: the loop over rounds (`engine`), every decision (`scheduler`).
 """
@@ -25,6 +26,8 @@ Left out: the loop over rounds (`engine`), every decision (`scheduler`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,38 +198,40 @@ def decode_round(
     *,
     gamma: int,
     accept: AcceptRule,
+    is_any: Callable[[jax.Array], jax.Array] = jnp.any,
 ) -> tuple[DecodeState, RoundInfo]:
     """Run one round: gamma draft passes, one target pass, accept, emit, advance.
 
     Args:
       policy: the model. params: target and draft parameters.
-      state: live rows are advanced by 1 .. gamma + 1 tokens (suspect ones by 0 or 1),
-        the others untouched.
+      state: live rows are advanced by 1 .. gamma + 1 tokens, the others untouched.
       settings: traced sampling settings, key and stop ids.
       gamma: drafts per round; 0 is one autoregressive step.
       accept: the acceptance rule.
+      is_any: whether a flag of any row is set, in all rows that run the target's passes
+        together; those of a mesh must agree on how many there are.
     Returns:
       The new state, and what the round did.
     """
     last = jnp.take_along_axis(
         state.tokens, jnp.maximum(state.length - 1, 0)[:, None], axis=1
     )[:, 0]
-    is_suspect = state.live & (state.finish_reason == Finish.NONFINITE)
-    state = dataclasses.replace(state, cache=_forget_from_last(state, is_suspect))
     cache = state.cache
     drafted = jnp.zeros((state.rows, 0), jnp.int32)
     draft_logprobs = None
     if gamma:
         with jax.named_scope("draft"):
             cache, drafted, draft_logprobs = _draft(
-                policy, draft_params(params), state, last, is_suspect, settings, gamma,
-                accept,
-            )  # fmt: skip
+                policy, draft_params(params), state, last, settings, gamma, accept
+            )
     with jax.named_scope("verify"):
         tokens = jnp.concatenate([last[:, None], drafted], axis=1)
         offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
-        positions = _positions(state, offsets, is_suspect)
-        hidden, cache = policy.forward(params.policy, tokens, positions, cache)
+        positions = _positions(state, offsets)
+        state = dataclasses.replace(state, cache=cache)
+        hidden, cache, is_bad = _verify(
+            policy, params.policy, state, tokens, positions, is_any
+        )
         logits = policy.logits(params.policy, hidden)
         is_finite = sampling.is_distribution(logits, settings)
         # Bad logits are cut off in `_emit`; NaN here would bias the tokens before them.
@@ -235,36 +240,79 @@ def decode_round(
             target = sampling.target_logprobs(usable, settings)
     with jax.named_scope("accept"):
         num_accepted, emitted = _accept(
-            state, settings, target, draft_logprobs, drafted, is_suspect, accept
+            state, settings, target, draft_logprobs, drafted, accept
         )
     with jax.named_scope("emit"):
         logprobs = sampling.token_logprobs(logits, target, emitted, settings)
         state = dataclasses.replace(state, cache=cache)
-        is_alone = is_suspect if gamma else state.live
-        is_bad = jnp.any((positions != NONE) & ~is_finite, axis=-1)
-        num_finite = acceptance.count_leading(is_finite)
-        return _emit(
-            state, settings, emitted, logprobs, num_accepted, num_finite, is_bad,
-            is_alone,
-        )  # fmt: skip
+        state, info = _emit(state, settings, emitted, logprobs, num_accepted, is_finite)
+        if gamma:
+            cache = _forget_from_last(state, is_bad)
+            state = dataclasses.replace(state, cache=cache)
+        return state, info
 
 
-def _positions(
-    state: DecodeState, offsets: jax.Array, is_suspect: jax.Array
-) -> jax.Array:
+def _positions(state: DecodeState, offsets: jax.Array) -> jax.Array:
     """Return positions `[B, T]` of inputs at `length - 1 + offsets`.
 
-    `NONE` in dead rows, where no token can follow before the limit, and behind the last
-    token of a suspect row.
+    `NONE` in dead rows, and where no token can follow before the limit.
     """
     positions = state.length[:, None] - 1 + offsets
     is_fed = state.live[:, None] & (positions < state.limit[:, None] - 1)
-    is_fed &= (offsets == 0) | ~is_suspect[:, None]
     return jnp.where(is_fed, positions, NONE)
 
 
-def _forget_from_last(state: DecodeState, is_suspect: jax.Array) -> kv_cache.Cache:
-    """Zero the entries of suspect rows from their last token on; one by one, rarely."""
+def _verify(
+    policy: Policy,
+    params: Params,
+    state: DecodeState,
+    tokens: jax.Array,
+    positions: jax.Array,
+    is_any: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, kv_cache.Cache, jax.Array]:
+    """Run the target over the last token and the drafts of every row.
+
+    All at once; then once more, one position after the other, for rows in which
+    something was not finite: there a token meets no entry of those behind it.
+
+    Returns:
+      hidden `[B, G+1, *]`, the cache, and whether a row was run again, bool `[B]`.
+    """
+    count = tokens.shape[1]
+    if count == 1:
+        hidden, cache = policy.forward(params, tokens, positions, state.cache)
+        return hidden, cache, jnp.zeros(state.rows, jnp.bool_)
+    offsets = jnp.arange(count, dtype=jnp.int32)[None]
+    shape, _ = jax.eval_shape(policy.forward, params, tokens, positions, state.cache)
+
+    def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
+        turn, _, _, is_bad = carry
+        return (turn == 0) | ((turn <= count) & is_any(is_bad))
+
+    def run(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        turn, hidden, cache, is_bad = carry
+        # Nothing is left of the first turn when the second begins.
+        again = dataclasses.replace(state, cache=cache)
+        cache = _forget_from_last(again, is_bad & (turn == 1))
+        is_fed = (turn == 0) | (is_bad[:, None] & (offsets == turn - 1))
+        fed = jnp.where(is_fed, positions, NONE)
+        new, cache = policy.forward(params, tokens, fed, cache)
+        is_fed = (fed != NONE).reshape(fed.shape + (1,) * (new.ndim - 2))
+        hidden = jnp.where(is_fed | (turn == 0), new, hidden)
+        # What leaks is zero times something, and never infinite.
+        is_nan = jnp.any(jnp.isnan(new) & is_fed, axis=range(1, new.ndim))
+        return turn + 1, hidden, cache, jnp.where(turn == 0, is_nan, is_bad)
+
+    start = (
+        jnp.int32(0), jnp.zeros(shape.shape, shape.dtype), state.cache,
+        jnp.zeros(state.rows, jnp.bool_),
+    )  # fmt: skip
+    _, hidden, cache, is_bad = lax.while_loop(goes_on, run, start)
+    return hidden, cache, is_bad
+
+
+def _forget_from_last(state: DecodeState, which: jax.Array) -> kv_cache.Cache:
+    """Zero the entries of some rows from their last token on; one by one, rarely."""
 
     def clear(
         carry: tuple[jax.Array, kv_cache.Cache],
@@ -274,7 +322,7 @@ def _forget_from_last(state: DecodeState, is_suspect: jax.Array) -> kv_cache.Cac
         cache = kv_cache.copy_row(cache, row, row, state.length[row] - 1)
         return pending.at[row].set(False), cache
 
-    start = (is_suspect, state.cache)
+    start = (which, state.cache)
     return lax.while_loop(lambda carry: jnp.any(carry[0]), clear, start)[1]
 
 
@@ -283,7 +331,6 @@ def _draft(
     draft: Params,
     state: DecodeState,
     last: jax.Array,
-    is_suspect: jax.Array,
     settings: Sampling,
     gamma: int,
     accept: AcceptRule,
@@ -294,7 +341,7 @@ def _draft(
         carry: tuple[kv_cache.Cache, jax.Array], depth: jax.Array
     ) -> tuple[tuple[kv_cache.Cache, jax.Array], tuple[jax.Array, ...]]:
         cache, token = carry
-        positions = _positions(state, depth[None, None], is_suspect)
+        positions = _positions(state, depth[None, None])
         hidden, cache = policy.forward(draft, token[:, None], positions, cache)
         logits = policy.logits(draft, hidden)[:, 0]
         with jax.named_scope("sample"):
@@ -336,13 +383,9 @@ def _accept(
     target: jax.Array,
     draft: jax.Array | None,
     drafted: jax.Array,
-    is_suspect: jax.Array,
     accept: AcceptRule,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return drafts kept `[B]` and the tokens to emit `[B, G+1]` (the rest is junk).
-
-    Suspect rows keep none, and emit what the target alone draws.
-    """
+    """Return drafts kept `[B]` and the tokens to emit `[B, G+1]` (the rest is junk)."""
     gamma = drafted.shape[1]
     offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
     if accept == "coupled":
@@ -350,8 +393,7 @@ def _accept(
             position = state.length[:, None] + offsets
             noise = _token_noise(state, settings, target, position)
             draws = jnp.argmax(target + noise, axis=-1).astype(jnp.int32)
-        num_accepted = acceptance.coupled_num_accepted(drafted, draws)
-        return jnp.where(is_suspect, 0, num_accepted), draws
+        return acceptance.coupled_num_accepted(drafted, draws), draws
 
     # Both rules look at drafts they then reject, so noise is named by the round's
     # start as well: the same position in a later round must meet fresh noise.
@@ -370,11 +412,9 @@ def _accept(
             chances, weights = acceptance.block_accept_probs(target, draft, drafted)
             num_accepted = acceptance.block_num_accepted(chances, uniforms)
             weight = jnp.take_along_axis(weights, num_accepted[:, None], axis=1)[:, 0]
-        num_accepted = jnp.where(is_suspect, 0, num_accepted)
     else:
         draft = jnp.zeros((state.rows, 0, target.shape[-1]), target.dtype)
     residual = acceptance.residual_logprobs(target, draft, num_accepted, weight)
-    residual = jnp.where(is_suspect[:, None], target[:, 0], residual)
     noise = sampling.gumbel(
         settings, state.sequence_id, start + num_accepted, target.shape[-1],
         target.dtype, purpose=Purpose.RESIDUAL, start=start,
@@ -391,18 +431,9 @@ def _emit(
     emitted: jax.Array,
     logprobs: jax.Array,
     num_accepted: jax.Array,
-    num_finite: jax.Array,
-    is_bad: jax.Array,
-    is_alone: jax.Array,
+    is_finite: jax.Array,
 ) -> tuple[DecodeState, RoundInfo]:
-    """Cut the emitted tokens at stops, limits and bad logits, and advance the rows.
-
-    Args:
-      emitted, logprobs: `[B, G+1]`, the first `num_accepted + 1` of each row count.
-      num_finite: int32 `[B]`, leading positions with finite logits.
-      is_bad: bool `[B]`, some logits of the row were not. is_alone: bool `[B]`, its
-        last token was fed alone, without drafts.
-    """
+    """Cut the emitted tokens at stops, limits and bad logits, and advance the rows."""
     offsets = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
     is_stop = jnp.any(emitted[..., None] == settings.stop_ids[None, None], axis=-1)
     first_stop = jnp.min(
@@ -410,14 +441,14 @@ def _emit(
     )
     wanted = jnp.minimum(num_accepted, first_stop) + 1
     wanted = jnp.minimum(wanted, state.limit - state.length)
+    num_finite = acceptance.count_leading(is_finite)
     num_emitted = jnp.where(state.live, jnp.minimum(wanted, num_finite), 0)
     length = state.length + num_emitted
 
-    reason = jnp.where(is_bad, Finish.NONFINITE, Finish.RUNNING)
-    reason = jnp.where(length >= state.limit, Finish.LENGTH, reason)
+    reason = jnp.where(length >= state.limit, Finish.LENGTH, Finish.RUNNING)
     reason = jnp.where(first_stop < num_emitted, Finish.STOP, reason)
+    reason = jnp.where(num_finite < wanted, Finish.NONFINITE, reason)
     reason = jnp.where(state.live, reason, state.finish_reason).astype(jnp.int32)
-    goes_on = (reason == Finish.RUNNING) | ((reason == Finish.NONFINITE) & ~is_alone)
 
     positions = state.length[:, None] + offsets
     positions = jnp.where(offsets < num_emitted[:, None], positions, NONE)
@@ -426,7 +457,7 @@ def _emit(
         tokens=kv_cache.write(state.tokens, emitted, positions),
         logprobs=kv_cache.write(state.logprobs, logprobs, positions),
         length=length,
-        live=state.live & goes_on,
+        live=state.live & (reason == Finish.RUNNING),
         finish_reason=reason,
     )
     info = RoundInfo(

@@ -155,8 +155,7 @@ class DecodeState:
     limit: int32 `[B]`, the length at which the row ends; at most S when S is final.
     sequence_id: int32 `[B]`, names the row's noise; `NONE` in an empty slot.
     live: bool `[B]`.
-    finish_reason: int32 `[B]`, a `Finish`; NONFINITE in a live row means suspect: it
-      met non-finite logits beside drafts, and its next round runs without any.
+    finish_reason: int32 `[B]`, a `Finish`.
     cache: leaves `[B, S, ...]`.
     """
 

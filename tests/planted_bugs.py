@@ -57,9 +57,7 @@ ROUND = "tests/test_lossless.py::test_every_outcome_of_a_round"
 DRAWS = "tests/test_lossless.py::test_coupled_emits_the_targets_own_draws"
 COMPLETIONS = "tests/test_lossless.py::test_completions_follow_the_target"
 UNSOUND = "tests/test_unsound.py::test_a_drafted_token_ends_no_row"
-SUSPECT = (
-    "tests/test_lossless.py::test_suspect_rows_draw_one_token_from_the_target_alone"
-)
+LEAKS = "tests/test_lossless.py::test_entries_of_drafts_that_are_no_number_bias_nothing"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
 )
@@ -259,8 +257,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "cache entries of the draft left in place",
         STEPS,
-        "hidden, cache = policy.forward(params.policy, tokens, positions, cache)",
-        "hidden, _ = policy.forward(params.policy, tokens, positions, cache)",
+        "new, cache = policy.forward(params, tokens, fed, cache)",
+        "new, _ = policy.forward(params, tokens, fed, cache)",
         ("tests/test_lossless.py::test_cache_holds_the_targets_entries[coupled]",),
     ),
     PlantedBug(
@@ -271,38 +269,31 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_unsound.py::test_the_last_token_is_never_fed",),
     ),
     PlantedBug(
-        "a suspect row is fed drafts again",
+        "drafts that make a row's numbers bad are verified once and believed",
         STEPS,
-        "is_fed &= (offsets == 0) | ~is_suspect[:, None]",
-        "is_fed &= offsets >= 0",
+        "return (turn == 0) | ((turn <= count) & is_any(is_bad))",
+        "return turn == 0",
         (f"{UNSOUND}[plain-coupled-4]",),
     ),
     PlantedBug(
-        "a suspect row keeps the entries of its drafts",
+        "entries of drafts stay while they are verified again",
         STEPS,
-        "start = (is_suspect, state.cache)",
-        "start = (jnp.zeros_like(is_suspect), state.cache)",
+        "is_bad & (turn == 1)",
+        "is_bad & (turn == 0)",
         (f"{UNSOUND}[plain-coupled-4]",),
     ),
     PlantedBug(
-        "a suspect row draws what a draft leaves over",
+        "entries of drafts that are no numbers are left behind",
         STEPS,
-        "residual = jnp.where(is_suspect[:, None], target[:, 0], residual)",
-        "del is_suspect",
-        (f"{SUSPECT}[token]",),
+        "            cache = _forget_from_last(state, is_bad)\n",
+        "",
+        (f"{LEAKS}[coupled-3]", f"{LEAKS}[3-coupled]"),
     ),
     PlantedBug(
-        "a suspect row keeps drafts",
+        "drafts are verified again one position too late",
         STEPS,
-        "return jnp.where(is_suspect, 0, num_accepted), draws",
-        "return num_accepted, draws",
-        (f"{SUSPECT}[coupled]",),
-    ),
-    PlantedBug(
-        "the first bad logit beside drafts ends a row",
-        STEPS,
-        "((reason == Finish.NONFINITE) & ~is_alone)",
-        "((reason == Finish.NONFINITE) & is_alone)",
+        "(offsets == turn - 1)",
+        "(offsets == turn)",
         (f"{UNSOUND}[plain-coupled-4]",),
     ),
     PlantedBug(
