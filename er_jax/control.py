@@ -593,7 +593,7 @@ class Controller:
         best_ready = max(ready, key=speeds.__getitem__)
         worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
         own.wanted = [p for p in options if speeds[p] > worthwhile]
-        if self._drafts_lose():
+        if self._rule is None and 0 in self.gammas and self._drafts_lose():
             own.wanted = [p for p in own.wanted if not p.gamma]
         paid = [
             program
@@ -623,8 +623,8 @@ class Controller:
         """Take off the others' accounts what a program that is compiled now saves.
 
         The same seconds were booked for all programs that would have been faster. Where
-        another has at most as many rows, what is left is what it gains beside the new
-        one; where it has more, the seconds in which the new one could not have run.
+        another is no larger, what is left is what it gains beside the new one; where it
+        has more rows or positions, the seconds in which the new one could not have run.
 
         Args:
           bought: the program. before: the fastest one that was compiled before.
@@ -632,7 +632,11 @@ class Controller:
         lost_s = self._lost_s.pop(bought, 0.0)
         speeds = self._speeds([bought, before, *self._lost_s])
         for other, seconds in self._lost_s.items():
-            if other.rows > bought.rows:
+            if (
+                other.rows > bought.rows
+                or other.cache_length > bought.cache_length
+                or other.joint != bought.joint
+            ):
                 self._lost_s[other] = max(seconds - lost_s, 0.0)
                 continue
             slow, now, fast = (speeds[p] for p in (before, bought, other))
@@ -655,17 +659,18 @@ class Controller:
           rows: of the smallest batch. cache_length: of the longest cache.
           compile_s: as in `choose`.
         """
-        self._least_rows = rows
-        drafting = [gamma for gamma in self.gammas if gamma]
-        if not drafting or self.knows_drafts:
-            return ()
-        middle = min(drafting, key=lambda gamma: abs(gamma - 4))
-        pair = tuple(Program(rows, cache_length, gamma) for gamma in (0, middle))
-        if self._rule is None:
-            lost_s = sum(self._plain_at.values()) * (1 - 1 / UNKNOWN_SPEED_UP)
-            if lost_s < self.patience * sum(map(compile_s, pair)):
+        with self._lock:
+            self._least_rows = rows
+            drafting = [gamma for gamma in self.gammas if gamma]
+            if not drafting or self.knows_drafts:
                 return ()
-        return pair
+            middle = min(drafting, key=lambda gamma: abs(gamma - 4))
+            pair = tuple(Program(rows, cache_length, gamma) for gamma in (0, middle))
+            if self._rule is None:
+                lost_s = sum(self._plain_at.values()) * (1 - 1 / UNKNOWN_SPEED_UP)
+                if lost_s < self.patience * sum(map(compile_s, pair)):
+                    return ()
+            return pair
 
     @property
     def knows_drafts(self) -> bool:
@@ -704,6 +709,7 @@ class Controller:
         ]
         if self.table.passes is not None or not one_row:
             return False
+        is_compared = False
         for measured in one_row:
             plain_s = self.table.round_seconds(measured._replace(gamma=0))
             for gamma in self.gammas:
@@ -711,9 +717,10 @@ class Controller:
                 if not gamma or not plain_s or not round_s:
                     continue
                 chances = np.maximum(self.acceptance.keep_probs(gamma), PRIOR_KEEP)
+                is_compared = True
                 if expected_tokens(list(chances)) * plain_s > round_s:
                     return False
-        return True
+        return is_compared
 
     def _find_probe(self, plain: Program, ready: Sequence[Program]) -> Program | None:
         """Return what to run instead of plain decoding, to see if drafts would pay.
@@ -873,6 +880,8 @@ class Controller:
             self.table, self._lost_s, self._row_rounds = table, lost_s, row_rounds
             self._plain_s, self._probed_s = plain_s, probed_s
             self._estimates, self._drafters = estimates, drafters
+            # Booked anew: processes that are told one state have to decide alike.
+            self._plain_at = {}
             self._own, self._latest = _OfThread(), self._rollout_at(setting)
 
 

@@ -224,7 +224,10 @@ def _attend(
 
     def checked(probs: jax.Array, values: jax.Array) -> jax.Array:
         # Only a CPU branches for free. What leaks is never finite.
+        # Padding sees nothing, and must not look as if it had seen what is not finite.
+        is_real = (positions >= 0)[..., None]
         out = combined(probs, values)
+        out = jnp.where(is_real, out, jnp.zeros((), out.dtype))
         is_clean = jnp.all(jnp.isfinite(out), axis=(1, 2), keepdims=True)
 
         def mended(probs: jax.Array, values: jax.Array) -> jax.Array:

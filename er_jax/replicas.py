@@ -39,6 +39,10 @@ from er_jax.rollout import (
     Rollout,
     RolloutConfig,
     assemble,
+    check_alive,
+    check_mesh,
+    check_outside_jit,
+    check_policy,
     checked_prompts,
     checked_sequence_ids,
     rollout,
@@ -208,6 +212,10 @@ def rollout_replicas(
         replicas here have finished. KeyboardInterrupt: Ctrl-C, with the same in an
         attribute `completions`.
     """
+    check_outside_jit(params, prompts, key)
+    check_policy(policy)
+    check_alive(params)
+    check_mesh(mesh)
     arrays = checked_prompts(prompts, policy.vocab_size)
     ids = checked_sequence_ids(sequence_ids, len(arrays) * config.n)
     costs = np.ones(len(arrays)) if expected_lengths is None else expected_lengths

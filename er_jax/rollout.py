@@ -252,7 +252,7 @@ def rollout(
       >>> out.completion_ids.shape
       (2, 4)
     """
-    _check_outside_jit(params, prompts, key)
+    check_outside_jit(params, prompts, key)
     with _own_jax_settings():
         return _rollout(
             policy, params, prompts, key, config, sequence_ids, controller, mesh,
@@ -260,7 +260,8 @@ def rollout(
         )  # fmt: skip
 
 
-def _check_outside_jit(params: Any, prompts: Any, key: Any = None) -> None:
+def check_outside_jit(params: Any, prompts: Any, key: Any = None) -> None:
+    """Refuse arguments that are traced."""
     arrays = prompts if isinstance(prompts, list | tuple) else [prompts]
     arrays = [array for array in arrays if isinstance(array, jax.Array)]
     for name, leaves in (
@@ -402,7 +403,7 @@ def _begin(
 
     Parameters that do not lie on the mesh are moved there.
     """
-    _check_policy(policy)
+    check_policy(policy)
     is_drafting = max(parse_control(config.control, config.gammas)) > 0
     if isinstance(params, PolicyParams) and params.draft is None and not is_drafting:
         params = params.policy
@@ -413,13 +414,9 @@ def _begin(
     _check_length(arrays, config, getattr(policy, "max_length", None))
     if isinstance(params, PolicyParams):
         check_draft(params)
-    _check_alive(params)
+    check_alive(params)
     if mesh is not None:
-        if not isinstance(mesh, Mesh):
-            raise ValueError(
-                f"mesh={mesh!r} is no jax.sharding.Mesh; give one, or None for the "
-                "default device"
-            )
+        check_mesh(mesh)
         mesh = sharding.rollout_mesh(mesh)
         params = sharding.place(policy, params, mesh)
     else:
@@ -467,7 +464,7 @@ def compile_ahead(
     Raises:
       ValueError: as for `rollout`.
     """
-    _check_outside_jit(params, prompts)
+    check_outside_jit(params, prompts)
     with _own_jax_settings():
         return _compile_ahead(
             policy, params, prompts, config, controller, mesh, progress
@@ -661,7 +658,8 @@ def _check_length(
             )
 
 
-def _check_policy(policy: Any) -> None:
+def check_policy(policy: Any) -> None:
+    """Refuse what is no policy, or cannot name programs."""
     missing = [
         name
         for name in ("vocab_size", "init_cache", "forward", "logits")
@@ -681,7 +679,16 @@ def _check_policy(policy: Any) -> None:
         ) from error
 
 
-def _check_alive(params: Any) -> None:
+def check_mesh(mesh: Any) -> None:
+    """Refuse what is no mesh."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"mesh={mesh!r} is no jax.sharding.Mesh; give one, or call rollout with "
+            "None for the default device"
+        )
+
+
+def check_alive(params: Any) -> None:
     """Check that no parameter was donated to another program."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, jax.Array) and leaf.is_deleted():

@@ -78,7 +78,10 @@ class RolloutError(RuntimeError):
     """A rollout failed half-way; `completions` holds what had finished.
 
     completions: sequence id -> `Completion`. The cause is the original exception.
+    request: whose completions they are, None of several replicas.
     """
+
+    request: Request | None = None
 
     def __init__(self, message: str, completions: dict[int, Completion]) -> None:
         super().__init__(message)
@@ -91,28 +94,31 @@ def keeping(
 ) -> Iterator[None]:
     """Have whatever ends the block early carry the completions there are by then.
 
-    A failure becomes a `RolloutError`, unless it is one already. What is no failure,
-    as Ctrl-C or `sys.exit`, stays what it is and gets an attribute `completions`.
+    A failure becomes a `RolloutError`, also one of another rollout that a callback
+    made. What is no failure, as Ctrl-C or `sys.exit`, stays what it is and gets an
+    attribute `completions`. Of two such blocks for one request the inner one counts.
 
     Args:
       completions: called then; sequence -> completion. request: names the sequences.
     """
     try:
         yield
-    except RolloutError:
-        raise
     except BaseException as error:
+        if getattr(error, "request", None) is request:
+            raise
         done = {int(request.sequence_ids[s]): c for s, c in completions().items()}
         state = f"{len(done)} of {len(request.prompt_of)} completions"
         if isinstance(error, Exception):
-            raise RolloutError(
+            failure = RolloutError(
                 f"the rollout failed after {state}, which this exception holds: "
                 f"{error}",
                 done,
-            ) from error
-        if not hasattr(error, "completions"):
-            error.completions = done  # type: ignore[attr-defined]
-            error.add_note(f"{state} had finished; `completions` holds them")
+            )
+            failure.request = request
+            raise failure from error
+        error.completions = done  # type: ignore[attr-defined]
+        error.request = request  # type: ignore[attr-defined]
+        error.add_note(f"{state} had finished; `completions` holds them")
         raise
 
 
@@ -196,8 +202,10 @@ def run(
         return None
 
     def finished() -> dict[int, Completion]:
-        # A window may be under way, or over and not yet collected. Where the device
-        # itself has failed, there is nothing more to fetch.
+        # A window may be over and not yet collected, and another under way. Where the
+        # device itself has failed, there is nothing more to fetch.
+        with contextlib.suppress(Exception):
+            batch.collect()
         with contextlib.suppress(Exception):
             batch.end_window(controller)
         with contextlib.suppress(Exception):

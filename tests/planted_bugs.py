@@ -306,8 +306,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "drafts are compiled although one row loses by them",
         "er_jax/control.py",
-        "if self._drafts_lose():",
-        "if not options:",
+        "and self._drafts_lose():",
+        "and not options:",
         (
             "tests/test_control.py::"
             "test_where_one_row_gains_nothing_no_draft_is_compiled",

@@ -414,6 +414,21 @@ def test_where_one_row_gains_nothing_no_draft_is_compiled() -> None:
     assert controller.choose([SPEC, AR], AR, compile_s=price) == SPEC
 
 
+def test_who_always_drafts_still_makes_its_batch_smaller() -> None:
+    """Though one row was timed with drafts alone, and nothing compared with it."""
+    controller = Controller("fixed:4")
+    one, full = Program(1, 128, 4), Program(16, 128, 4)
+    controller.table.seconds |= {one: 0.01, full: 0.04}
+    options = [one._replace(rows=4), full]
+    price = compiled_are([full], cost=1.0)
+    for _ in range(10):
+        chosen = controller.choose(options, full, compile_s=price)
+        if chosen != full:
+            break
+        controller.observe(full, 25, np.array([0, 0, 0, 0, 1]), 1.0)
+    assert chosen == options[0]
+
+
 def test_drafts_that_are_compiled_are_tried_without_a_look() -> None:
     controller = new()
     controller.observe(AR, 1000, NO_DRAFTS, 10.0)

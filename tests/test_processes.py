@@ -111,7 +111,7 @@ def test_what_fails_in_one_process_ends_the_call_in_all(tmp_path: Path) -> None:
     # Nor is a program run by some that another could not compile.
     told, own_error = (str(own["uncompiled"]) for own in found)
     assert "another process has failed, process 1" in told
-    assert own_error == "no room to compile"
+    assert own_error.endswith("no room to compile")
     # Nothing that was finished is lost, and each is one process's.
     for mode in ("together", "apart"):
         first, second = (set(own[mode].tolist()) for own in found)

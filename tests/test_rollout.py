@@ -466,10 +466,27 @@ def test_ctrl_c_at_any_time_loses_nothing_that_had_finished(
     with pytest.raises(KeyboardInterrupt) as error:
         sample(params, max_slots=2)
     done: Any = error.value.completions  # type: ignore[attr-defined]
-    assert len(done) >= 2
+    # The two rows of the window that was over, and of the next one if it was under way.
+    assert sorted(done) == ([0, 1] if at == "wait" else [0, 1, 2, 3])
     assert all(done[i].token_ids.tolist() == rows(out)[i] for i in done)
     # And the next call is none the worse for it.
     np.testing.assert_array_equal(sample(params).completion_ids, out.completion_ids)
+
+
+def test_a_rollout_that_fails_within_another_loses_neither(params: Any) -> None:
+    def ask_again(sequence_id: int, completion: er_jax.Completion) -> None:
+        def fail(*_: Any) -> None:
+            raise KeyError("no such reward")
+
+        sample(params, [[1, 2]], n=1, sequence_ids=[777], on_finish=fail)
+
+    with pytest.raises(er_jax.RolloutError) as error:
+        sample(params, on_finish=ask_again)
+    assert 777 not in error.value.completions
+    assert set(error.value.completions) <= set(range(6))
+    inner = error.value.__cause__
+    assert isinstance(inner, er_jax.RolloutError)
+    assert set(inner.completions) == {777}
 
 
 def test_a_warning_made_an_error_loses_nothing() -> None:

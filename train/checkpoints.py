@@ -220,7 +220,9 @@ class Checkpoints:
         host = self._read(step, "host", ocp.args.JsonRestore())
         digests = host.pop("digests", None) if isinstance(host, dict) else None
         if not isinstance(digests, dict):
-            raise self._damaged(step, "host", "it holds no digests")
+            raise self._damaged(
+                step, "host", "it holds no digests, or an older version made it"
+            )
         if digests.get("host") != metrics.text_digest([step, host]):
             raise self._damaged(step, "host", "its digest is another")
         return host, digests
