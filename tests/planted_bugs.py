@@ -287,7 +287,7 @@ BUGS: tuple[PlantedBug, ...] = (
         STEPS,
         "            cache = _forget_from_last(state, is_bad)\n",
         "",
-        (f"{LEAKS}[coupled-3]", f"{LEAKS}[3-coupled]"),
+        (f"{LEAKS}[3-coupled]",),
     ),
     PlantedBug(
         "drafts are verified again one position too late",
