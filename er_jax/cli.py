@@ -20,9 +20,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -38,6 +38,7 @@ from er_jax.engine import Engine, device_bytes, device_memory_bytes
 from er_jax.figures import check_picture
 from er_jax.pass_costs import Cell, PassCosts, Roofline
 from er_jax.rollout import RolloutConfig, rollout
+from er_jax.scheduler import Completion, RolloutError
 from er_jax.text import load_tokenizer
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -385,27 +386,45 @@ class Sample:
         tokenizer = load_tokenizer(self.model)
         config = dataclasses.replace(config, stop_token_ids=tokenizer.stop_token_ids)
         policy, params = hf.load_hf(self.model, dtype=self.dtype, progress=True)
-        found = rollout(
-            policy,
-            params,
-            [tokenizer.encode_prompt(text) for text in self.prompt],
-            key=jax.random.key(self.seed),
-            config=config,
-            progress=sys.stderr.isatty(),
-            profile=self.profile,
+        try:
+            found = rollout(
+                policy,
+                params,
+                [tokenizer.encode_prompt(text) for text in self.prompt],
+                key=jax.random.key(self.seed),
+                config=config,
+                progress=sys.stderr.isatty(),
+                profile=self.profile,
+            )
+        except (RolloutError, KeyboardInterrupt) as error:
+            self._tell(tokenizer, getattr(error, "completions", {}))
+            raise
+        rows = zip(
+            found.completion_ids, found.logprobs, found.lengths, found.finish_reason,
+            strict=True,
+        )  # fmt: skip
+        self._tell(
+            tokenizer,
+            {
+                row: Completion(ids[:length], logprobs[:length], str(reason))
+                for row, (ids, logprobs, length, reason) in enumerate(rows)
+            },
         )
+        print(found.stats.summary())
+
+    def _tell(self, tokenizer: Any, completions: Mapping[int, Completion]) -> None:
+        """Print completions and save them, all of them or those that there are."""
         lines = []
-        for row, length in enumerate(found.lengths.tolist()):
+        for row, completion in sorted(completions.items()):
             lines.append(
                 {
                     "prompt": self.prompt[row // self.num],
-                    "completion": tokenizer.decode(found.completion_ids[row, :length]),
-                    "finish_reason": str(found.finish_reason[row]),
-                    "logprobs": found.logprobs[row, :length].tolist(),
+                    "completion": tokenizer.decode(completion.token_ids),
+                    "finish_reason": completion.finish_reason,
+                    "logprobs": completion.logprobs.tolist(),
                 }
             )
             print(f"> {lines[-1]['prompt']}\n{lines[-1]['completion']}\n")
-        print(found.stats.summary())
         if self.out is not None:
             _with_place(self.out).write_text(
                 "".join(json.dumps(line) + "\n" for line in lines), "utf-8"

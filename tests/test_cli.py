@@ -7,6 +7,7 @@ anything is compiled or written.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -14,8 +15,10 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 import er_jax
@@ -500,3 +503,44 @@ def test_a_replay_works(er: Callable[[str], Said], costs: str, trace: str) -> No
 def test_a_misspelt_preset_is_told_the_right_ones(er: Callable[[str], Said]) -> None:
     said = er("plan --model qwen3-0.6 --device cpu")
     assert all(name in said.error for name in PRESETS)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, er_jax.RolloutError])
+def test_what_had_finished_is_told_when_a_rollout_ends_early(
+    failure: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Tokenizer:
+        stop_token_ids = ()
+
+        def encode_prompt(self, text: str) -> list[int]:
+            return [1]
+
+        def decode(self, ids: Any) -> str:
+            return " ".join(map(str, ids))
+
+    done = {
+        1: er_jax.Completion(np.array([4, 5]), np.array([-1.0, -2.0]), "stop"),
+    }
+
+    def rollout(*_: Any, **__: Any) -> Any:
+        if failure is KeyboardInterrupt:
+            error: Any = KeyboardInterrupt()
+            error.completions = done
+            raise error
+        raise er_jax.RolloutError("disk full", done)
+
+    monkeypatch.setattr(cli, "load_tokenizer", lambda _: Tokenizer())
+    monkeypatch.setattr(cli.hf, "load_hf", lambda *_, **__: (None, None))
+    monkeypatch.setattr(cli, "rollout", rollout)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(failure):
+        cli.main(
+            ["rollout", "--model", str(tmp_path), "--prompt", "one", "two", "--out",
+             str(out)]
+        )  # fmt: skip
+    assert "> two\n4 5\n" in capsys.readouterr().out
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert (line["prompt"], line["completion"]) == ("two", "4 5")
