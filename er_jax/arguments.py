@@ -25,6 +25,12 @@ def is_whole(value: Any, low: int, high: int) -> bool:
     return is_number and low <= int(value) <= high
 
 
+def is_number(value: Any) -> bool:
+    """Whether something is a real number, of Python or NumPy; true is none."""
+    kinds = (int, float, np.integer, np.floating)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 def check_whole(name: str, value: Any, low: int = 1, high: int = MOST) -> None:
     """Refuse what is no whole number from `low` to `high`."""
     if not is_whole(value, low, high):
@@ -51,10 +57,7 @@ def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
 
 def check_number(name: str, value: Any, low: float, high: float, what: str) -> None:
     """Refuse what is no finite number from `low` to `high`; `what` says what it is."""
-    is_number = isinstance(value, int | float | np.number) and not isinstance(
-        value, bool
-    )
-    if not is_number or not low <= value <= high or value == math.inf:
+    if not is_number(value) or not low <= value <= high or value == math.inf:
         limits = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
         raise ValueError(f"{name}={value!r} must be {what}, a number of {limits}")
 

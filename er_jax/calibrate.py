@@ -71,15 +71,18 @@ ABANDONED_S = 3600.0
 OUR_FILES = re.compile(r"costs-[0-9a-f]{16}\.json(\.[\w.-]+\.part)?")
 
 
-def neutral_sampling() -> Sampling:
-    """Return settings that never stop or cut anything: plain sampling, key 0."""
+def neutral_sampling(num_stop_ids: int = 8) -> Sampling:
+    """Return settings that never stop or cut anything: plain sampling, key 0.
+
+    Their number of stop ids names programs; all of them are unused.
+    """
     return Sampling(
         key=np.zeros(2, np.uint32),
         temperature=np.float32(1),
         top_k=np.int32(0),
         top_p=np.float32(1),
         min_p=np.float32(0),
-        stop_ids=np.full(8, NONE, np.int32),
+        stop_ids=np.full(num_stop_ids, NONE, np.int32),
         logprob_kind=np.int32(LogprobKind.TEMPERATURE),
     )
 
@@ -225,18 +228,20 @@ def look(
     controller: Controller,
     programs: Sequence[Program],
     *,
+    num_stop_ids: int = 8,
     budget_s: float = FIRST_BUDGET_S,
 ) -> None:
     """Measure what `Controller.first_look` asks for, and tell the controller.
 
     Args:
       engine, params: what to time. controller: learns. programs: what it asks for.
+      num_stop_ids: of the rollout, which then runs the very programs that are compiled.
       budget_s: seconds after which no reading is begun, compilation not counted; one of
         each program there always is.
     """
-    each_s = budget_s / len(programs)
+    each_s, settings = budget_s / len(programs), neutral_sampling(num_stop_ids)
     seconds = {
-        program: measure_round(engine, params, program, budget_s=each_s)
+        program: measure_round(engine, params, program, settings, budget_s=each_s)
         for program in programs
     }
     # The least of several readings stands.

@@ -85,9 +85,8 @@ GAMMA_HYSTERESIS = 0.005
 
 
 # What drafts are taken to gain before any were timed: a sixth of the time without them
-# is lost. Then finding out costs at most a sixth of what has been spent so far. At 1.5
-# the first calls took up to 1.5 times an oracle's seconds (benchmarks.cold), at 1.2 no
-# more than 1.3 times.
+# is lost. Then finding out costs at most a sixth of what has been spent so far.
+# `benchmarks.cold` holds the first calls against an oracle.
 UNKNOWN_SPEED_UP = 1.2
 
 # What a sampling setting says, and the one of those who name none.

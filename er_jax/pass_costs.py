@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
+from er_jax.arguments import MOST, is_number, is_whole
 from er_jax.types import Program
 
 # How seconds grow with rows and cache length where nothing says so: between free
@@ -42,9 +43,6 @@ Kind = Literal["target", "draft", "verify", "round"]
 MAX_RECORD_BYTES = 1 << 24
 MAX_READINGS = 2000
 LEAST_SECONDS, MOST_SECONDS = 1e-9, 1e6
-
-# No number of rows, positions or rounds is larger.
-MOST = 2**31 - 1
 
 # What a kink in the cost of a position, from one number of rows to the next, weighs
 # against errors of fit: enough that few readings do not make a surface of their noise.
@@ -470,8 +468,7 @@ def checked_whole(name: str, value: Any, *, least: int = 0, most: int = MOST) ->
     Raises:
       ValueError: it is no whole number, or outside of its limits; `name` is in it.
     """
-    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_whole or not least <= value <= most:
+    if not is_whole(value, least, most):
         raise ValueError(
             f"{name} is {_short(value)}, and must be a whole number from {least} to "
             f"{most}"
@@ -483,10 +480,8 @@ def checked_real(
     name: str, value: Any, *, least: float = 0.0, most: float = math.inf
 ) -> float:
     """Return a finite number of a file as a float; errors as of `checked_whole`."""
-    is_number = isinstance(value, int | float | np.integer | np.floating)
     if (
-        not is_number
-        or isinstance(value, bool)
+        not is_number(value)
         or not least <= value <= most
         or abs(value) > 1e300  # inf, and whole numbers that no float holds
     ):

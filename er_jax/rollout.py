@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from er_jax import calibrate, engine, scheduler, sharding
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
-from er_jax.arguments import MOST, is_whole, whole_numbers
+from er_jax.arguments import MOST, is_number, is_whole, whole_numbers
 from er_jax.control import DEFAULT_GAMMAS, Controller, parse_control
 from er_jax.drafter import (
     DrafterConfig,
@@ -152,8 +152,7 @@ class RolloutConfig:
 
 def _real_number(name: str, value: Any) -> float:
     """Return a number as a plain float; `ValueError` for anything else."""
-    is_real = isinstance(value, int | float | np.integer | np.floating)
-    if not is_real or isinstance(value, bool):
+    if not is_number(value):
         raise ValueError(f"{name}={value!r} must be a number, as 0.7 is")
     return float(value)
 

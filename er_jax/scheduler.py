@@ -653,11 +653,15 @@ class Batch:
             self._compiled.add(program)  # and stays so: asked some hundred times
         return True
 
+    def _window_compile_s(self, program: Program) -> float:
+        """Return the seconds that its window has to be compiled for, 0 if it is."""
+        if self._is_compiled(program):
+            return 0.0
+        return self._engines[program.joint].expected_compile_s("window")
+
     def compile_s(self, program: Program) -> float:
         """Return the seconds until this batch can run a program; 0 if it is ready."""
-        seconds = 0.0
-        if not self._is_compiled(program):
-            seconds += self._engines[program.joint].expected_compile_s("window")
+        seconds = self._window_compile_s(program)
         if program.shape == self._shape:
             return seconds
         stops = [self._shape, *self._route(program.shape)]
@@ -678,12 +682,15 @@ class Batch:
         longest = self.request.cache_lengths[-1]
         least = self.request.row_buckets()[0]
         with controller.measuring:
-            programs = controller.first_look(least, longest, self.compile_s)
+            programs = controller.first_look(least, longest, self._window_compile_s)
             if not programs:
                 return
             own = self._engines[False]
             with self.stats.timed("calibration", lambda: own.compile_s):
-                calibrate.look(own, self._params[False], controller, programs)
+                calibrate.look(
+                    own, self._params[False], controller, programs,
+                    num_stop_ids=len(self.settings.stop_ids),
+                )  # fmt: skip
 
     def move_to(self, program: Program) -> None:
         """Compact or grow the state to the shape of a program."""
@@ -773,25 +780,25 @@ class Batch:
         (window, program, has_run, second, live_before) = self._running
         info, seconds, is_measured = window.wait()
         measured, failure = self.engine.meet([seconds, is_measured], failure)
-        self._running = None  # Only now: an interrupted wait can be made again.
         seconds, is_measured = float(measured[0]), bool(measured[1])
-        self._decided_ago_s += seconds
-        sequence, length = self.sequence, self.length
-        self.sequence = np.where(info.live, sequence, NONE)
-        self.length = info.length.astype(int)
         num_rounds = int(info.num_rounds)
+        sequence = np.where(info.live, self.sequence, NONE)
         moment = Moment(
             second=second,
             duration_s=seconds,
             live=live_before,
-            num_live_after=self.num_live,
+            num_live_after=int((sequence != NONE).sum()),
             rows=program.rows,
             cache_length=program.cache_length,
             gamma=program.gamma,
             num_rounds=num_rounds,
             joint=program.joint,
         )
-        self._over = _Over(info, window.text, moment, sequence, length)
+        over = _Over(info, window.text, moment, self.sequence, self.length)
+        # Together and at last: whatever interrupts before can wait for it once more.
+        self._over, self._running = over, None
+        self.sequence, self.length = sequence, info.length.astype(int)
+        self._decided_ago_s += seconds
         # A program's first run touches memory and packs weights for the first time: a
         # part of its compilation, and no measure of its rounds.
         is_measured &= has_run

@@ -272,8 +272,8 @@ def _verify(
 ) -> tuple[jax.Array, kv_cache.Cache, jax.Array]:
     """Run the target over the last token and the drafts of every row.
 
-    All at once; then once more, one position after the other, for rows in which
-    something was not finite: there a token meets no entry of those behind it.
+    All at once; then once more, one position after the other, for rows whose hidden
+    states hold NaN: there a token meets no entry of those behind it.
 
     Returns:
       hidden `[B, G+1, *]`, the cache, and whether a row was run again, bool `[B]`.
@@ -286,11 +286,11 @@ def _verify(
     shape, _ = jax.eval_shape(policy.forward, params, tokens, positions, state.cache)
 
     def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
-        turn, _, _, is_bad = carry
-        return (turn == 0) | ((turn <= count) & is_any(is_bad))
+        turn, is_more = carry[:2]
+        return (turn == 0) | ((turn <= count) & is_more)
 
     def run(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        turn, hidden, cache, is_bad = carry
+        turn, _, hidden, cache, is_bad = carry
         # Nothing is left of the first turn when the second begins.
         again = dataclasses.replace(state, cache=cache)
         cache = _forget_from_last(again, is_bad & (turn == 1))
@@ -301,13 +301,15 @@ def _verify(
         hidden = jnp.where(is_fed | (turn == 0), new, hidden)
         # What leaks is zero times something, and never infinite.
         is_nan = jnp.any(jnp.isnan(new) & is_fed, axis=range(1, new.ndim))
-        return turn + 1, hidden, cache, jnp.where(turn == 0, is_nan, is_bad)
+        is_bad = jnp.where(turn == 0, is_nan, is_bad)
+        # Asked here and not in the test: on a mesh it is sent, once in most rounds.
+        return turn + 1, is_any(is_bad), hidden, cache, is_bad
 
     start = (
-        jnp.int32(0), jnp.zeros(shape.shape, shape.dtype), state.cache,
-        jnp.zeros(state.rows, jnp.bool_),
+        jnp.int32(0), jnp.bool_(False), jnp.zeros(shape.shape, shape.dtype),
+        state.cache, jnp.zeros(state.rows, jnp.bool_),
     )  # fmt: skip
-    _, hidden, cache, is_bad = lax.while_loop(goes_on, run, start)
+    *_, hidden, cache, is_bad = lax.while_loop(goes_on, run, start)
     return hidden, cache, is_bad
 
 

@@ -271,7 +271,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "drafts that make a row's numbers bad are verified once and believed",
         STEPS,
-        "return (turn == 0) | ((turn <= count) & is_any(is_bad))",
+        "return (turn == 0) | ((turn <= count) & is_more)",
         "return turn == 0",
         (f"{UNSOUND}[plain-coupled-4]",),
     ),

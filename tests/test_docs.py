@@ -282,21 +282,22 @@ def asked_of_controllers() -> set[str]:
     return asked
 
 
-def test_the_page_lists_what_is_asked_of_a_controller() -> None:
-    section = PAGES["docs/design.md"].split("**One controller for every control.**")[1]
-    table = re.search(r"(?:^\|.*\n)+", section, re.M)
+def named_in_table(text: str) -> set[str]:
+    """Return the names in the first column of the first table."""
+    table = re.search(r"(?:^\|.*\n)+", text, re.M)
     assert table is not None
     cells = re.findall(r"^\| (`.*?) \|", table[0], re.M)
-    listed = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
-    assert listed == asked_of_controllers()
+    return {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+
+
+def test_the_page_lists_what_is_asked_of_a_controller() -> None:
+    section = PAGES["docs/design.md"].split("**One controller for every control.**")[1]
+    assert named_in_table(section) == asked_of_controllers()
 
 
 def test_the_page_lists_what_a_step_of_training_records() -> None:
     lines = PAGES["docs/training.md"].split("A line of kind `step` holds")[1]
-    table = re.search(r"(?:^\|.*\n)+", lines, re.M)
-    assert table is not None
-    cells = re.findall(r"^\| (`.*?) \|", table[0], re.M)
-    listed = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    listed = named_in_table(lines)
     recorded = [
         {key.value for key in node.keys if isinstance(key, ast.Constant)}
         for node in ast.walk(ast.parse((ROOT / "train" / "grpo.py").read_text("utf-8")))
