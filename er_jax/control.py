@@ -667,7 +667,9 @@ class Controller:
             pair = tuple(Program(rows, cache_length, gamma) for gamma in (0, middle))
             if self._rule is None:
                 lost_s = sum(self._plain_at.values()) * (1 - 1 / UNKNOWN_SPEED_UP)
-                if lost_s < self.patience * sum(map(compile_s, pair)):
+                # A window that drafts holds two models' passes, and none was compiled.
+                price_s = compile_s(pair[0]) + 2 * compile_s(pair[1])
+                if lost_s < self.patience * price_s:
                     return ()
             return pair
 
