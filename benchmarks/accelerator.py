@@ -39,7 +39,7 @@ import tyro
 import er_jax
 from benchmarks import measure, passes, presets, rollout, steps, workloads
 from benchmarks.passes import Bench, Pass
-from er_jax import Decoder, PolicyParams, RolloutConfig, engine
+from er_jax import Decoder, PolicyParams, RolloutConfig, devices
 from er_jax.types import Params
 
 START_S = time.perf_counter()
@@ -375,7 +375,7 @@ class Devices:
     @classmethod
     def measured(cls, dry_run: bool) -> Devices:
         """Measure the default device."""
-        memory = engine.device_memory_bytes()
+        memory = devices.device_memory_bytes()
         size = 2**24 if dry_run else min(2**31, (memory or 2**34) // 8)
         return cls(
             peak_bytes_per_s=measure.peak_bytes_per_s(jax.devices()[0].device_kind),

@@ -47,7 +47,7 @@ from er_jax import (
     steps,
 )
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
-from er_jax.calibrate import neutral_sampling
+from er_jax.costs.timing import neutral_sampling
 from er_jax.drafter import draft_params
 from er_jax.figures import text_table
 from er_jax.types import NONE, DecodeState, Policy, Sampling

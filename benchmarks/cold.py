@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 from benchmarks import measure, scaling
 from benchmarks.predicted import SimulatedEngine, SimulatedState
-from er_jax import Controller, PolicyParams, RolloutConfig, calibrate
-from er_jax.calibrate import neutral_sampling
-from er_jax.control import DEFAULT_GAMMAS
+from er_jax import Controller, PolicyParams, RolloutConfig
+from er_jax.config import DEFAULT_GAMMAS
+from er_jax.costs import timing
+from er_jax.costs.timing import neutral_sampling
 from er_jax.figures import text_table
-from er_jax.rollout import request_of
-from er_jax.scheduler import run
+from er_jax.request import request_of
+from er_jax.scheduler.loop import run
 from er_jax.stats import RolloutStats
 from er_jax.types import Program
 
@@ -218,7 +219,7 @@ def measured(
     """Time a program as `calibrate.measure_round` does, on the simulated clock."""
     engine.compile("window", program)
     seconds = engine.costs.round_s(program)
-    rounds = calibrate.NUM_READINGS * max(int(calibrate.READING_S / seconds), 1)
+    rounds = timing.NUM_READINGS * max(int(timing.READING_S / seconds), 1)
     engine.seconds += rounds * seconds
     return seconds
 
@@ -361,7 +362,7 @@ def main(args: Args) -> dict[str, Any]:
     """Simulate, print a table, write and return the record."""
     if args.quick:
         args = dataclasses.replace(args, calls=min(args.calls, 5))
-    calibrate.measure_round = measured  # type: ignore[assignment]
+    timing.measure_round = measured  # type: ignore[assignment]
     settings = dataclasses.asdict(args) | {"limit": LIMIT}
     del settings["out"]
     record = measure.new_record("cold", settings)

@@ -33,8 +33,9 @@ import er_jax
 from benchmarks import measure, workloads
 from benchmarks.rollout import SIZES, Runner, Task, planned_task
 from benchmarks.rollout import Args as RolloutArgs
-from er_jax import Controller, PolicyParams, Rollout, engine
-from er_jax.costs import LatencyTable
+from er_jax import Controller, PolicyParams, Rollout
+from er_jax.costs.table import LatencyTable
+from er_jax.engine import kept
 from er_jax.types import Program
 
 # Followed, when the table has gone this share of the way to the new level.
@@ -236,7 +237,7 @@ def points(args: Args) -> Iterator[dict[str, Any]]:
     """Yield a point for each preset and disturbance."""
     settings = RolloutArgs(gammas=args.gammas)
     for preset in args.presets:
-        engine.forget_engines()
+        kept.forget_engines()
         size = SIZES[preset]
         lengths = workloads.tail_lengths(size.num, size.max_new_tokens).tolist()
         task = planned_task(preset, settings, lengths, size.slots, size.max_new_tokens)

@@ -39,11 +39,12 @@ from tqdm import tqdm
 import er_jax
 from benchmarks import measure
 from benchmarks.reference import Found, Reference
-from er_jax import engine, scheduler
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
-from er_jax.costs import LatencyTable
+from er_jax.config import LOGPROB_KINDS
+from er_jax.costs.table import LatencyTable
+from er_jax.engine import kept
 from er_jax.figures import text_table
-from er_jax.rollout import LOGPROB_KINDS
+from er_jax.scheduler import batch, loop
 from er_jax.types import NONE, Params, Policy, Program, Sampling
 from tests.learned import Learned, poisoned
 from tests.toy import Toy, toy_params
@@ -394,8 +395,8 @@ def _short_windows(rounds: int) -> Iterator[None]:
     round, and a schedule would depend on those before it.
     """
     with (
-        mock.patch.multiple(scheduler, WINDOW_S=0.0, MIN_ROUNDS=rounds),
-        mock.patch.object(scheduler.Batch, "_is_compiled", lambda self, program: True),
+        mock.patch.multiple(loop, WINDOW_S=0.0, MIN_ROUNDS=rounds),
+        mock.patch.object(batch.Batch, "_is_compiled", lambda self, program: True),
         warnings.catch_warnings(),
     ):
         # Poison and broken drafts are what is wanted here.
@@ -569,7 +570,7 @@ def fuzz(schedules: Sequence[Schedule], again: str = "") -> list[Outcome]:
                 if outcome.problems:
                     bar.write(told(outcome, again))
             # Linux has room for some hundred programs in a process.
-            engine.forget_engines()
+            kept.forget_engines()
     return outcomes
 
 

@@ -24,11 +24,12 @@ from tqdm import tqdm
 from benchmarks import measure, workloads
 from benchmarks.predicted import SimulatedEngine
 from er_jax import Controller, PolicyParams, RolloutConfig
-from er_jax.calibrate import neutral_sampling
-from er_jax.costs import LatencyTable
+from er_jax.costs.table import LatencyTable
+from er_jax.costs.timing import neutral_sampling
 from er_jax.figures import text_table
-from er_jax.rollout import assemble, request_of
-from er_jax.scheduler import run
+from er_jax.request import request_of
+from er_jax.result import assemble
+from er_jax.scheduler.loop import run
 from er_jax.stats import RolloutStats
 from er_jax.types import Program
 

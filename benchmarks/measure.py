@@ -29,7 +29,7 @@ from jax import lax
 from tqdm import tqdm
 
 import er_jax
-from er_jax.calibrate import CACHE_VARIABLE
+from er_jax.costs.store import CACHE_VARIABLE
 from er_jax.figures import new_figure
 
 ROOT = Path(__file__).resolve().parents[1]

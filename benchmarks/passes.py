@@ -33,11 +33,11 @@ from er_jax import (
     QuantizedWeight,
     TiedEmbedding,
     acceptance,
-    calibrate,
     drafter,
-    engine,
     sampling,
 )
+from er_jax.costs import timing
+from er_jax.engine import engine, windows
 from er_jax.types import DecodeState, Params, Policy, Sampling
 
 Kind = Literal["ar", "draft", "verify", "round"]
@@ -222,7 +222,7 @@ class Bench:
     ) -> None:
         self.policy, self.params, self.drafts = policy, params, dict(drafts)
         self.rows, self.cache_length = rows, cache_length
-        self.settings = settings or calibrate.neutral_sampling()
+        self.settings = settings or timing.neutral_sampling()
         self.rounds_per_test = engine.Engine(policy, "coupled").rounds_per_test
         self.compile_s: dict[Pass, float] = {}
         self.accepted: dict[Pass, np.ndarray] = {}
@@ -245,7 +245,7 @@ class Bench:
 
     def _lower(self, pass_: Pass) -> Any:
         state = jax.eval_shape(
-            lambda: engine.run_allocation(self.policy, self.rows, self.cache_length)
+            lambda: windows.run_allocation(self.policy, self.rows, self.cache_length)
         )
         count = jax.ShapeDtypeStruct((), jnp.int32)
         common = (self.policy, self._weights(pass_), state, self.settings)
@@ -253,7 +253,7 @@ class Bench:
             return draft_loop.lower(*common, count)
         if pass_.kind == "verify":
             return verify_loop.lower(*common, count, gamma=pass_.gamma)
-        return engine.run_window.lower(
+        return windows.run_window.lower(
             *common,
             count,
             count,
@@ -277,7 +277,7 @@ class Bench:
     def _fresh_state(self) -> DecodeState:
         """Return the batch with every row live at length 1."""
         if self._state is None:
-            self._state = engine.run_allocation(
+            self._state = windows.run_allocation(
                 self.policy, self.rows, self.cache_length
             )
         rows = self.rows

@@ -34,16 +34,18 @@ from tqdm import tqdm
 
 import er_jax
 from benchmarks import measure, presets, workloads
-from er_jax import Controller, PolicyParams, RolloutConfig, RolloutStats, calibrate
-from er_jax import engine as engines
-from er_jax.calibrate import neutral_sampling
-from er_jax.control import DEFAULT_GAMMAS
-from er_jax.costs import LatencyTable
-from er_jax.engine import Engine
+from er_jax import Controller, PolicyParams, RolloutConfig, RolloutStats
+from er_jax.config import DEFAULT_GAMMAS
+from er_jax.costs import timing
+from er_jax.costs.table import LatencyTable
+from er_jax.costs.timing import neutral_sampling
+from er_jax.engine import kept
+from er_jax.engine.engine import Engine
 from er_jax.figures import text_table
-from er_jax.rollout import request_of
-from er_jax.scheduler import Batch, Request
-from er_jax.scheduler import run as run_schedule
+from er_jax.request import Request, request_of
+from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.loop import run as run_schedule
+from er_jax.tools import survey
 from er_jax.types import Admission, Finish, Policy, Program, WindowInfo
 from train import checkpoints, tasks
 
@@ -283,7 +285,7 @@ class Subject:
     dtype: str
     shapes: tuple[Shape, ...]
     engine: Engine
-    survey: calibrate.Survey
+    survey: survey.Survey
     keep_probs: np.ndarray
     gammas: tuple[int, ...]
 
@@ -361,9 +363,9 @@ def load(name: str) -> dict[str, Any]:
 def prepare(args: Args) -> Subject:
     """Load the policy, survey its costs and observe its acceptance."""
     loaded = load(args.subject)
-    engine = engines.engine_for(loaded["policy"], loaded["params"], "coupled")
+    engine = kept.engine_for(loaded["policy"], loaded["params"], "coupled")
     pair = engine.attach_draft(loaded.pop("params"), er_jax.DrafterConfig())
-    survey = calibrate.survey_engine(
+    found = survey.survey_engine(
         engine,
         pair,
         args.rows,
@@ -376,7 +378,7 @@ def prepare(args: Args) -> Subject:
     subject = Subject(
         params=pair,
         engine=engine,
-        survey=survey,
+        survey=found,
         keep_probs=np.ones(longest),
         gammas=tuple(sorted(args.gammas)),
         **loaded,
@@ -394,7 +396,7 @@ def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
 
     Drops the programs of the subject's engine.
     """
-    engines.forget_engines()
+    kept.forget_engines()
     subject.engine.compiled.clear()
     controller = subject.controller("best")
     tokens = {
@@ -414,7 +416,7 @@ def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
         engine = Engine(subject.policy, "coupled")
         cases = {
             str(program.gamma): functools.partial(
-                calibrate.measure_round, engine, subject.params, program
+                timing.measure_round, engine, subject.params, program
             )
             for program in options
         }

@@ -33,11 +33,13 @@ from scipy import optimize
 from tqdm import tqdm
 
 from benchmarks import measure
-from er_jax import replay, sweep
-from er_jax.control import PaperRule
+from er_jax.control.paper import PaperRule
+from er_jax.costs.passes import PassCosts, PassPredictor, seconds_of_passes
+from er_jax.costs.roofline import Roofline
 from er_jax.figures import text_table
-from er_jax.pass_costs import PassCosts, PassPredictor, Roofline, seconds_of_passes
-from er_jax.replay import RoundCosts, Trace
+from er_jax.tools import replay, sweep, traces
+from er_jax.tools.replay import RoundCosts
+from er_jax.tools.traces import Trace
 from er_jax.types import Program
 
 PROMPT_LENGTH = 256
@@ -231,10 +233,10 @@ def mean_saved(
     engines = SEQUENCES // ENGINE
     deciders = [make() for _ in range(engines)]
     saved = []
-    for turn, traces in enumerate(rollouts(lengths, WARM_UPS + num)):
+    for turn, engines_traces in enumerate(rollouts(lengths, WARM_UPS + num)):
         plain, found = [], []
-        for engine, trace in enumerate(traces):
-            luck = replay.Luck(trace, model.keep_prob, seed=turn * engines + engine)
+        for engine, trace in enumerate(engines_traces):
+            luck = traces.Luck(trace, model.keep_prob, seed=turn * engines + engine)
             plain.append(replay.replay(trace, costs, replay.Fixed(0), luck).seconds)
             outcome = replay.replay(trace, costs, deciders[engine], luck)
             found.append(outcome.seconds)
@@ -248,7 +250,7 @@ def fitted_overhead(
 ) -> float:
     """Return the overhead at which drafting in every round saves what was published."""
     fixed = [replay.Fixed(0), replay.Fixed(model.always_gamma)]
-    (traces,) = rollouts(lengths, 1)
+    (first,) = rollouts(lengths, 1)
 
     def excess(overhead_s: float) -> float:
         plain, always = (
@@ -257,9 +259,9 @@ def fitted_overhead(
                     trace,
                     make(overhead_s),
                     decider,
-                    replay.Luck(trace, model.keep_prob, seed),
+                    traces.Luck(trace, model.keep_prob, seed),
                 ).seconds
-                for seed, trace in enumerate(traces)
+                for seed, trace in enumerate(first)
             )
             for decider in fixed
         )
@@ -347,10 +349,10 @@ def compare_controls(
         fitted = measured.fitted()
         costs = PassCosts(fitted)
         tables[f"{measured.model}, measured table"] = (costs, Roofline.fit(fitted))
-    cases = [(t, k, p) for t in tables for k in replay.TRACES for p in keeps]
+    cases = [(t, k, p) for t in tables for k in traces.TRACES for p in keeps]
     points = []
     for table, kind, keep_prob in tqdm(cases, desc="controls", unit="case"):
-        make = replay.TRACES[kind]
+        make = traces.TRACES[kind]
         comparison = replay.compare(
             [make(ENGINE, cap=CAP, seed=seed) for seed in range(seeds)],
             *tables[table],

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import er_jax
 from benchmarks import measure, passes, peers, presets, workloads
-from er_jax import Controller, PolicyParams, Rollout, RolloutConfig, engine
+from er_jax import Controller, PolicyParams, Rollout, RolloutConfig
+from er_jax.engine import kept
 from er_jax.figures import text_table
 from er_jax.types import Policy
 
@@ -269,7 +270,7 @@ def measure_task(
     task: Task, args: Args, *, static: bool
 ) -> tuple[dict[str, Any], dict[str, Runner]]:
     """Run a task under every control, interleaved, and return the point."""
-    engine.forget_engines()
+    kept.forget_engines()
     runners = {name: Runner(task, name, args) for name in controls_of(args.gammas)}
     cases: dict[str, Callable[[], float]] = {
         name: runner.run for name, runner in runners.items()

@@ -35,11 +35,11 @@ from tqdm import tqdm
 
 import er_jax
 from benchmarks import measure
-from er_jax import plan, replay
+from er_jax.costs.roofline import Roofline
 from er_jax.figures import text_table
-from er_jax.pass_costs import Roofline
-from er_jax.replay import Trace
-from er_jax.replicas import deal
+from er_jax.mesh.replicas import deal
+from er_jax.tools import presets, replay, traces
+from er_jax.tools.traces import Trace
 from er_jax.types import Program
 
 MODEL, CHIP = "qwen2.5-7b", "h100"
@@ -80,7 +80,7 @@ class Args:
 
 def roofline() -> Roofline:
     """Return the model's costs on one GPU, from its data sheet."""
-    chip, config = plan.CHIPS[CHIP], plan.PRESETS[MODEL]
+    chip, config = presets.CHIPS[CHIP], presets.PRESETS[MODEL]
     shapes = jax.eval_shape(er_jax.Decoder(config).init, jax.random.key(0))
     matrices = sum(x.size for x in jax.tree.leaves(shapes) if x.ndim > 1)
     matrices -= config.vocab_size * config.dim  # a table that is only looked up
@@ -100,12 +100,12 @@ def roofline() -> Roofline:
 
 def part_of_one(size: int) -> Roofline:
     """Return what each of some GPUs has to do of the model's costs."""
-    alone, config = roofline(), plan.PRESETS[MODEL]
+    alone, config = roofline(), presets.PRESETS[MODEL]
     heads = 1 if config.num_heads % size else size
     kv_heads = 1 if config.num_kv_heads % size else size
     kv_dim = config.num_kv_heads * config.head_size
     kv_bytes = 2 * 2 * config.num_layers * config.dim * kv_dim
-    kv_s = kv_bytes / plan.CHIPS[CHIP].bytes_per_s
+    kv_s = kv_bytes / presets.CHIPS[CHIP].bytes_per_s
     return dataclasses.replace(
         alone,
         target_weights_s=(alone.target_weights_s - kv_s) / size + kv_s / kv_heads,
@@ -127,7 +127,7 @@ class Shared:
     def round_seconds(self, program: Program) -> float:
         """The part of one GPU, and the sums of its passes."""
         rows, _, gamma, _ = program
-        config = plan.PRESETS[MODEL]
+        config = presets.PRESETS[MODEL]
         sums = (2 * config.num_layers + 1) * (gamma + 1)
         # All positions of a round are summed once: gamma drafted, gamma + 1 verified.
         positions = rows * (2 * gamma + 1)
@@ -138,7 +138,7 @@ class Shared:
 
     def begin_seconds(self, rows: Trace) -> float:
         """Copy a part of the weights and the draft; move the live rows' caches."""
-        chip = plan.CHIPS[CHIP]
+        chip = presets.CHIPS[CHIP]
         weights_s = self.each.target_weights_s + self.each.draft_weights_s
         # Every GPU gets its part of all entries.
         entries = float(rows.prompt_lengths.sum()) * self.each.cache_s
@@ -157,7 +157,7 @@ def run(
 ) -> replay.Outcome:
     """Replay one batch with the choice that knows everything but the luck."""
     decider = replay.Oracle(costs, GAMMAS, args.keep)
-    luck = replay.Luck(trace, args.keep, seed)
+    luck = traces.Luck(trace, args.keep, seed)
     return replay.replay(trace, costs, decider, luck, until_s=until_s)
 
 
@@ -193,7 +193,7 @@ def shared_seconds(
 def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, Any]:
     """Replay one number of replicas in all ways."""
     num_prompts = num_replicas * args.prompts
-    trace = replay.TRACES[kind](num_prompts * GROUP, cap=args.cap, seed=args.seed)
+    trace = traces.TRACES[kind](num_prompts * GROUP, cap=args.cap, seed=args.seed)
     groups = np.arange(len(trace.lengths)).reshape(num_prompts, GROUP)
     random = np.random.default_rng(args.seed + 1)
     known = trace.lengths[groups].mean(axis=1)
@@ -204,11 +204,11 @@ def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, An
     }
     costs, ways = roofline(), []
     for dealing, dealt in dealings.items():
-        traces = [
+        halves = [
             part(trace, groups[prompts].reshape(-1).tolist()) for prompts in dealt
         ]
         alone = []
-        for seed, one in enumerate(traces):
+        for seed, one in enumerate(halves):
             alone.append(run(one, costs, args, seed).seconds)
             bar.update()
         found = {"alone": alone}
@@ -219,7 +219,7 @@ def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, An
                 which = slice(first, first + size)
                 seeds = range(first, first + size)
                 found[name].append(
-                    shared_seconds(traces[which], alone[which], args, seeds)
+                    shared_seconds(halves[which], alone[which], args, seeds)
                 )
                 bar.update(size)
         for way, seconds in found.items():
@@ -234,7 +234,7 @@ def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, An
             )
     return {
         "preset": MODEL,
-        "dtype": plan.PRESETS[MODEL].dtype,
+        "dtype": presets.PRESETS[MODEL].dtype,
         "rows": args.prompts * GROUP,
         "trace": kind,
         "replicas": num_replicas,

@@ -24,7 +24,7 @@ import tyro
 
 import er_jax
 from benchmarks import measure, presets
-from er_jax import engine
+from er_jax.engine import kept
 from er_jax.figures import new_figure, text_table
 
 FIGURE = measure.ROOT / "docs" / "figures" / "trace.png"
@@ -122,7 +122,7 @@ def traced(args: Args) -> list[Event]:
                 config=config,
                 profile=profile,
             )
-        programs = engine.engine_for(policy, params, "coupled").compiled
+        programs = kept.engine_for(policy, params, "coupled").compiled
         texts = [
             program.call.as_text()  # type: ignore[attr-defined]
             for name, program in programs.items()

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from er_jax import PolicyParams, calibrate, kv_cache, sampling, steps
+from er_jax import PolicyParams, kv_cache, sampling, steps
+from er_jax.costs import timing
 from er_jax.types import NONE, Cache, DecodeState, Params, Policy, Sampling
 
 PROMPT_LENGTH = 16
@@ -167,7 +168,7 @@ def sampling_settings(key: jax.Array, stop_ids: Sequence[int]) -> Sampling:
     """Return the settings a plain rollout under this key samples by."""
     stops = list(stop_ids)
     return dataclasses.replace(
-        calibrate.neutral_sampling(),
+        timing.neutral_sampling(),
         key=np.asarray(jax.random.key_data(key), np.uint32),
         stop_ids=np.array(stops + [NONE] * (8 - len(stops)), np.int32),
     )

@@ -35,7 +35,7 @@ class Moment(NamedTuple):
     duration_s: seconds on the device, compilation not counted.
     live: live rows at its start. num_live_after: and at its end.
     rows, cache_length, gamma: the program. num_rounds: rounds it ran.
-    joint: whether all groups of devices ran it as one; see `Program`.
+    shared_rows: whether all devices shared the rows; see `Program`.
     """
 
     second: float
@@ -46,7 +46,7 @@ class Moment(NamedTuple):
     cache_length: int
     gamma: int
     num_rounds: int
-    joint: bool = False
+    shared_rows: bool = False
 
 
 @dataclasses.dataclass
@@ -177,12 +177,12 @@ class RolloutStats:
             if gamma:
                 line += f", {100 * self.keep_rate(gamma):.1f} % of drafts kept"
             lines.append(line)
-        joint = [moment for moment in self.timeline if moment.joint]
-        if joint:
+        shared = [moment for moment in self.timeline if moment.shared_rows]
+        if shared:
             lines.append(
-                f"all devices as one group: {len(joint)} of {len(self.timeline)} "
-                f"windows, from {joint[0].second:.2f} s on, "
-                f"{sum(moment.duration_s for moment in joint):.2f} s"
+                f"rows shared by all devices: {len(shared)} of {len(self.timeline)} "
+                f"windows, from {shared[0].second:.2f} s on, "
+                f"{sum(moment.duration_s for moment in shared):.2f} s"
             )
         lines.append(
             f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "

@@ -40,19 +40,13 @@ from benchmarks import (
     workloads,
 )
 from benchmarks.passes import Pass
-from er_jax import (
-    Controller,
-    Decoder,
-    DecoderConfig,
-    DrafterConfig,
-    RolloutConfig,
-    calibrate,
-)
+from er_jax import Controller, Decoder, DecoderConfig, DrafterConfig, RolloutConfig
 from er_jax.acceptance import AcceptRule, expected_tokens
-from er_jax.control import DEFAULT_GAMMAS
-from er_jax.costs import LatencyTable
-from er_jax.pass_costs import PassCosts, Reading
-from er_jax.scheduler import Request
+from er_jax.config import DEFAULT_GAMMAS
+from er_jax.costs import timing
+from er_jax.costs.passes import PassCosts, Reading
+from er_jax.costs.table import LatencyTable
+from er_jax.request import Request
 from er_jax.types import Program
 from train import tasks
 
@@ -533,7 +527,7 @@ def simulated(
     )
     controller = er_jax.Controller(control, (0, 4, 8), patience=0)
     controller.table.passes = table.passes
-    for estimate in (controller.acceptance, controller._drafters[()]):
+    for estimate in (controller.acceptance, controller._rollouts.kept[()]):
         estimate.tested[:] = 2000
         estimate.kept[:] = 2000 * believed
     stats = predicted.simulate(engine, request, controller)
@@ -705,7 +699,7 @@ def test_places_have_the_same_work_each(tmp_path: Path) -> None:
 
 @pytest.fixture
 def simulated_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "measure_round", cold.measured)
+    monkeypatch.setattr(timing, "measure_round", cold.measured)
 
 
 @pytest.mark.parametrize("name", cold.POLICIES)

@@ -26,7 +26,8 @@ import numpy as np
 import tyro
 
 import er_jax
-from er_jax import calibrate, sampling
+from er_jax import sampling
+from er_jax.costs import timing
 from train.checkpoints import load_policy
 from train.config import RunConfig
 from train.grpo import StepData, Trainer, move_aside
@@ -99,7 +100,7 @@ def find_tie(trainer: Trainer, first: StepData, second: StepData, row: int) -> T
         policy.init_cache(1, position),
     )
     settings = dataclasses.replace(
-        calibrate.neutral_sampling(),
+        timing.neutral_sampling(),
         key=np.asarray(trainer.state.key),
         temperature=np.float32(trainer.config.grpo.temperature),
     )

@@ -33,7 +33,7 @@ from jax.sharding import (
 )
 
 import er_jax
-from er_jax import sharding
+from er_jax.mesh import rules
 from train.config import MeshConfig
 from train.settings import require
 
@@ -109,7 +109,7 @@ class Placement:
             f"there are {len(devices)} devices; give sizes with that product",
         )
         shaped = np.array(devices).reshape(sizes)
-        return cls(Mesh(shaped, sharding.AXES, axis_types=(AxisType.Auto,) * 3))
+        return cls(Mesh(shaped, rules.AXES, axis_types=(AxisType.Auto,) * 3))
 
     @functools.cached_property
     def sampling(self) -> Mesh | None:
@@ -118,7 +118,7 @@ class Placement:
             return None
         data, fsdp, model = self.mesh.devices.shape
         devices = self.mesh.devices.reshape(data * fsdp, 1, model)
-        return Mesh(devices, sharding.AXES, axis_types=self.mesh.axis_types)
+        return Mesh(devices, rules.AXES, axis_types=self.mesh.axis_types)
 
     @property
     def num_row_groups(self) -> int:
@@ -130,7 +130,7 @@ class Placement:
     def params(self, policy: er_jax.Policy, params: Any) -> Any:
         """Return the sharding of every parameter in an update on a mesh."""
         assert self.mesh is not None and isinstance(policy, er_jax.Decoder)
-        return sharding.param_shardings(params, policy.config, self.mesh)
+        return rules.param_shardings(params, policy.config, self.mesh)
 
     def put(self, policy: er_jax.Policy, params: Any) -> Any:
         """Lay parameters out for updates; of several processes, the first one's."""
@@ -214,9 +214,7 @@ class Placement:
         cuts = jax.tree.map(self._gathered, self.params(policy, params))
         gathered = lax.with_sharding_constraint(params, cuts)
         draft = er_jax.attach_draft(gathered, config).draft
-        draft = lax.with_sharding_constraint(
-            draft, sharding.draft_shardings(draft, cuts)
-        )
+        draft = lax.with_sharding_constraint(draft, rules.draft_shardings(draft, cuts))
         pair = er_jax.PolicyParams(policy=params, draft=draft)
         return pair, gathered if self.mesh.shape["fsdp"] > 1 else None
 
