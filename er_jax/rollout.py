@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from er_jax import checks
 from er_jax.config import RolloutConfig, parse_control
 from er_jax.control.controller import Controller
+from er_jax.control.explain import explain
 from er_jax.costs import store
 from er_jax.drafter import PolicyParams, attach_draft, check_draft
 from er_jax.engine.engine import Engine
@@ -134,6 +135,8 @@ def rollout(
                     progress=progress,
                 )
                 broken_drafter = controller.broken_drafter
+                if isinstance(controller, Controller):
+                    stats.switch = explain(controller, stats.programs)
             stats.compiled = [
                 (_program_name(name), seconds)
                 for name, seconds in engine.compiled_here[num_compiled:]

@@ -304,7 +304,9 @@ def test_the_page_lists_what_a_step_of_training_records() -> None:
     listed = named_in_table(lines)
     recorded = [
         {key.value for key in node.keys if isinstance(key, ast.Constant)}
-        for node in ast.walk(ast.parse((ROOT / "train" / "grpo.py").read_text("utf-8")))
+        for node in ast.walk(
+            ast.parse((ROOT / "train" / "trainer.py").read_text("utf-8"))
+        )
         if isinstance(node, ast.Dict)
         and any(isinstance(v, ast.Constant) and v.value == "step" for v in node.values)
     ]

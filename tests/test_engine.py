@@ -442,3 +442,19 @@ def test_seconds_of_a_window_leave_out_what_the_host_did_meanwhile(
     pauses = [timed(0.2) for _ in range(10)]
     assert all(0 < seconds < 0.2 for seconds, _ in pauses)
     assert not all(is_measured for _, is_measured in pauses)
+
+
+def test_rows_are_fetched_by_their_number(
+    programs: Engine, params: PolicyParams
+) -> None:
+    state, window = programs.start_window(
+        params, start(programs), SETTINGS, 0, exit_live=0, max_rounds=3
+    )
+    window.wait()
+    wanted = np.array(state.tokens), np.array(state.logprobs)
+    found = programs.fetch_rows(window.buffers, np.array([2, 0]))
+    assert list(found) == [2, 0]
+    assert len({row.tobytes() for row in wanted[0]}) == len(wanted[0])
+    for row, parts in found.items():
+        for part, whole in zip(parts, wanted, strict=True):
+            np.testing.assert_array_equal(part, whole[row])

@@ -35,7 +35,13 @@ ORDER = (
     *("costs.record", "costs.passes", "costs.roofline", "costs.table"),
     *("costs.timing", "costs.store", "costs"),
     *("control.protocol", "control.estimate", "control.rollouts", "control.accounts"),
-    *("control.probes", "control.paper", "control.controller", "control"),
+    *(
+        "control.probes",
+        "control.paper",
+        "control.controller",
+        "control.explain",
+        "control",
+    ),
     *("result", "checks"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
     *("scheduler.batch", "scheduler.loop", "scheduler"),
@@ -235,22 +241,93 @@ def nnx_anywhere(texts: Texts) -> list[str]:
     ]
 
 
-def undeclared_dependencies(texts: Texts) -> list[str]:
-    """Imports that a plain install does not bring; extras only inside functions."""
-    project = tomllib.loads(texts["pyproject.toml"])["project"]
+# Imports in train run downwards as well: a module may import only those before it.
+TRAIN_ORDER = (
+    "settings",
+    "files",
+    "digests",
+    "controllers",
+    "tasks",
+    "rewards",
+    "batching",
+    "losses",
+    "sft",
+    "config",
+    "metrics",
+    "placement",
+    "checkpoints",
+    "subjects",
+    "completions",
+    "update",
+    "trainer",
+    "report",
+    "run",
+    "grpo",
+    "compare",
+)
 
-    def names(requirements: list[str]) -> set[str]:
-        found = {re.split(r"[^\w.-]", line)[0] for line in requirements}
-        return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in found}
 
-    always = names(project["dependencies"]) | set(OWN) | sys.stdlib_module_names
-    extras = project["optional-dependencies"]
-    lazily = always.union(*(names(extras[key]) for key in extras if key != "test"))
+def imports_of_train_not_downwards(texts: Texts) -> list[str]:
     bad = []
-    for path, tree in sources(texts, "er_jax", "train", "configs"):
-        for lazy, allowed in ((False, always), (True, lazily)):
-            used = {name.split(".")[0] for name in imported(path, tree, lazy=lazy)}
-            bad += [f"{path} imports {name}" for name in sorted(used - allowed)]
+    for path, tree in sources(texts, "train"):
+        module = module_of(path)
+        if module != "__init__" and module not in TRAIN_ORDER:
+            bad.append(f"{path} has no place in TRAIN_ORDER")
+            continue
+        below = (
+            TRAIN_ORDER[: TRAIN_ORDER.index(module)] if module in TRAIN_ORDER else ()
+        )
+        for name in sorted(imported(path, tree)):
+            if is_below(name, "train") and (*name.split("."), "")[1] not in below:
+                bad.append(f"{path} imports {name}, which is not below it")
+    return bad
+
+
+def installed(requirements: list[str]) -> set[str]:
+    """Return the names to import of some requirements."""
+    found = {re.split(r"[^\w.-]", line)[0] for line in requirements}
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in found}
+
+
+def undeclared_dependencies(texts: Texts) -> list[str]:
+    """Imports that an install does not bring.
+
+    Of the library, a plain install is asked for; of what trains, the extra `train`.
+    Other extras are imported inside functions only.
+    """
+    project = tomllib.loads(texts["pyproject.toml"])["project"]
+    extras = {k: installed(v) for k, v in project["optional-dependencies"].items()}
+    needed = installed(project["dependencies"]) | set(OWN) | sys.stdlib_module_names
+    optional = [extras[key] for key in extras if key not in ("test", "train")]
+    bad = []
+    for packages, always in (
+        (("er_jax",), needed),
+        (("train", "configs"), needed | extras["train"]),
+    ):
+        for path, tree in sources(texts, *packages):
+            for lazy, allowed in ((False, always), (True, always.union(*optional))):
+                used = {name.split(".")[0] for name in imported(path, tree, lazy=lazy)}
+                bad += [f"{path} imports {name}" for name in sorted(used - allowed)]
+    return bad
+
+
+def dependencies_without_use(texts: Texts) -> list[str]:
+    """What an install brings and nothing of its package imports."""
+    project = tomllib.loads(texts["pyproject.toml"])["project"]
+    bad = []
+    for requirements, packages in (
+        (project["dependencies"], ("er_jax",)),
+        (project["optional-dependencies"]["train"], ("train", "configs")),
+    ):
+        used = {
+            name.split(".")[0]
+            for path, tree in sources(texts, *packages)
+            for name in imported(path, tree)
+        }
+        bad += [
+            f"pyproject.toml requires {name}, which {packages[0]} does not import"
+            for name in sorted(installed(requirements) - used)
+        ]
     return bad
 
 
@@ -453,7 +530,34 @@ RULES: list[tuple[Rule, list[Texts]]] = [
         [
             {"er_jax/costs.py": "import pandas"},
             {"er_jax/costs.py": "import matplotlib.pyplot as plt"},
+            {"er_jax/costs.py": "import optax"},
+            {"er_jax/costs.py": "def f():\n    import orbax.checkpoint"},
+            {"train/grpo.py": "import transformers"},
             {"train/grpo.py": "def f():\n    import chex"},
+        ],
+    ),
+    (
+        dependencies_without_use,
+        [
+            {
+                "pyproject.toml": '[project]\ndependencies = ["optax"]\n'
+                '[project.optional-dependencies]\ntrain = ["optax"]'
+            },
+            {
+                "pyproject.toml": '[project]\ndependencies = ["jax"]\n'
+                '[project.optional-dependencies]\ntrain = ["tyro", "pandas>=2"]'
+            },
+        ],
+    ),
+    (
+        imports_of_train_not_downwards,
+        [
+            {"train/update.py": "from train.trainer import Trainer"},
+            {"train/update.py": "from train import trainer"},
+            {"train/update.py": "def f():\n    import train.grpo"},
+            {"train/update.py": "from . import update"},
+            {"train/update.py": "import train"},
+            {"train/utils.py": ""},
         ],
     ),
     (

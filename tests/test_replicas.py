@@ -19,8 +19,8 @@ import er_jax
 from er_jax.mesh import layout, replicas
 from tests import test_mesh
 from tests.test_mesh import POLICY, config_of, mesh_of, parameters, prompts
-from train import grpo
 from train.controllers import RuleController
+from train.trainer import Trainer
 
 
 def sample(**changes: Any) -> er_jax.Rollout:
@@ -176,7 +176,7 @@ def test_training_samples_with_its_own_controller(
         controller=object(), policy=None,
     )  # fmt: skip
     with pytest.raises(InterruptedError):
-        grpo.Trainer.sample(run, [], n=2, key=None, first_sequence_id=0)  # type: ignore[arg-type]
+        Trainer.sample(run, [], n=2, key=None, first_sequence_id=0)  # type: ignore[arg-type]
     name = "rollout_replicas" if is_replicas else "rollout"
     assert told == [(name, run.controller)]
 

@@ -93,8 +93,8 @@ class Controller:
         self._live_shares = LiveShares()
         self._accounts = Accounts()
         self._plain_s = self._probed_s = 0.0
-        # Of the smallest batch: one row, or one for each data shard.
-        self._least_rows = 1
+        self.least_rows = 1
+        """Of the smallest batch: one row, or one for each data shard."""
         self._rule = PaperRule(_TableRoofline(self)) if control == "paper" else None
 
     def __repr__(self) -> str:
@@ -269,7 +269,7 @@ class Controller:
           compile_s: as in `choose`.
         """
         with self._lock:
-            self._least_rows = rows
+            self.least_rows = rows
             drafting = [gamma for gamma in self.gammas if gamma]
             if not drafting or self.knows_drafts:
                 return ()
@@ -299,7 +299,7 @@ class Controller:
             self._accounts.book_look(self.gammas, self._speeds)
 
     def _do_drafts_lose(self) -> bool:
-        return drafts_lose(self.table, self.acceptance, self.gammas, self._least_rows)
+        return drafts_lose(self.table, self.acceptance, self.gammas, self.least_rows)
 
     def observe(
         self,
