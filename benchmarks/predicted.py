@@ -128,7 +128,7 @@ def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
 
 
 def time_admission(subject: Subject, request: Request) -> Callable[[int], float]:
-    """Return the seconds of prefilling so many chunks, from filling all slots."""
+    """Return seconds by number of chunks to prefill, measured by filling all slots."""
     readings = []
     for _ in range(6):
         batch = Batch(
@@ -146,7 +146,7 @@ def time_admission(subject: Subject, request: Request) -> Callable[[int], float]
         batch.refill()
         readings.append(time.perf_counter() - start)
         num_chunks = -(-batch.stats.num_prefilled // request.chunk)
-    # The first may compile.
+    # The first reading may include compilation.
     return lambda chunks: chunks * float(np.median(readings[1:])) / num_chunks
 
 

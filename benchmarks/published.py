@@ -87,7 +87,7 @@ def lengths_of(model: Published, costs: RoundCosts) -> np.ndarray:
     shares, seconds = np.array(model.done).T
     at = (np.arange(SEQUENCES) + 0.5) / SEQUENCES
     at[-1] = 1.0
-    # That the first end at a seventh of the median time is a guess without effect.
+    # It is a guess, with little effect, that the first end at a seventh of the median.
     done_s = np.interp(at, [0.0, *shares], [seconds[0] / 7, *seconds])
     lengths, tokens, now = np.zeros(SEQUENCES), 0.0, 0.0
     for index in range(SEQUENCES):

@@ -1,4 +1,4 @@
-"""What several benchmark scripts share, one idea per module.
+"""The parts of benchmark scripts, one idea per module.
 
 Measuring and reporting:
 
