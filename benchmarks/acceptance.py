@@ -45,7 +45,7 @@ from benchmarks.lib.agreement import sampling_settings
 from benchmarks.lib.draft_formats import draft_of, formats
 from er_jax import PolicyParams, RolloutConfig, acceptance, sampling, steps
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
-from er_jax.calibrate import neutral_sampling
+from er_jax.costs.timing import neutral_sampling
 from er_jax.drafter import draft_params
 from er_jax.types import NONE, DecodeState, Policy, Sampling
 from train.controllers import RuleController

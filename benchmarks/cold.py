@@ -30,8 +30,8 @@ from benchmarks.lib import records, rooflines, tables
 from benchmarks.lib.controllers import Oracle, Plan
 from benchmarks.lib.simulated import CompilingEngine, SimulatedPolicy, simulate
 from er_jax import Controller, RolloutConfig
-from er_jax.control import DEFAULT_GAMMAS
-from er_jax.rollout import request_of
+from er_jax.config import DEFAULT_GAMMAS
+from er_jax.request import request_of
 from er_jax.types import Program
 
 LIMIT = 1.3

@@ -33,7 +33,8 @@ from benchmarks.lib.agreement import completions_of
 from benchmarks.lib.controllers import WatchedTable
 from benchmarks.lib.runners import PATIENCE, Runner
 from benchmarks.lib.tasks import SIZES, Task, planned_task
-from er_jax import Controller, PolicyParams, engine
+from er_jax import Controller, PolicyParams
+from er_jax.engine.kept import forget_engines
 
 # The table has followed when it has gone this share of the way to the new level.
 FOLLOWED_SHARE = 0.8
@@ -141,7 +142,7 @@ def slowed(task: Task, runners: Mapping[str, Runner], args: Args) -> dict[str, A
     table = runner.controller.table
     before = {program: table.round_seconds(program) for program in table.seconds}
     runner.controller.table = watched = WatchedTable(
-        table.seconds, table.rounds, table.passes, table.pace
+        table.seconds, table.rounds, table.passes, table.slowdown
     )
     onset, ended = 0, 0
 
@@ -186,7 +187,7 @@ def slowed(task: Task, runners: Mapping[str, Runner], args: Args) -> dict[str, A
 def points(args: Args) -> Iterator[dict[str, Any]]:
     """Yield a point for each preset and disturbance."""
     for preset in args.presets:
-        engine.forget_engines()
+        forget_engines()
         size = SIZES[preset]
         lengths = workloads.tail_lengths(size.num, size.max_new_tokens).tolist()
         task = planned_task(

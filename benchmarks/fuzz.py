@@ -51,9 +51,11 @@ from benchmarks.lib.schedules import (
     params_of,
     policy_of,
 )
-from er_jax import engine, scheduler
 from er_jax.acceptance import ACCEPT_RULES
-from er_jax.rollout import LOGPROB_KINDS
+from er_jax.config import LOGPROB_KINDS
+from er_jax.engine.kept import forget_engines
+from er_jax.scheduler import batch
+from er_jax.scheduler.options import Options
 from er_jax.types import NONE, Sampling
 
 
@@ -96,8 +98,8 @@ def _short_windows(rounds: int) -> Iterator[None]:
     schedule would depend on those before it. So all programs count as compiled.
     """
     with (
-        mock.patch.multiple(scheduler, WINDOW_S=0.0, MIN_ROUNDS=rounds),
-        mock.patch.object(scheduler.Batch, "_is_compiled", lambda self, program: True),
+        mock.patch.multiple(batch, WINDOW_S=0.0, MIN_ROUNDS=rounds),
+        mock.patch.object(Options, "is_compiled", lambda self, program: True),
         warnings.catch_warnings(),
     ):
         # Poison and broken drafts are intended here.
@@ -271,7 +273,7 @@ def fuzz(schedules: Sequence[Schedule], again: str = "") -> list[Outcome]:
                 if outcome.problems:
                     bar.write(told(outcome, again))
             # A process on Linux has room for some hundred programs.
-            engine.forget_engines()
+            forget_engines()
     return outcomes
 
 

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from benchmarks.lib import measure, records, tables, workloads
 from benchmarks.lib.simulated import SimulatedEngine, simulate
 from er_jax import Controller, RolloutConfig
-from er_jax.costs import LatencyTable
-from er_jax.rollout import assemble, request_of
+from er_jax.costs.table import LatencyTable
+from er_jax.request import request_of
+from er_jax.result import assemble
 from er_jax.types import Program
 
 LIMIT_MS = 0.05
@@ -85,7 +86,7 @@ def host_ms(slots: int, kind: str, controller: Controller, args: Args) -> float:
     ids = np.arange(count)
     request = request_of(prompts, ids, config)
     done, stats = simulate(engine, request, controller)
-    out = assemble(prompts, done, ids, config, stats, engine)  # type: ignore[arg-type]
+    out = assemble(prompts, done, ids, config, stats, engine.agreement)
     seconds = time.thread_time() - start - engine.busy_s
     assert out.lengths.tolist() == lengths.tolist()
     return 1e3 * seconds / count

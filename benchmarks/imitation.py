@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 
 import er_jax
 from benchmarks.lib import measure, presets, records, tables
-from er_jax.engine import forget_engines
+from er_jax.engine.kept import forget_engines
+from er_jax.mesh import layout
 
 MODES = ("one rollout", "replicas")
 
@@ -59,8 +60,8 @@ def sampler(places: int, mode: str, args: Args) -> Any:
     """
     policy = presets.decoder(args.preset, dtype="float32")
     mesh = Mesh(np.array(jax.devices()[:places]), ("data",))
-    mesh = er_jax.sharding.rollout_mesh(mesh)
-    params = er_jax.sharding.place(policy, policy.init(jax.random.key(0)), mesh)
+    mesh = layout.rollout_mesh(mesh)
+    params = layout.put_on_mesh(policy, policy.init(jax.random.key(0)), mesh)
     count = places * args.sequences
     prompts = np.random.default_rng(0).integers(0, policy.vocab_size, (count, 32))
     is_one = mode == MODES[0]

@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.lib import records, tables
-from er_jax import plan
+from er_jax.tools import plan, presets
 
 SMALL = ("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "a100", "h100", "h200")
 LARGE = ("v5e:4x4", "v5p:2x2x4", "h100:8")
@@ -59,8 +59,8 @@ def point_of(model: str, device: str, args: Args) -> dict[str, Any]:
     """Return what a plan says, ready for JSON."""
     jax.config.update("jax_platforms", "cpu")
     found = plan.plan(
-        plan.PRESETS[model],
-        plan.target_of(device),
+        presets.PRESETS[model],
+        presets.target_of(device),
         slots=args.slots,
         max_length=args.length,
         gammas=(0, args.gamma),

@@ -5,7 +5,7 @@
     python -m benchmarks.predicted 90M --rows 1 4 16 --lengths 128 512
     python -m benchmarks.predicted runs/arithmetic --quick
 
-Predictions know of costs only what one survey of 20 seconds (`er_jax.calibrate`) has
+Predictions know of costs only what one survey of 20 seconds (`er_jax.tools.survey`) has
 found, and of acceptance only what one rollout has shown that always drafts. There are
 two comparisons. *cells*: at every number of rows and cache length, the draft length
 that the controller chooses by these, beside the fastest one when all are timed.
@@ -37,13 +37,14 @@ import er_jax
 from benchmarks.lib import measure, records, tables
 from benchmarks.lib.simulated import SimulatedEngine, simulate
 from benchmarks.lib.subjects import Shape, Subject, prepare
-from er_jax import RolloutStats, calibrate
-from er_jax import engine as engines
-from er_jax.calibrate import neutral_sampling
-from er_jax.control import DEFAULT_GAMMAS
-from er_jax.engine import Engine
-from er_jax.rollout import request_of
-from er_jax.scheduler import Batch, Request
+from er_jax import RolloutStats
+from er_jax.config import DEFAULT_GAMMAS
+from er_jax.costs.timing import measure_round, neutral_sampling
+from er_jax.engine.engine import Engine
+from er_jax.engine.kept import forget_engines
+from er_jax.request import Request, request_of
+from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.topology import OneDevice
 from er_jax.types import Program
 
 CONTROLS = ("ar", "fixed:4", "best")
@@ -87,7 +88,7 @@ def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
 
     The subject's engine loses its programs.
     """
-    engines.forget_engines()
+    forget_engines()
     subject.engine.compiled.clear()
     controller = subject.controller("best")
     tokens = {
@@ -107,7 +108,7 @@ def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
         engine = Engine(subject.policy, "coupled")
         cases = {
             str(program.gamma): functools.partial(
-                calibrate.measure_round, engine, subject.params, program
+                measure_round, engine, subject.params, program
             )
             for program in options
         }
@@ -129,19 +130,15 @@ def measure_cells(subject: Subject, args: Args) -> list[dict[str, Any]]:
 
 def time_admission(subject: Subject, request: Request) -> Callable[[int], float]:
     """Return seconds by number of chunks to prefill, measured by filling all slots."""
+    request = dataclasses.replace(
+        request,
+        prompt_of=request.prompt_of[: request.slots],
+        sequence_ids=request.sequence_ids[: request.slots],
+    )
+    topology = OneDevice(subject.engine, subject.params, request)
     readings = []
     for _ in range(6):
-        batch = Batch(
-            subject.engine,
-            subject.params,
-            dataclasses.replace(
-                request,
-                prompt_of=request.prompt_of[: request.slots],
-                sequence_ids=request.sequence_ids[: request.slots],
-            ),
-            RolloutStats(),
-            neutral_sampling(),
-        )
+        batch = Batch(topology, request, RolloutStats(), neutral_sampling())
         start = time.perf_counter()
         batch.refill()
         readings.append(time.perf_counter() - start)

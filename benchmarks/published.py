@@ -36,10 +36,12 @@ from tqdm import tqdm
 
 from benchmarks.lib import records, tables
 from benchmarks.lib.rooflines import PUBLISHED, Published
-from er_jax import replay, sweep
-from er_jax.control import PaperRule
-from er_jax.pass_costs import PassCosts, PassPredictor, Roofline, seconds_of_passes
-from er_jax.replay import RoundCosts, Trace
+from er_jax.control.paper import PaperRule
+from er_jax.costs.passes import PassCosts, PassPredictor, seconds_of_passes
+from er_jax.costs.roofline import Roofline
+from er_jax.tools import replay, sweep
+from er_jax.tools.replay import RoundCosts
+from er_jax.tools.traces import TRACES, Luck, Trace
 from er_jax.types import Program
 
 PROMPT_LENGTH = 256
@@ -133,7 +135,7 @@ def mean_saved(
     for turn, traces in enumerate(rollouts(lengths, WARM_UPS + num)):
         plain, found = [], []
         for engine, trace in enumerate(traces):
-            luck = replay.Luck(trace, model.keep_prob, seed=turn * engines + engine)
+            luck = Luck(trace, model.keep_prob, seed=turn * engines + engine)
             plain.append(replay.replay(trace, costs, replay.Fixed(0), luck).seconds)
             outcome = replay.replay(trace, costs, deciders[engine], luck)
             found.append(outcome.seconds)
@@ -156,7 +158,7 @@ def fitted_overhead(
                     trace,
                     make(overhead_s),
                     decider,
-                    replay.Luck(trace, model.keep_prob, seed),
+                    Luck(trace, model.keep_prob, seed),
                 ).seconds
                 for seed, trace in enumerate(traces)
             )
@@ -246,10 +248,10 @@ def compare_controls(
         fitted = measured.fitted()
         costs = PassCosts(fitted)
         costs_of[f"{measured.model}, measured table"] = (costs, Roofline.fit(fitted))
-    cases = [(t, k, p) for t in costs_of for k in replay.TRACES for p in keeps]
+    cases = [(t, k, p) for t in costs_of for k in TRACES for p in keeps]
     points = []
     for table, kind, keep_prob in tqdm(cases, desc="controls", unit="case"):
-        make = replay.TRACES[kind]
+        make = TRACES[kind]
         comparison = replay.compare(
             [make(ENGINE, cap=CAP, seed=seed) for seed in range(seeds)],
             *costs_of[table],

@@ -42,7 +42,7 @@ from benchmarks.lib import (
 )
 from benchmarks.lib.runners import Runner, StaticRunner
 from benchmarks.lib.tasks import Task
-from er_jax import engine
+from er_jax.engine.kept import forget_engines
 
 Part = Literal["workloads", "rows", "cold"]
 
@@ -126,7 +126,7 @@ def measure_task(
     Returns:
       The point, without the task's own properties, and the runners by control.
     """
-    engine.forget_engines()
+    forget_engines()
     controlled = {
         name: Runner(task, name, gammas=args.gammas, patience=args.patience)
         for name in runners.controls_of(args.gammas)

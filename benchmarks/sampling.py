@@ -32,8 +32,9 @@ import tyro
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.lib import measure, records, tables
-from er_jax import plan, sampling
-from er_jax.calibrate import neutral_sampling
+from er_jax import sampling
+from er_jax.costs.timing import neutral_sampling
+from er_jax.tools import presets
 from er_jax.types import Sampling
 
 VOCAB = 152_064
@@ -160,7 +161,7 @@ def measured(args: Args, rows: int) -> dict[str, Any]:
     logits = jnp.asarray(random.normal(size=(rows, args.vocab)), jnp.float32)
     ids = jnp.arange(rows, dtype=jnp.int32)
     position = jnp.full(rows, 100, jnp.int32)
-    width = plan.PRESETS[MODEL].dim
+    width = presets.PRESETS[MODEL].dim
     hidden = jnp.ones((rows, width), jnp.float32)
     head = jnp.ones((width, args.vocab), jnp.float32)
     project = jax.jit(jnp.matmul)
@@ -190,7 +191,7 @@ def counted(args: Args, device: str, rows: int) -> dict[str, Any]:
     Raises:
       ValueError: the device is not a GPU.
     """
-    target = plan.target_of(device)
+    target = presets.target_of(device)
     if target.kind != "cuda":
         raise ValueError(f"devices holds {device!r}; only GPUs can be counted")
     where = SingleDeviceSharding(target.devices[0])
@@ -210,7 +211,7 @@ def counted(args: Args, device: str, rows: int) -> dict[str, Any]:
     ways = {"off": (0,), "top-p": (1, 0, 1), "top-k, top-p": (1, 1, 1)}
     logits = given[0].nbytes
     found = {name: traffic(text, branches) for name, branches in ways.items()}
-    config = plan.PRESETS[MODEL]
+    config = presets.PRESETS[MODEL]
     layer = config.dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     layer = layer * config.head_size + 3 * config.dim * config.hidden_dim
     weights = config.num_layers * layer + config.dim * args.vocab

@@ -3,15 +3,15 @@
     python -m benchmarks.scaling
 
 No device is needed. Replicas sample apart, each on one GPU, and their rollouts are
-replayed (`er_jax.replay`). Prompts are dealt in order or the longest first. The last
-rows stay where they are, or four or eight GPUs share theirs; then each of these reads a
-part of the weights.
+replayed (`er_jax.tools.replay`). Prompts are dealt in order or the longest first. The
+last rows stay where they are, or four or eight GPUs share theirs; then each of these
+reads a part of the weights.
 
 *Costs* are the roofline of Qwen2.5-7B in bfloat16 with an int8 draft by the data sheet
 of an H100, without overheads. GPUs that share read an equal part of the weights each,
 and sum over all of them twice a layer; a sum takes a fixed time and the time of its
 bytes. Where their number does not divide the heads, as eight does not here, every GPU
-has the whole cache and the whole weights of keys and values (`er_jax.sharding` lays
+has the whole cache and the whole weights of keys and values (`er_jax.mesh.layout` lays
 them out so). When sharing begins, every device copies its part of the weights, and the
 live rows' caches are moved.
 
@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 from benchmarks.lib import records, tables
 from benchmarks.lib.rooflines import CHIP, MODEL, h100_roofline
-from er_jax import plan, replay
-from er_jax.pass_costs import Roofline
-from er_jax.replay import Trace
-from er_jax.replicas import deal
+from er_jax.costs.roofline import Roofline
+from er_jax.mesh.replicas import deal
+from er_jax.tools import presets, replay
+from er_jax.tools.traces import TRACES, Luck, Trace
 from er_jax.types import Program
 
 GAMMAS = (0, 2, 4, 6, 8)
@@ -54,7 +54,7 @@ class Args:
     """What to replay.
 
     Args:
-      replicas: numbers of replicas. traces: kinds of lengths, of `er_jax.replay`.
+      replicas: numbers of replicas. traces: kinds of lengths, of `er_jax.tools.traces`.
       prompts: of each replica, with eight completions each. cap: tokens of the longest
         completion. keep: chance that a draft is kept.
       error: standard deviation of the logarithm of the lengths that dealing knows.
@@ -80,12 +80,12 @@ class Args:
 
 def part_of_one(size: int) -> Roofline:
     """Return the costs of one of `size` GPUs that share the model."""
-    alone, config = h100_roofline(), plan.PRESETS[MODEL]
+    alone, config = h100_roofline(), presets.PRESETS[MODEL]
     heads = 1 if config.num_heads % size else size
     kv_heads = 1 if config.num_kv_heads % size else size
     kv_dim = config.num_kv_heads * config.head_size
     kv_bytes = 2 * 2 * config.num_layers * config.dim * kv_dim
-    kv_s = kv_bytes / plan.CHIPS[CHIP].bytes_per_s
+    kv_s = kv_bytes / presets.CHIPS[CHIP].bytes_per_s
     return dataclasses.replace(
         alone,
         target_weights_s=(alone.target_weights_s - kv_s) / size + kv_s / kv_heads,
@@ -110,7 +110,7 @@ class Shared:
     def round_seconds(self, program: Program) -> float:
         """Return the seconds of one GPU's part and of the sums over all."""
         rows, _, gamma, _ = program
-        config = plan.PRESETS[MODEL]
+        config = presets.PRESETS[MODEL]
         sums = (2 * config.num_layers + 1) * (gamma + 1)
         # A round sums each of its positions once: gamma drafted, gamma + 1 verified.
         positions = rows * (2 * gamma + 1)
@@ -124,7 +124,7 @@ class Shared:
 
         Every GPU copies its part of the weights and the draft, and the caches move.
         """
-        chip = plan.CHIPS[CHIP]
+        chip = presets.CHIPS[CHIP]
         weights_s = self.each.target_weights_s + self.each.draft_weights_s
         # Every GPU gets its part of all entries.
         entries = float(rows.prompt_lengths.sum()) * self.each.cache_s
@@ -143,7 +143,7 @@ def run(
 ) -> replay.Outcome:
     """Replay one batch with the oracle, which knows everything but the luck."""
     decider = replay.Oracle(costs, GAMMAS, args.keep)
-    luck = replay.Luck(trace, args.keep, seed)
+    luck = Luck(trace, args.keep, seed)
     return replay.replay(trace, costs, decider, luck, until_s=until_s)
 
 
@@ -183,7 +183,7 @@ def shared_seconds(
 def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, Any]:
     """Replay one number of replicas with every dealing and every sharing."""
     num_prompts = num_replicas * args.prompts
-    trace = replay.TRACES[kind](num_prompts * GROUP, cap=args.cap, seed=args.seed)
+    trace = TRACES[kind](num_prompts * GROUP, cap=args.cap, seed=args.seed)
     groups = np.arange(len(trace.lengths)).reshape(num_prompts, GROUP)
     random = np.random.default_rng(args.seed + 1)
     known = trace.lengths[groups].mean(axis=1)
@@ -224,7 +224,7 @@ def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, An
             )
     return {
         "preset": MODEL,
-        "dtype": plan.PRESETS[MODEL].dtype,
+        "dtype": presets.PRESETS[MODEL].dtype,
         "rows": args.prompts * GROUP,
         "trace": kind,
         "replicas": num_replicas,

@@ -24,7 +24,7 @@ import tyro
 
 import er_jax
 from benchmarks.lib import presets, records
-from er_jax import engine
+from er_jax.engine.kept import engine_for
 from er_jax.figures import new_figure, text_table
 
 FIGURE = records.ROOT / "docs" / "figures" / "trace.png"
@@ -123,7 +123,7 @@ def traced(args: Args) -> list[Event]:
                 config=config,
                 profile=profile,
             )
-        programs = engine.engine_for(policy, params, "coupled").compiled
+        programs = engine_for(policy, params, "coupled").compiled
         texts = [
             program.call.as_text()  # type: ignore[attr-defined]
             for name, program in programs.items()

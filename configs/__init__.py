@@ -1,1 +1,1 @@
-"""One file per run: the values, and why they are what they are."""
+"""The values of each run, one file per run, with the reasons for them."""

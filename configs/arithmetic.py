@@ -25,7 +25,7 @@ CONFIG = RunConfig(
         num_eval=64,
     ),
     model=ModelConfig(
-        dim=192,  # with 4 layers the smallest that is sure of copying in 200 steps
+        dim=192,  # with 4 layers, the smallest that surely learns to copy in 200 steps
         num_layers=4,
         num_heads=6,
         num_kv_heads=2,  # three query heads share each, as larger models do
@@ -34,13 +34,13 @@ CONFIG = RunConfig(
         qk_norm=True,  # learns a little faster at this learning rate
     ),
     sft=SFTConfig(
-        max_steps=400,  # only a limit: the rule below stops it earlier
-        stop_at=0.5,  # with the slips about 0.6 is the most it could reach
-        check_every=10,  # steps; the chance rises by about 0.05 in as many
+        max_steps=400,  # only a limit: `stop_at` ends the warm-up earlier
+        stop_at=0.5,  # the slips in the solutions allow at most about 0.6
+        check_every=10,  # steps, in which the chance rises by about 0.05
         learning_rate=2e-3,  # 4e-3 is too much, 1.5e-3 no slower
         schedule="constant",
         ramp_steps=50,
-        batch_tokens=2_304,  # half of it needs half again as many steps
+        batch_tokens=2_304,  # half as many tokens need 1.5 times as many steps
         clip_norm=1.0,
     ),
     grpo=GRPOConfig(
@@ -54,7 +54,7 @@ CONFIG = RunConfig(
         clip_norm=1.0,
         clip_low=0.2,
         clip_high=0.2,
-        kl_coef=0.0,  # rewards are verified: nothing to hold the policy back from
+        kl_coef=0.0,  # rewards are verified: the policy may move far from its start
         scale_advantages=True,
         format_bonus=0.0,  # the reward is the share of right answers, no more
         bucket_lengths=(48, 128),  # tokens of prompt and completion

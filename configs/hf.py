@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on data of one's own: values to begin from."""
+"""A Hugging Face checkpoint on your own data: values to begin from."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ CONFIG = HFConfig(
         group_size=8,
         max_new_tokens=1_024,
         max_slots=64,
-        learning_rate=1e-6,  # what full fine-tuning of instructed models bears
+        learning_rate=1e-6,  # small enough for full fine-tuning of an instructed model
         kl_coef=0.0,
         bucket_lengths=(256, 512, 1_024),  # tokens of prompt and completion
         chunk_tokens=4_096,

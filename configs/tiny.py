@@ -1,4 +1,4 @@
-"""The demo in seconds, to try the machinery out and to test it; it learns little."""
+"""The demo in seconds, for trying things out and for tests; it learns little."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ CONFIG = RunConfig(
         updates_per_step=2,  # the second update has ratios to clip
         learning_rate=1e-3,
         kl_coef=0.01,  # so that the reference is exercised
-        format_bonus=0.1,  # an untrained policy is never right: reward its numbers
+        format_bonus=0.1,  # an untrained policy is never right, but may end in a number
         bucket_lengths=(16,),
         chunk_tokens=256,
     ),

@@ -1,6 +1,9 @@
 """Lossless, replayable, fast rollouts for reinforcement learning of language models."""
 
-from er_jax.control import Controller
+import os as _os
+
+from er_jax.config import RolloutConfig
+from er_jax.control.controller import Controller
 from er_jax.decoder import Decoder, DecoderConfig, RopeScaling
 from er_jax.drafter import (
     DrafterConfig,
@@ -11,21 +14,20 @@ from er_jax.drafter import (
     dot,
     quantize,
 )
-from er_jax.engine import refresh_draft
-from er_jax.hf import load_hf, save_hf
-from er_jax.replicas import ExpectedLengths, rollout_replicas
-from er_jax.rollout import (
-    Rollout,
-    RolloutConfig,
-    compile_ahead,
-    gather_prompts,
-    rollout,
-)
-from er_jax.scheduler import Completion, RolloutError
+from er_jax.engine.engine import refresh_draft
+from er_jax.io.hf_save import save_hf
+from er_jax.io.hf_weights import load_hf
+from er_jax.mesh.prompts import gather_prompts
+from er_jax.mesh.replicas import ExpectedLengths, rollout_replicas
+from er_jax.result import Completion, Rollout, RolloutError
+from er_jax.rollout import compile_ahead, rollout
 from er_jax.stats import RolloutStats
 from er_jax.types import Policy
 
 __version__ = "0.1.0"
+
+# Modules are found under their earlier names as well.
+__path__.append(_os.path.join(_os.path.dirname(__file__), "earlier"))
 
 __all__ = [
     "Completion",

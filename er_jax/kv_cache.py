@@ -13,14 +13,16 @@ Left out: paging, a ring, quantized entries.
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from er_jax.types import DATA_AXIS, MODEL_AXIS, Cache, wide_dtype
+from er_jax.types import Cache, wide_dtype
 
 # Below this many queries per row and head group, reading the cache decides the cost.
 MERGED_QUERIES = 16
@@ -70,72 +72,32 @@ def attend(
     entry may turn all queries of its row to NaN, and `steps.decode_round` runs such a
     row again, one token at a time.
 
-    In a rollout's programs on a mesh every device of the axis `model` takes its part of
-    the heads: left to the compiler, the merged product would be cut within heads and
-    summed over the axis.
-
     Args:
       query: `[B, T, H, D]`. keys, values: `[B, S, K * D]`. positions: `[B, T]` int32;
         rows of padding (-1) see nothing and return zeros.
     Returns:
       `[B, T, H * D]` in the dtype of `query`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    # Only the programs of `engine` have rows as an axis of their own.
-    parts = mesh.shape[MODEL_AXIS] if DATA_AXIS in mesh.manual_axes else 1
-    if parts == 1:
-        return _attend(query, keys, values, positions)
-    heads, size = query.shape[2:]
-    kv_heads = keys.shape[2] // size
-    cut, whole = PartitionSpec(None, None, MODEL_AXIS), PartitionSpec()
-    if heads % parts:
-        # No device could have whole heads of its own: all of them do the same.
-        function, queries, entries = _attend, whole, whole
-    elif kv_heads % parts:
-        # All key/value heads lie on every device, which uses those of its queries.
-        function = functools.partial(_attend_some, group=heads // kv_heads)
-        queries, entries = cut, whole
-    else:
-        function, queries, entries = _attend, cut, cut
-    return jax.shard_map(
-        function,
-        in_specs=(queries, entries, entries, whole),
-        out_specs=queries,
-        axis_names={MODEL_AXIS},
-        check_vma=False,
-    )(query, keys, values, positions)
+    return _attention.get()(query, keys, values, positions)
 
 
-def _attend_some(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    *,
-    group: int,
-) -> jax.Array:
-    """Attend with this device's part of the query heads, over all key/value heads.
+@contextlib.contextmanager
+def attention(function: Attention) -> Iterator[None]:
+    """Have `attend` be another function while a program is traced.
 
-    The heads that are needed are picked out of the cache, which is read once more.
+    For programs whose heads are spread over devices, which a policy need not know.
     """
-    batch, length, _ = keys.shape
-    heads, size = query.shape[2:]
-    # Where groups and parts are not aligned, every query head gets a copy of its own.
-    is_aligned = heads % group == 0 or group % heads == 0
-    count = max(heads // group, 1) if is_aligned else heads
-    first = lax.axis_index(MODEL_AXIS) * heads
-    own = (first + jnp.arange(count, dtype=jnp.int32) * (heads // count)) // group
-
-    def pick(entries: jax.Array) -> jax.Array:
-        split = entries.reshape(batch, length, -1, size)
-        return jnp.take(split, own, axis=2).reshape(batch, length, count * size)
-
-    return _attend(query, pick(keys), pick(values), positions)
+    token = _attention.set(function)
+    try:
+        yield
+    finally:
+        _attention.reset(token)
 
 
-def _attend(
+def attend_whole(
     query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
 ) -> jax.Array:
+    """Attend with all heads in one place; see `attend`."""
     batch, num_queries, heads, size = query.shape
     length, kv_heads = keys.shape[1], keys.shape[2] // size
     group = heads // kv_heads
@@ -250,6 +212,12 @@ def _is_sound(keys: jax.Array, values: jax.Array) -> jax.Array:
 def _sees_bad(visible: jax.Array, is_sound: jax.Array) -> jax.Array:
     """Whether queries see (`[B, T, S]`) an entry that is not finite, `[B, T, 1]`."""
     return jnp.any(visible & ~is_sound[:, None], axis=-1, keepdims=True)
+
+
+Attention: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+_attention: contextvars.ContextVar[Attention] = contextvars.ContextVar(
+    "attention", default=attend_whole
+)
 
 
 def _with_nan(out: jax.Array, sees_bad: jax.Array) -> jax.Array:

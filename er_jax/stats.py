@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from er_jax.figures import new_figure
+from er_jax.types import Program
 
 PHASES = (
     "check",
@@ -35,7 +36,7 @@ class Moment(NamedTuple):
     duration_s: seconds on the device, compilation not counted.
     live: live rows at its start. num_live_after: and at its end.
     rows, cache_length, gamma: the program. num_rounds: rounds it ran.
-    joint: whether all groups of devices ran it as one; see `Program`.
+    shared_rows: whether all devices shared the rows; see `Program`.
     """
 
     second: float
@@ -46,7 +47,7 @@ class Moment(NamedTuple):
     cache_length: int
     gamma: int
     num_rounds: int
-    joint: bool = False
+    shared_rows: bool = False
 
 
 @dataclasses.dataclass
@@ -65,6 +66,8 @@ class RolloutStats:
       thread's call was compiling what this one needed, the wait is in the seconds.
     num_prefilled: distinct prompts run through the prefill.
     num_cloned: completions started from entries that were still in the batch.
+    switch: why drafts ran or did not; see `control.explain`. Empty for controllers of
+      another kind.
     replica_s: where replicas sampled side by side (`rollout_replicas`), the wall
       seconds of each, of all processes; else empty.
     """
@@ -79,6 +82,7 @@ class RolloutStats:
     compiled: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     num_prefilled: int = 0
     num_cloned: int = 0
+    switch: str = ""
     replica_s: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -93,6 +97,14 @@ class RolloutStats:
     def total_s(self) -> float:
         """Wall seconds of the call."""
         return sum(self.seconds.values())
+
+    @property
+    def programs(self) -> list[Program]:
+        """The program of every window, in order."""
+        return [
+            Program(m.rows, m.cache_length, m.gamma, m.shared_rows)
+            for m in self.timeline
+        ]
 
     @property
     def num_tokens(self) -> int:
@@ -127,10 +139,15 @@ class RolloutStats:
     def merged(cls, parts: Sequence[RolloutStats]) -> RolloutStats:
         """Return what replicas did side by side, here: counts of all of them.
 
-        Seconds by phase and the timeline are those of the one that took longest.
+        Seconds by phase, the timeline and what is said of the switch are those of the
+        one that took longest.
         """
         last = max(parts, key=lambda part: part.total_s)
-        whole = cls(seconds=dict(last.seconds), timeline=list(last.timeline))
+        whole = cls(
+            seconds=dict(last.seconds),
+            timeline=list(last.timeline),
+            switch=last.switch,
+        )
         for part in parts:
             for gamma, histogram in part.accepted.items():
                 known = whole.accepted.get(gamma, np.zeros(gamma + 1, np.int64))
@@ -177,12 +194,14 @@ class RolloutStats:
             if gamma:
                 line += f", {100 * self.keep_rate(gamma):.1f} % of drafts kept"
             lines.append(line)
-        joint = [moment for moment in self.timeline if moment.joint]
-        if joint:
+        if self.switch:
+            lines.append(self.switch)
+        shared = [moment for moment in self.timeline if moment.shared_rows]
+        if shared:
             lines.append(
-                f"all devices as one group: {len(joint)} of {len(self.timeline)} "
-                f"windows, from {joint[0].second:.2f} s on, "
-                f"{sum(moment.duration_s for moment in joint):.2f} s"
+                f"rows shared by all devices: {len(shared)} of {len(self.timeline)} "
+                f"windows, from {shared[0].second:.2f} s on, "
+                f"{sum(moment.duration_s for moment in shared):.2f} s"
             )
         lines.append(
             f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "

@@ -41,7 +41,6 @@ from er_jax.types import (
     Admission,
     DecodeState,
     Finish,
-    Moves,
     Params,
     Policy,
     Purpose,
@@ -155,39 +154,6 @@ def take(state: DecodeState, rows: jax.Array, cache_length: int) -> DecodeState:
         sequence_id=jnp.where(rows >= 0, taken.sequence_id, NONE),
         cache=kv_cache.resize(taken.cache, cache_length),
     )
-
-
-def exchange(
-    old: DecodeState, new: DecodeState, moves: Moves, axis: str
-) -> DecodeState:
-    """Copy rows of other groups of devices into a state; runs in all groups at once.
-
-    One row after the other, by a sum to which every other group adds zeros: few rows
-    change their group, and no more memory is needed than one takes.
-
-    Args:
-      old: this group's state before `take`. new: its state after it. moves: of all
-        groups. axis: of the mesh, over which the groups are spread.
-    """
-    here = lax.axis_index(axis)
-
-    def move(i: jax.Array, new: DecodeState) -> DecodeState:
-        is_from = moves.from_group[i] == here
-        is_to = moves.to_group[i] == here
-
-        def leaf(old: jax.Array, new: jax.Array) -> jax.Array:
-            row = lax.dynamic_slice_in_dim(old, moves.from_row[i], 1, axis=0)
-            sent = row.astype(jnp.int32) if row.dtype == jnp.bool_ else row
-            sent = lax.psum(jnp.where(is_from, sent, jnp.zeros_like(sent)), axis)
-            if new.ndim > 1:
-                sent = kv_cache.resize(sent, new.shape[1])
-            kept = lax.dynamic_slice_in_dim(new, moves.to_row[i], 1, axis=0)
-            row = jnp.where(is_to, sent.astype(row.dtype), kept)
-            return lax.dynamic_update_slice_in_dim(new, row, moves.to_row[i], axis=0)
-
-        return jax.tree.map(leaf, old, new)
-
-    return lax.fori_loop(0, moves.count, move, new)
 
 
 def decode_round(

@@ -24,9 +24,6 @@ from flax import struct
 
 NONE = -1
 
-# Axes of a rollout's mesh: rows, and heads and features (`sharding` has the rules).
-DATA_AXIS, MODEL_AXIS = "data", "model"
-
 Params = Any
 """A pytree of policy (or draft) parameters."""
 
@@ -217,9 +214,10 @@ class WindowInfo:
 class Admission:
     """Sequences to start, and where their prompts' cache entries come from.
 
-    On a mesh every group of devices with rows of its own has its part of every array,
-    one after the other, and all numbers of rows and prompts count within the group;
-    only `num_chunks` and `num_clones` are the same for all (the most that any needs).
+    Where the batch has several parts with rows of their own, each has its part of every
+    array, one after the other, and all numbers of rows and prompts count within the
+    part; only `num_chunks` and `num_clones` are the same for all (the most that any
+    needs).
 
     Prompts to prefill are laid out in chunks of C that are run one at a time, so that
     any number of them is one program. Entries of `slot`, and what goes with it, are in
@@ -251,35 +249,20 @@ class Admission:
     clone_length: Array
 
 
-@struct.dataclass
-class Moves:
-    """Rows that change their group of devices when a state is given another size.
-
-    count: int32 `[]`, moves to make; the rest of the arrays is padding.
-    from_group, from_row: int32 `[M]`, where each row lies, counted within its group.
-    to_group, to_row: int32 `[M]`, where it is to lie in the new state.
-    """
-
-    count: Array
-    from_group: Array
-    from_row: Array
-    to_group: Array
-    to_row: Array
-
-
 class Program(NamedTuple):
-    """The name of a compiled window: rows, cache length in tokens, gamma, joint.
+    """The name of a compiled window.
 
-    joint: whether all groups of devices of a mesh run the same rows as one group, every
-      device with a smaller part of the weights; else each group has rows of its own.
+    rows: of the batch. cache_length: in tokens. gamma: drafts per round.
+    shared_rows: on a mesh, whether all devices share the rows, each with a smaller part
+      of the weights; else every data shard has rows of its own.
     """
 
     rows: int
     cache_length: int
     gamma: int
-    joint: bool = False
+    shared_rows: bool = False
 
     @property
     def shape(self) -> tuple[int, int, bool]:
-        """Rows, cache length and joint: what a state must be like, for any gamma."""
-        return self.rows, self.cache_length, self.joint
+        """Rows, cache length, shared rows: what a state must be like, for any gamma."""
+        return self.rows, self.cache_length, self.shared_rows

@@ -59,8 +59,8 @@ def main(
     time.perf_counter = lambda: start + (true_clock() - start) * (1 + 7 * rank)
 
     import er_jax
-    from er_jax import engine
-    from er_jax.rollout import checked_prompts
+    from er_jax.checks import checked_prompts
+    from er_jax.engine import engine
     from tests import test_mesh
 
     sizes = [int(size) for size in shape.split("x")]

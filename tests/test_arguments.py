@@ -15,7 +15,7 @@ from er_jax.arguments import (
     check_number,
     check_whole,
 )
-from er_jax.calibrate import survey
+from er_jax.tools.survey import survey
 from er_jax.types import Program
 
 

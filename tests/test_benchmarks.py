@@ -36,7 +36,7 @@ from benchmarks.lib.controllers import Oracle, Plan
 from benchmarks.lib.schedules import POLICIES
 from er_jax import Controller, DrafterConfig
 from er_jax.acceptance import AcceptRule
-from er_jax.control import DEFAULT_GAMMAS
+from er_jax.config import DEFAULT_GAMMAS
 from er_jax.types import Program
 
 

@@ -33,9 +33,9 @@ from benchmarks.lib.simulated import SimulatedEngine, simulate
 from benchmarks.lib.tasks import Task, planned_task
 from er_jax import Decoder, DecoderConfig, DrafterConfig, RolloutConfig
 from er_jax.acceptance import expected_tokens
-from er_jax.costs import LatencyTable
-from er_jax.pass_costs import PassCosts, Reading
-from er_jax.scheduler import Request
+from er_jax.costs.passes import PassCosts, Reading
+from er_jax.costs.table import LatencyTable
+from er_jax.request import Request
 from er_jax.types import Program
 
 SMALL = Decoder(
@@ -383,7 +383,7 @@ def simulated(
     )
     controller = er_jax.Controller(control, (0, 4, 8), patience=0)
     controller.table.passes = table.passes
-    for estimate in (controller.acceptance, controller._drafters[()]):
+    for estimate in (controller.acceptance, controller._rollouts.kept[()]):
         estimate.tested[:] = 2000
         estimate.kept[:] = 2000 * believed
     _, stats = simulate(engine, request, controller)

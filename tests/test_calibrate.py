@@ -19,12 +19,14 @@ import jax
 import pytest
 
 import er_jax
-from er_jax import calibrate, cli
 from er_jax.acceptance import expected_tokens
-from er_jax.calibrate import CACHE_VARIABLE, Survey, plot_speed_up, speed_up, survey
-from er_jax.costs import LatencyTable
-from er_jax.engine import Engine
-from er_jax.pass_costs import Cell
+from er_jax.costs import store, timing
+from er_jax.costs.passes import Cell
+from er_jax.costs.store import CACHE_VARIABLE
+from er_jax.costs.table import LatencyTable
+from er_jax.engine.engine import Engine
+from er_jax.tools import cli
+from er_jax.tools.survey import Survey, plot_speed_up, speed_up, survey
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE
 
@@ -203,7 +205,7 @@ def kept_by(
 
 def kept_path(policy: er_jax.Decoder = POLICY, bits: int = 8) -> Path:
     """Return where the costs of such a policy are kept."""
-    path = calibrate.cache_path(calibrate.conditions(*kept_by(policy, bits)))
+    path = store.cache_path(store.conditions(*kept_by(policy, bits)))
     assert path is not None
     return path
 
@@ -247,7 +249,7 @@ def test_what_rollouts_learn_is_kept_for_the_next_process(
     def measure_round(*_: Any, **__: Any) -> float:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(calibrate, "measure_round", measure_round)
+    monkeypatch.setattr(timing, "measure_round", measure_round)
     second = new_controller()
     again = sample(second)
     assert again.completion_ids.tolist() == out.completion_ids.tolist()
@@ -350,7 +352,7 @@ def test_damaged_costs_are_refused_by_name_and_replaced(
     engine, pair = kept_by()
     path, table = kept_path(), LatencyTable()
     table.observe(Program(1, 64, 0), 1e-2, 10)
-    table.save(path, calibrate.conditions(engine, pair))
+    table.save(path, store.conditions(engine, pair))
     change = damages()[damage]
     if isinstance(change, dict):
         record = json.loads(path.read_text())
@@ -361,12 +363,12 @@ def test_damaged_costs_are_refused_by_name_and_replaced(
     else:
         path.write_text(change(path.read_text()), errors="surrogateescape")
     with pytest.warns(RuntimeWarning, match="kept costs are not used: ") as caught:
-        assert calibrate._kept(engine, pair) is None
+        assert store.load_costs(engine, pair) is None
     assert str(path) in str(caught[0].message) and len(str(caught[0].message)) < 500
     controller = new_controller()
     controller.table.observe(Program(1, 64, 0), 2e-2, 10)
-    calibrate.remember(engine, pair, controller)
-    found = calibrate._kept(engine, pair)
+    store.save_costs(engine, pair, controller.table)
+    found = store.load_costs(engine, pair)
     assert found is not None and found.seconds == controller.table.seconds
 
 
@@ -389,11 +391,11 @@ def test_a_place_that_is_no_file_is_not_waited_for(cache: Path) -> None:
     """Reading a FIFO would wait for a writer without end."""
     engine, pair = kept_by()
     os.mkfifo(kept_path())
-    assert calibrate._kept(engine, pair) is None
+    assert store.load_costs(engine, pair) is None
     controller = new_controller()
     controller.table.observe(Program(1, 64, 0), 2e-2, 10)
-    calibrate.remember(engine, pair, controller)
-    assert calibrate._kept(engine, pair) is not None
+    store.save_costs(engine, pair, controller.table)
+    assert store.load_costs(engine, pair) is not None
 
 
 def test_the_version_is_known_where_nothing_is_installed(
@@ -409,7 +411,7 @@ def test_the_version_is_known_where_nothing_is_installed(
 
     engine, pair = kept_by()
     monkeypatch.setattr(importlib.metadata.Distribution, "from_name", from_name)
-    assert calibrate.conditions(engine, pair)["er_jax"] == er_jax.__version__
+    assert store.conditions(engine, pair)["er_jax"] == er_jax.__version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,16 +427,16 @@ class Addressed(er_jax.Decoder):
 def test_costs_are_found_again_by_policies_of_another_process(cache: Path) -> None:
     engine, pair = kept_by(Addressed(SIZES, marks=(object(), lambda: None)))
     table = LatencyTable({Program(1, 64, 0): 1e-3})
-    path = calibrate.cache_path(calibrate.conditions(engine, pair))
+    path = store.cache_path(store.conditions(engine, pair))
     assert path is not None
-    table.save(path, calibrate.conditions(engine, pair))
+    table.save(path, store.conditions(engine, pair))
     again, pair = kept_by(Addressed(SIZES, marks=(object(), lambda: None)))
     assert repr(again.policy) != repr(engine.policy)
-    found = calibrate._kept(again, pair)
+    found = store.load_costs(again, pair)
     assert found is not None and found.seconds == table.seconds
     # Another one's are not.
     other, pair = kept_by(Addressed(SIZES, marks=(1,)))
-    assert calibrate._kept(other, pair) is None
+    assert store.load_costs(other, pair) is None
 
 
 def test_caches_of_another_kind_are_told_apart(cache: Path) -> None:
@@ -451,8 +453,8 @@ def test_caches_of_another_kind_are_told_apart(cache: Path) -> None:
     paths = set()
     for wide in (False, True):
         engine, pair = kept_by(Silent(SIZES, wide=wide))
-        about = calibrate.conditions(engine, pair)
-        paths.add(calibrate.cache_path(about))
+        about = store.conditions(engine, pair)
+        paths.add(store.cache_path(about))
         assert "Silent" in about["policy"] and " 0x" not in about["policy"]
     assert len(paths) == 2
 
@@ -461,14 +463,14 @@ def test_a_long_text_is_cut_and_not_confused() -> None:
     one, other = (
         kept_by(Addressed(SIZES, marks=("a" * 100_000, mark))) for mark in (1, 2)
     )
-    texts = [calibrate.conditions(*each)["policy"] for each in (one, other)]
+    texts = [store.conditions(*each)["policy"] for each in (one, other)]
     assert max(map(len, texts)) < 1100 and texts[0] != texts[1]
 
 
 def test_files_are_bounded_and_those_of_others_left_alone(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "MAX_FILES", 3)
+    monkeypatch.setattr(store, "MAX_FILES", 3)
     others = ["notes.txt", "costs.json", "costs-mine.json", "costs-0123.json.part"]
     for name in others:
         (cache / name).write_text("mine")
@@ -485,13 +487,13 @@ def test_files_are_bounded_and_those_of_others_left_alone(
     engine, pair = kept_by()
     controller = new_controller()
     controller.table.observe(Program(1, 64, 0), 2e-2, 10)
-    calibrate.remember(engine, pair, controller)
+    store.save_costs(engine, pair, controller.table)
     found = {path.name for path in cache.iterdir()}
     kept = {kept_path().name, ours[0].name, ours[1].name, under_way.name}
     assert found == {*others, *kept}
     # What is read was used: the next ones drop another.
     os.utime(kept_path(), (0, 0))
-    assert calibrate._kept(engine, pair) is not None
+    assert store.load_costs(engine, pair) is not None
     assert kept_path().stat().st_mtime > time.time() - 60
 
 
@@ -519,17 +521,17 @@ def test_costs_are_kept_where_the_user_keeps_such_things(
 ) -> None:
     about = {"device": "A", "jax": "1", "er_jax": "2", "policy": "p"}
     monkeypatch.setenv(CACHE_VARIABLE, "")
-    assert calibrate.cache_path(about) is None
+    assert store.cache_path(about) is None
     monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = calibrate.cache_path(about)
+    path = store.cache_path(about)
     assert path is not None and path.parent == tmp_path / "er_jax"
     # Other versions meet the same file, which says so; other policies do not.
-    assert calibrate.cache_path({**about, "jax": "3"}) == path
-    assert calibrate.cache_path({**about, "policy": "q"}) != path
+    assert store.cache_path({**about, "jax": "3"}) == path
+    assert store.cache_path({**about, "policy": "q"}) != path
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    path = calibrate.cache_path(about)
+    path = store.cache_path(about)
     assert path is not None and path.parent == tmp_path / ".cache" / "er_jax"
 
 
@@ -551,7 +553,8 @@ def test_a_first_rollout_is_not_held_up_for_long(
         started.clear()
         controller = new_controller()
         pair_of = Program(1, 64, 0), Program(1, 64, 2)
-        calibrate.look(engine, pair, controller, pair_of, budget_s=budget_s)
+        found = timing.measure_rounds(engine, pair, pair_of, budget_s=budget_s)
+        controller.observe_first_look(*found)
         # The first window of each only says how long to read.
         assert started == [0] * (1 + readings) + [2] * (1 + readings)
         assert controller.table.seconds.keys() == {Program(1, 64, 0), Program(1, 64, 2)}

@@ -1,5 +1,6 @@
 """Checkpoints: exact, atomic, complete, and refused when they do not fit."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,7 +17,6 @@ import pytest
 
 import er_jax
 from configs import tiny
-from train import grpo
 from train.checkpoints import (
     DIRECTORY,
     Checkpoints,
@@ -107,10 +107,10 @@ def test_load_policy_where_there_is_none(tmp_path):
 
 def test_another_config_is_refused():
     saved = to_json(tiny.CONFIG)
-    changed = to_json(grpo.dataclasses.replace(tiny.CONFIG, seed=5, control="ar"))
+    changed = to_json(dataclasses.replace(tiny.CONFIG, seed=5, control="ar"))
     with pytest.raises(ValueError, match="control: 'fixed:2' -> 'ar'; seed: 0 -> 5"):
         check_same_config(saved, changed)
-    check_same_config(saved, to_json(grpo.dataclasses.replace(tiny.CONFIG, steps=9)))
+    check_same_config(saved, to_json(dataclasses.replace(tiny.CONFIG, steps=9)))
 
 
 SAVE_FOR_EVER = """

@@ -22,10 +22,11 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import cli
-from er_jax.costs import LatencyTable
-from er_jax.pass_costs import PassCosts, Reading, save_record
-from er_jax.plan import PRESETS
+from er_jax.costs.passes import PassCosts, Reading
+from er_jax.costs.record import save_record
+from er_jax.costs.table import LatencyTable
+from er_jax.tools import cli
+from er_jax.tools.presets import PRESETS
 from tests.conftest import CompileCount
 from tests.test_pass_costs import ROOFLINE, passes
 from tests.test_sweep import rows_of, write
@@ -533,7 +534,7 @@ def test_what_had_finished_is_told_when_a_rollout_ends_early(
         raise er_jax.RolloutError("disk full", done)
 
     monkeypatch.setattr(cli, "load_tokenizer", lambda _: Tokenizer())
-    monkeypatch.setattr(cli.hf, "load_hf", lambda *_, **__: (None, None))
+    monkeypatch.setattr(cli.hf_weights, "load_hf", lambda *_, **__: (None, None))
     monkeypatch.setattr(cli, "rollout", rollout)
     out = tmp_path / "out.jsonl"
     with pytest.raises(failure):

@@ -11,16 +11,12 @@ import numpy as np
 import pytest
 
 from er_jax import Controller
-from er_jax.control import (
-    HYSTERESIS,
-    MAX_SETTINGS,
-    PRIOR_KEEP,
-    PROBE_SHARE,
-    AcceptanceEstimate,
-    PaperRule,
-    parse_control,
-)
-from er_jax.costs import row_buckets
+from er_jax.config import parse_control
+from er_jax.control.estimate import PRIOR_KEEP, AcceptanceEstimate
+from er_jax.control.paper import PaperRule
+from er_jax.control.probes import HYSTERESIS, PROBE_SHARE
+from er_jax.control.rollouts import MAX_SETTINGS
+from er_jax.request import row_buckets
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE, passes
 
@@ -323,14 +319,14 @@ def test_seconds_are_lost_once() -> None:
             assert controller.choose(options, AR, compile_s=price) == AR
             controller.observe(AR, 46, NO_DRAFTS, 1.012)
     # Two rows were missed for 6 half seconds, one row for 3 times 0.55.
-    assert controller._lost_s[two] == pytest.approx(6 * 1.012 / 2, rel=0.1)
-    before = controller._lost_s[one]
+    assert controller._accounts.lost_s[two] == pytest.approx(6 * 1.012 / 2, rel=0.1)
+    before = controller._accounts.lost_s[one]
     controller.patience = 0.75
     assert controller.choose([one, two, AR], AR, compile_s=price) == two
     # What is left of it is what one row gains beside two, a tenth.
     share = (0.011 - 0.010) / (0.022 - 0.010)
-    assert controller._lost_s[one] == pytest.approx(share * before, rel=0.1)
-    assert two not in controller._lost_s
+    assert controller._accounts.lost_s[one] == pytest.approx(share * before, rel=0.1)
+    assert two not in controller._accounts.lost_s
 
 
 def test_a_smaller_batch_takes_off_only_what_it_could_have_run() -> None:
@@ -341,12 +337,12 @@ def test_a_smaller_batch_takes_off_only_what_it_could_have_run() -> None:
         for _ in range(windows):
             assert controller.choose(options, AR, compile_s=price) == AR
             controller.observe(AR, 46, NO_DRAFTS, 1.012)
-    lost_s = dict(controller._lost_s)
+    lost_s = dict(controller._accounts.lost_s)
     assert lost_s[two] < 4.2
     assert lost_s[one] > 4.2
     price = compiled_are([AR], cost=4.2)
     assert controller.choose([one, two, AR], AR, compile_s=price) == one
-    assert controller._lost_s[two] == max(lost_s[two] - lost_s[one], 0)
+    assert controller._accounts.lost_s[two] == max(lost_s[two] - lost_s[one], 0)
 
 
 # The first look.
@@ -684,7 +680,7 @@ def probing(share: float, num_windows: int) -> tuple[float, float]:
     """
     controller = made({AR: 0.010, SPEC: 0.030})
     controller.start_rollout()
-    for estimate in (controller.acceptance, controller._drafters[()]):
+    for estimate in (controller.acceptance, controller._rollouts.kept[()]):
         estimate.tested[:] = 1000
         estimate.kept[:] = 0
     spent = {AR: 0.0, SPEC: 0.0}
@@ -866,9 +862,9 @@ DAMAGES: list[tuple[str, object, str]] = [
     ("rounds", [[4, 128, 0, False, -1]], "rounds"),
     ("rounds", [[4, 128, 0, False, 1.5]], "rounds"),
     ("rounds", [[0, 128, 0, False, 1]], "rounds"),
-    ("pace", math.inf, "pace"),
-    ("pace", 0, "pace"),
-    ("pace", [1.0], "pace"),
+    ("slowdown", math.inf, "slowdown"),
+    ("slowdown", 0, "slowdown"),
+    ("slowdown", [1.0], "slowdown"),
     ("lost_s", [[4, 128, 0, False, -1.0]], "lost_s"),
     ("lost_s", 3, "lost_s"),
     ("setting", [math.nan], "setting"),
@@ -948,10 +944,10 @@ def test_the_rule_takes_only_what_it_knows(
     assert controller._rule is not None
     before = dict(vars(controller._rule))
     state = controller.state_dict()
-    state["pace"], state["rule"] = 2.0, state["rule"] | change
+    state["slowdown"], state["rule"] = 2.0, state["rule"] | change
     with pytest.raises(ValueError, match=said):
         controller.load_state_dict(state)
-    assert vars(controller._rule) == before and controller.table.pace == 1.0
+    assert vars(controller._rule) == before and controller.table.slowdown == 1.0
     bads: list[object] = [None, [], {"gamma": 5}]
     for bad in bads:
         with pytest.raises(ValueError, match="rule "):

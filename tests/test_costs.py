@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from er_jax.costs import LatencyTable, bucket_of, row_buckets
-from er_jax.pass_costs import PassCosts, Reading, Roofline, save_record
+from er_jax.costs.passes import PassCosts, Reading
+from er_jax.costs.record import save_record
+from er_jax.costs.roofline import Roofline
+from er_jax.costs.table import LatencyTable
+from er_jax.request import bucket_of, row_buckets
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE
 
@@ -161,12 +164,12 @@ def test_a_program_that_is_little_known_says_nothing_of_the_machine() -> None:
     table = known({SPECULATIVE: 3e-2})
     table.observe(AR, 5 * 1e-2, 5)
     table.observe(AR, 5 * 4e-2, 5)
-    assert table.pace == 1.0
+    assert table.slowdown == 1.0
     assert table.round_seconds(SPECULATIVE) == 3e-2
 
 
 def test_a_program_that_alone_became_slow_is_told_from_the_others() -> None:
-    """Two programs by turns: what is not the pace is the program's own in the end."""
+    """Two programs by turns: what is no slowdown is the program's own in the end."""
     table = known({AR: 1e-2, SPECULATIVE: 3e-2})
     for _ in range(40):
         table.observe(AR, 25 * 2e-2, 25)
@@ -350,26 +353,26 @@ def test_what_was_kept_is_believed_less_than_what_ran(tmp_path: Path) -> None:
 def test_news_are_a_program_or_twice_the_rounds(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
     table = LatencyTable()
-    assert not table.is_news
+    assert not table.is_dirty
     table.observe(AR, 1.0, 10)
-    assert table.is_news
+    assert table.is_dirty
     for kept in (table, None):
         table.save(path, ABOUT)
         table = kept or LatencyTable.load(path)
-        assert not table.is_news
+        assert not table.is_dirty
     rounds = sum(table.rounds.values())
     table.observe(AR, 1.0, rounds)
-    assert not table.is_news
+    assert not table.is_dirty
     table.observe(AR, 1.0, 1)
-    assert table.is_news
+    assert table.is_dirty
     table.save(path, ABOUT)
     table.observe(SPECULATIVE, 1.0, 1)
-    assert table.is_news
+    assert table.is_dirty
 
 
-def test_joint_programs_are_priced_beside_the_same_apart() -> None:
+def test_shared_programs_are_priced_beside_the_same_apart() -> None:
     table = known({(8, 128, 0): 1.0, (8, 128, 4): 3.0})
-    step, drafting = (Program(8, 128, gamma, joint=True) for gamma in (0, 4))
+    step, drafting = (Program(8, 128, gamma, shared_rows=True) for gamma in (0, 4))
     # A guess, until one ran: half.
     assert table.round_seconds(step) == pytest.approx(0.5)
     assert table.round_seconds(drafting) == pytest.approx(1.5)
@@ -382,8 +385,8 @@ def test_joint_programs_are_priced_beside_the_same_apart() -> None:
     assert LatencyTable().round_seconds(step) is None
 
 
-def test_joint_programs_come_back_from_a_file(tmp_path: Path) -> None:
-    table = known({AR: 1.0, AR._replace(joint=True): 2.0})
+def test_shared_programs_come_back_from_a_file(tmp_path: Path) -> None:
+    table = known({AR: 1.0, AR._replace(shared_rows=True): 2.0})
     table.save(tmp_path / "table.json", {"device": "x"})
     assert LatencyTable.load(tmp_path / "table.json").seconds == table.seconds
 

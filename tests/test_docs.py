@@ -23,7 +23,11 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import calibrate, cli, control, costs, drafter, plan, scheduler
+from er_jax import config, drafter
+from er_jax.control import accounts, controller, estimate, paper, probes, rollouts
+from er_jax.costs import store, table, timing
+from er_jax.scheduler import batch
+from er_jax.tools import cli, plan
 from er_jax.types import Program
 from tests.test_layout import ORDER, OWN
 
@@ -300,7 +304,9 @@ def test_the_page_lists_what_a_step_of_training_records() -> None:
     listed = named_in_table(lines)
     recorded = [
         {key.value for key in node.keys if isinstance(key, ast.Constant)}
-        for node in ast.walk(ast.parse((ROOT / "train" / "grpo.py").read_text("utf-8")))
+        for node in ast.walk(
+            ast.parse((ROOT / "train" / "trainer.py").read_text("utf-8"))
+        )
         if isinstance(node, ast.Dict)
         and any(isinstance(v, ast.Constant) and v.value == "step" for v in node.values)
     ]
@@ -322,7 +328,7 @@ class Plain:
     broken_drafter = None
 
     def __init__(self) -> None:
-        self.table = costs.LatencyTable()
+        self.table = table.LatencyTable()
         self.measuring = contextlib.nullcontext()
         self.settings: list[tuple[float, ...]] = []
         self.num_emitted = 0
@@ -384,34 +390,34 @@ def test_an_object_with_what_is_asked_is_a_controller() -> None:
 # Page, words of it (spaces may be line ends) and the number that they stand for.
 NUMBERS: list[tuple[str, str, float, float]] = [
     ("plan.md", "6 % of a device are kept free", 0.06, plan.RESERVED_SHARE),
-    ("design.md", "Until a program has run 50 positions", 50, costs.TRUSTED_POSITIONS),
-    ("design.md", "up to a fifth lower", 1 / 5, costs.DOUBT),
-    ("design.md", "moves by three hundredths", 0.03, costs.STALE),
+    ("design.md", "Until a program has run 50 positions", 50, table.TRUSTED_POSITIONS),
+    ("design.md", "up to a fifth lower", 1 / 5, table.DOUBT),
+    ("design.md", "moves by three hundredths", 0.03, table.STALE),
     ("design.md", "half a million entries or more", 2**19, drafter.CODES_FIRST_SIZE),
-    ("design.md", "ladder 5, 7, 9, 11", 11, control.PAPER_LADDER[-1]),
-    ("design.md", ">= 1.05, one way", 1.05, control.PAPER_SPEED_UP),
+    ("design.md", "ladder 5, 7, 9, 11", 11, config.PAPER_LADDER[-1]),
+    ("design.md", ">= 1.05, one way", 1.05, paper.PAPER_SPEED_UP),
     ("system-aware.md", "another gamma at the same shape costs nothing and must "
-     "promise half a per cent", 0.005, control.GAMMA_HYSTERESIS),
-    ("system-aware.md", "must promise 3 %", 0.03, control.HYSTERESIS),
+     "promise half a per cent", 0.005, controller.GAMMA_HYSTERESIS),
+    ("system-aware.md", "must promise 3 %", 0.03, probes.HYSTERESIS),
     ("system-aware.md", "the 128 files that were used last", 128,
-     calibrate.MAX_FILES),
-    ("system-aware.md", "in at most 20 seconds", 20, calibrate.FIRST_BUDGET_S),
+     store.MAX_FILES),
+    ("system-aware.md", "in at most 20 seconds", 20, timing.FIRST_BUDGET_S),
     ("system-aware.md", "six times as long", 6,
-     1 / (1 - 1 / control.UNKNOWN_SPEED_UP)),
+     1 / (1 - 1 / accounts.UNKNOWN_SPEED_UP)),
     ("design.md", "drafts are taken to be 1.2 times as fast", 1.2,
-     control.UNKNOWN_SPEED_UP),
+     accounts.UNKNOWN_SPEED_UP),
     ("system-aware.md", "trusted half as much", 1 / 2,
-     costs.SAVED_POSITIONS / costs.TRUSTED_POSITIONS),
-    ("system-aware.md", "forgets in about a second of windows", 1, costs.MEMORY_S),
-    ("system-aware.md", "takes a quarter more or less", 1.25, costs.SURPRISE),
+     table.SAVED_POSITIONS / table.TRUSTED_POSITIONS),
+    ("system-aware.md", "forgets in about a second of windows", 1, table.MEMORY_S),
+    ("system-aware.md", "takes a quarter more or less", 1.25, table.DRIFT_RATIO),
     ("system-aware.md", "loses a fifth of its weight with every rollout", 4 / 5,
-     control.KEEP_PER_ROLLOUT),
-    ("system-aware.md", "(six standard deviations", 6, control.CHANGE_DEVIATIONS),
-    ("system-aware.md", "a drift of five points", 0.05, control.DRIFT),
+     estimate.KEEP_PER_ROLLOUT),
+    ("system-aware.md", "(six standard deviations", 6, estimate.CHANGE_DEVIATIONS),
+    ("system-aware.md", "a drift of five points", 0.05, estimate.DRIFT),
     ("system-aware.md", "less than half of the expected drafts", 1 / 2,
-     control.DEAD_SHARE),
-    ("system-aware.md", "one per cent of its time", 0.01, control.PROBE_SHARE),
-    ("system-aware.md", "after a quarter of a second", 0.25, scheduler.WINDOW_S),
+     rollouts.DEAD_SHARE),
+    ("system-aware.md", "one per cent of its time", 0.01, probes.PROBE_SHARE),
+    ("system-aware.md", "after a quarter of a second", 0.25, batch.WINDOW_S),
 ]  # fmt: skip
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import drafter, engine
+from er_jax import drafter
 from er_jax.drafter import DrafterConfig, PolicyParams, QuantizedWeight, TiedEmbedding
+from er_jax.engine import windows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -438,7 +439,7 @@ def test_refresh_reuses_the_old_buffers(bits: int) -> None:
 def test_refresh_allocates_nothing_for_the_draft() -> None:
     policy, config = small_decoder(), DrafterConfig()
     pair = er_jax.attach_draft(policy.init(jax.random.key(0)), config)
-    compiled = engine.run_refresh.lower(
+    compiled = windows.run_refresh.lower(
         pair.policy, pair.draft, config=config
     ).compile()
     memory = compiled.memory_analysis()

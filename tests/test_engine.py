@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import engine, steps
+from er_jax import devices, steps
 from er_jax.drafter import DrafterConfig, PolicyParams
-from er_jax.engine import Engine
+from er_jax.engine import kept, windows
+from er_jax.engine.engine import Engine
 from er_jax.types import NONE, DecodeState, Finish, Program, Sampling, WindowInfo
 
 POLICY = er_jax.Decoder(
@@ -200,7 +201,7 @@ def test_a_limit_at_the_end_of_the_cache_is_reached(
 def test_tests_may_be_rare(programs: Engine, params: PolicyParams) -> None:
     """Three rounds between exit tests: the same tokens, some idle rounds at the end."""
     limits = np.array([5, 9, 12, 2])
-    state, info, _ = engine.run_window(
+    state, info, _ = windows.run_window(
         POLICY,
         params,
         start(programs, limits),
@@ -216,7 +217,7 @@ def test_tests_may_be_rare(programs: Engine, params: PolicyParams) -> None:
     np.testing.assert_array_equal(state.tokens, usual.tokens)
     np.testing.assert_array_equal(info.accepted, [(limits - 1).sum()])
     # Whoever could outgrow the cache between two tests ends the window first.
-    _, info, _ = engine.run_window(
+    _, info, _ = windows.run_window(
         POLICY,
         params,
         start(programs, limits=2 * S),
@@ -322,28 +323,28 @@ def test_moves_are_programs_too(programs: Engine, params: PolicyParams) -> None:
 
 def test_engines_are_shared_by_policy_shapes_and_rule(params: PolicyParams) -> None:
     policy = params.policy
-    first = engine.engine_for(POLICY, policy, "coupled")
+    first = kept.engine_for(POLICY, policy, "coupled")
     same = er_jax.Decoder(dataclasses.replace(POLICY.config))
     other_values = POLICY.init(jax.random.key(5))
-    assert engine.engine_for(same, other_values, "coupled") is first
-    assert engine.engine_for(POLICY, policy, "block") is not first
+    assert kept.engine_for(same, other_values, "coupled") is first
+    assert kept.engine_for(POLICY, policy, "block") is not first
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
-    assert engine.engine_for(POLICY, half, "coupled") is not first
+    assert kept.engine_for(POLICY, half, "coupled") is not first
     wide = er_jax.Decoder(dataclasses.replace(POLICY.config, rope_theta=5.0))
-    assert engine.engine_for(wide, policy, "coupled") is not first
-    assert engine.engine_for(POLICY, policy, "coupled") is first
+    assert kept.engine_for(wide, policy, "coupled") is not first
+    assert kept.engine_for(POLICY, policy, "coupled") is first
 
 
 def test_engines_are_forgotten_oldest_first(
     params: PolicyParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_engines", type(engine._engines)())
-    monkeypatch.setattr(engine, "MAX_ENGINES", 2)
+    monkeypatch.setattr(kept, "_kept", type(kept._kept)())
+    monkeypatch.setattr(kept, "MAX_ENGINES", 2)
     shapes = params.policy
 
     def get(theta: float) -> Engine:
         config = dataclasses.replace(POLICY.config, rope_theta=theta)
-        return engine.engine_for(er_jax.Decoder(config), shapes, "coupled")
+        return kept.engine_for(er_jax.Decoder(config), shapes, "coupled")
 
     one, two = get(1.0), weakref.ref(get(2.0))
     assert get(1.0) is one  # used again: now the younger
@@ -370,7 +371,7 @@ def test_integer_leaves_are_not_asked_whether_they_are_finite() -> None:
 
 
 def test_memory_of_this_device() -> None:
-    limit = engine.device_memory_bytes()
+    limit = devices.device_memory_bytes()
     assert limit is not None
     assert 2**28 < limit < 2**50
 
@@ -383,15 +384,15 @@ def test_forgotten_programs_are_freed(params: PolicyParams) -> None:
         gc.collect()
         return len(client.live_executables())
 
-    engine.forget_engines()
+    kept.forget_engines()
     jax.clear_caches()  # Of other tests, which compiling would empty in between.
     before = num_programs()
-    programs = engine.engine_for(POLICY, params.policy, "coupled")
+    programs = kept.engine_for(POLICY, params.policy, "coupled")
     window(programs, params, start(programs), 0, max_rounds=1)
     window(programs, params, start(programs), 2, max_rounds=1)
     assert num_programs() >= before + 3
     del programs
-    engine.forget_engines()
+    kept.forget_engines()
     assert num_programs() <= before
 
 
@@ -419,8 +420,8 @@ def test_what_ended_can_be_fetched_while_the_next_window_runs(
     state, second = programs.start_window(
         params, state, SETTINGS, 0, exit_live=0, max_rounds=3
     )
-    np.testing.assert_array_equal(first.text[0], wanted[0])
-    np.testing.assert_array_equal(first.text[1], wanted[1])
+    np.testing.assert_array_equal(first.buffers[0], wanted[0])
+    np.testing.assert_array_equal(first.buffers[1], wanted[1])
     assert (second.wait()[0].length == 7).all()
     assert not np.array_equal(state.tokens, wanted[0])
 
@@ -441,3 +442,19 @@ def test_seconds_of_a_window_leave_out_what_the_host_did_meanwhile(
     pauses = [timed(0.2) for _ in range(10)]
     assert all(0 < seconds < 0.2 for seconds, _ in pauses)
     assert not all(is_measured for _, is_measured in pauses)
+
+
+def test_rows_are_fetched_by_their_number(
+    programs: Engine, params: PolicyParams
+) -> None:
+    state, window = programs.start_window(
+        params, start(programs), SETTINGS, 0, exit_live=0, max_rounds=3
+    )
+    window.wait()
+    wanted = np.array(state.tokens), np.array(state.logprobs)
+    found = programs.fetch_rows(window.buffers, np.array([2, 0]))
+    assert list(found) == [2, 0]
+    assert len({row.tobytes() for row in wanted[0]}) == len(wanted[0])
+    for row, parts in found.items():
+        for part, whole in zip(parts, wanted, strict=True):
+            np.testing.assert_array_equal(part, whole[row])

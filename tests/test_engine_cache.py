@@ -11,20 +11,20 @@ import pytest
 from jax.sharding import Mesh
 
 import er_jax
-from er_jax import engine
-from er_jax.engine import Engine
+from er_jax.engine import kept
+from er_jax.engine.engine import Engine
 from tests.test_programs import CompileCounter, small_policy
 
 
 @pytest.fixture(autouse=True)
 def room_for_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_ENGINES", 1)
-    engine.forget_engines()
+    monkeypatch.setattr(kept, "MAX_ENGINES", 1)
+    kept.forget_engines()
 
 
-def places(*names: str) -> list[tuple[Any, None]]:
-    """Parameters whose shapes are a place's name."""
-    return [(jax.ShapeDtypeStruct((len(name),), "float32"), None) for name in names]
+def engines(policy: er_jax.Policy, *names: str) -> list[Engine]:
+    """Engines of a call that needs one for each of these names."""
+    return kept.kept_engines({n: lambda: Engine(policy, "coupled") for n in names})
 
 
 def test_more_replicas_than_engines_are_kept_compile_once(
@@ -51,25 +51,25 @@ def test_more_replicas_than_engines_are_kept_compile_once(
 
 def test_what_a_call_needs_is_kept_together_and_dropped_together() -> None:
     policy = small_policy(302.0)
-    first = engine.engines_for(policy, "coupled", places("a", "bb", "ccc"))
+    first = engines(policy, "a", "bb", "ccc")
     assert len(set(first)) == 3
     # Asked for alone, as by a replica's own rollout, one still belongs to the others.
-    assert engine.engines_for(policy, "coupled", places("bb")) == first[1:2]
+    assert engines(policy, "bb") == first[1:2]
     gone = [weakref.ref(one) for one in first]
     del first
     assert all(ref() for ref in gone)
-    engine.engines_for(policy, "coupled", places("dddd"))
+    engines(policy, "dddd")
     assert not any(ref() for ref in gone)
 
 
 def test_another_partition_takes_over_what_both_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine, "MAX_ENGINES", 2)
+    monkeypatch.setattr(kept, "MAX_ENGINES", 2)
     policy = small_policy(302.0)
 
     def get(*names: str) -> list[weakref.ref[Engine]]:
-        found = engine.engines_for(policy, "coupled", places(*names))
+        found = engines(policy, *names)
         return [weakref.ref(one) for one in found]
 
     whole, half = get("a", "bb")
@@ -81,9 +81,9 @@ def test_another_partition_takes_over_what_both_need(
 
 def test_an_engine_in_use_is_found_again_and_not_made_twice() -> None:
     policy = small_policy(302.0)
-    (held,) = engine.engines_for(policy, "coupled", places("a"))
-    engine.engines_for(policy, "coupled", places("bb"))  # there is room for one
-    assert engine.engines_for(policy, "coupled", places("a")) == [held]
+    (held,) = engines(policy, "a")
+    engines(policy, "bb")  # there is room for one
+    assert engines(policy, "a") == [held]
     # Forgotten, it is nobody's but its holder's.
-    engine.forget_engines()
-    assert engine.engines_for(policy, "coupled", places("a")) != [held]
+    kept.forget_engines()
+    assert engines(policy, "a") != [held]

@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import Mesh
 
 import er_jax
-from er_jax import engine
+from er_jax import devices
 from er_jax.drafter import DrafterConfig, PolicyParams
 from tests.conftest import CompileCount
 
@@ -384,9 +384,9 @@ def test_memory_counts_parameters_draft_and_cache(
     draft = sum(leaf.nbytes for leaf in jax.tree.leaves(pair.draft))
     states = 1 * 64 * (2 * 8 * 4 + 8)
     for given, needed in ((pair, weights + draft + states), (params, weights + states)):
-        monkeypatch.setattr(engine, "device_memory_bytes", lambda n=needed: n - 1)
+        monkeypatch.setattr(devices, "device_memory_bytes", lambda n=needed: n - 1)
         refused(["max_slots=1", "the device has"], (policy, given))
-        monkeypatch.setattr(engine, "device_memory_bytes", lambda n=needed: n)
+        monkeypatch.setattr(devices, "device_memory_bytes", lambda n=needed: n)
         assert rollout(policy, given).lengths.tolist() == [4]
 
 
@@ -394,12 +394,12 @@ def test_a_prompt_that_cannot_fit(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row, four tokens to make: neither is what should be lowered."""
-    monkeypatch.setattr(engine, "device_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(devices, "device_memory_bytes", lambda: 10**6)
     refused(["max_slots=1", "131200 positions", "prompts"], prompts=[[1] * 100_000])
 
 
 def test_unknown_memory_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "device_memory_bytes", lambda: None)
+    monkeypatch.setattr(devices, "device_memory_bytes", lambda: None)
     assert rollout(*fresh()).lengths.tolist() == [4]
 
 

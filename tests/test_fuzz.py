@@ -22,8 +22,9 @@ import pytest
 from benchmarks import fuzz
 from benchmarks.lib import records, schedules
 from benchmarks.lib.reference import Expected, Found, Reference
-from er_jax import acceptance, engine, kv_cache, sampling, scheduler, steps
+from er_jax import acceptance, kv_cache, request, sampling, steps
 from er_jax.acceptance import ACCEPT_RULES
+from er_jax.engine.kept import forget_engines
 from tests.toy import Toy, settings, toy_params
 
 SEEDS = range(48)
@@ -33,10 +34,10 @@ SEEDS = range(48)
 def unoptimized() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    engine.forget_engines()
+    forget_engines()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-    engine.forget_engines()
+    forget_engines()
 
 
 def made_here(architecture: str | None = None) -> list[schedules.Schedule]:
@@ -189,12 +190,12 @@ def log_probability_of_the_best(patch: pytest.MonkeyPatch) -> None:
 
 def a_limit_too_far(patch: pytest.MonkeyPatch) -> None:
     """Prompts of one token end a token late, if a stop does not come first."""
-    real = scheduler.Request.limit
+    real = request.Request.limit
 
-    def limit(self: scheduler.Request, sequence: int) -> int:
+    def limit(self: request.Request, sequence: int) -> int:
         return real(self, sequence) - (len(self.prompts) > 1)
 
-    patch.setattr(scheduler.Request, "limit", limit)
+    patch.setattr(request.Request, "limit", limit)
 
 
 slow = pytest.mark.slow
@@ -219,7 +220,7 @@ def test_a_planted_fault_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In schedules that show no difference without it."""
-    engine.forget_engines()  # what they compiled is without the fault
+    forget_engines()  # what they compiled is without the fault
     plant(monkeypatch)
     try:
         found: list[str] = []
@@ -230,7 +231,7 @@ def test_a_planted_fault_is_found(
         print(f"seed {schedule.seed}: {found}")
         assert any(words in line for line in found)
     finally:
-        engine.forget_engines()
+        forget_engines()
 
 
 def test_a_difference_is_recorded(

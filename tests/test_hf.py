@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import hf
+from er_jax.io import hf_save, hf_weights
 from er_jax.types import NONE
 
 torch = pytest.importorskip("torch")
@@ -210,8 +210,8 @@ def test_shards_are_read_and_written(
     model = make("qwen3", tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    monkeypatch.setattr(hf, "SHARD_BYTES", 30_000)
-    monkeypatch.setattr(hf, "SLICE_BYTES", 1000)  # several slices a tensor
+    monkeypatch.setattr(hf_save, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(hf_weights, "SLICE_BYTES", 1000)  # several slices a tensor
     policy, params = er_jax.load_hf(tmp_path / "shards", progress=True)
     er_jax.save_hf(tmp_path / "again", policy, params)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
@@ -407,7 +407,7 @@ def test_a_save_that_fails_leaves_nothing(
         raise Stop
 
     name = "save_file" if file == "model.safetensors" else "_copy_companions"
-    monkeypatch.setattr(hf, name, failing)
+    monkeypatch.setattr(hf_weights, name, failing)
     with pytest.raises(Stop):
         er_jax.save_hf(tmp_path / "out", policy, params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

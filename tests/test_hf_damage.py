@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import er_jax
-from er_jax import hf, hf_config
+from er_jax.io import hf_config, hf_save, hf_weights
 
 # Configurations as they are published, each with fields that others lack.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -199,7 +199,7 @@ def parsed(path: Path, fields: dict[str, Any]) -> er_jax.DecoderConfig:
     """Write a configuration and read it."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(fields))
-    return hf.policy_of(path).config
+    return hf_weights.policy_of(path).config
 
 
 def without(fields: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def test_a_field_said_twice_is_refused(tmp_path: Path) -> None:
     text = json.dumps(PUBLISHED["qwen3"])[:-1] + ', "hidden_size": 2048}'
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="'hidden_size' is there twice"):
-        hf.policy_of(tmp_path)
+        hf_weights.policy_of(tmp_path)
 
 
 TEXTS: dict[str, bytes] = {
@@ -358,9 +358,9 @@ def checkpoint(
     saved: tuple[er_jax.Decoder, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A checkpoint in several files, of these."""
-    monkeypatch.setattr(hf, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(hf_save, "SHARD_BYTES", 1000)
     er_jax.save_hf(tmp_path / "model", *saved)
-    assert (tmp_path / "model" / hf.INDEX).exists()
+    assert (tmp_path / "model" / hf_weights.INDEX).exists()
     return tmp_path / "model"
 
 
@@ -381,7 +381,7 @@ def refused(directory: Path, *words: str) -> None:
         assert word in message
 
 
-@pytest.mark.parametrize("name", ["config.json", hf.INDEX])
+@pytest.mark.parametrize("name", ["config.json", hf_weights.INDEX])
 @pytest.mark.parametrize("damage", TEXTS)
 def test_damaged_json_is_refused(damage: str, name: str, checkpoint: Path) -> None:
     (checkpoint / name).write_bytes(TEXTS[damage])
@@ -408,11 +408,11 @@ def pipe(path: Path) -> Iterator[None]:
         os.close(end)
 
 
-@pytest.mark.parametrize("name", ["config.json", hf.INDEX, hf.WEIGHTS])
+@pytest.mark.parametrize("name", ["config.json", hf_weights.INDEX, hf_weights.WEIGHTS])
 def test_only_files_are_read(name: str, whole: Path) -> None:
     """Not pipes, on which a reader waits for ever, and not directories or devices."""
-    if name == hf.INDEX:
-        (whole / hf.WEIGHTS).unlink()
+    if name == hf_weights.INDEX:
+        (whole / hf_weights.WEIGHTS).unlink()
     with pipe(whole / name):
         refused(whole, str(whole / name), "is not a regular file")
     (whole / name).unlink()
@@ -425,15 +425,15 @@ def test_only_files_are_read(name: str, whole: Path) -> None:
 
 def index_with(checkpoint: Path, value: Any) -> None:
     """Let the index name another file for its first tensor."""
-    index = json.loads((checkpoint / hf.INDEX).read_text())
+    index = json.loads((checkpoint / hf_weights.INDEX).read_text())
     index["weight_map"][next(iter(index["weight_map"]))] = value
-    (checkpoint / hf.INDEX).write_text(json.dumps(index))
+    (checkpoint / hf_weights.INDEX).write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("kind", ["absolute", "above", "below", "backslash"])
 def test_an_index_names_files_beside_it_only(kind: str, checkpoint: Path) -> None:
     """Also where such a file is there and would be a good one."""
-    index = json.loads((checkpoint / hf.INDEX).read_text())
+    index = json.loads((checkpoint / hf_weights.INDEX).read_text())
     first = checkpoint / next(iter(index["weight_map"].values()))
     moved = {
         "absolute": first.parent.parent / first.name,
@@ -449,9 +449,11 @@ def test_an_index_names_files_beside_it_only(kind: str, checkpoint: Path) -> Non
         "below": f"below/{first.name}",
         "backslash": f"..\\{first.name}",
     }[kind]
-    text = (checkpoint / hf.INDEX).read_text()
-    (checkpoint / hf.INDEX).write_text(text.replace(first.name, json.dumps(name)[1:-1]))
-    refused(checkpoint, hf.INDEX, "weight_map", "a plain file name")
+    text = (checkpoint / hf_weights.INDEX).read_text()
+    (checkpoint / hf_weights.INDEX).write_text(
+        text.replace(first.name, json.dumps(name)[1:-1])
+    )
+    refused(checkpoint, hf_weights.INDEX, "weight_map", "a plain file name")
 
 
 @pytest.mark.parametrize(
@@ -459,15 +461,15 @@ def test_an_index_names_files_beside_it_only(kind: str, checkpoint: Path) -> Non
 )
 def test_an_index_names_files(value: Any, checkpoint: Path) -> None:
     index_with(checkpoint, value)
-    refused(checkpoint, hf.INDEX, "weight_map", "a plain file name")
+    refused(checkpoint, hf_weights.INDEX, "weight_map", "a plain file name")
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], ["a"], {}])
 def test_an_index_has_a_map(value: Any, checkpoint: Path) -> None:
-    (checkpoint / hf.INDEX).write_text(json.dumps({"weight_map": value}))
-    refused(checkpoint, hf.INDEX, "weight_map")
-    (checkpoint / hf.INDEX).write_text("{}")
-    refused(checkpoint, hf.INDEX, "weight_map")
+    (checkpoint / hf_weights.INDEX).write_text(json.dumps({"weight_map": value}))
+    refused(checkpoint, hf_weights.INDEX, "weight_map")
+    (checkpoint / hf_weights.INDEX).write_text("{}")
+    refused(checkpoint, hf_weights.INDEX, "weight_map")
 
 
 def test_a_shard_is_a_file(checkpoint: Path) -> None:
@@ -499,9 +501,9 @@ def test_one_file_is_read_before_an_index(whole: Path, checkpoint: Path) -> None
     for file in checkpoint.iterdir():
         if file.name != "config.json":
             file.rename(whole / file.name)
-    tensors = load_file(whole / hf.WEIGHTS)
+    tensors = load_file(whole / hf_weights.WEIGHTS)
     tensors["model.norm.weight"] = np.full(8, 3, np.float32)
-    save_file(tensors, whole / hf.WEIGHTS)
+    save_file(tensors, whole / hf_weights.WEIGHTS)
     _, params = er_jax.load_hf(whole)
     np.testing.assert_array_equal(params["final_norm"], np.full(8, 3, np.float32))
 
@@ -536,18 +538,18 @@ def test_damaged_tied_weights_are_refused(damage: str, whole: Path) -> None:
     fields = json.loads((whole / "config.json").read_text())
     fields["tie_word_embeddings"] = True
     (whole / "config.json").write_text(json.dumps(fields))
-    tensors = load_file(whole / hf.WEIGHTS)
+    tensors = load_file(whole / hf_weights.WEIGHTS)
     tensors[HEAD] = tensors[TABLE]
     change, name = WEIGHTS[damage]
     change(tensors)
-    save_file(tensors, whole / hf.WEIGHTS)
+    save_file(tensors, whole / hf_weights.WEIGHTS)
     refused(whole, str(whole), name)
 
 
 def test_a_name_of_several_lines_stays_one_line(whole: Path) -> None:
-    tensors = load_file(whole / hf.WEIGHTS)
+    tensors = load_file(whole / hf_weights.WEIGHTS)
     tensors["a\nb"] = np.zeros(1, np.float32)
-    save_file(tensors, whole / hf.WEIGHTS)
+    save_file(tensors, whole / hf_weights.WEIGHTS)
     refused(whole, "holds 1 tensors", "a\\nb")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import hf
+from er_jax.io import hf_weights
 from tests.test_hf_damage import pipe, tiny_policy
 
 UP = os.pardir
@@ -198,9 +198,11 @@ def test_a_disk_that_is_full_says_so(
     made: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*unused: Any, **also: Any) -> None:
-        raise hf.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise hf_weights.SafetensorError(
+            "I/O error: No space left on device (os error 28)"
+        )
 
-    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr(hf_weights, "save_file", full)
     with pytest.raises(OSError, match=r"out cannot be written \(.*No space left.*; "):
         er_jax.save_hf(tmp_path / "out", *made)
     assert names(tmp_path) == []

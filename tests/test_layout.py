@@ -28,34 +28,37 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
-    "arguments",
-    "types",
-    "figures",
-    "sampling",
-    "acceptance",
-    "drafter",
-    "kv_cache",
-    "decoder",
-    "steps",
-    "sharding",
-    "engine",
-    "pass_costs",
-    "sweep",
-    "costs",
-    "control",
-    "stats",
-    "calibrate",
-    "scheduler",
-    "rollout",
-    "replicas",
-    "replay",
-    "hf_config",
-    "hf",
-    "text",
-    "plan",
-    "integrations",
-    "cli",
+    *("arguments", "types", "figures", "devices", "sampling", "acceptance", "drafter"),
+    *("kv_cache", "decoder", "steps", "config", "request", "stats"),
+    *("engine.protocol", "engine.programs", "engine.windows", "engine.engine"),
+    *("engine.kept", "engine"),
+    *("costs.record", "costs.passes", "costs.roofline", "costs.table"),
+    *("costs.timing", "costs.store", "costs"),
+    *("control.protocol", "control.estimate", "control.rollouts", "control.accounts"),
+    *(
+        "control.probes",
+        "control.paper",
+        "control.controller",
+        "control.explain",
+        "control",
+    ),
+    *("result", "checks"),
+    *("scheduler.topology", "scheduler.admission", "scheduler.options"),
+    *("scheduler.batch", "scheduler.loop", "scheduler"),
+    *("mesh.rules", "mesh.attention", "mesh.layout", "mesh.moves", "mesh.processes"),
+    *("mesh.engine", "mesh.topology", "mesh.prompts", "mesh"),
+    *("rollout", "mesh.replicas"),
+    *("io.hf_config", "io.hf_weights", "io.hf_save", "io.text", "io"),
+    *("tools.sweep", "tools.traces", "tools.replay", "tools.survey", "tools.hlo"),
+    *("tools.presets", "tools.plan", "tools.cli", "tools"),
+    *("integrations", "earlier"),
 )
+
+# Who may know of meshes; whoever reads for one device meets them nowhere else.
+MESH_ROOMS = ("mesh", "rollout", "io", "tools", "earlier")
+
+# Beside the engine: what only several devices or processes need.
+COMPILING_MESH = ("er_jax/mesh/engine.py", "er_jax/mesh/processes.py")
 
 OWN = ("er_jax", "train", "configs", "benchmarks", "tests")
 
@@ -127,8 +130,19 @@ def is_below(name: str, module: str) -> bool:
 
 
 def module_of(path: str) -> str:
-    """Return `steps` for er_jax/steps.py, `integrations` for all that lies in there."""
-    return path.split("/")[1].removesuffix(".py")
+    """Return `steps` for er_jax/steps.py, `costs.table` for er_jax/costs/table.py.
+
+    Of a package that is one entry of ORDER, the package for all that lies in there.
+    """
+    name = path.removeprefix("er_jax/").removesuffix(".py").replace("/", ".")
+    return entry_of(name.removesuffix(".__init__"))
+
+
+def entry_of(name: str) -> str:
+    """Return the entry of ORDER that a dotted name lies in, or the name."""
+    parts = name.split(".")
+    heads = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((head for head in heads if head in ORDER), name)
 
 
 def imports_not_downwards(texts: Texts) -> list[str]:
@@ -143,15 +157,27 @@ def imports_not_downwards(texts: Texts) -> list[str]:
         for name in sorted(imported(path, tree)):
             if not is_below(name, "er_jax"):
                 continue
-            target = (*name.split("."), "")[1]
+            target = entry_of(name.removeprefix("er_jax").removeprefix("."))
             if target == "__version__":  # the package's own, where the build reads it
                 continue
             if target not in ORDER:
                 bad.append(f"{path} imports {name}: name the module it comes from")
-            elif target == module == "integrations":
+            elif target == module and module in ("integrations", "earlier"):
                 continue
             elif ORDER.index(target) >= ORDER.index(module):
                 bad.append(f"{path} imports {name}, which is not below it")
+    return bad
+
+
+def meshes_outside_their_rooms(texts: Texts) -> list[str]:
+    """Imports of what is about many devices, by modules for one."""
+    bad = []
+    for path, tree in sources(texts, "er_jax"):
+        if module_of(path).split(".")[0] in (*MESH_ROOMS, "__init__"):
+            continue
+        for name in sorted(imported(path, tree)):
+            if is_below(name, "er_jax.mesh") or is_below(name, "jax.sharding"):
+                bad.append(f"{path} imports {name}: it is for one device")
     return bad
 
 
@@ -167,7 +193,7 @@ def aqt_outside_the_drafter(texts: Texts) -> list[str]:
 def compiling_outside_the_engine(texts: Texts) -> list[str]:
     bad = []
     for path, tree in sources(texts, "er_jax"):
-        if path == "er_jax/engine.py":
+        if path.startswith("er_jax/engine/") or path in COMPILING_MESH:
             continue
         for node in ast.walk(tree):
             words = []
@@ -215,22 +241,93 @@ def nnx_anywhere(texts: Texts) -> list[str]:
     ]
 
 
-def undeclared_dependencies(texts: Texts) -> list[str]:
-    """Imports that a plain install does not bring; extras only inside functions."""
-    project = tomllib.loads(texts["pyproject.toml"])["project"]
+# Imports in train run downwards as well: a module may import only those before it.
+TRAIN_ORDER = (
+    "settings",
+    "files",
+    "digests",
+    "controllers",
+    "tasks",
+    "rewards",
+    "batching",
+    "losses",
+    "sft",
+    "config",
+    "metrics",
+    "placement",
+    "checkpoints",
+    "subjects",
+    "completions",
+    "update",
+    "trainer",
+    "report",
+    "run",
+    "grpo",
+    "compare",
+)
 
-    def names(requirements: list[str]) -> set[str]:
-        found = {re.split(r"[^\w.-]", line)[0] for line in requirements}
-        return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in found}
 
-    always = names(project["dependencies"]) | set(OWN) | sys.stdlib_module_names
-    extras = project["optional-dependencies"]
-    lazily = always.union(*(names(extras[key]) for key in extras if key != "test"))
+def imports_of_train_not_downwards(texts: Texts) -> list[str]:
     bad = []
-    for path, tree in sources(texts, "er_jax", "train", "configs"):
-        for lazy, allowed in ((False, always), (True, lazily)):
-            used = {name.split(".")[0] for name in imported(path, tree, lazy=lazy)}
-            bad += [f"{path} imports {name}" for name in sorted(used - allowed)]
+    for path, tree in sources(texts, "train"):
+        module = module_of(path)
+        if module != "__init__" and module not in TRAIN_ORDER:
+            bad.append(f"{path} has no place in TRAIN_ORDER")
+            continue
+        below = (
+            TRAIN_ORDER[: TRAIN_ORDER.index(module)] if module in TRAIN_ORDER else ()
+        )
+        for name in sorted(imported(path, tree)):
+            if is_below(name, "train") and (*name.split("."), "")[1] not in below:
+                bad.append(f"{path} imports {name}, which is not below it")
+    return bad
+
+
+def installed(requirements: list[str]) -> set[str]:
+    """Return the names to import of some requirements."""
+    found = {re.split(r"[^\w.-]", line)[0] for line in requirements}
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in found}
+
+
+def undeclared_dependencies(texts: Texts) -> list[str]:
+    """Imports that an install does not bring.
+
+    Of the library, a plain install is asked for; of what trains, the extra `train`.
+    Other extras are imported inside functions only.
+    """
+    project = tomllib.loads(texts["pyproject.toml"])["project"]
+    extras = {k: installed(v) for k, v in project["optional-dependencies"].items()}
+    needed = installed(project["dependencies"]) | set(OWN) | sys.stdlib_module_names
+    optional = [extras[key] for key in extras if key not in ("test", "train")]
+    bad = []
+    for packages, always in (
+        (("er_jax",), needed),
+        (("train", "configs"), needed | extras["train"]),
+    ):
+        for path, tree in sources(texts, *packages):
+            for lazy, allowed in ((False, always), (True, always.union(*optional))):
+                used = {name.split(".")[0] for name in imported(path, tree, lazy=lazy)}
+                bad += [f"{path} imports {name}" for name in sorted(used - allowed)]
+    return bad
+
+
+def dependencies_without_use(texts: Texts) -> list[str]:
+    """What an install brings and nothing of its package imports."""
+    project = tomllib.loads(texts["pyproject.toml"])["project"]
+    bad = []
+    for requirements, packages in (
+        (project["dependencies"], ("er_jax",)),
+        (project["optional-dependencies"]["train"], ("train", "configs")),
+    ):
+        used = {
+            name.split(".")[0]
+            for path, tree in sources(texts, *packages)
+            for name in imported(path, tree)
+        }
+        bad += [
+            f"pyproject.toml requires {name}, which {packages[0]} does not import"
+            for name in sorted(installed(requirements) - used)
+        ]
     return bad
 
 
@@ -388,8 +485,19 @@ RULES: list[tuple[Rule, list[Texts]]] = [
             {"er_jax/steps.py": "import er_jax"},
             {"er_jax/steps.py": "from er_jax import quantize"},
             {"er_jax/steps.py": "from er_jax.steps import f"},
-            {"er_jax/hf.py": "from er_jax.integrations.other import f"},
+            {"er_jax/io/text.py": "from er_jax.integrations.other import f"},
+            {"er_jax/costs/table.py": "from er_jax.costs import timing"},
+            {"er_jax/engine/windows.py": "from er_jax.engine import Engine"},
+            {"er_jax/mesh/engine.py": "from er_jax.mesh.replicas import deal"},
             {"er_jax/utils.py": ""},
+        ],
+    ),
+    (
+        meshes_outside_their_rooms,
+        [
+            {"er_jax/steps.py": "from er_jax.mesh import rules"},
+            {"er_jax/kv_cache.py": "from jax.sharding import PartitionSpec"},
+            {"er_jax/scheduler/batch.py": "def f():\n    import er_jax.mesh.engine"},
         ],
     ),
     (
@@ -422,7 +530,34 @@ RULES: list[tuple[Rule, list[Texts]]] = [
         [
             {"er_jax/costs.py": "import pandas"},
             {"er_jax/costs.py": "import matplotlib.pyplot as plt"},
+            {"er_jax/costs.py": "import optax"},
+            {"er_jax/costs.py": "def f():\n    import orbax.checkpoint"},
+            {"train/grpo.py": "import transformers"},
             {"train/grpo.py": "def f():\n    import chex"},
+        ],
+    ),
+    (
+        dependencies_without_use,
+        [
+            {
+                "pyproject.toml": '[project]\ndependencies = ["optax"]\n'
+                '[project.optional-dependencies]\ntrain = ["optax"]'
+            },
+            {
+                "pyproject.toml": '[project]\ndependencies = ["jax"]\n'
+                '[project.optional-dependencies]\ntrain = ["tyro", "pandas>=2"]'
+            },
+        ],
+    ),
+    (
+        imports_of_train_not_downwards,
+        [
+            {"train/update.py": "from train.trainer import Trainer"},
+            {"train/update.py": "from train import trainer"},
+            {"train/update.py": "def f():\n    import train.grpo"},
+            {"train/update.py": "from . import update"},
+            {"train/update.py": "import train"},
+            {"train/utils.py": ""},
         ],
     ),
     (
@@ -508,7 +643,7 @@ def test_all_modules_are_read(texts: Texts) -> None:
     """A rule over no files would always hold."""
     for package in OWN:
         on_disk = {
-            p.relative_to(ROOT).as_posix() for p in (ROOT / package).glob("*.py")
+            p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*.py")
         }
         assert on_disk <= {path for path, _ in sources(texts, package)}
     assert "er_jax/types.py" in texts

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from er_jax import acceptance, engine, sampling, steps
+from er_jax import acceptance, sampling, steps
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.drafter import PolicyParams
+from er_jax.engine import windows
 from er_jax.types import (
     NONE,
     DecodeState,
@@ -70,7 +71,7 @@ def run(
 ) -> tuple[DecodeState, WindowInfo]:
     """Run one compiled window until no row is live, and fetch it."""
     params = PolicyParams(policy=target, draft=draft)
-    out = engine.run_window(
+    out = windows.run_window(
         policy, params, state, config, np.int32(0), np.int32(max_rounds),
         gamma=gamma, accept=rule, rounds_per_test=1,
     )  # fmt: skip

@@ -18,9 +18,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import er_jax
-from er_jax import engine, kv_cache, plan, scheduler, sharding, steps
-from er_jax.calibrate import neutral_sampling
-from er_jax.rollout import request_of
+from er_jax import devices, kv_cache, steps
+from er_jax.costs.timing import neutral_sampling
+from er_jax.mesh import layout, rules
+from er_jax.mesh.engine import MeshEngine
+from er_jax.mesh.topology import DataShards, rows_of_shards
+from er_jax.request import request_of
+from er_jax.scheduler.batch import Batch
+from er_jax.tools import hlo
 from er_jax.types import NONE, Program
 
 CONFIG = er_jax.DecoderConfig(
@@ -73,19 +78,19 @@ class Moving(er_jax.Controller):
     """Takes the smallest programs, whatever they cost, so that everything happens.
 
     Args:
-      is_joint: have all devices work as one group where they may, but for every fourth
+      is_shared: have all devices work as one group where they may, but for every fourth
         decision.
     """
 
-    def __init__(self, control: str, gammas: Any, is_joint: bool = False) -> None:
+    def __init__(self, control: str, gammas: Any, is_shared: bool = False) -> None:
         super().__init__(control, gammas)
-        self.is_joint, self.count = is_joint, 0
+        self.is_shared, self.count = is_shared, 0
 
     def choose(self, options: Any, current: Any, **known: Any) -> Program:
-        if any(p.joint for p in options):
+        if any(p.shared_rows for p in options):
             self.count += 1
-        is_joint = self.is_joint and self.count % 4 > 0
-        options = [p for p in options if p.joint == is_joint] or options
+        is_shared = self.is_shared and self.count % 4 > 0
+        options = [p for p in options if p.shared_rows == is_shared] or options
         fewest = min(p.rows for p in options)
         # Rows go by halves: every size is a program to compile.
         kept = [p for p in options if current and p.rows == current.rows < 2 * fewest]
@@ -97,7 +102,7 @@ class Switching(Moving):
     """Drafts and does not by turns as well, in 16 rows and 8, joint or not."""
 
     def __init__(self, control: str, gammas: Any) -> None:
-        super().__init__(control, gammas, is_joint=True)
+        super().__init__(control, gammas, is_shared=True)
         self.turn = 0
 
     def choose(self, options: Any, current: Any, **known: Any) -> Program:
@@ -153,12 +158,12 @@ def test_tokens_are_those_of_one_device(name: str) -> None:
     ],
 )
 def test_groups_become_one_for_the_last_rows(name: str) -> None:
-    controller = Moving("fixed:4", (0, 4), is_joint=True)
+    controller = Moving("fixed:4", (0, 4), is_shared=True)
     found = sample(mesh_of(**SHAPES[name]), config_of(), controller)
     assert_same(found, on_one_device())
-    is_joint = [moment.joint for moment in found.stats.timeline]
-    assert (True, False) in itertools.pairwise(is_joint), "never went apart again"
-    assert any(m.joint and m.rows < 8 for m in found.stats.timeline)
+    is_shared = [moment.shared_rows for moment in found.stats.timeline]
+    assert (True, False) in itertools.pairwise(is_shared), "never went apart again"
+    assert any(m.shared_rows and m.rows < 8 for m in found.stats.timeline)
     assert "all devices as one group" in found.stats.summary()
 
 
@@ -172,12 +177,12 @@ def test_short_completions_are_those_of_one_device() -> None:
 @functools.cache
 def window_text(name: str, gamma: int) -> tuple[str, Any, int]:
     """The compiled window of 16 rows; its memory; the bytes of its state."""
-    mesh = sharding.rollout_mesh(mesh_of(**SHAPES[name]))
-    programs = engine.Engine(POLICY, "coupled", mesh)
-    placed = sharding.place(POLICY, parameters(), mesh)
+    mesh = layout.rollout_mesh(mesh_of(**SHAPES[name]))
+    programs = MeshEngine(POLICY, "coupled", mesh)
+    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
     pair = programs.attach_draft(placed, er_jax.DrafterConfig())
     state = programs.allocate(16, 256)
-    num_bytes = engine.device_bytes(state)
+    num_bytes = devices.device_bytes(state)
     state, window = programs.start_window(
         pair, state, neutral_sampling(), gamma, exit_live=0, max_rounds=1
     )
@@ -202,7 +207,7 @@ def check_window(name: str, gamma: int) -> None:
     text, memory, state_bytes = window_text(name, gamma)
     sizes = {"data": 1, "model": 1, **SHAPES[name]}
     rows = 16 // sizes["data"]
-    found = {c.kind: c for c in plan.collectives(text, gamma)}
+    found = {c.kind: c for c in hlo.collectives(text, gamma)}
     # What may be gathered: a number of every row and position from each device.
     assert "all-gather" in found, "the host is told of all rows"
     numbers = max(rows * (gamma + 1) * 8, 3 * 16)
@@ -219,7 +224,7 @@ def check_window(name: str, gamma: int) -> None:
 def test_cut_heads_are_not_summed() -> None:
     """Left alone, a merged query over cut heads costs a sum of all scores."""
     text, _, _ = window_text("2x4", 0)
-    found = {c.kind: c for c in plan.collectives(text, 0)}
+    found = {c.kind: c for c in hlo.collectives(text, 0)}
     scores = 16 // 2 * CONFIG.num_heads * 256 * 4
     assert found["all-reduce"].largest_bytes < scores
 
@@ -240,8 +245,8 @@ def test_attention_over_cut_heads(
     positions = np.tile(np.arange(queries, dtype=np.int32), (2, 1))
     positions[1] = np.where(positions[1] > 5, -1, positions[1] + 7)
     devices = np.array(jax.devices()[:model]).reshape(1, model)
-    mesh = sharding.rollout_mesh(Mesh(devices, ("data", "model")))
-    run = engine.over_groups(mesh, kv_cache.attend, (engine.ROWS,) * 4, engine.ROWS)
+    mesh = layout.rollout_mesh(Mesh(devices, ("data", "model")))
+    run = layout.MeshLayout(mesh).over_rows(kv_cache.attend, ("rows",) * 4, "rows")
     wanted = jax.jit(kv_cache.attend)(query, keys, values, positions)
     found = jax.jit(run)(query, keys, values, positions)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
@@ -250,8 +255,8 @@ def test_attention_over_cut_heads(
 @pytest.mark.parametrize("moved", [False, True], ids=["resized", "moved"])
 def test_rows_move_between_groups(moved: bool) -> None:
     """Every entry of a row arrives, whatever group it goes to."""
-    mesh = sharding.rollout_mesh(mesh_of(data=4, model=2))
-    programs = engine.Engine(POLICY, "coupled", mesh)
+    mesh = layout.rollout_mesh(mesh_of(data=4, model=2))
+    programs = MeshEngine(POLICY, "coupled", mesh)
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: steps.empty_state(POLICY, 16, 32))
 
@@ -282,17 +287,19 @@ def test_rows_move_between_groups(moved: bool) -> None:
 
 @pytest.mark.parametrize("name", ["4x2", "fsdp 2x2x2"])
 def test_groups_become_one_without_sending_weights(name: str) -> None:
-    mesh = sharding.rollout_mesh(mesh_of(**SHAPES[name]))
+    mesh = layout.rollout_mesh(mesh_of(**SHAPES[name]))
     policy = er_jax.Decoder(dataclasses.replace(CONFIG, num_kv_heads=8))
-    programs = engine.Engine(policy, "coupled", mesh)
-    placed = sharding.place(policy, policy.init(jax.random.key(0)), mesh)
+    programs = MeshEngine(policy, "coupled", mesh)
+    placed = layout.put_on_mesh(policy, policy.init(jax.random.key(0)), mesh)
     pair = programs.attach_draft(placed, er_jax.DrafterConfig())
-    joint = programs.join_params(pair)
-    assert engine.device_bytes(joint) < 0.6 * engine.device_bytes(pair)
+    joint = programs.params_to_shared_rows(pair)
+    assert devices.device_bytes(joint) < 0.6 * devices.device_bytes(pair)
     jax.tree.map(np.testing.assert_array_equal, joint, pair)
-    (found,) = (p for n, p in programs.compiled.items() if n[0] == "join weights")
+    (found,) = (
+        p for n, p in programs.compiled.items() if n[0] == "params to shared rows"
+    )
     call: Any = found.call
-    assert not plan.collectives(call.as_text(), 0)
+    assert not hlo.collectives(call.as_text(), 0)
     # Every device had its part before.
     for old, new in zip(jax.tree.leaves(pair), jax.tree.leaves(joint), strict=True):
         held = old.sharding.devices_indices_map(old.shape)
@@ -302,20 +309,22 @@ def test_groups_become_one_without_sending_weights(name: str) -> None:
                 assert inner[0] >= outer[0] and inner[-1] <= outer[-1]
 
 
-def test_a_state_is_the_same_by_groups_and_joint() -> None:
-    mesh = sharding.rollout_mesh(mesh_of(data=2, model=4))
+def test_a_state_is_the_same_in_data_shards_and_shared() -> None:
+    mesh = layout.rollout_mesh(mesh_of(data=2, model=4))
     policy = er_jax.Decoder(dataclasses.replace(CONFIG, num_kv_heads=8))
-    programs = engine.Engine(policy, "coupled", mesh)
+    programs = MeshEngine(policy, "coupled", mesh)
     state = jax.tree.map(
         lambda x: np.arange(x.size).reshape(x.shape).astype(x.dtype),
         jax.eval_shape(lambda: steps.empty_state(policy, 4, 16)),
     )
-    joint = programs.join(state)
+    joint = programs.to_shared_rows(state)
     jax.tree.map(np.testing.assert_array_equal, joint, state)
     keys = joint.cache[0]["keys"]
     assert keys.sharding.spec == PartitionSpec("data", None, "model")
     assert keys.sharding.shard_shape(keys.shape) == (4, 16, 8), "one head a device"
-    again = programs.part(programs.joint.take(joint, np.array([2, NONE]), 32))
+    again = programs.to_data_shards(
+        programs.for_shared_rows.take(joint, np.array([2, NONE]), 32)
+    )
     np.testing.assert_array_equal(again.cache[0]["keys"][0, :16], keys[2])
     assert again.tokens.sharding.shard_shape(again.tokens.shape) == (1, 32)
 
@@ -323,29 +332,27 @@ def test_a_state_is_the_same_by_groups_and_joint() -> None:
 @pytest.mark.parametrize("is_room", [False, True])
 def test_groups_become_one_where_there_is_memory(is_room: bool) -> None:
     """A part of the weights is held twice then."""
-    mesh = sharding.rollout_mesh(mesh_of(data=2, model=4))
-    programs = engine.Engine(POLICY, "coupled", mesh)
-    placed = sharding.place(POLICY, parameters(), mesh)
+    mesh = layout.rollout_mesh(mesh_of(data=2, model=4))
+    programs = MeshEngine(POLICY, "coupled", mesh)
+    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
     pair = er_jax.PolicyParams(policy=placed, draft=None)
     ids = np.arange(4)
-    request = request_of([np.array([1, 2])] * 4, ids, config_of(n=1), groups=2)
-    weights = engine.device_bytes(programs.joint_shapes(pair))
-    assert weights < 0.7 * engine.device_bytes(placed)
+    request = request_of([np.array([1, 2])] * 4, ids, config_of(n=1), num_shards=2)
+    weights = devices.device_bytes(programs.shared_rows_params(pair))
+    assert weights < 0.7 * devices.device_bytes(placed)
     # The least is one row, all its heads on every device, as short as can be and then
     # grown.
     positions = request.cache_lengths[0] + request.cache_lengths[-1]
-    least = weights + programs.joint.position_bytes * positions
-    request = dataclasses.replace(
-        request,
-        position_bytes=programs.position_bytes,
-        state_limit_bytes=int(least) + (1 if is_room else -1),
-    )
+    least = weights + programs.for_shared_rows.position_bytes * positions
+    limit = int(least) + (1 if is_room else -1)
+    request = dataclasses.replace(request, state_limit_bytes=limit)
     stats = er_jax.RolloutStats()
-    batch = scheduler.Batch(programs, pair, request, stats, neutral_sampling())
+    topology = DataShards(programs, pair, request)
+    batch = Batch(topology, request, stats, neutral_sampling())
     batch.queue.clear()
-    batch.sequence[:1] = 0
-    batch.limit[:1] = batch.length[:1] = 8
-    found = {program.joint for program in batch.options((0,))}
+    batch.rows.sequence[:1] = 0
+    batch.rows.limit[:1] = batch.rows.length[:1] = 8
+    found = {program.shared_rows for program in batch.options((0,))}
     assert found == ({False, True} if is_room else {False})
 
 
@@ -356,7 +363,7 @@ def test_rows_stay_where_there_is_room() -> None:
         old, new = groups * int(rng.integers(1, 9)), groups * int(rng.integers(1, 9))
         count = int(rng.integers(0, min(old, new) + 1))
         keep = np.sort(rng.choice(old, count, replace=False))
-        index = scheduler.placed(keep, old, new, groups)
+        index = rows_of_shards(keep, old, new, groups)
         assert index.shape == (new,)
         assert sorted(index[index != NONE]) == keep.tolist()
         group = np.arange(new) // (new // groups)
@@ -369,15 +376,15 @@ def test_rows_stay_where_there_is_room() -> None:
 
 def test_a_mesh_may_have_other_names() -> None:
     other = Mesh(np.array(jax.devices()).reshape(4, 2), ("replica", "tensor"))
-    axes = sharding.MeshAxes(data="replica", model="tensor")
-    with pytest.raises(ValueError, match=r"'replica'.*sharding\.rollout_mesh"):
-        sharding.rollout_mesh(other)
-    mesh = sharding.rollout_mesh(other, axes)
+    axes = rules.MeshAxes(data="replica", model="tensor")
+    with pytest.raises(ValueError, match=r"'replica'.*mesh\.rollout_mesh"):
+        layout.rollout_mesh(other)
+    mesh = layout.rollout_mesh(other, axes)
     assert dict(mesh.shape) == {"data": 4, "model": 2, "fsdp": 1}
-    assert sharding.rollout_mesh(mesh) == mesh
-    where = sharding.param_shardings(parameters(), CONFIG, other, axes)
+    assert layout.rollout_mesh(mesh) == mesh
+    where = rules.param_shardings(parameters(), CONFIG, other, axes)
     placed = jax.device_put(parameters(), where)
-    assert sharding.place(POLICY, placed, mesh) is placed
+    assert layout.put_on_mesh(POLICY, placed, mesh) is placed
     config = config_of(max_new_tokens=4, control="ar")
     out = er_jax.rollout(
         POLICY, placed, prompts(), key=jax.random.key(3), config=config, mesh=mesh
@@ -386,34 +393,34 @@ def test_a_mesh_may_have_other_names() -> None:
 
 
 def test_wrong_places_are_refused() -> None:
-    mesh = sharding.rollout_mesh(mesh_of(data=4, model=2))
-    placed = sharding.place(POLICY, parameters(), mesh)
+    mesh = layout.rollout_mesh(mesh_of(data=4, model=2))
+    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
     half = {**placed, "final_norm": parameters()["final_norm"]}
     with pytest.raises(ValueError, match="final_norm does not lie on the mesh"):
-        sharding.place(POLICY, half, mesh)
+        layout.put_on_mesh(POLICY, half, mesh)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     spread = {**placed, "embed": jax.device_put(placed["embed"], rows)}
     with pytest.raises(ValueError, match="embed is cut over the axis 'data'"):
-        sharding.place(POLICY, spread, mesh)
+        layout.put_on_mesh(POLICY, spread, mesh)
 
     class Other:
         vocab_size = 8
 
     with pytest.raises(ValueError, match="for a Other no rules"):
-        sharding.place(Other(), parameters(), mesh)  # type: ignore[arg-type]
+        layout.put_on_mesh(Other(), parameters(), mesh)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not divide layers/0/down_proj"):
         policy = er_jax.Decoder(dataclasses.replace(CONFIG, hidden_dim=129))
-        sharding.place(policy, policy.init(jax.random.key(0)), mesh)
+        layout.put_on_mesh(policy, policy.init(jax.random.key(0)), mesh)
 
 
 def test_a_draft_lies_as_its_policy() -> None:
-    mesh = sharding.rollout_mesh(mesh_of(data=2, fsdp=2, model=2))
-    programs = engine.Engine(POLICY, "coupled", mesh)
-    placed = sharding.place(POLICY, parameters(), mesh)
+    mesh = layout.rollout_mesh(mesh_of(data=2, fsdp=2, model=2))
+    programs = MeshEngine(POLICY, "coupled", mesh)
+    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
     pair = programs.attach_draft(placed, er_jax.DrafterConfig(bits=4, group_size=16))
     codes = pair.draft["layers"][0]["down_proj"].codes
     assert codes.sharding.spec == PartitionSpec("model", None, "fsdp")
     pair = programs.attach_draft(placed, er_jax.DrafterConfig())
     codes = pair.draft["layers"][0]["down_proj"].codes
     assert codes.sharding.spec == PartitionSpec("fsdp", "model")
-    assert sharding.place(POLICY, pair, mesh) is pair
+    assert layout.put_on_mesh(POLICY, pair, mesh) is pair

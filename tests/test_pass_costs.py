@@ -9,14 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from er_jax.pass_costs import (
-    Kind,
-    PassCosts,
-    Reading,
-    Roofline,
-    Surface,
-    save_record,
-)
+from er_jax.costs.passes import Kind, PassCosts, Reading, Surface
+from er_jax.costs.record import save_record
+from er_jax.costs.roofline import Roofline
 from er_jax.types import Program
 
 ROWS, LENGTHS = (1, 4, 16, 64), (256, 1024, 4096)

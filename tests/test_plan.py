@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import er_jax
-from er_jax import plan
+from er_jax.tools import hlo, plan, presets
 
 CONFIG = er_jax.DecoderConfig(
     vocab_size=512, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=128,
@@ -22,7 +22,7 @@ CONFIG = er_jax.DecoderConfig(
 
 def made(device: str = "cpu", config: Any = CONFIG, **changes: Any) -> plan.Plan:
     settings: dict[str, Any] = {"slots": 8, "max_length": 128, **changes}
-    return plan.plan(config, plan.target_of(device), **settings)
+    return plan.plan(config, presets.target_of(device), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def test_counts_follow_from_the_sizes(found: plan.Plan) -> None:
 
 
 def test_what_fits(found: plan.Plan) -> None:
-    small = plan.Chip(found.peak_bytes * 1.2, 1e12, 1e14)
+    small = presets.Chip(found.peak_bytes * 1.2, 1e12, 1e14)
     roomy = dataclasses.replace(found.target, chip=small)
     fitting = dataclasses.replace(found, target=roomy)
     assert fitting.fits and "\nfits" in fitting.summary()
     assert fitting.largest(128) >= 8
     assert fitting.largest(64) >= 2 * fitting.largest(128)
-    tight = plan.Chip(found.peak_bytes * 0.9, 1e12, 1e14)
+    tight = presets.Chip(found.peak_bytes * 0.9, 1e12, 1e14)
     other = dataclasses.replace(found, target=dataclasses.replace(roomy, chip=tight))
     assert not other.fits and "does NOT fit" in other.summary()
     assert other.largest(128) < 8
@@ -105,7 +105,7 @@ def test_what_the_compiler_refuses_does_not_fit(
 
 def test_the_roofline_is_the_published_one(found: plan.Plan) -> None:
     """At one row everything is bound by bytes; at very many, by arithmetic."""
-    chip = plan.Chip(1e9, 1e12, 1e14)
+    chip = presets.Chip(1e9, 1e12, 1e14)
     target = dataclasses.replace(found.target, chip=chip)
     here = dataclasses.replace(found, target=target, keep=1.0)
     weights, draft = here.read_bytes
@@ -133,11 +133,11 @@ TEXT = """
 
 
 def test_collectives_are_counted_by_round() -> None:
-    found = {one.kind: one for one in plan.collectives(TEXT, 4)}
-    assert found["all-reduce"] == plan.Collective(
+    found = {one.kind: one for one in hlo.collectives(TEXT, 4)}
+    assert found["all-reduce"] == hlo.Collective(
         "all-reduce", 4, 4 * 4 * 8 * 4, 4 * 8 * 4
     )
-    assert found["all-gather"] == plan.Collective("all-gather", 1, 16 * 2, 16 * 2)
+    assert found["all-gather"] == hlo.Collective("all-gather", 1, 16 * 2, 16 * 2)
     assert found["collective-permute"].num_bytes == 3
     assert len(found) == 3
 
@@ -156,9 +156,9 @@ ENTRY %main (a: s8[4,8]) -> bf16[8,4] {
 
 
 def test_copies_of_weights_are_found() -> None:
-    found = plan.weight_copies(COPIES, {(4, 8)})
+    found = hlo.weight_copies(COPIES, {(4, 8)})
     assert found == ("fusion bf16[4,8]", "transpose bf16[8,4]")
-    assert plan.weight_copies(COPIES, {(4, 10)}) == ()
+    assert hlo.weight_copies(COPIES, {(4, 10)}) == ()
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_copies_of_weights_are_found() -> None:
 )
 def test_unknown_devices_are_refused(device: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan.target_of(device)
+        presets.target_of(device)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_a_missing_compiler_is_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf'pip install "er-jax\[{extra}\]"'):
-        plan.target_of(device)
+        presets.target_of(device)
 
 
 def test_sizes_that_do_not_fit_the_mesh_are_refused() -> None:
     """One device has one group of devices, and nine slots make no four groups."""
     with pytest.raises(ValueError, match=r"model_parallel=3 must be .* from 1 to 1"):
         made(model_parallel=3)
-    target = plan.target_of("cpu")
+    target = presets.target_of("cpu")
     eight = dataclasses.replace(target, devices=tuple(jax.devices("cpu")))
     for model, slots in ((3, 8), (2, 9)):
         with pytest.raises(ValueError, match=f"model_parallel={model} with slots"):
@@ -234,8 +234,8 @@ def test_presets_are_of_their_published_size() -> None:
         "qwen3-0.6b": 0.60, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19,
         "qwen3-14b": 14.77, "qwen3-32b": 32.76,
     }  # fmt: skip
-    assert billions.keys() == plan.PRESETS.keys()
-    for name, config in plan.PRESETS.items():
+    assert billions.keys() == presets.PRESETS.keys()
+    for name, config in presets.PRESETS.items():
         shapes = jax.eval_shape(er_jax.Decoder(config).init, jax.random.key(0))
         size = sum(x.size for x in jax.tree.leaves(shapes)) / 1e9
         assert size == pytest.approx(billions[name], abs=0.006), name

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import engine, steps
+from er_jax import steps
 from er_jax.drafter import CODES_FIRST_SIZE, DrafterConfig, PolicyParams
+from er_jax.engine import windows
 from er_jax.types import DecodeState, Sampling
 from tests.conftest import CompileCount
 
@@ -239,7 +240,7 @@ def traced_window(
     if config is not None:
         pair = jax.eval_shape(lambda p: er_jax.attach_draft(p, config), params)
     state = jax.eval_shape(lambda: steps.empty_state(policy, B, S))
-    traced = engine.run_window.trace(
+    traced = windows.run_window.trace(
         policy,
         pair,
         state,
@@ -345,7 +346,7 @@ def test_other_programs_that_donate(program: str) -> None:
     if program == "refresh":
         config = DrafterConfig()
         draft = jax.eval_shape(lambda p: er_jax.attach_draft(p, config).draft, params)
-        compiled = engine.run_refresh.lower(params, draft, config=config).compile()
+        compiled = windows.run_refresh.lower(params, draft, config=config).compile()
         given = draft
     else:
         given = jax.eval_shape(lambda: steps.empty_state(policy, B, S))
@@ -365,7 +366,7 @@ def test_other_programs_that_donate(program: str) -> None:
             clone_to=ints,
             clone_length=ints,
         )
-        compiled = engine.run_admission.lower(
+        compiled = windows.run_admission.lower(
             policy, params, given, admission
         ).compile()
     memory = compiled.memory_analysis()

@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import sampling, scheduler
-from er_jax.costs import LatencyTable, row_buckets
+from er_jax import sampling
+from er_jax.costs.table import LatencyTable
+from er_jax.request import row_buckets
+from er_jax.scheduler import batch
 from er_jax.types import NONE, LogprobKind, Program, Sampling
 
 V, STOP, CLASSES = 32, 0, 4
@@ -363,8 +365,8 @@ def assert_own_draws(made: Outcome, scores: dict[Key, np.ndarray]) -> None:
 @pytest.fixture
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let windows end after a few rounds, so that there is much to decide."""
-    monkeypatch.setattr(scheduler, "WINDOW_S", 0.0)
-    monkeypatch.setattr(scheduler, "MIN_ROUNDS", 6)
+    monkeypatch.setattr(batch, "WINDOW_S", 0.0)
+    monkeypatch.setattr(batch, "MIN_ROUNDS", 6)
     yield
 
 

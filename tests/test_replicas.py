@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import replicas, sharding
+from er_jax.mesh import layout, replicas
 from tests import test_mesh
 from tests.test_mesh import POLICY, config_of, mesh_of, parameters, prompts
-from train import grpo
 from train.controllers import RuleController
+from train.trainer import Trainer
 
 
 def sample(**changes: Any) -> er_jax.Rollout:
@@ -98,7 +98,7 @@ def test_replicas_share_the_controller_they_are_given(tmp_path: Path) -> None:
     )  # fmt: skip
     test_mesh.assert_same(found, wanted())
     assert controller.table.seconds
-    alive = sum(live for live, _ in controller._row_rounds.values())
+    alive = sum(live for live, _ in controller._live_shares.counts.values())
     assert alive > 0.3 * found.lengths.sum(), "one replica of four learnt"
     assert any((tmp_path / "trace").rglob("*.pb")), "there is no trace"
 
@@ -176,7 +176,7 @@ def test_training_samples_with_its_own_controller(
         controller=object(), policy=None,
     )  # fmt: skip
     with pytest.raises(InterruptedError):
-        grpo.Trainer.sample(run, [], n=2, key=None, first_sequence_id=0)  # type: ignore[arg-type]
+        Trainer.sample(run, [], n=2, key=None, first_sequence_id=0)  # type: ignore[arg-type]
     name = "rollout_replicas" if is_replicas else "rollout"
     assert told == [(name, run.controller)]
 
@@ -272,8 +272,8 @@ def test_a_callback_that_ends_the_program_loses_nothing(
 
 
 def test_parameters_are_not_copied() -> None:
-    mesh = sharding.rollout_mesh(mesh_of(data=4, model=2))
-    placed = sharding.place(POLICY, parameters(), mesh)
+    mesh = layout.rollout_mesh(mesh_of(data=4, model=2))
+    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
     parts = replicas.replica_meshes(mesh, 4)
     assert [list(part.devices.flat) for part in parts] == [
         jax.devices()[2 * i : 2 * i + 2] for i in range(4)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import engine, sampling, scheduler
+from er_jax import sampling
+from er_jax.engine import engine
 from er_jax.types import NONE, LogprobKind, Sampling
 
 POLICY = er_jax.Decoder(
@@ -449,7 +450,7 @@ def test_ctrl_c_at_any_time_loses_nothing_that_had_finished(
     """While a window runs, while rows are fetched, while the next one is planned."""
     place, name = {
         "wait": (engine.RunningWindow, "wait"),
-        "fetch": (scheduler, "fetch_rows"),
+        "fetch": (engine.Engine, "fetch_rows"),
         "plan": (er_jax.Controller, "choose"),
     }[at]
     real: Any = getattr(place, name)

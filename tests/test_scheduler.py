@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from er_jax import Completion, Controller, RolloutError, RolloutStats, scheduler
-from er_jax.calibrate import neutral_sampling
+from er_jax import Completion, Controller, RolloutError, RolloutStats
+from er_jax.costs.timing import neutral_sampling
 from er_jax.drafter import PolicyParams
-from er_jax.scheduler import Batch, Request
+from er_jax.engine.protocol import OneProcess
+from er_jax.request import Request
+from er_jax.scheduler import batch, loop
+from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.topology import OneDevice
 from er_jax.types import NONE, Admission, DecodeState, Finish, Program, WindowInfo
 
 STOP = 99
@@ -63,7 +67,8 @@ class PretendedEngine:
     ) -> None:
         self.seconds = seconds
         self.rounds_per_test = rounds_per_test
-        self.compile_s = 0.0
+        self.compile_s = self.position_bytes = 0.0
+        self.policy, self.agreement = None, OneProcess()
         self.compiled: list[Any] = []
         self.admitted: list[list[int]] = []
         self.moves: list[tuple[tuple[int, int], tuple[int, int]]] = []
@@ -183,10 +188,11 @@ class PretendedEngine:
     def draft_kind(self, draft: Any) -> str:
         return "draft"
 
-    def meet(
-        self, values: Any, failure: Exception | None = None
-    ) -> tuple[np.ndarray, Exception | None]:
-        return np.asarray(values), failure
+    def fetch_rows(
+        self, buffers: Any, rows: np.ndarray
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        tokens, logprobs = buffers
+        return {int(row): (tokens[row], logprobs[row]) for row in rows}
 
     def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
         return ("window", *program[:3]) in self.compiled
@@ -203,7 +209,7 @@ class PretendedEngine:
         *,
         exit_live: int,
         max_rounds: int,
-        draft_kind: str,
+        draft_kind: str | None = None,
     ) -> tuple[DecodeState, PretendedWindow]:
         program = Program(state.rows, state.cache_length, gamma)
         self._name("window", *program[:3])
@@ -262,8 +268,8 @@ class PretendedEngine:
 class PretendedWindow:
     """A window that is over as soon as it is asked for."""
 
-    def __init__(self, info: WindowInfo, text: Any, seconds: float) -> None:
-        self.info, self.text, self.seconds = info, text, seconds
+    def __init__(self, info: WindowInfo, buffers: Any, seconds: float) -> None:
+        self.info, self.buffers, self.seconds = info, buffers, seconds
 
     def wait(self) -> tuple[WindowInfo, float, bool]:
         return self.info, self.seconds, True
@@ -279,12 +285,12 @@ class CheckedBatch(Batch):
 
     def end_window(self, *args: Any) -> None:
         super().end_window(*args)
-        request, state = self.request, self.state
-        rows = len(self.sequence)
-        here = self.sequence[self.sequence != NONE].tolist()
-        assert self._over is not None
-        was_live = self._over.sequence != NONE
-        ended = self._over.sequence[was_live & ~self._over.info.live].tolist()
+        request, state, own = self.request, self.state, self.rows
+        rows = len(own)
+        here = own.sequence[own.sequence != NONE].tolist()
+        assert self._finished is not None
+        was_live = self._finished.sequence != NONE
+        ended = self._finished.sequence[was_live & ~self._finished.info.live].tolist()
         everyone = sorted([*here, *self.queue, *self.completions, *ended])
         assert everyone == list(range(len(request.prompt_of))), "lost, or there twice"
         assert state.tokens.shape == (rows, state.cache_length)
@@ -292,23 +298,23 @@ class CheckedBatch(Batch):
         assert self.program[:2] == (rows, state.cache_length)
         assert rows <= request.slots
         assert self.num_live == len(here)
-        np.testing.assert_array_equal(state.live, self.sequence != NONE)
+        np.testing.assert_array_equal(state.live, own.sequence != NONE)
         for row in range(rows):
-            sequence, prompt = self.sequence[row], self.resident[row]
+            sequence, prompt = own.sequence[row], own.resident[row]
             if prompt != NONE:
                 entries = request.prompts[prompt][:-1]
                 np.testing.assert_array_equal(state.cache[row, : len(entries)], entries)
             if sequence != NONE:
                 assert prompt == request.prompt_of[sequence]
                 assert state.sequence_id[row] == request.sequence_ids[sequence]
-                assert state.length[row] == self.length[row] < self.limit[row]
-                assert self.limit[row] == state.limit[row] == request.limit(sequence)
-                assert self.length[row] <= state.cache_length
+                assert state.length[row] == own.length[row] < own.limit[row]
+                assert own.limit[row] == state.limit[row] == request.limit(sequence)
+                assert own.length[row] <= state.cache_length
 
 
 @pytest.fixture(autouse=True)
 def checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "Batch", CheckedBatch)
+    monkeypatch.setattr(batch, "Batch", CheckedBatch)
 
 
 PROMPTS = [np.arange(1, 1 + size, dtype=np.int32) for size in (3, 7, 1, 5)]
@@ -355,9 +361,8 @@ def run(
 ) -> tuple[list[Completion], PretendedEngine, RolloutStats]:
     engine = engine or PretendedEngine(flat)
     stats = RolloutStats()
-    found = scheduler.run(
-        engine,  # type: ignore[arg-type]
-        PARAMS,
+    found = loop.run(
+        OneDevice(engine, PARAMS, request),
         request,
         SETTINGS,
         controller or Controller("ar"),
@@ -529,18 +534,13 @@ def test_clones_and_prefills_in_any_order() -> None:
 
 def batch_of(lengths: Sequence[int], request: Request, waiting: int = 0) -> Batch:
     """A batch whose first rows are live and so long, with so many still to start."""
-    batch = Batch(
-        PretendedEngine(flat),  # type: ignore[arg-type]
-        PARAMS,
-        request,
-        RolloutStats(),
-        SETTINGS,
-    )
+    topology = OneDevice(PretendedEngine(flat), PARAMS, request)
+    batch = Batch(topology, request, RolloutStats(), SETTINGS)
     live = len(lengths)
     batch.queue = type(batch.queue)(range(live, live + waiting))
-    batch.sequence[:live] = range(live)
-    batch.length[:live] = lengths
-    batch.limit[:live] = 64
+    batch.rows.sequence[:live] = range(live)
+    batch.rows.length[:live] = lengths
+    batch.rows.limit[:live] = 64
     return batch
 
 
@@ -635,12 +635,13 @@ def test_moves_respect_the_memory_there_is(share: float) -> None:
         make_request(
             [0] * 20, slots=slots, cache_lengths=(16, 32, 64), max_new_tokens=40
         ),
-        position_bytes=position_bytes,
         state_limit_bytes=limit,
     )
     moves = []
     for control in CONTROLS.values():
-        completions, engine, _ = run(request, control(), PretendedEngine(sublinear))
+        engine = PretendedEngine(sublinear)
+        engine.position_bytes = position_bytes
+        completions, engine, _ = run(request, control(), engine)
         assert_all_as_expected(request, completions)
         moves += engine.moves
     for old, new in moves:
@@ -816,7 +817,7 @@ def test_the_first_window_that_drafts_is_a_short_trial() -> None:
     before = trials = 0
     for program, _, max_rounds in engine.windows:
         if program.gamma and not before:
-            assert max_rounds <= scheduler.MIN_ROUNDS
+            assert max_rounds <= batch.MIN_ROUNDS
             trials += 1
         before = program.gamma
     assert trials > 2

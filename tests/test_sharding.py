@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import er_jax
-from er_jax import sharding, steps
+from er_jax import steps
+from er_jax.mesh import layout, rules
 
 CONFIG = er_jax.DecoderConfig(
     vocab_size=64, dim=32, num_layers=1, num_heads=8, num_kv_heads=4, hidden_dim=64,
@@ -44,7 +45,7 @@ def shapes(**changes: Any) -> tuple[er_jax.Decoder, Any]:
 def test_every_parameter_has_its_cut() -> None:
     policy, params = shapes()
     mesh = mesh_of(data=2, fsdp=2, model=2)
-    found = specs(sharding.param_shardings(params, policy.config, mesh))
+    found = specs(rules.param_shardings(params, policy.config, mesh))
     into, out = PartitionSpec("fsdp", "model"), PartitionSpec("model", "fsdp")
     heads, whole = PartitionSpec("model"), PartitionSpec()
     assert found == {
@@ -63,11 +64,11 @@ def test_every_parameter_has_its_cut() -> None:
 
 def test_axes_may_be_missing_or_have_other_names() -> None:
     policy, params = shapes()
-    found = specs(sharding.param_shardings(params, policy.config, mesh_of(data=8)))
+    found = specs(rules.param_shardings(params, policy.config, mesh_of(data=8)))
     assert {name for spec in found.values() for name in spec} <= {None}
-    axes = sharding.MeshAxes(model="tensor")
+    axes = rules.MeshAxes(model="tensor")
     mesh = mesh_of(tensor=4)
-    found = specs(sharding.param_shardings(params, policy.config, mesh, axes))
+    found = specs(rules.param_shardings(params, policy.config, mesh, axes))
     assert found["layers/0/q_proj"] == PartitionSpec(None, "tensor")
 
 
@@ -75,24 +76,24 @@ def test_few_key_value_heads_lie_whole() -> None:
     """Four heads over eight devices: they and their cache, and nothing else."""
     policy, params = shapes()
     mesh = mesh_of(model=8)
-    found = specs(sharding.param_shardings(params, policy.config, mesh))
+    found = specs(rules.param_shardings(params, policy.config, mesh))
     assert found["layers/0/k_proj"] == PartitionSpec(None, None)
     assert found["layers/0/k_bias"] == PartitionSpec(None)
     assert found["layers/0/q_proj"] == PartitionSpec(None, "model")
     state = jax.eval_shape(lambda: steps.empty_state(policy, 8, 16))
-    cut = sharding.state_shardings(state, policy, mesh)
+    cut = rules.state_shardings(state, policy, mesh)
     assert cut.cache[0]["keys"].spec == PartitionSpec(None, None, None)
 
 
 def test_states_are_cut_by_rows_and_heads() -> None:
     policy, _ = shapes()
     state = jax.eval_shape(lambda: steps.empty_state(policy, 8, 16))
-    cut = sharding.state_shardings(state, policy, mesh_of(data=2, model=4))
+    cut = rules.state_shardings(state, policy, mesh_of(data=2, model=4))
     assert cut.tokens.spec == PartitionSpec("data", None)
     assert cut.live.spec == PartitionSpec("data")
     assert cut.cache[0]["values"].spec == PartitionSpec("data", None, "model")
     with pytest.raises(ValueError, match="rows=8 are not divided by the mesh's axis"):
-        sharding.state_shardings(state, policy, mesh_of(data=3))
+        rules.state_shardings(state, policy, mesh_of(data=3))
 
 
 @pytest.mark.parametrize("group", [None, 8])
@@ -100,10 +101,10 @@ def test_states_are_cut_by_rows_and_heads() -> None:
 def test_a_draft_lies_as_its_policy(group: int | None, tied: bool) -> None:
     policy, params = shapes(tied_embeddings=tied)
     mesh = mesh_of(fsdp=2, model=4)
-    cuts = sharding.param_shardings(params, policy.config, mesh)
+    cuts = rules.param_shardings(params, policy.config, mesh)
     config = er_jax.DrafterConfig(group_size=group)
     draft = jax.eval_shape(lambda p: er_jax.attach_draft(p, config).draft, params)
-    found = sharding.draft_shardings(draft, cuts)
+    found = rules.draft_shardings(draft, cuts)
     # The same tree, and every part has as many dimensions as are cut.
     jax.tree.map(lambda x, cut: cut.shard_shape(x.shape), draft, found)
     q, down = (found["layers"][0][name] for name in ("q_proj", "down_proj"))
@@ -123,18 +124,18 @@ def test_what_cannot_be_cut_is_refused() -> None:
     policy, params = shapes(vocab_size=63)
     mesh = mesh_of(model=4)
     with pytest.raises(ValueError, match=r"does not divide embed, of shape \(63, 32\)"):
-        sharding.param_shardings(params, policy.config, mesh)
+        rules.param_shardings(params, policy.config, mesh)
     with pytest.raises(ValueError, match="no rule says how layers/0/other is cut"):
-        sharding.param_spec("layers/0/other", (4, 4), policy.config, mesh)
+        rules.param_spec("layers/0/other", (4, 4), policy.config, mesh)
 
 
-def test_joint_parts_are_parts_of_what_a_device_holds() -> None:
+def test_shared_parts_are_parts_of_what_a_device_holds() -> None:
     devices = np.array(jax.devices()).reshape(2, 2, 2)
-    mesh = sharding.rollout_mesh(Mesh(devices, ("data", "fsdp", "model")))
-    joint = sharding.joint_mesh(mesh)
+    mesh = layout.rollout_mesh(Mesh(devices, ("data", "fsdp", "model")))
+    joint = layout.shared_rows_mesh(mesh)
     assert dict(joint.shape) == {"data": 1, "fsdp": 2, "model": 4}
     cut = NamedSharding(joint, PartitionSpec("fsdp", "model"))
-    parted = sharding.as_parted(cut, mesh)
+    parted = layout.as_sharded(cut, mesh)
     assert parted.spec == PartitionSpec("fsdp", ("model", "data"))
     before = NamedSharding(mesh, PartitionSpec("fsdp", "model"))
     shape = (8, 16)
@@ -146,16 +147,18 @@ def test_joint_parts_are_parts_of_what_a_device_holds() -> None:
         assert set(range(16)[columns]) < set(range(16)[old_columns])
 
 
-def test_what_is_not_divided_does_not_become_joint() -> None:
+def test_what_is_not_divided_is_not_shared() -> None:
     devices = np.array(jax.devices()).reshape(8, 1)
-    mesh = sharding.joint_mesh(sharding.rollout_mesh(Mesh(devices, ("data", "model"))))
+    mesh = layout.shared_rows_mesh(
+        layout.rollout_mesh(Mesh(devices, ("data", "model")))
+    )
 
     def found(drafter: er_jax.DrafterConfig | None = None, **changes: Any) -> Any:
         policy, params = shapes(**changes)
         pair = er_jax.PolicyParams(policy=params, draft=None)
         if drafter is not None:
             pair = jax.eval_shape(lambda p: er_jax.attach_draft(p, drafter), params)
-        return sharding.joint_shardings(policy, pair, mesh)
+        return layout.shared_rows_shardings(policy, pair, mesh)
 
     assert found() is not None
     assert found(er_jax.DrafterConfig()) is not None
@@ -163,4 +166,4 @@ def test_what_is_not_divided_does_not_become_joint() -> None:
     # Eight parts of 64 inputs, and groups of 16 of them.
     assert found(er_jax.DrafterConfig(bits=4, group_size=16)) is None
     other: Any = object()
-    assert sharding.joint_shardings(other, found(), mesh) is None
+    assert layout.shared_rows_shardings(other, found(), mesh) is None

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from er_jax.pass_costs import Cell, PassCosts, Roofline
-from er_jax.sweep import (
+from er_jax.costs.passes import Cell, PassCosts
+from er_jax.costs.roofline import Roofline
+from er_jax.tools.sweep import (
     DOUBTFUL_WEIGHT,
     halves,
     joined,

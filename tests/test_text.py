@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from er_jax.text import load_tokenizer
+from er_jax.io.text import load_tokenizer
 from tests.test_hf_damage import pipe
 
 transformers = pytest.importorskip("transformers")

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import calibrate, engine
-from er_jax.control import KEEP_PER_ROLLOUT, PRIOR_ROUNDS
-from er_jax.costs import LatencyTable
-from er_jax.engine import Engine
+from er_jax.control.estimate import KEEP_PER_ROLLOUT, PRIOR_ROUNDS
+from er_jax.costs import timing
+from er_jax.costs.table import LatencyTable
+from er_jax.engine import engine, kept
+from er_jax.engine.engine import Engine
 from er_jax.types import Program
 from tests.test_programs import CompileCounter, small_policy
 
@@ -76,7 +77,7 @@ def test_threads_sample_what_one_does(
         alone = sample(key)
         assert alone.stats.compiled == []
         np.testing.assert_array_equal(out.completion_ids, alone.completion_ids)
-    programs = engine.engine_for(policy, params, "coupled")
+    programs = kept.engine_for(policy, params, "coupled")
     assert len(programs.compiled) == len(names)
     # What was learnt is whole: another controller takes it.
     again = er_jax.Controller(control, (0, 2))
@@ -88,7 +89,7 @@ def test_threads_share_the_controller_of_unnamed_calls() -> None:
     policy = small_policy(313.0)
     params = policy.init(jax.random.key(0))
     measured: list[Any] = []
-    measure = calibrate.measure_round
+    measure = timing.measure_round
 
     def measure_round(*args: Any, **options: Any) -> float:
         measured.append(args[2])
@@ -101,11 +102,11 @@ def test_threads_share_the_controller_of_unnamed_calls() -> None:
         )  # fmt: skip
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "measure_round", measure_round)
+        patch.setattr(timing, "measure_round", measure_round)
         one, other = together(sample, sample)
     np.testing.assert_array_equal(one.completion_ids, other.completion_ids)
     assert len(measured) == len(set(measured)), "costs were measured twice"
-    assert len(engine.engine_for(policy, params, "coupled").defaults) == 1
+    assert len(kept.engine_for(policy, params, "coupled").defaults) == 1
 
 
 def test_engines_may_be_forgotten_while_a_thread_samples(
@@ -116,7 +117,7 @@ def test_engines_may_be_forgotten_while_a_thread_samples(
     key = jax.random.key(1)
 
     def forget(sequence_id: int, completion: er_jax.Completion) -> None:
-        together(engine.forget_engines)
+        together(kept.forget_engines)
 
     with compile_counter() as compiled:
         out = er_jax.rollout(

@@ -13,23 +13,22 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import cli
-from er_jax.control import PAPER_LADDER, PaperRule
-from er_jax.pass_costs import PassCosts
-from er_jax.replay import (
-    TRACES,
+from er_jax.config import PAPER_LADDER
+from er_jax.control.paper import PaperRule
+from er_jax.costs.passes import PassCosts
+from er_jax.tools import cli
+from er_jax.tools.replay import (
     Best,
     Fixed,
-    Luck,
     Oracle,
     Outcome,
     Paper,
     Situation,
-    Trace,
     compare,
     make_decider,
     replay,
 )
+from er_jax.tools.traces import TRACES, Luck, Trace
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE, passes
 from tests.test_sweep import rows_of, write

@@ -1,4 +1,4 @@
-"""The trainer's parts: advantages, losses, batches, metrics, configs, one update."""
+"""The trainer's parts: advantages, losses, batches, metrics, one update."""
 
 import dataclasses
 import json
@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import er_jax
-from configs import arithmetic, tiny
+from configs import tiny
 from er_jax.types import Program
-from train import grpo, losses, metrics, sft
+from train import losses, metrics, report, sft
 from train.batching import Buckets, Example, batch_of, make_batches, stack_chunks
-from train.config import GRPOConfig, RunConfig, differences, to_json
 from train.controllers import RuleController
+from train.digests import tree_digest
 from train.losses import PolicyLoss
+from train.update import TrainState, derive, make_optimizer, update
 
 ONE = np.float32(1)
 
@@ -266,14 +267,14 @@ def test_shapes_of_chunks_do_not_depend_on_lengths():
 
 # ----------------------------------------------------------------------- update
 
-OPTIMIZER = grpo.make_optimizer(tiny.CONFIG.grpo)
+OPTIMIZER = make_optimizer(tiny.CONFIG.grpo)
 DRAFTER = er_jax.DrafterConfig()
 
 
 def some_state(policy):
     params = policy.init(jax.random.key(0))
-    return grpo.TrainState(
-        params=grpo.refresh(params, config=DRAFTER),
+    return TrainState(
+        params=derive(policy, params, drafter=DRAFTER)[0],
         opt_state=OPTIMIZER.init(params),
         key=jax.random.key_data(jax.random.key(1)),
         step=jnp.int32(0),
@@ -282,7 +283,7 @@ def some_state(policy):
 
 
 def run_update(policy, state, buckets, examples):
-    return grpo.update(
+    return update(
         policy,
         OPTIMIZER,
         state,
@@ -326,7 +327,7 @@ def test_update_donates_and_refreshes():
     policy = tiny.CONFIG.model.decoder(64, "float32")
     state = some_state(policy)
     old = jax.tree.map(np.array, jax.tree.map(jnp.array, state.params))
-    metrics.digest(state.params.policy)  # looks, and holds on to nothing
+    tree_digest(state.params.policy)  # looks, and holds on to nothing
     new, info = run_update(policy, state, Buckets((16,), 96), random_examples(6))
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         assert leaf.is_deleted()  # the old draft too: the new one lies in its buffers
@@ -335,7 +336,7 @@ def test_update_donates_and_refreshes():
         lambda a, b: bool(np.any(np.asarray(a) != b)), new.params.policy, old.policy
     )
     assert all(jax.tree.leaves(changed))
-    fresh = grpo.refresh(new.params.policy, config=DRAFTER)
+    fresh, _ = derive(policy, new.params.policy, drafter=DRAFTER)
     for one, other in zip(*map(jax.tree.leaves, (new.params, fresh)), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -344,7 +345,7 @@ def test_update_reuses_every_buffer_of_the_state():
     policy = tiny.CONFIG.model.decoder(64, "float32")
     state = some_state(policy)
     examples = random_examples(2)
-    compiled = grpo.update.lower(
+    compiled = update.lower(
         policy,
         OPTIMIZER,
         state,
@@ -407,12 +408,12 @@ def test_metrics_are_cut_back_to_a_step(tmp_path):
 def test_digest_sees_every_bit():
     values = np.arange(4, dtype=np.float32)
     tree = {"a": values, "b": [np.ones(2, np.int8)]}
-    first = metrics.digest(tree)
-    assert first == metrics.digest(jax.tree.map(jnp.asarray, tree))
+    first = tree_digest(tree)
+    assert first == tree_digest(jax.tree.map(jnp.asarray, tree))
     nudged = {**tree, "a": np.nextafter(values, np.float32(9))}
     other_type = {**tree, "b": [np.ones(2, np.uint8)]}
     other_shape = {**tree, "a": values.reshape(2, 2)}
-    found = {metrics.digest(t) for t in (tree, nudged, other_type, other_shape)}
+    found = {tree_digest(t) for t in (tree, nudged, other_type, other_shape)}
     assert len(found) == 4
 
 
@@ -430,79 +431,5 @@ def test_plot(tmp_path):
         for i in (1, 2)
     ]  # fmt: skip
     records = [{"kind": "eval", "step": 0, "reward": 0.4}, *steps]
-    metrics.plot(records, tmp_path / "metrics.png")
+    report.plot(records, tmp_path / "metrics.png")
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
-
-
-# ----------------------------------------------------------------------- configs
-
-
-@pytest.mark.parametrize("config", [arithmetic.CONFIG, tiny.CONFIG])
-def test_configs_survive_json(config):
-    assert differences(to_json(config), json.loads(json.dumps(to_json(config)))) == []
-
-
-def test_differences_name_what_a_resumed_run_may_not_change():
-    grown = dataclasses.replace(tiny.CONFIG, steps=50, resume=True, save_every=7)
-    assert differences(to_json(tiny.CONFIG), to_json(grown)) == []
-    other = dataclasses.replace(
-        tiny.CONFIG, seed=3, grpo=dataclasses.replace(tiny.CONFIG.grpo, group_size=8)
-    )
-    assert differences(to_json(tiny.CONFIG), to_json(other)) == [
-        "grpo.group_size: 4 -> 8",
-        "seed: 0 -> 3",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("group_size", 1, "give >= 2"),
-        ("temperature", 0.0, "give > 0"),
-        ("learning_rate", -1.0, "give > 0"),
-        ("clip_low", 1.0, r"give one in \(0, 1\)"),
-        ("clip_high", 0.0, "give > 0"),
-        ("kl_coef", -0.1, "give >= 0"),
-        ("max_new_tokens", 0, "give >= 1"),
-        ("chunk_tokens", 0, "give >= 1"),
-    ],
-)
-def test_bad_grpo_configs(name, value, message):
-    with pytest.raises(ValueError, match=rf"{name}={value}: .*{message}"):
-        GRPOConfig(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"steps": -1}, "steps=-1: give >= 0"),
-        ({"dtype": "float16"}, "dtype='float16': choose from"),
-        ({"save_every": 0}, "save_every=0: give >= 1"),
-        ({"control": "worst"}, "control='worst'"),
-        ({"reproducible": True}, "reproducible=True: control='best' follows the clock"),
-        (
-            {"reproducible": True, "control": "paper"},
-            "reproducible=True: control='paper' follows the clock",
-        ),
-        (
-            {"grpo": GRPOConfig(max_new_tokens=100)},
-            "max_new_tokens=100: the longest solution has 240 tokens",
-        ),
-    ],
-)
-def test_bad_run_configs(fields, message):
-    with pytest.raises(ValueError, match=message):
-        RunConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"stop_at": 0.0}, r"stop_at=0.0: a chance must be in \(0, 1\]"),
-        ({"schedule": "linear"}, "schedule='linear': choose from"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0: give > 0"),
-    ],
-)
-def test_bad_warmup_configs(fields, message):
-    with pytest.raises(ValueError, match=message):
-        sft.SFTConfig(**fields)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from train import compare, grpo, tasks
+from train import compare, tasks, update
 from train.checkpoints import load_policy
 from train.metrics import MetricsFile
+from train.run import move_aside, run
 from train.subjects import subject_of
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def numbers(out, kinds=("eval", "step")):
 def test_tiny_run_and_its_files(tmp_path, capsys):
     out = tmp_path / "run"
     config = dataclasses.replace(tiny.CONFIG, out=out)
-    records = grpo.run(config)
+    records = run(config)
 
     assert [r["kind"] for r in records[-4:]] == ["eval", "step", "step", "eval"]
     steps = [r for r in records if r["kind"] == "step"]
@@ -56,17 +57,17 @@ def test_tiny_run_and_its_files(tmp_path, capsys):
     assert len(problems) == config.task.num_eval
 
     # It goes on as the longer run would have, and leaves a finished one alone.
-    grpo.run(dataclasses.replace(config, resume=True, steps=3))
+    run(dataclasses.replace(config, resume=True, steps=3))
     assert [r["step"] for r in numbers(out, kinds=("step",))] == [1, 2, 3]
     before = numbers(out)
-    grpo.run(dataclasses.replace(config, resume=True, steps=3))
+    run(dataclasses.replace(config, resume=True, steps=3))
     assert numbers(out) == before
     with pytest.raises(ValueError, match=r"resume: .*other settings \(seed: 0 -> 1\)"):
-        grpo.run(dataclasses.replace(config, resume=True, seed=1))
+        run(dataclasses.replace(config, resume=True, seed=1))
 
     # A new run in its place moves it aside.
     (tmp_path / "other" / "data").mkdir(parents=True)
-    grpo.move_aside(tmp_path / "other")
+    move_aside(tmp_path / "other")
     assert (tmp_path / "other.old1" / "data").is_dir()
     assert load_policy(out)[1].keys() == load_policy(out, step=0)[1].keys()
 
@@ -78,7 +79,7 @@ def test_any_file_of_problems(tmp_path):
     lines = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = dataclasses.replace(tiny.CONFIG, out=tmp_path / "run", data=data, steps=1)
-    grpo.run(config)
+    run(config)
     read = {
         name: tasks.read_jsonl(config.out / "data" / f"{name}.jsonl", tasks.Tokenizer())
         for name in ("warmup", "train", "eval")
@@ -92,7 +93,7 @@ def test_any_file_of_problems(tmp_path):
         subject_of(config)
     data.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
     with pytest.raises(ValueError, match=r"contents of data have changed"):
-        grpo.run(dataclasses.replace(config, resume=True))
+        run(dataclasses.replace(config, resume=True))
 
 
 def start(out, *args):
@@ -193,8 +194,8 @@ def test_a_near_tie_is_found_and_measured(tmp_path):
         lambda x: x * (1 + 3e-4 * noise.standard_normal(x.shape)).astype(x.dtype),
         plain.state.params.policy,
     )
-    draft = grpo.refresh(params, config=nudged.drafter)
-    nudged.state = nudged.state.replace(params=draft)
+    pair, _ = update.derive(nudged.policy, params, drafter=nudged.drafter)
+    nudged.state = nudged.state.replace(params=pair)
     first, second = plain.rollout_step(), nudged.rollout_step()
     rows = compare.differing_rows(first.out, second.out)
     assert 0 < len(rows) < 20  # of 2048

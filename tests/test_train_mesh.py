@@ -22,11 +22,11 @@ import pytest
 
 from configs import tiny
 from tests.test_processes import free_port
-from train import grpo
 from train.checkpoints import Checkpoints
 from train.config import MeshConfig
 from train.metrics import MetricsFile
 from train.placement import Placement
+from train.run import run
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT_S = 300
@@ -38,7 +38,7 @@ CONFIG = dataclasses.replace(tiny.CONFIG, model=MODEL, dtype="float64")
 
 def train(out: Path, **changes: Any) -> None:
     """Run, or go on with, the tiny config."""
-    grpo.run(dataclasses.replace(CONFIG, out=out, **changes))
+    run(dataclasses.replace(CONFIG, out=out, **changes))
 
 
 def parameters(out: Path, step: int) -> Any:

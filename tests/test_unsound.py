@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import calibrate, steps
+from er_jax import steps
 from er_jax.acceptance import ACCEPT_RULES
-from er_jax.engine import Engine
+from er_jax.costs import timing
+from er_jax.engine.engine import Engine
 from er_jax.types import Finish, Params, Program
 from tests.learned import Learned, poisoned
 
@@ -187,7 +188,7 @@ def test_measuring_a_round_feeds_no_position_that_the_policy_has_not() -> None:
         return state, window
 
     engine.start_window = watched  # type: ignore[method-assign]
-    calibrate.measure_round(engine, pair, Program(2, 64, 2))
+    timing.measure_round(engine, pair, Program(2, 64, 2))
     assert len(infos) > 1
     assert all(info.finish_reason.max() != Finish.NONFINITE for info in infos)
     assert max(info.length.max() for info in infos) > 10

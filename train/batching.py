@@ -1,12 +1,12 @@
-"""Sequences of many lengths as arrays of few shapes.
+"""Batches: sequences of many lengths as arrays of few shapes.
 
 A training example is a prompt and the completion that follows it. Examples are sorted
-into length buckets, and each bucket is cut into chunks of a fixed number of rows, so
-that whatever the lengths, one program per bucket is all that is ever compiled. Every
-chunk of every bucket holds about the same number of tokens.
+into length buckets, and each bucket is cut into chunks of a fixed number of rows. The
+shapes do not depend on the lengths, so few programs are compiled. Every chunk of every
+bucket holds about the same number of tokens.
 
-Left out: packing several examples into one row; that needs a policy that understands
-segments.
+Left out: packing several examples into one row, which needs a policy that masks
+attention between them.
 """
 
 import dataclasses
@@ -16,18 +16,19 @@ import jax
 import numpy as np
 from flax import struct
 
-# NumPy on its way to the device, jax.Array once inside a program.
+# NumPy arrays on the host, JAX arrays inside a program.
 Array = jax.Array | np.ndarray
 
 
 @struct.dataclass
 class Batch:
-    """Examples of one bucket, R rows of T tokens. Token t predicts target t.
+    """Examples of one bucket: R rows of T tokens, where token t predicts target t.
 
     Attributes:
-      tokens: `[R, T]` int32, prompt and completion but the last token; 0 in padding.
-      positions: `[R, T]` int32, 0 .. ; -1 in padding.
-      targets: `[R, T]` int32, `tokens` one place to the left; 0 in padding.
+      tokens: `[R, T]` int32, prompt and completion without the last token; 0 in
+        padding.
+      positions: `[R, T]` int32, counted from 0; -1 in padding.
+      targets: `[R, T]` int32, the token that follows each of `tokens`; 0 in padding.
       mask: `[R, T]` float32, 1 where the target is a completion token, else 0.
       behavior_logprobs: `[R, T]` float32, log-probability of the target when it was
         sampled; 0 where masked.
@@ -44,10 +45,10 @@ class Batch:
 
 @struct.dataclass
 class Chunks:
-    """All the examples of one bucket, as many chunks of one shape.
+    """All examples of one bucket, cut into C chunks of one shape.
 
     Attributes:
-      batch: every leaf of `Batch` with a leading axis of C chunks.
+      batch: a `Batch` whose leaves have a leading axis C.
       num_chunks: int32 `[]`, chunks in use; the others are padding.
     """
 
@@ -73,7 +74,7 @@ class Example:
 
     @property
     def length(self) -> int:
-        """T that the example needs: its last token is only ever a target."""
+        """Positions that the example takes; its last token is a target only."""
         return len(self.prompt) + len(self.completion) - 1
 
 
@@ -82,13 +83,13 @@ class Buckets:
     """The shapes that batches may have.
 
     Attributes:
-      lengths: tokens, ascending; an example goes to the first that holds it.
-      tokens: tokens in one chunk; a bucket of length T has max(1, tokens // T) rows,
-        rounded down to a multiple of `row_groups`, but for the first.
+      lengths: tokens, ascending; an example goes to the first bucket that holds it.
+      tokens: tokens in one chunk. A bucket of length T has tokens // T rows, rounded
+        down to a multiple of `row_groups`, and at least `row_groups`.
       row_groups: parts of a mesh that the rows are spread over.
-    A bucket longer than `tokens` is part of a step that has an example for it or for a
-    longer one, and of no other: what the longest line of a file needs is not paid for
-    where it is not sampled.
+    A bucket longer than `tokens` takes part in a step only if an example of the step
+    needs it or a longer one: the longest line of a file costs nothing in the steps that
+    do not sample it.
 
     Raises:
       ValueError: lengths not ascending from >= 1, or tokens < 1.
@@ -111,11 +112,11 @@ class Buckets:
             raise ValueError(f"tokens={self.tokens}: a chunk has at least 1 token")
 
     def rows(self, length: int) -> int:
-        """R of the bucket of `length`."""
+        """Return R, the rows of a chunk, for the bucket of `length`."""
         return max(1, self.tokens // length // self.row_groups) * self.row_groups
 
     def length_for(self, example: Example) -> int:
-        """The bucket of one example; ValueError when it is longer than the longest."""
+        """Return the length of an example's bucket; ValueError if none holds it."""
         for length in self.lengths:
             if example.length <= length:
                 return length
@@ -125,9 +126,11 @@ class Buckets:
         )
 
     def up_to(self, longest: int) -> "Buckets":
-        """The same buckets, but the last is `longest` tokens rounded up to 16.
+        """Return buckets of which the last holds `longest` tokens.
 
-        Past `tokens` there is one of every doubling, since those are few and costly.
+        Its length is `longest` rounded up to a multiple of 16. Between `tokens` and
+        that length, bucket lengths double: such examples are few, and their padding is
+        expensive.
         """
         last = -(-longest // 16) * 16
         lengths = [length for length in self.lengths if length < last]
@@ -144,9 +147,8 @@ def batch_of(examples: Sequence[Example], rows: int, length: int) -> Batch:
     batch = empty_batch(rows, length)
     for row, example in enumerate(examples):
         sequence = np.asarray([*example.prompt, *example.completion], np.int32)
-        first = (
-            len(example.prompt) - 1
-        )  # the last prompt token predicts the first completion token
+        # The last prompt token predicts the first completion token.
+        first = len(example.prompt) - 1
         used = example.length
         batch.tokens[row, :used] = sequence[:-1]
         batch.positions[row, :used] = np.arange(used)
@@ -159,7 +161,7 @@ def batch_of(examples: Sequence[Example], rows: int, length: int) -> Batch:
 
 
 def empty_batch(rows: int, length: int) -> Batch:
-    """A batch of nothing but padding, as writable NumPy arrays."""
+    """Return a batch of nothing but padding, as writable NumPy arrays."""
     shape = (rows, length)
     return Batch(
         tokens=np.zeros(shape, np.int32),
@@ -189,14 +191,15 @@ def make_batches(examples: Sequence[Example], buckets: Buckets) -> list[Batch]:
 def stack_chunks(
     examples: Sequence[Example], buckets: Buckets, capacity: int
 ) -> tuple[Chunks, ...]:
-    """Sort examples into buckets; the shapes depend on `capacity` and not on lengths.
+    """Sort the examples of a step into chunks of fixed shapes.
 
-    Which buckets there are depends on the longest example, past `buckets.tokens`.
+    The shapes depend on `capacity` and not on the lengths of the examples, except that
+    buckets longer than `buckets.tokens` are left out where no example needs them.
 
     Args:
       examples: at most `capacity` of them.
       buckets: shapes of the chunks.
-      capacity: examples every single bucket has room for.
+      capacity: the number of examples that each bucket has room for.
     Returns:
       One `Chunks` for each bucket.
     """

@@ -1,13 +1,15 @@
-"""Checkpoints that hold everything a run needs to go on exactly, and nothing else.
+"""Checkpoints: everything that a run needs to go on with the same numbers.
 
-One Orbax step is one GRPO step; step 0 is the warmed-up policy and is never deleted.
-A step holds three items: `policy` (parameters), `trainer` (optimizer and random key)
-and `host` (JSON: config, data position, controller, digest of the data, and the digests
-of all three items). The draft is not among them: it is computed from the parameters.
+One Orbax step is one GRPO step. Step 0 is the policy that GRPO starts from and is never
+deleted. A step holds three items: `policy` (parameters), `trainer` (optimizer state and
+random key) and `host` (JSON: config, data position, controller, digest of the data, and
+the digests of all three items). The draft is not saved, because it is computed from the
+parameters.
 
-Orbax writes into a temporary directory and renames it, so a step is either there and
-whole or not there; a run killed while saving finds the one before. What a disk does to
-a step afterwards is found by the digests: nothing is given back that was not saved.
+Orbax writes a step into a temporary directory and renames it, so a step is either whole
+or missing: a run that was killed while saving goes on from the step before. Damage that
+a disk does to a step later is found by the digests. What is restored is therefore
+exactly what was saved.
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ import jax
 import orbax.checkpoint as ocp
 
 import er_jax
-from train import metrics
 from train.config import ModelConfig, differences
+from train.digests import text_digest, tree_digest
 from train.files import writing
 from train.placement import Placement
 from train.tasks import Tokenizer
 
 DIRECTORY = "checkpoints"
 
-# Steps divisible by this are kept for ever: of them there is only step 0.
-NEVER = 10**9
+# Orbax never deletes a step divisible by this number; the only such step is 0.
+KEEP_PERIOD = 10**9
 
 
 class NoRunError(FileNotFoundError):
@@ -41,15 +43,18 @@ class NoRunError(FileNotFoundError):
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint does not hold what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a checkpoint gives back.
+    """What a checkpoint holds, as it was given to `Checkpoints.save`.
 
-    step: GRPO steps done. policy: parameters. trainer: optimizer state and key, as they
-    were given to `save`. host: the JSON values.
+    Attributes:
+      step: GRPO steps done.
+      policy: parameters, without the draft.
+      trainer: optimizer state and random key.
+      host: the JSON values.
     """
 
     step: int
@@ -62,9 +67,11 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      out: the run's directory; checkpoints lie in `out/checkpoints`.
-      keep: latest steps to keep, besides step 0.
-      read_only: change nothing on the disk, so that a run may be read while it writes.
+      out: the run's directory; checkpoints are in `out/checkpoints`.
+      keep: number of latest steps to keep, besides step 0.
+      read_only: change nothing on the disk, so that a run can be read while it writes.
+    Raises:
+      NoRunError: `out` has no checkpoints, and `read_only` forbids making them.
     """
 
     def __init__(self, out: Path, *, keep: int = 2, read_only: bool = False) -> None:
@@ -74,7 +81,7 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
-            keep_period=None if read_only else NEVER,
+            keep_period=None if read_only else KEEP_PERIOD,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             enable_async_checkpointing=False,
@@ -93,22 +100,24 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The last whole checkpoint's GRPO step; None when there is none."""
+        """The GRPO step of the last checkpoint; None when there is none."""
         return self._manager.latest_step()
 
     def save(
         self, step: int, *, policy: Any, trainer: Any, host: dict[str, Any]
     ) -> None:
-        """Write one checkpoint; returns when it is whole on the disk.
+        """Write one checkpoint; returns when all of it is on the disk.
 
         Args:
           step: GRPO steps done. policy: parameters, without the draft.
-          trainer: pytree of arrays. host: values JSON can hold.
+          trainer: pytree of arrays. host: values that JSON can hold.
+        Raises:
+          OSError: the checkpoint could not be written; names it and the remedy.
         """
         digests = {
-            "policy": metrics.digest(policy),
-            "trainer": metrics.digest(trainer),
-            "host": metrics.text_digest([step, host]),
+            "policy": tree_digest(policy),
+            "trainer": tree_digest(trainer),
+            "host": text_digest([step, host]),
         }
         path = Path(self._manager.directory) / str(step)
         with writing(f"the checkpoint of step {step}", path):
@@ -139,7 +148,7 @@ class Checkpoints:
         Args:
           like: parameters, or their shapes, of the same structure.
           step: GRPO step; None is the latest.
-          digest: of these parameters; None is what the checkpoint itself says.
+          digest: that the parameters must have; None is the one the checkpoint holds.
         Raises: as `restore_host`.
         """
         step = self._existing(step)
@@ -160,11 +169,12 @@ class Checkpoints:
         Args:
           policy, trainer: pytrees, or their shapes, of the saved structures.
           step: GRPO step; None is the latest.
-          check: raises what there is to say against the JSON values, before arrays are
-            read.
+          check: is given the JSON values before any array is read, and raises what
+            is wrong with them.
         Raises:
           FileNotFoundError: there is no such checkpoint.
-          DamagedError: it does not hold what was saved; names one before it that does.
+          DamagedError: it does not hold what was saved. The message names the latest
+            earlier checkpoint that does.
         """
         step = self._existing(step)
         try:
@@ -196,7 +206,7 @@ class Checkpoints:
         )
 
     def _whole_before(self, step: int, *like: Any) -> int | None:
-        """Return the latest step before one that is whole and fits the run."""
+        """Return the latest earlier step that is whole and that the run may use."""
         for earlier in sorted(self._manager.all_steps(), reverse=True):
             if earlier < step:
                 try:
@@ -223,14 +233,14 @@ class Checkpoints:
             raise self._damaged(
                 step, "host", "it holds no digests, or an older version made it"
             )
-        if digests.get("host") != metrics.text_digest([step, host]):
+        if digests.get("host") != text_digest([step, host]):
             raise self._damaged(step, "host", "its digest is another")
         return host, digests
 
     def _arrays(self, step: int, item: str, like: Any, wanted: str | None) -> Any:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         found = self._read(step, item, ocp.args.StandardRestore(shapes))
-        if metrics.digest(found) != wanted:
+        if tree_digest(found) != wanted:
             raise self._damaged(step, item, "its digest is another")
         return found
 
@@ -251,10 +261,10 @@ class Checkpoints:
 
 
 class PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that ends after all its tasks, also when one of them fails."""
+    """An event loop that waits for all its tasks when it is closed."""
 
     def close(self) -> None:
-        """Wait for what is still running, and close."""
+        """Wait for the tasks that still run, then close."""
         if not self.is_closed() and not self.is_running():
             left = asyncio.all_tasks(self)
             if left:
@@ -264,10 +274,10 @@ class PatientLoop(asyncio.SelectorEventLoop):
 
 @contextlib.contextmanager
 def patient_loops() -> Iterator[None]:
-    """Let event loops that are made inside be patient.
+    """Make `PatientLoop` the kind of event loop that is created inside.
 
-    Orbax closes its own at the first error, and TensorStore, which is still reading the
-    other arrays, then writes a traceback for each of them in front of the error itself.
+    Orbax closes its event loop at the first error. TensorStore is still reading the
+    other arrays then, and would print a traceback for each of them before the error.
     """
     usual = asyncio.new_event_loop
     asyncio.new_event_loop = PatientLoop
@@ -278,12 +288,13 @@ def patient_loops() -> Iterator[None]:
 
 
 def set_aside_after(out: Path, step: int, *files: Path) -> Path | None:
-    """Move the checkpoints after a step out of the way of those that are to come.
+    """Move the checkpoints after a step away, so that the run can write them anew.
 
     Args:
-      out: the run's directory. step: GRPO step. files: to be kept beside them, copied.
+      out: the run's directory. step: GRPO step.
+      files: copied to the same place as the checkpoints.
     Returns:
-      The directory in `out` that they were moved to; None where there were none.
+      The directory in `out` that they were moved to; None when there were none.
     """
     later = [
         path
@@ -305,7 +316,7 @@ def set_aside_after(out: Path, step: int, *files: Path) -> Path | None:
 
 
 def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise ValueError naming every field that a resumed run may not change."""
+    """Raise ValueError naming the fields that changed and may not when resuming."""
     changed = differences(saved, current)
     if changed:
         raise ValueError(
@@ -317,15 +328,16 @@ def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
 def load_policy(
     out: Path | str, *, step: int | None = None
 ) -> tuple[er_jax.Decoder, Any, Tokenizer]:
-    """Load the policy of a run of the demo, to sample it or to measure it.
+    """Load the policy of a run of the demo, to sample from it or to measure it.
 
-    A run that trains a Hugging Face checkpoint saves one; `er_jax.load_hf` loads that.
+    A run that trains a Hugging Face checkpoint saves its policy in that format, for
+    `er_jax.load_hf`.
 
     Args:
       out: directory of the run, as given to `python -m train.grpo --out`.
       step: 0 is the warmed-up policy; None the latest checkpoint.
     Returns:
-      policy, its parameters, and the tokenizer. The run's problems are in
+      The policy, its parameters, and the tokenizer. The run's problems are in
       `out/data/{warmup,train,eval}.jsonl`.
     Raises:
       FileNotFoundError: no such checkpoint.

@@ -1,15 +1,16 @@
-"""Train twice, without speculation and with, and show that nothing but time differs.
+"""The proof that speculation changes nothing but time: train twice and compare.
 
     python -m train.compare arithmetic --policy runs/arithmetic
     python -m train.compare arithmetic --policy runs/arithmetic --dtype float32
 
-Both runs start from the same warmed-up policy and take the same few GRPO steps. In
-float64 every token, every reward and every parameter must be the same, bit for bit. In
-float32 the two programs round differently, so the runs are compared up to the first
-token that differs, and that one must be a rounding tie: a draw whose two best
-candidates lie closer together than float32 can tell.
+One run samples without speculation, the other with it. Both start from the same
+warmed-up policy and take the same few GRPO steps. In float64 every token, every reward
+and every parameter must be the same, bit for bit. In float32 the two runs use programs
+that round differently, so they are compared up to the first token that differs. That
+token must be a rounding tie: a draw whose two best candidates are closer together than
+float32 can tell.
 
-Left out: speed; the benchmarks measure that.
+Left out: speed, which the benchmarks measure.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ import numpy as np
 import tyro
 
 import er_jax
-from er_jax import calibrate, sampling
+from configs import arithmetic, tiny
+from er_jax import sampling
+from er_jax.costs import timing
 from train.checkpoints import load_policy
+from train.completions import StepData
 from train.config import RunConfig
-from train.grpo import StepData, Trainer, move_aside
+from train.run import move_aside
+from train.trainer import Trainer
 
-# Noised log-probabilities are of order 10: float32 keeps them to about 1e-6, and the
-# logits behind them carry the rounding of a whole forward pass.
+# Nats. Noised log-probabilities are of order 10, so float32 keeps them to about 1e-6;
+# the logits they are made of carry the rounding errors of a whole forward pass.
 TIE = 1e-4
 
 
@@ -42,8 +47,8 @@ class CompareConfig:
 
     Attributes:
       run: steps, dtype and everything else; its `control` is not used.
-      policy: directory of a run whose warmed-up policy to start from; None warms one
-        up, in float32, as `run` says.
+      policy: directory of a run of the demo, from whose warmed-up policy both start;
+        None warms a policy up in float32, as `run` says.
       speculation: the control of the second run; the first is "ar".
     """
 
@@ -57,9 +62,11 @@ class Tie:
     """The first token in which two rollouts of the same prompts differ.
 
     Attributes:
-      sequence: row of the rollout. position: of the token in prompt and completion.
-      tokens: the two draws. gap: noised log-probability of the first draw minus the
-        second's, under the first run's parameters, in nats.
+      sequence: row of the rollout.
+      position: of the token, counted from the start of the prompt.
+      tokens: the first run's draw and the second run's.
+      gap: noised log-probability of the first draw minus that of the second, both under
+        the first run's parameters, in nats.
     """
 
     sequence: int
@@ -69,7 +76,7 @@ class Tie:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether float32 may well put either of the two first."""
+        """Whether rounding in float32 may have decided between the two draws."""
         return abs(self.gap) <= TIE
 
 
@@ -80,11 +87,11 @@ def differing_rows(first: er_jax.Rollout, second: er_jax.Rollout) -> np.ndarray:
 
 
 def find_tie(trainer: Trainer, first: StepData, second: StepData, row: int) -> Tie:
-    """Look at the first differing token of a row.
+    """Measure the first token of a row in which two rollouts differ.
 
     Args:
-      trainer: of the first run, its parameters still those that sampled `first`.
-      first, second: the two rollouts. row: one in which they differ.
+      trainer: of the first run; its parameters are still those that sampled `first`.
+      first, second: what the two runs sampled. row: one in which they differ.
     """
     ids = (first.out.completion_ids[row], second.out.completion_ids[row])
     place = int(np.flatnonzero(ids[0] != ids[1])[0])
@@ -99,7 +106,7 @@ def find_tie(trainer: Trainer, first: StepData, second: StepData, row: int) -> T
         policy.init_cache(1, position),
     )
     settings = dataclasses.replace(
-        calibrate.neutral_sampling(),
+        timing.neutral_sampling(),
         key=np.asarray(trainer.state.key),
         temperature=np.float32(trainer.config.grpo.temperature),
     )
@@ -121,7 +128,11 @@ def find_tie(trainer: Trainer, first: StepData, second: StepData, row: int) -> T
 
 
 def same_start(config: CompareConfig) -> tuple[Trainer, Trainer]:
-    """Return two trainers with equal parameters, that differ in control only."""
+    """Return two trainers that differ in their control only.
+
+    Raises:
+      ValueError: `config.policy` has other model sizes than the run.
+    """
     run = config.run
     if config.policy is not None:
         policy, params, _ = load_policy(config.policy, step=0)
@@ -145,13 +156,18 @@ def same_start(config: CompareConfig) -> tuple[Trainer, Trainer]:
 
 
 def farthest(one: Any, other: Any) -> float:
-    """Return the largest difference between two pytrees of arrays."""
+    """Return the largest absolute difference between two pytrees of arrays."""
     gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), one, other)
     return max(jax.tree.leaves(gaps))
 
 
 def report_ties(step: int, ties: Sequence[Tie], num_tokens: int) -> None:
-    """Print where two runs part."""
+    """Print the first differing tokens of two runs.
+
+    Args:
+      step: in which they differ. ties: one for each row that does.
+      num_tokens: equal tokens in the steps before.
+    """
     print(
         f"step {step}: {len(ties)} sequences differ, after {num_tokens} equal tokens "
         "in the steps before; the first differing token of each:"
@@ -165,10 +181,10 @@ def report_ties(step: int, ties: Sequence[Tie], num_tokens: int) -> None:
 
 
 def compare(config: CompareConfig) -> bool:
-    """Run both and print what was found, step by step.
+    """Run both and print the comparison of each step.
 
     Returns:
-      Whether everything was equal, up to a rounding tie in float32.
+      Whether everything was equal, in float32 up to the first rounding tie.
     """
     run = config.run
     move_aside(run.out)
@@ -208,7 +224,6 @@ def compare(config: CompareConfig) -> bool:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse the command line, compare, and exit with 1 when the runs differ."""
-    from configs import arithmetic, tiny
 
     def of(run: RunConfig) -> CompareConfig:
         out = Path("runs") / f"compare-{run.out.name}"

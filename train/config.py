@@ -1,7 +1,7 @@
-"""Everything a run can be told, in frozen dataclasses that check themselves.
+"""The settings of a run: frozen dataclasses that check their values.
 
-The values of the runs we report are in `configs/`, one file per run; here are only the
-fields, their units and their limits.
+Here are the fields, their units and their limits. The values of each reported run are
+in a file of its own in `configs/`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from train.tasks import ArithmeticConfig
 
 DTYPES = ("float32", "float64")
 
-# What a resumed run may change: how far it goes, where it lies, how often it saves, on
-# which devices it runs.
+# The settings that a resumed run may change. None of them changes its numbers, except
+# that another mesh rounds differently.
 FREE_ON_RESUME = (
     "steps", "out", "resume", "resume_step", "save_every", "profile", "mesh",
 )  # fmt: skip
@@ -62,18 +62,20 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are used; sizes of 1 are the default device alone.
+    """The mesh of devices and the processes; all sizes 1 is the default device alone.
 
     Args:
-      data: parts the rows are spread over, each with a copy of the weights.
-      fsdp: parts the weights are cut into for updates; rows are spread over them too.
-      model: parts the heads and features are cut into.
+      data: parts that the rows are spread over, each with a copy of the weights.
+      fsdp: parts that the weights are cut into for updates; rows are spread over them
+        too.
+      model: parts that attention heads and features are cut into.
       replicas: let every copy of the weights sample by itself; see docs/pods.md.
-      coordinator: where several processes find each other, HOST:PORT of the first; or
-        "auto", on clusters that JAX knows. None is one process.
-      num_processes, process_id: how many there are and which one this is, with
-        HOST:PORT.
-      heartbeat_s: seconds after which a process that is not heard of ends the others.
+      coordinator: where several processes meet: HOST:PORT of the first, or "auto" on
+        clusters that JAX knows. None is one process.
+      num_processes: processes in all; goes with HOST:PORT.
+      process_id: number of this process, from 0; goes with HOST:PORT.
+      heartbeat_s: seconds without a sign of life from one process after which the
+        others are ended.
     """
 
     data: int = 1
@@ -110,18 +112,19 @@ class GRPOConfig:
       max_new_tokens: limit of a completion, tokens.
       max_slots: rows decoded at once.
       temperature: of sampling, > 0; the loss uses the same.
-      updates_per_step: optimizer steps on each batch of rollouts. With 1 the ratio
-        is 1 up to rounding; from the second on the clip has work to do.
+      updates_per_step: optimizer steps on the completions of a step. In the first one
+        the ratio is 1 up to rounding and nothing is clipped.
       learning_rate: Adam's.
       clip_norm: largest global gradient norm.
-      clip_low: the ratio is cut at 1 - clip_low, in (0, 1).
-      clip_high: and at 1 + clip_high, > 0.
-      kl_coef: weight of the divergence from the warmed-up policy; 0 is off.
+      clip_low: the ratio is clipped from below at 1 - clip_low, in (0, 1).
+      clip_high: the ratio is clipped from above at 1 + clip_high, > 0.
+      kl_coef: weight of the KL divergence from the policy of step 0; 0 is off.
       scale_advantages: divide by the group's standard deviation.
       format_bonus: reward for ending in a whole number, right or wrong; 0 is off.
-      bucket_lengths: tokens of prompt and completion; shapes of the update. Ascending;
-        one that holds the longest is added.
-      chunk_tokens: tokens, padding included, in one pass of the update.
+      bucket_lengths: tokens of prompt and completion that the update's batches are
+        padded to, ascending. A bucket for the longest is added.
+      chunk_tokens: tokens, padding included, in one forward and backward pass of the
+        update.
     """
 
     prompts_per_step: int = 16
@@ -177,22 +180,22 @@ class GRPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-    """What every run of reinforcement learning is told.
+    """The settings of any run.
 
     Args:
       seed: of parameters, data and sampling.
       steps: GRPO steps in all; a resumed run goes on to this number.
-      dtype: "float32", or "float64", in which the result does not depend on how
-        sequences were batched.
+      dtype: "float32", or "float64", in which tokens do not depend on how sequences
+        were batched.
       control: how draft lengths are chosen: "best", "paper", "ar" or "fixed:g".
-      reproducible: choose batch shapes by rule and not by the clock, so that float32
-        runs repeat bit for bit; needs "ar" or "fixed:g", and is slower.
+      reproducible: choose batch shapes by a rule and not by the clock, so that float32
+        runs repeat bit for bit; slower, and needs the control "ar" or "fixed:g".
       out: directory for everything the run writes.
       resume: go on from the last checkpoint in `out`.
-      resume_step: or from this one, if the last is damaged; later ones are set aside.
+      resume_step: go on from this checkpoint instead; later ones are set aside.
       save_every: GRPO steps between two checkpoints.
       eval_samples: completions per held-out problem when evaluating.
-      profile: directory for a trace of one step, the second that this process makes.
+      profile: directory for a trace of one step, the second of this process.
       mesh: the devices; a resumed run may have others.
       grpo: the reinforcement learning.
     """
@@ -235,7 +238,7 @@ class BaseConfig:
     def rollout_config(
         self, *, group_size: int, stop_token_ids: tuple[int, ...] = ()
     ) -> er_jax.RolloutConfig:
-        """Return how completions are sampled."""
+        """Return the settings of a rollout."""
         return er_jax.RolloutConfig(
             max_new_tokens=self.grpo.max_new_tokens,
             n=group_size,
@@ -249,11 +252,11 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(BaseConfig):
-    """A whole run of the demo: data, warm-up, reinforcement learning.
+    """A run of the demo: a small decoder, warmed up and then trained by GRPO.
 
     Args:
-      data: JSONL of problems to train on; None generates them (see `task`). Lines
-        with a "solution" are warmed up on; without any, the generated ones are.
+      data: JSONL of problems to train on; None generates them (see `task`). The warm-up
+        imitates its lines with a "solution", or generated problems if it has none.
       task: the generated problems.
       model: the decoder's sizes.
       sft: the warm-up.
@@ -285,8 +288,9 @@ class HFConfig(BaseConfig):
     Args:
       model: directory of the checkpoint, its tokenizer included.
       data: JSONL of {"prompt": str, "answer": str}.
-      reward: what scores a completion, as module:function; see `train.rewards`.
-      num_eval: problems held out, at most; every tenth is where there are few.
+      reward: the function that scores completions, as module:function; see
+        `train.rewards`.
+      num_eval: problems held out: a tenth of the prompts, and at most this many.
     The others are those of `BaseConfig`.
     """
 
@@ -308,7 +312,7 @@ class HFConfig(BaseConfig):
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """Return a config as values JSON can hold, the same after a round trip."""
+    """Return a config as JSON values, equal to what is read back from JSON."""
 
     def path(value: object) -> str:
         if isinstance(value, Path):
@@ -321,7 +325,10 @@ def to_json(config: Any) -> dict[str, Any]:
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> list[str]:
-    """Return the fields in which two configs differ, as "name: old -> new"."""
+    """Return the fields that differ between two configs, as "name: old -> new".
+
+    Fields that a resumed run may change are left out.
+    """
     found = []
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)

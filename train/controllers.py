@@ -1,9 +1,9 @@
-"""A controller that looks at the batch and never at the clock.
+"""A controller that decides by the number of live rows and never by the clock.
 
-`er_jax`'s own controllers pick batch and cache sizes by measured speed. Programs of
-different shape round float32 differently, so two runs on a machine that is not equally
-busy may differ in the last bit, and at a rounding tie in a token. This one gives up
-some speed for float32 runs that repeat bit for bit.
+The controllers of `er_jax` choose batch and cache sizes by measured speed. Programs of
+different shapes round float32 differently, so the choice changes log-probabilities in
+the last bit, and at a rounding tie a token. The controller here gives up some speed for
+float32 runs that repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import er_jax
 from er_jax.types import Program
 
-# Rows go down by this factor: few programs to compile, and at most three idle rows for
-# each live one.
+# The batch shrinks by this factor: few programs are compiled, and at most three rows
+# are idle for each live one.
 STEP_DOWN = 4
 
 
 class RuleController(er_jax.Controller):
-    """One draft length; rows fall by fours as sequences end; the cache never moves.
+    """One draft length, one cache length, and batches that shrink by fours.
 
     Args:
       control: "ar" or "fixed:g".
@@ -33,11 +33,11 @@ class RuleController(er_jax.Controller):
         longest = max(program.cache_length for program in options)
         fits = {p.rows: p for p in options if p.cache_length == longest}
         rows = size = max(fits)
-        # Sizes between may be missing: a small batch is not offered all larger ones.
+        # Not every size is offered: a small batch lacks some of the larger ones.
         while size >= STEP_DOWN:
             size //= STEP_DOWN
             rows = size if size in fits else rows
         return fits[rows]
 
     def observe(self, *args: Any, **kwargs: Any) -> None:
-        """Learn nothing: window lengths follow from the measured times as well."""
+        """Learn nothing: measured times would change the lengths of windows."""

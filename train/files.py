@@ -1,4 +1,4 @@
-"""A run's files: written whole or not at all, and a disk that refuses is named."""
+"""Files of a run: written in one atomic move, and with errors that name the file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# As TensorStore and safetensors put it, whose errors are no OSError.
+# How the errors of TensorStore and safetensors, which are no OSError, put it in words.
 IN_WORDS = {
     "No space left on device": errno.ENOSPC,
     "Disk quota exceeded": errno.EDQUOT,
@@ -17,12 +17,13 @@ IN_WORDS = {
 
 @contextlib.contextmanager
 def writing(what: str, path: Path) -> Iterator[None]:
-    """Say what could not be written, where, and how the run goes on.
+    """Name the file and the remedy when what runs inside cannot write it.
 
     Args:
-      what: for the message, such as "the checkpoint of step 5". path: where it goes.
+      what: for the message, such as "the checkpoint of step 5". path: the file.
     Raises:
-      OSError: of the same number, where what runs inside fails by the disk.
+      OSError: with the errno of the system's error, which may have been wrapped in
+        others. Any other error passes unchanged.
     """
     try:
         yield
@@ -42,7 +43,7 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 
 def _error_number(error: BaseException) -> int | None:
-    """Return the system's number of what caused an error, None if it was no system."""
+    """Return the errno at the root of an error; None if the system did not cause it."""
     if isinstance(error, OSError):
         return error.errno
     for words, number in IN_WORDS.items():
@@ -53,7 +54,7 @@ def _error_number(error: BaseException) -> int | None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give a file, and the directory it is in, new contents in one atomic move."""
+    """Replace a file's contents in one atomic move; make its directory if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(text, "utf-8")

@@ -1,7 +1,7 @@
-"""What is minimised: supervised cross-entropy, and the clipped policy gradient of GRPO.
+"""Losses: supervised cross-entropy, and the clipped policy gradient of GRPO.
 
-Every loss is a sum over one batch, of tokens or of completions: the caller divides by
-their number in the whole step, so that the gradient does not depend on how the step was
+Every loss is a sum over one batch. The caller divides by the number of tokens or
+completions in the whole step, so that the gradient does not depend on how the step was
 cut into batches.
 
 Sources: Shao et al. 2024 (arXiv 2402.03300) for group-relative advantages and the KL
@@ -10,56 +10,59 @@ estimator; Schulman et al. 2017 (arXiv 1707.06347) for the clipped ratio; Yu et 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import er_jax
 from train.batching import Batch
 
 
-def token_logprobs(policy, params, batch: Batch, temperature: jax.Array) -> jax.Array:
-    """Log-probability of every target at `temperature`, before any truncation.
+def token_logprobs(
+    policy: er_jax.Policy, params: Any, batch: Batch, temperature: jax.Array
+) -> jax.Array:
+    """Return every target's log-probability at `temperature`, before any truncation.
 
-    This is what `logprobs="temperature"` means in a rollout: the two can be compared.
+    A rollout with `logprobs="temperature"` reports the same numbers.
 
     Args:
-      policy: an `er_jax.Policy`.
-      params: its parameters.
-      batch: `[R, T]`.
+      policy, params: the model. batch: `[R, T]`.
       temperature: scalar > 0.
     Returns:
       `[R, T]` in the dtype of the policy's logits; meaningless where `batch.mask` is 0.
     """
     rows, length = batch.tokens.shape
     cache = policy.init_cache(rows, length)
-    hidden, _ = policy.forward(params, batch.tokens, batch.positions, cache)
+    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+    hidden, _ = policy.forward(params, tokens, positions, cache)
     logits = policy.logits(params, hidden)
     logprobs = jax.nn.log_softmax(logits / temperature.astype(logits.dtype), axis=-1)
     return jnp.take_along_axis(logprobs, batch.targets[..., None], axis=-1)[..., 0]
 
 
-def supervised_loss(policy, params, batch: Batch) -> jax.Array:
-    """Sum over the completion tokens of -log p, in nats."""
+def supervised_loss(policy: er_jax.Policy, params: Any, batch: Batch) -> jax.Array:
+    """Return the sum of -log p over the completion tokens, in nats."""
     logprobs = token_logprobs(policy, params, batch, jnp.ones((), jnp.float32))
     return -jnp.sum(logprobs * batch.mask.astype(logprobs.dtype))
 
 
-def solution_logprobs(policy, params, batch: Batch) -> jax.Array:
+def solution_logprobs(policy: er_jax.Policy, params: Any, batch: Batch) -> jax.Array:
     """Return `[R]`, each row's log-probability of its completion; 0 for empty rows."""
     logprobs = token_logprobs(policy, params, batch, jnp.ones((), jnp.float32))
     return jnp.sum(logprobs * batch.mask.astype(logprobs.dtype), axis=-1)
 
 
 def group_advantages(rewards: np.ndarray, *, scale: bool) -> np.ndarray:
-    """Reward minus its group's mean, over the group's standard deviation when `scale`.
+    """Return every reward minus its group's mean, scaled if asked for.
 
-    A group whose rewards are all equal says nothing about what was better: its
-    advantages are exactly 0.
+    A group of equal rewards does not tell which completion was better: its advantages
+    are exactly 0.
 
     Args:
       rewards: `[P, n]`, n completions of each of P prompts.
-      scale: divide by (standard deviation + 1e-4).
+      scale: divide by the group's standard deviation + 1e-4.
     Returns:
       `[P, n]` float32.
     """
@@ -76,8 +79,8 @@ class PolicyLoss:
     """The options of `policy_loss`.
 
     Attributes:
-      clip_low: the ratio gains nothing below 1 - clip_low, in (0, 1).
-      clip_high: nor above 1 + clip_high, > 0.
+      clip_low: the ratio is clipped from below at 1 - clip_low, in (0, 1).
+      clip_high: the ratio is clipped from above at 1 + clip_high, > 0.
       kl_coef: weight of the divergence from the reference; 0 needs no reference.
     """
 
@@ -87,25 +90,29 @@ class PolicyLoss:
 
 
 def policy_loss(
-    policy,
-    params,
-    ref_params,
+    policy: er_jax.Policy,
+    params: Any,
+    ref_params: Any,
     batch: Batch,
     temperature: jax.Array,
     options: PolicyLoss,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy-gradient loss: mean over tokens, then sum over completions.
+    """Return the clipped policy-gradient loss, with a KL term if asked for.
 
-    With ratio = exp(policy_logprob - behavior_logprob) and A the advantage, a token
-    costs -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), plus kl_coef
-    times exp(ref - policy) - (ref - policy) - 1, which is >= 0 and whose mean over
-    sampled tokens is the divergence from the reference. Every completion counts alike
-    however long it is: a reward at the end says less about each of many tokens.
+    The loss of a completion is the mean of its tokens' losses, and the loss of a batch
+    the sum over its completions. A long completion therefore weighs no more than a
+    short one: its reward says less about each of its many tokens.
+
+    With ratio = exp(policy_logprob - behavior_logprob) and A the advantage, the loss of
+    a token is -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), plus
+    kl_coef times exp(d) - d - 1 where d = ref_logprob - policy_logprob. That term is
+    >= 0, and its mean over sampled tokens estimates the KL divergence from the
+    reference.
 
     Args:
-      policy: an `er_jax.Policy`.
-      params: parameters to differentiate by.
-      ref_params: the reference's, not differentiated; None when `options.kl_coef` is 0.
+      policy: the model.
+      params: its parameters, which the loss is differentiated by.
+      ref_params: those of the reference; None when `options.kl_coef` is 0.
       batch: `[R, T]`; `behavior_logprobs` are the rollout's own.
       temperature: scalar > 0, that of the rollout.
       options: clip bounds and KL weight.

@@ -1,15 +1,16 @@
-"""Where a training run's arrays lie: on one device, or on a mesh.
+"""Placement: where a training run's arrays lie, on one device or on a mesh.
 
-Three axes, of any size: rows of an update are spread over `data` and `fsdp`; weights,
-gradients and the optimizer's state are cut over `fsdp` and `model`. Rollouts use the
-same devices otherwise: weights are whole along `fsdp`, whose devices hold rows of their
-own, because a decoding step has too few rows to be worth gathering weights for. So the
-end of every update gathers them once, in the same program that derives the draft.
+A mesh has three axes of any size. In an update, rows are spread over `data` and `fsdp`;
+weights, gradients and the optimizer's state are cut over `fsdp` and `model`. A rollout
+uses the same devices in another way: every device along `fsdp` has rows of its own and
+whole weights, because a decoding step has too few rows to be worth gathering weights
+for. An update therefore ends by gathering the weights along `fsdp` once, in the program
+that also derives the draft.
 
-Several processes run the same program on the same numbers. The first one writes files
-and speaks; what only it knows is told to the others (`agreed`).
+Several processes run the same program on the same numbers. The first one writes files,
+prints, and broadcasts to the others what only it knows (`agreed`).
 
-Left out: pipelines, several meshes.
+Left out: pipeline parallelism, more than one mesh.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ from jax.sharding import (
 )
 
 import er_jax
-from er_jax import sharding
+from er_jax.mesh import rules
 from train.config import MeshConfig
 from train.settings import require
 
 
 def join(config: MeshConfig) -> None:
-    """Meet the other processes of a run, if there are any; before JAX is used."""
+    """Connect to the other processes of a run, if there are any.
+
+    Must be called before JAX touches a device.
+    """
     if config.coordinator is None:
         return
     found = config.coordinator == "auto"
@@ -52,30 +56,36 @@ def join(config: MeshConfig) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def agreed(values: Any) -> np.ndarray:
-    """Return the first process's numbers, in every process; waits for all of them.
+    """Return the first process's values in every process, bit for bit.
+
+    Every process waits here for all others.
 
     Args:
-      values: numbers, of one shape and dtype in all processes; kept to the bit.
+      values: numbers of the same shape and dtype in all processes.
     """
     own = np.asarray(values)
-    # As bytes, for JAX would make 32 bits of 64.
+    # As bytes, because JAX would convert 64 bits to 32.
     data = np.frombuffer(own.tobytes(), np.uint8)
     told = np.asarray(multihost_utils.broadcast_one_to_all(data))
     return np.frombuffer(told.tobytes(), own.dtype).reshape(own.shape)
 
 
 def on_host(tree: Any) -> Any:
-    """Return arrays as NumPy's, whole, in every process."""
+    """Return a pytree with its JAX arrays gathered as whole NumPy arrays.
+
+    All processes must call it, and each gets everything.
+    """
 
     def leaf(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-        # A copy: a NumPy view that JAX caches would keep the buffer from being donated.
+        # Convert a copy: JAX caches the NumPy view of an array, and that would keep the
+        # original buffer from being donated.
         return np.asarray(jnp.array(x)) if isinstance(x, jax.Array) else x
 
     return jax.tree.map(leaf, tree)
@@ -83,20 +93,23 @@ def on_host(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A run's devices; on a mesh for decoders only, and one device is left alone.
+    """The devices of a run, and which part of an array each of them holds.
+
+    Without a mesh every method leaves arrays as they are. A mesh is for the built-in
+    decoder only.
 
     Attributes:
-      mesh: with the axes data, fsdp and model; None is the default device.
+      mesh: with the axes data, fsdp and model; None is the default device alone.
     """
 
     mesh: Mesh | None = None
 
     @classmethod
     def of(cls, config: MeshConfig) -> Placement:
-        """Lay all devices of all processes out.
+        """Arrange all devices of all processes as a mesh.
 
         Raises:
-          ValueError: sizes whose product is not their number.
+          ValueError: the product of the sizes is not the number of devices.
         """
         sizes = (config.data, config.fsdp, config.model)
         if sizes == (1, 1, 1):
@@ -109,31 +122,35 @@ class Placement:
             f"there are {len(devices)} devices; give sizes with that product",
         )
         shaped = np.array(devices).reshape(sizes)
-        return cls(Mesh(shaped, sharding.AXES, axis_types=(AxisType.Auto,) * 3))
+        return cls(Mesh(shaped, rules.AXES, axis_types=(AxisType.Auto,) * 3))
 
     @functools.cached_property
     def sampling(self) -> Mesh | None:
-        """The same devices, in the same order, for rollouts: fsdp's are rows'."""
+        """The mesh of rollouts: the same devices, with `fsdp` folded into `data`."""
         if self.mesh is None:
             return None
         data, fsdp, model = self.mesh.devices.shape
         devices = self.mesh.devices.reshape(data * fsdp, 1, model)
-        return Mesh(devices, sharding.AXES, axis_types=self.mesh.axis_types)
+        return Mesh(devices, rules.AXES, axis_types=self.mesh.axis_types)
 
     @property
     def num_row_groups(self) -> int:
-        """Parts that the rows of an update are cut into."""
+        """Parts that the rows of an update are spread over."""
         if self.mesh is None:
             return 1
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def params(self, policy: er_jax.Policy, params: Any) -> Any:
-        """Return the sharding of every parameter in an update on a mesh."""
+        """Return the sharding that every parameter has in an update; needs a mesh."""
         assert self.mesh is not None and isinstance(policy, er_jax.Decoder)
-        return sharding.param_shardings(params, policy.config, self.mesh)
+        return rules.param_shardings(params, policy.config, self.mesh)
 
     def put(self, policy: er_jax.Policy, params: Any) -> Any:
-        """Lay parameters out for updates; of several processes, the first one's."""
+        """Return parameters with the sharding of an update.
+
+        Of parameters that every process has made for itself, the first process's are
+        taken.
+        """
         if self.mesh is None:
             return params
         if jax.process_count() > 1 and jax.tree.leaves(params)[0].is_fully_addressable:
@@ -141,15 +158,16 @@ class Placement:
         return jax.tree.map(jax.device_put, params, self.params(policy, params))
 
     def shaped(self, policy: er_jax.Policy, params: Any) -> Any:
-        """Return shapes of parameters with the shardings a restore gives them."""
+        """Return the shapes and update shardings of parameters, for a restore."""
         if self.mesh is None:
             return self.shaped_whole(params)
         return jax.tree.map(_shaped, params, self.params(policy, params))
 
     def shaped_whole(self, tree: Any) -> Any:
-        """The same for what lies whole on every device.
+        """Return shapes, and the sharding of arrays that are whole on every device.
 
-        Said of one device as well: the checkpoint of a larger mesh says otherwise.
+        Without a mesh that sharding is one device. It has to be named, because a
+        restore otherwise uses the mesh that the checkpoint was made on.
         """
         where: Any = SingleDeviceSharding(jax.devices()[0])
         if self.mesh is not None:
@@ -157,7 +175,7 @@ class Placement:
         return jax.tree.map(lambda x: _shaped(x, where), tree)
 
     def trained(self, policy: er_jax.Policy, params: Any) -> Any:
-        """Hold parameters where updates have them; inside a jit."""
+        """Constrain parameters or gradients to an update's sharding, inside a jit."""
         if self.mesh is None:
             return params
         return lax.with_sharding_constraint(params, self.params(policy, params))
@@ -165,7 +183,7 @@ class Placement:
     def optimized(
         self, policy: er_jax.Policy, optimizer: Any, opt_state: Any, params: Any
     ) -> Any:
-        """Hold an optimizer's state where its parameters are; inside a jit."""
+        """Constrain an optimizer's state to its parameters' sharding, inside a jit."""
         if self.mesh is None:
             return opt_state
         cuts = self._of_optimizer(policy, optimizer, opt_state, params)
@@ -174,7 +192,7 @@ class Placement:
     def shaped_optimizer(
         self, policy: er_jax.Policy, optimizer: Any, opt_state: Any, params: Any
     ) -> Any:
-        """The same for an optimizer's state."""
+        """Return the shapes and shardings of an optimizer's state, for a restore."""
         if self.mesh is None:
             return self.shaped_whole(opt_state)
         cuts = self._of_optimizer(policy, optimizer, opt_state, params)
@@ -194,7 +212,7 @@ class Placement:
         )
 
     def rows(self, batch: Any) -> Any:
-        """Spread the rows, the first axis, of a batch; inside a jit."""
+        """Spread a batch's rows, its first axis, over the mesh, inside a jit."""
         if self.mesh is None:
             return batch
         cut = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
@@ -203,27 +221,28 @@ class Placement:
     def drafted(
         self, policy: er_jax.Policy, params: Any, config: er_jax.DrafterConfig
     ) -> tuple[er_jax.PolicyParams, Any]:
-        """Derive what rollouts sample from; inside a jit.
+        """Derive what a rollout samples from, inside a jit.
 
         Returns:
-          The parameters with their draft, and the parameters gathered along fsdp, from
-          which the draft was made; None where there is nothing to gather.
+          The parameters with their draft; and the parameters gathered along `fsdp`,
+          which the draft was made from, or None when there is nothing to gather.
         """
         if self.mesh is None:
             return er_jax.attach_draft(params, config), None
         cuts = jax.tree.map(self._gathered, self.params(policy, params))
         gathered = lax.with_sharding_constraint(params, cuts)
         draft = er_jax.attach_draft(gathered, config).draft
-        draft = lax.with_sharding_constraint(
-            draft, sharding.draft_shardings(draft, cuts)
-        )
+        draft = lax.with_sharding_constraint(draft, rules.draft_shardings(draft, cuts))
         pair = er_jax.PolicyParams(policy=params, draft=draft)
         return pair, gathered if self.mesh.shape["fsdp"] > 1 else None
 
     def sampler(
         self, params: er_jax.PolicyParams, gathered: Any
     ) -> er_jax.PolicyParams:
-        """Return what `drafted` made as it lies on the mesh of rollouts; no copy."""
+        """Return the results of `drafted` as arrays on the mesh of rollouts.
+
+        Nothing is copied: the devices hold the same parts under another mesh.
+        """
         if gathered is None:
             return params
         mesh = self.sampling

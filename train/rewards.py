@@ -1,8 +1,9 @@
-"""Rewards of completions by their final answer, and how others are named.
+"""Rewards: functions that score a completion, and how a run names one of them.
 
-A reward is a function `reward(completion, answer, *, finished) -> float`: the decoded
-text without its end token, the "answer" of the data file (any text, for the function to
-read as it likes), and whether the policy ended the completion itself.
+A reward is a function `reward(completion, answer, *, finished) -> float`. It is given
+the decoded completion without its end token, the "answer" of the data file (any text,
+which the function may read as it likes), and whether the policy ended the completion
+itself. The two rewards here compare final answers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 
 class Reward(Protocol):
-    """What scores a completion; see the module."""
+    """A function that scores a completion."""
 
     def __call__(self, completion: str, answer: str, *, finished: bool) -> float:
         """Return the score."""
@@ -25,7 +26,7 @@ class Reward(Protocol):
 
 
 def score(reward: Reward, completion: str, answer: str, *, finished: bool) -> float:
-    """Return what a reward gives a completion, as a number.
+    """Return the reward of a completion as a Python number.
 
     Raises:
       ValueError: the reward raised something, or returned anything but a finite number.
@@ -38,7 +39,7 @@ def score(reward: Reward, completion: str, answer: str, *, finished: bool) -> fl
             f"the reward raised {type(error).__name__}: {error} ({last.filename}, line "
             f"{last.lineno})"
         ) from error
-    # A number of NumPy, JAX or torch.
+    # NumPy, JAX and torch have numbers of their own.
     number = found.item() if getattr(found, "shape", None) == () else found
     if not isinstance(number, numbers.Real) or not math.isfinite(number):
         raise ValueError(f"the reward returned {found!r}; let it return a number")
@@ -49,7 +50,7 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def exact_match(completion: str, answer: str, *, finished: bool) -> float:
-    """Score 1 for a finished completion that is the answer, spaces around it aside.
+    """Return 1 for a finished completion that equals the answer, outer spaces aside.
 
     Example:
       >>> exact_match(" Paris\\n", "Paris", finished=True)
@@ -59,7 +60,7 @@ def exact_match(completion: str, answer: str, *, finished: bool) -> float:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number of a text, None without one.
+    """Return the last number in a text; None if there is none.
 
     Example:
       >>> last_number("so it is $1,234.50.")
@@ -75,7 +76,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def numeric_answer(completion: str, answer: str, *, finished: bool) -> float:
-    """Score 1 for a finished completion whose last number is the answer's last.
+    """Return 1 for a finished completion whose last number is the answer's last number.
 
     Example:
       >>> numeric_answer("18 - 6 = 12, so 12.0", "#### 12", finished=True)

@@ -1,8 +1,8 @@
-"""Settings that check themselves: every field holds what its annotation says.
+"""Type checks of settings: every field holds what its annotation says.
 
-NumPy's numbers, of which sweeps over settings are made, become Python's, so that a
-config can be written as JSON and compared with one that was read. Anything else of
-another type is refused by name, before it decides something.
+NumPy numbers, which sweeps over settings are made of, become Python numbers, so that a
+config can be written as JSON and compared with one that was read back. A value of any
+other wrong type is refused by name when the config is made.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ def require(holds: bool, name: str, value: object, remedy: str) -> None:
 
 
 def check_types(settings: Any) -> None:
-    """Bring the fields of a frozen dataclass to the types of their annotations.
+    """Convert the fields of a frozen dataclass to the types of their annotations.
 
     Args:
-      settings: annotated with bool, int, float, str, Path, a dataclass, a tuple of any
-        number of one of them, or one of these and None. What the command line has yet
-        to fill in is left alone.
+      settings: its annotations are bool, int, float, str, Path, a dataclass, or a
+        tuple of any number of one of these, each with or without `| None`. A field that
+        the command line has yet to fill in (`tyro.MISSING`) is left alone.
     Raises:
-      ValueError: naming the first field of another type, or a number not finite.
+      ValueError: naming the first field of another type, or a number that is not
+        finite.
     """
     wanted = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -45,7 +46,7 @@ def check_types(settings: Any) -> None:
 
 
 def _typed(name: str, value: Any, wanted: Any) -> Any:
-    """Return a value as the type that is wanted."""
+    """Return a value converted to the wanted type; ValueError if it has another."""
     if isinstance(wanted, types.UnionType):
         (wanted,) = (kind for kind in typing.get_args(wanted) if kind is not type(None))
         return None if value is None else _typed(name, value, wanted)

@@ -1,11 +1,11 @@
-"""Supervised warm-up: learn to write solutions, and stop before being good at it.
+"""Supervised warm-up: the policy learns to write solutions, but not to perfection.
 
 Reinforcement learning needs a policy that is right some of the time. The warm-up
 imitates written-out solutions until the mean chance of writing a held-out solution
 reaches `stop_at`. That chance is the exponential of the solution's log-probability, so
-measuring it takes one forward pass and no sampling.
+it is measured with one forward pass and without sampling.
 
-Left out: any sampling, any checkpointing.
+Left out: sampling and checkpoints.
 """
 
 import dataclasses
@@ -13,12 +13,14 @@ import functools
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+import er_jax
 from train import losses
 from train.batching import Batch, Buckets, Example, make_batches
 from train.settings import check_types, require
@@ -30,13 +32,14 @@ class SFTConfig:
     """The warm-up.
 
     Attributes:
-      max_steps: optimizer steps, >= 0; 0 leaves the policy as initialised.
-      stop_at: stop when the mean chance of writing a held-out solution, sampling at
-        temperature 1, is this, in (0, 1].
-      check_every: optimizer steps between two looks at that chance.
-      learning_rate: Adam's, per step, after `ramp_steps` of linear growth from 0.
-      schedule: "constant", as the warm-up is cut off, or "cosine" to 0 at max_steps.
-      ramp_steps: optimizer steps.
+      max_steps: most optimizer steps, >= 0; 0 leaves the policy as initialised.
+      stop_at: mean chance, in (0, 1], of writing a held-out solution at temperature 1;
+        the warm-up stops when it is reached.
+      check_every: optimizer steps between two measurements of that chance.
+      learning_rate: Adam's, reached after `ramp_steps`.
+      schedule: of the learning rate after the ramp: "constant", which suits a warm-up
+        that `stop_at` ends, or "cosine", which falls to 0 at `max_steps`.
+      ramp_steps: optimizer steps in which the learning rate grows linearly from 0.
       batch_tokens: tokens of one step, padding included.
       clip_norm: largest global gradient norm.
     """
@@ -50,7 +53,7 @@ class SFTConfig:
     batch_tokens: int = 2_304
     clip_norm: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         require(self.max_steps >= 0, "max_steps", self.max_steps, "give >= 0")
         require(
@@ -71,7 +74,7 @@ class SFTConfig:
 
 
 def make_optimizer(config: SFTConfig) -> optax.GradientTransformation:
-    """Clipped Adam with the configured schedule."""
+    """Return Adam with the configured schedule, after a clip of the gradient's norm."""
     ramp = optax.linear_schedule(0.0, config.learning_rate, config.ramp_steps)
     after = (
         optax.constant_schedule(config.learning_rate)
@@ -91,21 +94,30 @@ def make_optimizer(config: SFTConfig) -> optax.GradientTransformation:
     static_argnames=("policy", "optimizer"),
     donate_argnames=("params", "opt_state"),
 )
-def train_step(policy, optimizer, params, opt_state, batch: Batch):
+def train_step(
+    policy: er_jax.Policy,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    opt_state: optax.OptState,
+    batch: Batch,
+) -> tuple[Any, optax.OptState, jax.Array]:
     """Take one optimizer step on the mean loss per completion token.
 
+    Args:
+      policy, optimizer: what to update and how.
+      params, opt_state: donated.
+      batch: of solutions.
     Returns:
-      params, opt_state, and the loss in nats per token.
-    Effects: donates `params` and `opt_state`.
+      The new `params` and `opt_state`, and the loss in nats per token.
     """
     num_tokens = jnp.sum(batch.mask)
 
-    def loss_fn(params):
+    def loss_fn(params: Any) -> jax.Array:
         loss = losses.supervised_loss(policy, params, batch)
         return loss / num_tokens.astype(loss.dtype)
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
-    with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to an int count
+    with jax.numpy_dtype_promotion("standard"):  # Adam computes float ** int
         updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
 
@@ -114,7 +126,7 @@ solution_logprobs = jax.jit(losses.solution_logprobs, static_argnames="policy")
 
 
 def examples_of(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[Example]:
-    """The problems that have a solution, as token ids."""
+    """Return the problems that have a solution, as token ids."""
     return [
         Example(
             tokenizer.encode_prompt(p.prompt), tokenizer.encode_completion(p.solution)
@@ -124,7 +136,9 @@ def examples_of(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[Examp
     ]
 
 
-def solution_chance(policy, params, batches: Sequence[Batch]) -> float:
+def solution_chance(
+    policy: er_jax.Policy, params: Any, batches: Sequence[Batch]
+) -> float:
     """Return the mean chance of sampling exactly the solution at temperature 1."""
     chances: list[float] = []
     for batch in batches:
@@ -134,30 +148,29 @@ def solution_chance(policy, params, batches: Sequence[Batch]) -> float:
 
 
 def warm_up(
-    policy,
-    params,
+    policy: er_jax.Policy,
+    params: Any,
     train: Sequence[Example],
     held_out: Sequence[Example],
     *,
     config: SFTConfig,
     buckets: Buckets,
     seed: int,
-    on_check: Callable[[dict], None] = lambda record: None,
-):
-    """Train `params` on `train` until `held_out` is solved often enough.
+    on_check: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> tuple[Any, dict[str, Any]]:
+    """Train on `train` until the solutions of `held_out` are likely enough.
 
     Args:
-      policy: an `er_jax.Policy`.
-      params: initial parameters; donated.
-      train: examples to imitate, shuffled anew each time round.
-      held_out: examples the stopping rule looks at.
+      policy: the model. params: its initial parameters; donated.
+      train: examples to imitate, in a new random order every epoch.
+      held_out: examples whose chance decides when to stop.
       config: see `SFTConfig`.
-      buckets: shapes of the batches.
-      seed: of the shuffling.
-      on_check: called every `check_every` steps with a dict of "step", "loss",
-        "solution_chance" and "seconds".
+      buckets: lengths of the batches; `config.batch_tokens` is their size.
+      seed: of the random order.
+      on_check: called every `check_every` steps with a dict of "step", "loss" (mean
+        since the last call, nats per token), "solution_chance" and "seconds".
     Returns:
-      params, and the last record.
+      The trained parameters, and the last such dict.
     """
     buckets = dataclasses.replace(buckets, tokens=config.batch_tokens)
     held_out_batches = make_batches(held_out, buckets)

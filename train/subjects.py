@@ -1,7 +1,8 @@
-"""What a run trains, and on what: the demo, or a checkpoint and data of one's own.
+"""Subjects: what a run trains, and on what.
 
 A subject is everything that is fixed before the first step: tokenizer, problems,
-policy, reward, and where the first parameters come from.
+policy, reward, and the source of the first parameters. There are two: the demo, and a
+Hugging Face checkpoint with a file of problems.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 from tqdm import tqdm
 
 import er_jax
-from er_jax.text import load_tokenizer
+from er_jax.io.text import load_tokenizer
 from train import rewards, sft, tasks
 from train.batching import Buckets
 from train.config import BaseConfig, HFConfig, RunConfig
@@ -28,8 +29,13 @@ from train.tasks import EOS, AnyTokenizer, Problem
 class Subject(Protocol):
     """What a run trains, and on what.
 
-    problems: at least "train" and "eval". policy: the model. stop_token_ids: where
-    completions end. reward: scores them.
+    Attributes:
+      tokenizer: of the policy.
+      problems: by the names "train" and "eval", of which neither is empty; there may be
+        more.
+      policy: the model.
+      stop_token_ids: token ids that end a completion.
+      reward: the function that scores completions.
     """
 
     tokenizer: AnyTokenizer
@@ -42,8 +48,8 @@ class Subject(Protocol):
         """Return the parameters of step 0.
 
         Args:
-          key: for what is random. buckets: shapes of an update. log: for what there is
-            to tell.
+          key: of what is random. buckets: shapes of an update. log: for records of how
+            they were made.
         """
         ...
 
@@ -78,7 +84,7 @@ class Demo:
         """Return parameters trained on the written-out solutions."""
         held_out = sft.examples_of(self.problems["eval"], self.characters)
         train = sft.examples_of(self.problems["warmup"], self.characters)
-        # A data file without solutions: watch the generated problems instead.
+        # Without solutions in the data file, generated ones decide when to stop.
         held_out = held_out or train[: self.config.task.num_eval]
         config = self.config.sft
         with tqdm(total=config.max_steps, desc="warm-up", unit="step") as bar:
@@ -136,7 +142,7 @@ class Checkpoint:
         self.problems = {"train": train, "eval": held_out}
 
     def first_params(self, key: jax.Array, buckets: Buckets, log: MetricsFile) -> Any:
-        """Return the checkpoint's own."""
+        """Return the checkpoint's parameters."""
         del key, buckets, log
         dtype = self.policy.config.dtype
         return er_jax.load_hf(
@@ -145,10 +151,11 @@ class Checkpoint:
 
 
 def subject_of(config: BaseConfig) -> Subject:
-    """Return what a config is about.
+    """Load the subject of a run.
 
     Raises:
-      ValueError: bad data, a checkpoint that is not supported, or no such reward.
+      ValueError: bad data, a checkpoint that is not supported, or a reward that does
+        not exist.
     """
     if isinstance(config, HFConfig):
         return Checkpoint(config)
@@ -159,10 +166,15 @@ def subject_of(config: BaseConfig) -> Subject:
 def split(
     problems: list[Problem], path: Path, most: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Hold every tenth distinct prompt out, up to `most`; return the rest and these.
+    """Hold out a random tenth of the different prompts, and at most `most` of them.
 
+    Args:
+      problems: all of a data file. path: that file, for the error.
+      most: prompts held out. seed: of the choice.
+    Returns:
+      The problems to train on, and one problem for each held-out prompt.
     Raises:
-      ValueError: fewer than two different prompts.
+      ValueError: there are fewer than two different prompts.
     """
     prompts = list(dict.fromkeys(problem.prompt for problem in problems))
     if len(prompts) < 2:

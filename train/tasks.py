@@ -1,21 +1,20 @@
-"""What the policy is trained on: problems, their text, their tokens and their reward.
+"""Tasks: the problems that a policy is trained on, as text and as tokens.
 
 The demo's own task is arithmetic with the working written out. A prompt starts from a
-number and names operations; the completion takes them in order, copying each, putting
-the running total in front and writing the result; the last result is the answer:
+number and names operations. The completion takes them in order: it copies each, puts
+the running total in front and writes the result. The last result is the answer:
 
     prompt "7;a+2;b-5?"    completion "a+2:7+2=9;b-5:9-5=4"    answer "4"
 
 Most prompts have a few operations and some have many, so that most completions are
-short and a few are long: the shape of real reasoning rollouts. The solutions that the
-warm-up imitates contain slips, which leaves reinforcement learning something to do.
+short and a few are long, as those of real reasoning are. The solutions that the warm-up
+imitates contain slips, which leaves reinforcement learning something to correct.
 
 Any JSONL file of {"prompt": str, "answer": str} can take the place of the generated
-problems; a third field "solution" (a completion to imitate) makes a line fit for the
-warm-up.
+problems. A line with a third field "solution", a completion to imitate, can be used by
+the warm-up too.
 
-Left out: any model, any sampling. Everything here is plain Python, a function of its
-arguments.
+Left out: models and sampling. Everything here is plain Python.
 """
 
 import dataclasses
@@ -33,24 +32,24 @@ from train.settings import check_types, require
 
 PAD, BOS, EOS = 0, 1, 2
 
-# Fixed, so that a trained policy can be given another file: with the three special
-# tokens they make 64.
+# The same for every data file, so that a trained policy can be given another one. With
+# the three special tokens the vocabulary has 64 entries.
 CHARACTERS = "0123456789+-*/=() .,:;?!#<>%^_'\"&$\nabcdefghijklmnopqrstuvwxyz"
 
 
 class AnyTokenizer(Protocol):
-    """What turns text into ids and back: the demo's, or a checkpoint's."""
+    """A tokenizer: the demo's, or that of a checkpoint."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text alone; ValueError where a part of it has none."""
+        """Return a text's token ids; ValueError if a part of it has none."""
         ...
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """What a rollout is given."""
+        """Return the token ids that a rollout starts from, special tokens included."""
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of a completion, without special tokens."""
+        """Return the text of a completion, without special tokens."""
         ...
 
 
@@ -73,7 +72,7 @@ class Tokenizer:
         return len(self.characters) + 3
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without begin or end.
+        """Return the token ids of `text`, without begin or end.
 
         Raises:
           ValueError: naming a character outside the vocabulary.
@@ -84,15 +83,15 @@ class Tokenizer:
             raise ValueError(bad_character(text, self.characters)) from None
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """`[begin, *characters]`: what a rollout is given."""
+        """Return `[begin, *characters]`, which a rollout starts from."""
         return [BOS, *self.encode(prompt)]
 
     def encode_completion(self, completion: str) -> list[int]:
-        """`[*characters, end]`: what a policy should write."""
+        """Return `[*characters, end]`, which a policy should write."""
         return [*self.encode(completion), EOS]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The characters up to the first end token; padding and begin are dropped."""
+        """Return the characters up to the first end token, without special tokens."""
         text = []
         for token in tokens:
             if token == EOS:
@@ -103,7 +102,7 @@ class Tokenizer:
 
 
 def bad_character(text: str, characters: str) -> str:
-    """Say which character of `text` is the first outside `characters`, and a remedy."""
+    """Return a message about the first character of `text` outside `characters`."""
     column, character = next((i, c) for i, c in enumerate(text) if c not in characters)
     remedy = (
         "write it in lower case"
@@ -122,8 +121,8 @@ class Problem:
 
     Attributes:
       prompt: what the policy reads.
-      answer: the final answer a completion must end with.
-      solution: a completion to imitate in the warm-up; None where it is not known.
+      answer: the final answer that a completion must end with.
+      solution: a completion to imitate in the warm-up; None where none is known.
     """
 
     prompt: str
@@ -131,25 +130,25 @@ class Problem:
     solution: str | None = None
 
 
-# The operations of a problem are named in this order.
+# The names of a problem's operations, in order.
 NAMES = string.ascii_lowercase
 
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticConfig:
-    """The generated data.
+    """The generated problems.
 
     Attributes:
-      more_operations: chance in [0, 1) that a prompt has one more operation; their
-        number is geometric from 1.
+      more_operations: chance in [0, 1) of one more operation after each; the number of
+        operations is geometric, from 1.
       long_share: share in [0, 1] of prompts whose number of operations is uniform in
         the upper half, max_operations // 2 .. max_operations.
       max_operations: 1 .. 26. About 10 completion tokens each.
       max_total: largest running total, >= 9. Totals stay in 0 .. max_total and
         operands in 1 .. 9.
-      slip_rate: chance in [0, 1) of each operation in a warm-up solution to be worked
-        out wrong, as in text written by people. The policy learns to slip as often,
-        and reinforcement learning, which sees answers only, to stop it.
+      slip_rate: chance in [0, 1) of each operation in a warm-up solution to have a
+        wrong result, as in text written by people. The warm-up teaches the policy to
+        slip as often, and reinforcement learning, which sees answers only, not to.
       num_warmup: problems for supervised training.
       num_train: problems for reinforcement learning.
       num_eval: problems held out of both.
@@ -196,13 +195,13 @@ class ArithmeticConfig:
 def arithmetic_problem(
     config: ArithmeticConfig, rng: random.Random, *, slip_rate: float = 0.0
 ) -> Problem:
-    """Draw one problem with its solution; uses `rng` only.
+    """Draw one problem with its solution.
 
     Args:
-      config: sizes. rng: where every choice comes from.
-      slip_rate: chance of each operation to be given a wrong result, from which the
-        solution goes on; the answer stays the right one. An operation is spared where
-        every wrong result would lead out of 0 .. max_total later on.
+      config: sizes. rng: the source of every random choice.
+      slip_rate: chance of each operation to have a wrong result, with which the
+        solution goes on; the answer stays the right one. An operation has no slip when
+        every wrong result would lead a later total out of 0 .. max_total.
     """
     num_operations = 1
     if rng.random() < config.long_share:
@@ -244,13 +243,13 @@ def arithmetic_problem(
 
 
 def make_arithmetic(config: ArithmeticConfig, seed: int) -> dict[str, list[Problem]]:
-    """Generate the three data sets, a function of `config` and `seed`.
+    """Generate the three data sets; the same for the same `config` and `seed`.
 
     Returns:
-      "warmup", "train" and "eval"; the prompts of "eval" are distinct and in none of
+      "warmup", "train" and "eval". The prompts of "eval" are distinct and in neither of
       the other two.
     Raises:
-      ValueError: so few problems are possible that holding some out leaves too few.
+      ValueError: so few problems are possible that too few are left to train on.
     """
     rng = random.Random(f"arithmetic {seed}")
     held_out: dict[str, Problem] = {}
@@ -281,7 +280,7 @@ def make_arithmetic(config: ArithmeticConfig, seed: int) -> dict[str, list[Probl
 
 
 def write_jsonl(path: Path, problems: Iterable[Problem]) -> None:
-    """Write one JSON object a line, leaving `solution` out where there is none."""
+    """Write one JSON object a line, without "solution" where there is none."""
     lines = []
     for problem in problems:
         fields = dataclasses.asdict(problem)
@@ -297,12 +296,12 @@ def read_jsonl(
 
     Args:
       path: a file in UTF-8. tokenizer: of the policy.
-      max_prompt: tokens that leave room for a completion in the policy's positions;
-        None is no limit.
+      max_prompt: the longest prompt, in tokens, that leaves the policy room for a
+        completion; None is no limit.
     Raises:
-      ValueError: naming file and line, when it is not UTF-8 or not a JSON object, a
-        field is missing, not a string or empty, a character is outside the vocabulary,
-        or a prompt is too long; also when the file cannot be read or has no line.
+      ValueError: the file cannot be read or has no problems; or, naming the line, a
+        line is not UTF-8 or not a JSON object, a field is missing, empty or not a
+        string, a character is outside the vocabulary, or a prompt is too long.
     """
     try:
         data = Path(path).read_bytes()
@@ -334,7 +333,14 @@ def read_jsonl(
 def parse_line(
     line: str, where: str, tokenizer: AnyTokenizer, max_prompt: int | None = None
 ) -> Problem:
-    """One checked line of a data file; `where` begins the message of every error."""
+    """Check one line of a data file and return its problem.
+
+    Args:
+      line: JSON. where: file and line number, with which every message begins.
+      tokenizer, max_prompt: as in `read_jsonl`.
+    Raises:
+      ValueError: as `read_jsonl`.
+    """
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -376,24 +382,24 @@ def parse_line(
 
 
 def final_answer(completion: str) -> str:
-    """Return what follows the last "=", or all where there is none, stripped."""
+    """Return the text after the last "=", or all of it without one, stripped."""
     return completion.rsplit("=", 1)[-1].strip()
 
 
 def reward(
     completion: str, answer: str, *, finished: bool, format_bonus: float = 0.0
 ) -> float:
-    """Score a completion by its final answer alone; the working is never read.
+    """Return the reward of a completion, which depends on its final answer alone.
 
-    1.0 when the policy ended the completion itself and `final_answer(completion)` is
-    the answer, else 0.0. On top of that, `format_bonus` goes to every completion that
-    the policy ended itself and whose final answer is a whole number, right or wrong.
+    The reward is 1.0 when the policy ended the completion itself and its final answer
+    is the right one, else 0.0. A completion that the policy ended itself and whose
+    final answer is a whole number, right or wrong, gets `format_bonus` on top.
 
     Args:
       completion: decoded text, without the end token.
       answer: the right final answer.
-      finished: whether the end token was written; False when the limit cut it.
-      format_bonus: 0.0 (off) by default: reward is then the share of right answers.
+      finished: whether the policy wrote the end token; False at the length limit.
+      format_bonus: 0.0 is off; the mean reward is then the share of right answers.
 
     Example:
       >>> reward("a+2:7+2=9;b-5:9-5=4", "4", finished=True)
@@ -407,17 +413,18 @@ def reward(
 
 
 def problem_at(problems: Sequence[Problem], position: int, seed: int) -> Problem:
-    """Return the problem at `position` of an endless stream, shuffled each time round.
+    """Return the problem at `position` of an endless stream.
 
-    A function of its arguments: the position is all a checkpoint needs to go on.
+    Every epoch takes all problems once, in an order of its own. The result depends on
+    nothing but the arguments, so a checkpoint needs the position only.
     """
-    round_number, index = divmod(position, len(problems))
-    return problems[_order(len(problems), seed, round_number)[index]]
+    epoch, index = divmod(position, len(problems))
+    return problems[_order(len(problems), seed, epoch)[index]]
 
 
-@functools.lru_cache(maxsize=2)  # one step may end a round and begin the next
-def _order(count: int, seed: int, round_number: int) -> Sequence[int]:
-    """The order in which a round takes its problems."""
+@functools.lru_cache(maxsize=2)  # one step may end an epoch and begin the next
+def _order(count: int, seed: int, epoch: int) -> Sequence[int]:
+    """Return the order in which an epoch takes its problems."""
     order = list(range(count))
-    random.Random(f"order {seed} {round_number}").shuffle(order)
+    random.Random(f"order {seed} {epoch}").shuffle(order)
     return order

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from er_jax import Rollout, calibrate, sampling
+from er_jax import Rollout, sampling
+from er_jax.costs.timing import neutral_sampling
 from er_jax.types import NONE, Params, Policy, Sampling
 
 # The largest difference of the two best noised log-probabilities that is a tie.
@@ -32,7 +33,7 @@ def sampling_settings(key: jax.Array, stop_ids: Sequence[int]) -> Sampling:
     """Return the traced settings of a plain rollout with this key and these stops."""
     stops = list(stop_ids)
     return dataclasses.replace(
-        calibrate.neutral_sampling(),
+        neutral_sampling(),
         key=np.asarray(jax.random.key_data(key), np.uint32),
         stop_ids=np.array(stops + [NONE] * (8 - len(stops)), np.int32),
     )

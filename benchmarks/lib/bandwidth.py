@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax import engine
+from er_jax import devices
 
 # Peak memory bandwidth in GB/s by device kind, from vendors' data sheets. The first
 # name that the device kind contains counts.
@@ -87,7 +87,7 @@ class Device:
         Args:
           num_bytes: of the array that is copied; at most an eighth of the memory.
         """
-        memory = engine.device_memory_bytes()
+        memory = devices.device_memory_bytes()
         return cls(
             peak_bytes_per_s=peak_bytes_per_s(jax.devices()[0].device_kind),
             copy_bytes_per_s=copy_bytes_per_s(min(num_bytes, (memory or 2**34) // 8)),

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.lib.simulated import SimulatedPolicy
 from er_jax import Controller
-from er_jax.costs import LatencyTable
+from er_jax.costs.table import LatencyTable
 from er_jax.types import Program
 
 

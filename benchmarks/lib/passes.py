@@ -30,14 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from er_jax import (
-    PolicyParams,
-    acceptance,
-    calibrate,
-    drafter,
-    engine,
-    sampling,
-)
+from er_jax import PolicyParams, acceptance, drafter, sampling
+from er_jax.costs.timing import neutral_sampling
+from er_jax.engine import windows
+from er_jax.engine.engine import Engine
 from er_jax.types import DecodeState, Params, Policy, Sampling
 
 Kind = Literal["ar", "draft", "verify", "round"]
@@ -182,8 +178,8 @@ class Bench:
     ) -> None:
         self.policy, self.params, self.drafts = policy, params, dict(drafts)
         self.rows, self.cache_length = rows, cache_length
-        self.settings = settings or calibrate.neutral_sampling()
-        self.rounds_per_test = engine.Engine(policy, "coupled").rounds_per_test
+        self.settings = settings or neutral_sampling()
+        self.rounds_per_test = Engine(policy, "coupled").rounds_per_test
         self.compile_s: dict[Pass, float] = {}
         self.accepted: dict[Pass, np.ndarray] = {}
         self._calls: dict[Pass, Any] = {}
@@ -205,7 +201,7 @@ class Bench:
 
     def _lower(self, pass_: Pass) -> Any:
         state = jax.eval_shape(
-            lambda: engine.run_allocation(self.policy, self.rows, self.cache_length)
+            lambda: windows.run_allocation(self.policy, self.rows, self.cache_length)
         )
         count = jax.ShapeDtypeStruct((), jnp.int32)
         common = (self.policy, self._weights(pass_), state, self.settings)
@@ -213,7 +209,7 @@ class Bench:
             return draft_loop.lower(*common, count)
         if pass_.kind == "verify":
             return verify_loop.lower(*common, count, gamma=pass_.gamma)
-        return engine.run_window.lower(
+        return windows.run_window.lower(
             *common,
             count,
             count,
@@ -237,7 +233,7 @@ class Bench:
     def _fresh_state(self) -> DecodeState:
         """Return the batch with every row live at length 1."""
         if self._state is None:
-            self._state = engine.run_allocation(
+            self._state = windows.run_allocation(
                 self.policy, self.rows, self.cache_length
             )
         rows = self.rows

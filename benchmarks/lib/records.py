@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import er_jax
-from er_jax.calibrate import CACHE_VARIABLE
+from er_jax.costs.store import CACHE_VARIABLE
 from er_jax.figures import new_figure
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,16 +15,16 @@ import dataclasses
 import jax
 
 import er_jax
-from er_jax import plan
-from er_jax.pass_costs import Roofline
+from er_jax.costs.roofline import Roofline
+from er_jax.tools import presets
 
 MODEL, CHIP = "qwen2.5-7b", "h100"
-"""What `h100_roofline` is of, by the names in `er_jax.plan`."""
+"""What `h100_roofline` is of, by the names in `er_jax.tools.presets`."""
 
 
 def h100_roofline() -> Roofline:
     """Return the costs of Qwen2.5-7B on one H100, by the data sheet."""
-    chip, config = plan.CHIPS[CHIP], plan.PRESETS[MODEL]
+    chip, config = presets.CHIPS[CHIP], presets.PRESETS[MODEL]
     shapes = jax.eval_shape(er_jax.Decoder(config).init, jax.random.key(0))
     matrices = sum(x.size for x in jax.tree.leaves(shapes) if x.ndim > 1)
     matrices -= config.vocab_size * config.dim  # the embedding table, only looked up

@@ -17,7 +17,7 @@ import numpy as np
 
 import er_jax
 from er_jax.acceptance import AcceptRule
-from er_jax.rollout import LOGPROB_KINDS
+from er_jax.config import LOGPROB_KINDS
 from er_jax.types import Params, Policy
 from tests.learned import Learned, poisoned
 from tests.toy import Toy, toy_params

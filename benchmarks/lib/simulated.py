@@ -4,7 +4,7 @@ The scheduler, the controller and all their bookkeeping are the library's own. O
 engine is replaced: its rows end at lengths given beforehand, its clock advances by what
 a table of costs says, and its tokens are zeros. `simulate` runs a request on one.
 
-Left out: meshes of more than one group of devices.
+Left out: meshes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from unittest import mock
 
 import numpy as np
 
-from er_jax import Controller, PolicyParams, RolloutStats, calibrate
-from er_jax.calibrate import neutral_sampling
-from er_jax.scheduler import Completion, Request
-from er_jax.scheduler import run as run_schedule
+from er_jax import Completion, Controller, PolicyParams, RolloutStats
+from er_jax.costs import timing
+from er_jax.engine.protocol import OneProcess
+from er_jax.request import Request
+from er_jax.scheduler import loop
+from er_jax.scheduler.topology import OneDevice
 from er_jax.types import Admission, Finish, Program, WindowInfo
 
 NO_PARAMS = PolicyParams(policy=None, draft=None)
@@ -94,12 +96,12 @@ class SimulatedState:
         return self.length < self.end
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class SimulatedWindow:
     """A window that is over."""
 
     info: WindowInfo
-    text: tuple[np.ndarray, np.ndarray]
+    buffers: tuple[np.ndarray, np.ndarray]
     seconds: float
 
     def wait(self) -> tuple[WindowInfo, float, bool]:
@@ -133,8 +135,10 @@ class SimulatedEngine:
       keep_probs: chance of the draft at each depth. rounds_per_test: as of `Engine`.
     """
 
+    policy = None
+    agreement = OneProcess()
     compile_s = 0.0
-    num_groups = 1
+    position_bytes = 0.0
 
     def __init__(
         self,
@@ -194,16 +198,6 @@ class SimulatedEngine:
         """Return one name for all drafts."""
         return "draft"
 
-    def meet(
-        self, values: Any, failure: Exception | None = None
-    ) -> tuple[np.ndarray, Exception | None]:
-        """Return what the only process has."""
-        return np.asarray(values), failure
-
-    def gather(self, own: np.ndarray) -> np.ndarray:
-        """Return what the only process has."""
-        return own
-
     def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
         """Whether a window is compiled."""
         return True
@@ -255,13 +249,20 @@ class SimulatedEngine:
         )
         return state, SimulatedWindow(info, (state.tokens, state.tokens), seconds)
 
+    def fetch_rows(
+        self, buffers: tuple[np.ndarray, np.ndarray], rows: np.ndarray
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Return tokens and log-probabilities `[S]` of rows after a window."""
+        tokens, logprobs = buffers
+        return {int(row): (tokens[row], logprobs[row]) for row in rows}
+
     def _round_s(self, program: Program) -> float:
         return self._costs.round_seconds(program) or 0.0
 
     def measure_round(self, program: Program) -> float:
         """Return the seconds of a round, and spend those of measuring it."""
         seconds = self._round_s(program)
-        rounds = calibrate.NUM_READINGS * max(int(calibrate.READING_S / seconds), 1)
+        rounds = timing.NUM_READINGS * max(int(timing.READING_S / seconds), 1)
         self.seconds += rounds * seconds
         return seconds
 
@@ -347,14 +348,14 @@ class CompilingEngine(SimulatedEngine):
 
 @contextlib.contextmanager
 def _simulated_clock() -> Iterator[None]:
-    """Have `calibrate` read the simulated clock where it would time a round."""
+    """Have `timing` read the simulated clock where it would time a round."""
 
     def measure_round(
         engine: SimulatedEngine, params: Any, program: Program, *args: Any, **rest: Any
     ) -> float:
         return engine.measure_round(program)
 
-    with mock.patch.object(calibrate, "measure_round", measure_round):
+    with mock.patch.object(timing, "measure_round", measure_round):
         yield
 
 
@@ -368,11 +369,10 @@ def simulate(
     """
     stats = RolloutStats()
     with _simulated_clock(), controller.sampling():
-        done = run_schedule(
-            engine,  # type: ignore[arg-type]
-            NO_PARAMS,
+        done = loop.run(
+            OneDevice(engine, NO_PARAMS, request),
             request,
-            neutral_sampling(),
+            timing.neutral_sampling(),
             controller,
             stats,
         )

@@ -15,9 +15,11 @@ import numpy as np
 
 import er_jax
 from benchmarks.lib import presets, trained, workloads
-from er_jax import Controller, PolicyParams, RolloutConfig, calibrate
-from er_jax.costs import LatencyTable
-from er_jax.engine import Engine, engine_for
+from er_jax import Controller, PolicyParams, RolloutConfig
+from er_jax.costs.table import LatencyTable
+from er_jax.engine.engine import Engine
+from er_jax.engine.kept import engine_for
+from er_jax.tools.survey import Survey, survey_engine
 from er_jax.types import Policy
 
 
@@ -70,7 +72,7 @@ class Subject:
     dtype: str
     shapes: tuple[Shape, ...]
     engine: Engine
-    survey: calibrate.Survey
+    survey: Survey
     keep_probs: np.ndarray
     gammas: tuple[int, ...]
 
@@ -160,7 +162,7 @@ def prepare(
     loaded = _load(name)
     engine = engine_for(loaded["policy"], loaded["params"], "coupled")
     pair = engine.attach_draft(loaded.pop("params"), er_jax.DrafterConfig())
-    survey = calibrate.survey_engine(
+    survey = survey_engine(
         engine, pair, rows, lengths, gammas, budget_s=budget_s, progress=True
     )
     longest = max(gammas)

@@ -1,0 +1,156 @@
+"""How to sample: `RolloutConfig`, and what its `control` allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from er_jax.acceptance import ACCEPT_RULES, AcceptRule
+from er_jax.arguments import MOST, is_number, is_whole, whole_numbers
+from er_jax.drafter import (
+    DrafterConfig,
+)
+from er_jax.types import (
+    LogprobKind,
+)
+
+DEFAULT_GAMMAS = (0, 2, 4, 6, 8)
+
+
+def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
+    """Return the gammas a control string allows.
+
+    Args:
+      control: "best", "paper", "ar" or "fixed:g".
+      gammas: what "best" may choose from.
+    Returns:
+      Sorted gammas; those of its ladder, and 0, for "paper".
+    Raises:
+      ValueError: an unknown control, a gamma below 0, or gammas without 0.
+    """
+    remedy = "use 'best', 'paper', 'ar' or 'fixed:g' with a whole number g >= 0"
+    gammas = whole_numbers("gammas", gammas)
+    if not isinstance(control, str):
+        raise ValueError(f"control={control!r} is no word; {remedy}")
+    if control == "ar":
+        return (0,)
+    if control == "paper":
+        return (0, *PAPER_LADDER)
+    if control.startswith("fixed:"):
+        digits = control.removeprefix("fixed:")
+        if not digits.isdecimal():
+            raise ValueError(f"control={control!r} names no draft length; {remedy}")
+        return (int(digits),)
+    if control != "best":
+        raise ValueError(f"control={control!r} is unknown; {remedy}")
+    if any(gamma < 0 for gamma in gammas):
+        raise ValueError(f"gammas={tuple(gammas)!r} must all be at least 0")
+    if 0 not in gammas:
+        raise ValueError(
+            f"gammas={tuple(gammas)!r} must contain 0, plain decoding, or a batch for "
+            "which speculation loses could not escape it; add 0, or force one length "
+            "with control='fixed:g'"
+        )
+    return tuple(sorted(set(gammas)))
+
+
+PAPER_LADDER = (5, 7, 9, 11)
+LOGPROB_KINDS = tuple(kind.name.lower() for kind in LogprobKind)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How to sample.
+
+    Only `max_new_tokens`, `max_slots`, `accept`, `drafter` and what `control` makes of
+    `gammas` name programs; everything else may change from call to call for free.
+
+    Args:
+      max_new_tokens: limit of each completion in tokens, >= 1.
+      n: completions per prompt, >= 1.
+      temperature: >= 0; 0 is greedy.
+      top_k: keep the k most likely tokens; 0 is off.
+      top_p: keep the most likely tokens that hold this mass, in (0, 1]; 1 is off.
+      min_p: drop tokens less likely than this times the most likely, in [0, 1]; 0 off.
+      stop_token_ids: a completion ends with, and includes, the first of these.
+      pad_id: fills `prompt_ids` and `completion_ids` outside their masks.
+      accept: "coupled" (replayable), "token" or "block"; all are exact.
+      gammas: draft lengths the controller may choose from; must contain 0.
+      control: "best", "paper" (the published rule), "ar" or "fixed:g".
+      logprobs: "raw" (the model's own distribution), "temperature" (after temperature,
+        before truncation: what RL trainers recompute) or "processed" (what is sampled).
+      max_slots: rows decoded at once, >= 1.
+      drafter: how a draft is derived where `params` brings none.
+    Raises:
+      ValueError: naming argument, value, limit and remedy.
+    """
+
+    max_new_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    accept: AcceptRule = "coupled"
+    gammas: tuple[int, ...] = DEFAULT_GAMMAS
+    control: str = "best"
+    logprobs: str = "temperature"
+    max_slots: int = 64
+    drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "n", "max_slots", "top_k", "pad_id"):
+            value: Any = getattr(self, name)
+            if not is_whole(value, -MOST - 1, MOST):
+                raise ValueError(
+                    f"{name}={value!r} must be a whole number of type int32"
+                )
+            object.__setattr__(self, name, int(value))
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, _real_number(name, getattr(self, name)))
+        for name in ("gammas", "stop_token_ids"):
+            # A tuple of plain numbers can name a program, and be written to a file.
+            numbers = whole_numbers(name, getattr(self, name))
+            object.__setattr__(self, name, numbers)
+        if not isinstance(self.drafter, DrafterConfig):
+            raise ValueError(
+                f"drafter={self.drafter!r} is no DrafterConfig; give "
+                "er_jax.DrafterConfig(...)"
+            )
+        for name in ("max_new_tokens", "n", "max_slots"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        ranges: tuple[tuple[str, float, float, str], ...] = (
+            ("temperature", 0.0, math.inf, "use 0 for greedy decoding"),
+            ("top_k", 0, math.inf, "use 0 to switch it off"),
+            ("min_p", 0.0, 1.0, "use 0 to switch it off"),
+        )
+        for name, low, high, remedy in ranges:
+            value = getattr(self, name)
+            if not low <= value <= high or value == math.inf:
+                raise ValueError(
+                    f"{name}={value} must be from {low} to {high}; {remedy}"
+                )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} must be above 0 and at most 1; use 1 to switch it "
+                "off"
+            )
+        for name, known in (("accept", ACCEPT_RULES), ("logprobs", LOGPROB_KINDS)):
+            value = getattr(self, name)
+            if value not in known:
+                names = ", ".join(repr(word) for word in known)
+                raise ValueError(f"{name}={value!r} is unknown; use one of {names}")
+        parse_control(self.control, self.gammas)
+
+
+def _real_number(name: str, value: Any) -> float:
+    """Return a number as a plain float; `ValueError` for anything else."""
+    if not is_number(value):
+        raise ValueError(f"{name}={value!r} must be a number, as 0.7 is")
+    return float(value)

@@ -1,0 +1,108 @@
+"""Why drafts ran or did not: what the switch is based on, as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from er_jax.control.controller import Controller
+from er_jax.types import Program
+
+# So many numbers of rows are shown; of more, the fewest, the most and some between.
+MAX_SIZES = 4
+
+
+def explain(controller: Controller, ran: Sequence[Program]) -> str:
+    """Say what a controller's choice between drafts and plain decoding rests on.
+
+    Args:
+      controller: that chose. ran: the programs of a rollout's windows, in order.
+    Returns:
+      Lines: how often it drafted; what a round costs in plain steps; how many drafts
+      are used; the speed-up predicted from these at the numbers of rows that ran.
+    """
+    drafting = [gamma for gamma in controller.gammas if gamma]
+    if not drafting:
+        return f"no drafts: control={controller.control!r}"
+    count = sum(program.gamma > 0 for program in ran)
+    head = f"drafts in {count} of {len(ran)} windows"
+    if 0 not in controller.gammas:
+        return f"{head}: control={controller.control!r}"
+    if not controller.knows_drafts:
+        return (
+            f"{head}: what they cost is not known yet; two programs are compiled to "
+            "find out once plain decoding has taken about six times as long as that"
+        )
+    costs = _sizes(controller, ran)
+    if not costs:
+        return head
+    middle = min(drafting, key=lambda gamma: abs(gamma - 4))
+    lines = [head, _round_costs(controller, costs, middle), _used(controller, middle)]
+    ups = [
+        (rows, *_best(controller, Program(rows, length, 0))) for rows, length in costs
+    ]
+    shown = ", ".join(
+        f"{up:.2f} at {_rows(rows)} (gamma {gamma})" for rows, gamma, up in ups
+    )
+    lines.append(f"predicted speed-up of the best draft length: {shown}")
+    if count == 0 and max(up for *_, up in ups) < 1:
+        lines.append("so plain decoding is the fastest here: nothing is amiss")
+    return "\n  ".join(lines)
+
+
+def _rows(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
+
+
+def _sizes(controller: Controller, ran: Sequence[Program]) -> list[tuple[int, int]]:
+    """Return rows and cache length of programs that ran and whose cost is known."""
+    lengths = {p.rows: p.cache_length for p in ran if not p.shared_rows}
+    lengths.setdefault(controller.least_rows, max(p.cache_length for p in ran))
+    known = [
+        (rows, length)
+        for rows, length in sorted(lengths.items())
+        if controller.table.round_seconds(Program(rows, length, 0))
+    ]
+    if len(known) <= MAX_SIZES:
+        return known
+    step = (len(known) - 1) / (MAX_SIZES - 1)
+    return [known[round(i * step)] for i in range(MAX_SIZES)]
+
+
+def _round_costs(
+    controller: Controller, sizes: Sequence[tuple[int, int]], gamma: int
+) -> str:
+    """Say what drafts and their verification cost in plain steps."""
+    table, found = controller.table, []
+    for rows, length in sizes:
+        plain_s = table.round_seconds(Program(rows, length, 0))
+        program = Program(rows, length, gamma)
+        round_s = table.round_seconds(program)
+        if plain_s and round_s:
+            how = "" if program in table.seconds else ", predicted"
+            found.append(f"{round_s / plain_s:.2f} at {_rows(rows)}{how}")
+    return f"a round of {gamma} drafts costs plain steps: {', '.join(found)}"
+
+
+def _used(controller: Controller, gamma: int) -> str:
+    """Say how many of the drafts are used, and how that is known."""
+    estimate = controller.acceptance
+    tokens = estimate.tokens_per_round(gamma)
+    tested = float(estimate.tested[:gamma].sum())
+    if tested < 1:
+        how = "as of a good drafter: none has run yet"
+    else:
+        share = float(estimate.kept[:gamma].sum()) / tested
+        how = f"{100 * share:.1f} % of those tested were used"
+    return f"such a round emits {tokens:.2f} tokens of {gamma + 1} ({how})"
+
+
+def _best(controller: Controller, plain: Program) -> tuple[int, float]:
+    """Return the fastest draft length and its speed over plain decoding."""
+    own = controller.speed(plain) or 1.0
+    speeds = {
+        gamma: (controller.speed(plain._replace(gamma=gamma)) or 0.0) / own
+        for gamma in controller.gammas
+        if gamma
+    }
+    best = max(speeds, key=speeds.__getitem__)
+    return best, speeds[best]

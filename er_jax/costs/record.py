@@ -1,0 +1,206 @@
+"""Files of costs: written whole, and checked field by field when they are read.
+
+Every check raises a `ValueError` that names the field, what it holds and what it must
+be. Left out: what the numbers mean (`passes`, `table`), where files are kept (`store`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from er_jax.arguments import MOST, is_number, is_whole
+from er_jax.types import Program
+
+Number = TypeVar("Number", int, float)
+
+
+def listed_programs(values: Mapping[Program, float]) -> list[list[Any]]:
+    """Return (program, number) as JSON-ready rows, whatever types they came in."""
+    return [
+        [
+            int(p.rows),
+            int(p.cache_length),
+            int(p.gamma),
+            bool(p.shared_rows),
+            float(value),
+        ]
+        for p, value in values.items()
+    ]
+
+
+def checked_programs(
+    name: str, value: Any, checked: Callable[[str, Any], Number]
+) -> dict[Program, Number]:
+    """Return what `listed_programs` made a list of.
+
+    Args:
+      name: of the list in its file. checked: for the number of each program.
+    Raises:
+      ValueError: it is no such list; see `pass_costs.checked_whole`.
+    """
+    found: dict[Program, Number] = {}
+    for i, row in enumerate(checked_list(name, value)):
+        *program, number = checked_list(f"{name}[{i}]", row) or [None]
+        found[checked_program(f"{name}[{i}]", program)] = checked(
+            f"the number of {name}[{i}]", number
+        )
+    return found
+
+
+# A record of costs is at most so large, and holds at most so many readings of passes:
+# whatever is larger was not written by `save_record`. No pass takes less or more than
+# these seconds.
+MAX_RECORD_BYTES = 1 << 24
+
+
+LEAST_SECONDS, MOST_SECONDS = 1e-9, 1e6
+
+
+def checked_whole(name: str, value: Any, *, least: int = 0, most: int = MOST) -> int:
+    """Return a number of a file as an int.
+
+    Raises:
+      ValueError: it is no whole number, or outside of its limits; `name` is in it.
+    """
+    if not is_whole(value, least, most):
+        raise ValueError(
+            f"{name} is {shortened(value)}, and must be a whole number from {least} to "
+            f"{most}"
+        )
+    return int(value)
+
+
+def checked_real(
+    name: str, value: Any, *, least: float = 0.0, most: float = math.inf
+) -> float:
+    """Return a finite number of a file as a float; errors as of `checked_whole`."""
+    if (
+        not is_number(value)
+        or not least <= value <= most
+        or abs(value) > 1e300  # inf, and whole numbers that no float holds
+    ):
+        above = f" to {most:g}" if most < math.inf else ""
+        raise ValueError(
+            f"{name} is {shortened(value)}, and must be a finite number from {least:g}"
+            f"{above}"
+        )
+    return float(value)
+
+
+def checked_seconds(name: str, value: Any) -> float:
+    """Return the seconds of a pass or round; errors as of `checked_whole`."""
+    return checked_real(name, value, least=LEAST_SECONDS, most=MOST_SECONDS)
+
+
+def checked_list(name: str, value: Any, length: int | None = None) -> list[Any]:
+    """Return a list of a file, of this length if one is given; errors alike."""
+    is_list = isinstance(value, list | tuple)
+    if not is_list or (length is not None and len(value) != length):
+        of = "" if length is None else f" of {length}"
+        raise ValueError(f"{name} is {shortened(value)}, and must be a list{of}")
+    return list(value)
+
+
+def checked_program(name: str, value: Any) -> Program:
+    """Return a program: rows, cache length, gamma, shared rows or not; errors alike."""
+    fields = checked_list(name, value)
+    if len(fields) not in (3, 4) or not isinstance(fields[-1], bool | int):
+        raise ValueError(
+            f"{name} is {shortened(value)}, and must be rows, cache length, gamma and "
+            "whether its rows are shared"
+        )
+    shared_rows = fields[3] if len(fields) == 4 else False
+    if not isinstance(shared_rows, bool):
+        raise ValueError(
+            f"shared rows of {name} are {shortened(shared_rows)}, and must be true or "
+            "false"
+        )
+    return Program(
+        rows=checked_whole(f"rows of {name}", fields[0], least=1),
+        cache_length=checked_whole(f"cache length of {name}", fields[1], least=1),
+        gamma=checked_whole(f"gamma of {name}", fields[2]),
+        shared_rows=shared_rows,
+    )
+
+
+def shortened(value: Any) -> str:
+    """Return a value as text of at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextlib.contextmanager
+def damaged(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Have a `ValueError` of what is wrong in a file name the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; measure them again") from error
+
+
+def save_record(
+    path: str | os.PathLike[str], kind: str, about: Mapping[str, str], values: Any
+) -> None:
+    """Write costs as JSON.
+
+    Args:
+      path: the file; its directory is made. kind: of costs, "roofline" for instance.
+      about: what they hold for: device, versions, policy, ...
+      values: JSON-ready.
+    """
+    record = {"kind": kind, "about": dict(about), "values": values}
+    # Renamed into place: a reader never meets half a file. Of a name that no other
+    # thread or process writes to.
+    whole = Path(path)
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    part = whole.with_name(f"{whole.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        part.replace(whole)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def load_record(
+    path: str | os.PathLike[str], kind: str, about: Mapping[str, str] | None
+) -> Any:
+    """Read the values that `save_record` wrote.
+
+    Args:
+      path: the file. kind: of costs. about: what it must hold for; None takes anything.
+    Raises:
+      ValueError: no such record, or of another device, version or policy.
+      OSError: the file cannot be read.
+    """
+    size = Path(path).stat().st_size
+    if size > MAX_RECORD_BYTES:
+        raise ValueError(
+            f"{path} holds no costs: it has {size} bytes, more than "
+            f"{MAX_RECORD_BYTES}; measure them again"
+        )
+    try:
+        record = json.loads(Path(path).read_text("utf-8"))
+        found, values = dict(record["about"]), record["values"]
+        found_kind = record["kind"]
+    # Deeply nested brackets, too, are no costs.
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} holds no costs; measure them again") from error
+    if found_kind != kind:
+        raise ValueError(
+            f"{path} holds {str(found_kind)[:80]}, not {kind}; give another file"
+        )
+    for name, wanted in (about or {}).items():
+        if found.get(name) != wanted:
+            raise ValueError(
+                f"{path} was measured with {name} {found.get(name)!r}, and this is "
+                f"{wanted!r}: costs do not carry over; measure them again"
+            )
+    return values

@@ -1,0 +1,396 @@
+"""What a round costs: measured seconds per program, and a guess for the others.
+
+Plain Python floats on the host. A program that never ran is predicted: from what its
+passes cost, where single passes were timed (`pass_costs`); else from the programs that
+did run, by power laws in rows and cache length and by what drafts and verifications
+cost in autoregressive steps. One that ran for long is taken as measured. One that ran
+for few rounds gets the benefit of the doubt, because a first window may be slow for
+reasons of its own, and a program that looks slow would never get a second. So what
+looks better than it is gets measured and then seen through, and what looks worse than
+it is, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Mapping
+
+from er_jax.costs.passes import (
+    LENGTH_EXPONENT,
+    ROWS_EXPONENT,
+    Kind,
+    PassCosts,
+    Reading,
+    checked_pass_costs,
+)
+from er_jax.costs.record import (
+    checked_list,
+    checked_programs,
+    checked_seconds,
+    damaged,
+    listed_programs,
+    load_record,
+    save_record,
+)
+from er_jax.types import Program
+
+# A round of rows that all devices share, in rounds of rows in data shards, where none
+# was measured: weights are read by parts, two or more, and sums are sent.
+SHARED_ROWS_SHARE = 0.5
+
+# A draft pass in AR steps, where none was measured: int8 weights against 16-bit ones.
+DRAFT_SHARE = 0.5
+
+# After windows of so many seconds e ** -1 is left of what was known of their program:
+# in seconds, as windows and stalls are, whatever a round takes.
+MEMORY_S = 1.0
+
+# A program that is well known and takes this many times what it did, or this part of
+# it, has not changed: the machine has, for all programs. Each window moves the slowdown
+# of the machine by a share, until readings are as expected again. All programs are
+# slowed down alike, so a wrong slowdown makes no choice between them wrong. A part of
+# the change is taken for the program's own.
+DRIFT_RATIO, SETTLED_RATIO = 1.25, 1.05
+SLOWDOWN_SHARE = 0.5
+OWN_SHARE = 0.2
+
+# Predictions stand until a measured program has moved by more than this share: dozens
+# are asked for before every window, and they are no better than that.
+STALE = 0.03
+
+# Measured for so many positions (rounds times gamma + 1), a program is no longer
+# predicted; until then it may be faster than it seems by up to this share.
+TRUSTED_POSITIONS = 50
+DOUBT = 0.2
+
+# A file holds at most so many programs: no rollout has so many, and each is looked at
+# for every prediction.
+MAX_PROGRAMS = 10_000
+
+# What a file says of a program is worth so many positions: half of what is trusted, for
+# the machine may have been busy then, and a program that looks slow is never run.
+SAVED_POSITIONS = 25
+
+
+class OwnLock:
+    """A lock for `with`, which a thread may take again; copies of its owner get others.
+
+    Shallow copies share it, as they share what it guards.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OwnLock], tuple[()]]:
+        return OwnLock, ()
+
+
+@dataclasses.dataclass
+class LatencyTable:
+    """Seconds per round of each program, from windows that really ran.
+
+    Threads may call the methods of one table side by side.
+
+    seconds: program -> seconds per round at slowdown 1: the mean over rounds, later an
+      exponential average.
+    rounds: program -> rounds behind it; one without an entry is trusted.
+    passes: what single passes cost; None where none were timed.
+    slowdown: how many times as long as usual everything takes now, on a machine that is
+      throttled or shared.
+    """
+
+    seconds: dict[Program, float] = dataclasses.field(default_factory=dict)
+    rounds: dict[Program, int] = dataclasses.field(default_factory=dict)
+    passes: PassCosts | None = None
+    slowdown: float = 1.0
+    _lock: OwnLock = dataclasses.field(
+        default_factory=OwnLock, init=False, repr=False, compare=False
+    )
+    _is_changing: bool = dataclasses.field(
+        default=False, init=False, repr=False, compare=False
+    )
+    _kept_rounds: int = dataclasses.field(
+        default=0, init=False, repr=False, compare=False
+    )
+    _found: _Neighbours = dataclasses.field(
+        default_factory=lambda: _Neighbours(()), init=False, repr=False, compare=False
+    )
+    _steps: dict[Program, float | None] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _predictions: dict[Program, float | None] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _predicted_from: dict[Program, float] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def observe(self, program: Program, seconds: float, num_rounds: int) -> None:
+        """Take in a window: `seconds` in total over `num_rounds` rounds.
+
+        A single stall must not outweigh the rest, so a reading counts as at most twice
+        what was known; a lasting change still gets through within a few windows.
+        """
+        if num_rounds < 1:
+            return
+        with self._lock:
+            self._observe(program, seconds, num_rounds)
+
+    def _observe(self, program: Program, seconds: float, num_rounds: int) -> None:
+        reading = seconds / num_rounds / self.slowdown
+        known = self.seconds.get(program)
+        if known is None:
+            self.seconds[program], self.rounds[program] = reading, num_rounds
+            self._kept_rounds = 0
+            return
+        # Of the seconds that were to be expected: a stall does not weigh by its length.
+        weight = 1 - math.exp(-num_rounds * known * self.slowdown / MEMORY_S)
+        is_trusted = self._uncertainty(program) <= 0
+        if program in self.rounds:
+            self.rounds[program] += num_rounds
+            weight = max(weight, num_rounds / self.rounds[program])
+        reading = min(reading, 2 * known)
+        if is_trusted:
+            usual = SETTLED_RATIO if self._is_changing else DRIFT_RATIO
+            self._is_changing = not 1 / usual <= reading / known <= usual
+        if is_trusted and self._is_changing:
+            self.slowdown *= (reading / known) ** SLOWDOWN_SHARE
+            weight *= OWN_SHARE
+        now = known + weight * (reading - known)
+        self.seconds[program] = now
+        before = self._predicted_from.setdefault(program, known)
+        if abs(now - before) > STALE * before:
+            self._forget_predictions()
+
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
+        """Write all readings as JSON, with what they hold for; see `save_record`."""
+        passes = self.passes
+        with self._lock:
+            values = {
+                "passes": [] if passes is None else [*map(list, passes.readings)],
+                "programs": listed_programs(self.seconds),
+            }
+            num_rounds = sum(self.rounds.values())
+        save_record(path, "latency table", about, values)
+        self._kept_rounds = num_rounds
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
+    ) -> LatencyTable:
+        """Read what `save` wrote. Programs are trusted less than if they had run here.
+
+        Args:
+          path: the file. about: what it must hold for; None takes anything.
+        Raises:
+          ValueError: no latency table, or of another device, version or policy; or one
+            that is damaged: it names the file and what is wrong in it.
+          OSError: the file cannot be read.
+        """
+        values = load_record(path, "latency table", about)
+        with damaged(path):
+            names = {"programs", "passes"}
+            if not isinstance(values, dict) or not names <= values.keys():
+                raise ValueError("it has no lists of programs and passes")
+            rows = checked_list("programs", values["programs"])
+            if len(rows) > MAX_PROGRAMS:
+                raise ValueError(f"it holds {len(rows)} programs, over {MAX_PROGRAMS}")
+            seconds = checked_programs("programs", rows, checked_seconds)
+            passes = checked_pass_costs("passes", values["passes"])
+        rounds = {p: max(SAVED_POSITIONS // (p.gamma + 1), 1) for p in seconds}
+        table = cls(seconds, rounds, passes)
+        table._kept_rounds = sum(rounds.values())
+        return table
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether a program was timed since it was saved, or twice the rounds."""
+        with self._lock:
+            return sum(self.rounds.values()) > 2 * self._kept_rounds
+
+    def readings(self) -> list[Reading]:
+        """Return all that was measured, passes and whole rounds, of separate groups."""
+        found = [] if self.passes is None else list(self.passes.readings)
+        with self._lock:
+            measured = list(self.seconds.items())
+        for program, seconds in measured:
+            kind: Kind = "round" if program.gamma else "target"
+            if not program.shared_rows:
+                found.append(Reading(kind, *program[:3], seconds))
+        return found
+
+    def round_seconds(self, program: Program) -> float | None:
+        """Return measured or predicted seconds per round; None if nothing is known."""
+        with self._lock:
+            return self._round_seconds(program)
+
+    def _round_seconds(self, program: Program) -> float | None:
+        measured = self.seconds.get(program)
+        if measured is None:
+            predicted = self._predicted(program)
+            return None if predicted is None else predicted * self.slowdown
+        doubt = self._uncertainty(program)
+        if doubt <= 0:
+            return measured * self.slowdown
+        predicted = min(measured, self._predicted(program) or measured)
+        believed = measured + doubt * (predicted - measured)
+        return believed * (1 - DOUBT * doubt) * self.slowdown
+
+    def _uncertainty(self, program: Program) -> float:
+        """Return how little a measured program is known: 1 not at all, 0 well."""
+        rounds = self.rounds.get(program, TRUSTED_POSITIONS)
+        return 1 - rounds * (program.gamma + 1) / TRUSTED_POSITIONS
+
+    def _predicted(self, program: Program) -> float | None:
+        """Return what the other programs say of this one, remembered for a while."""
+        self._neighbours()
+        if program not in self._predictions:
+            self._predictions[program] = self._prediction(program)
+        return self._predictions[program]
+
+    def _prediction(self, program: Program) -> float | None:
+        """Work out what passes or the other programs say of this one.
+
+        Of passes, in proportion to what the nearest program that ran took beside what
+        its passes say: a slower machine than the one they were timed on shows there.
+
+        Of programs: a speculative round costs a step, as gamma = 0 does, and for its
+        drafts what they cost in the nearest round that ran, in proportion to `_extra`.
+
+        Of shared rows: a share of what the same program takes in data shards, the share
+        of the nearest program of shared rows that ran.
+        """
+        if program.shared_rows:
+            apart = self._apart(program)
+            others = [p for p in self.seconds if p != program and p.shared_rows]
+            near = min(others, key=lambda p: _distance(p, program), default=None)
+            if apart is None or near is None:
+                return None if apart is None else SHARED_ROWS_SHARE * apart
+            return apart * self.seconds[near] / (self._apart(near) or apart)
+        if self.passes is not None and self.passes.has_rounds(program.gamma):
+            expected = self.passes.round_seconds(program)
+            others = [p for p in self.seconds if p != program and not p.shared_rows]
+            others = [p for p in others if self.passes.has_rounds(p.gamma)]
+            near = min(others, key=lambda p: _distance(p, program), default=None)
+            if near is None:
+                return expected
+            return expected * self.seconds[near] / self.passes.round_seconds(near)
+        if program.gamma == 0:
+            return self._curve(program)
+        step = self._step(program)
+        nearest = self._neighbours().speculative(program)
+        if step is None or nearest is None:
+            return self._curve(program)
+        nearest_step = self._step(nearest) or 0.0
+        dearer = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
+        return step + max(dearer, 0.0) * self._extra(program)
+
+    def _apart(self, program: Program) -> float | None:
+        """Return the seconds of a program's round with rows in data shards."""
+        program = program._replace(shared_rows=False)
+        return self.seconds.get(program) or self._predicted(program)
+
+    def _extra(self, program: Program) -> float:
+        """Return what drafts and their verification should add to a step.
+
+        gamma drafts at a share of a step each, and a verification that costs what a
+        step of rows x (gamma + 1) rows does: next to nothing more where steps are bound
+        by weights, all of it where they are bound by arithmetic.
+        """
+        gamma = program.gamma
+        step = self._step(program) or 0.0
+        wide = program._replace(rows=program.rows * (gamma + 1))
+        verification = self._step(wide) or 0.0
+        return gamma * DRAFT_SHARE * step + verification - step
+
+    def _step(self, program: Program) -> float | None:
+        """Return the seconds of its AR step, remembered as long as predictions are."""
+        program = program._replace(gamma=0)
+        if program not in self._steps:
+            known = self.seconds.get(program)
+            self._steps[program] = self._curve(program) if known is None else known
+        return self._steps[program]
+
+    def _curve(self, program: Program) -> float | None:
+        """Interpolate the other programs of its gamma, log-log in rows."""
+        line = self._neighbours().line(program)
+        if not line:
+            return None
+        points = [(other.rows, self.seconds[other]) for other in line]
+        ratio = program.cache_length / line[0].cache_length
+        return _power_law(points, program.rows) * ratio**LENGTH_EXPONENT
+
+    def _neighbours(self) -> _Neighbours:
+        """Return who lies near whom among the measured, which are never taken out."""
+        if len(self._found.measured) != len(self.seconds):
+            self._found = _Neighbours(tuple(self.seconds))
+            self._forget_predictions()
+        return self._found
+
+    def _forget_predictions(self) -> None:
+        self._steps.clear()
+        self._predictions.clear()
+        self._predicted_from.clear()
+
+
+class _Neighbours:
+    """Which measured programs a program is predicted from; remembered once found.
+
+    Dozens of programs are asked for before every window, and the answer depends on what
+    was measured, not on the seconds.
+    """
+
+    def __init__(self, measured: tuple[Program, ...]) -> None:
+        self.measured = measured
+        self.apart = [program for program in measured if not program.shared_rows]
+        self._lines: dict[Program, tuple[Program, ...]] = {}
+        self._speculative: dict[Program, Program | None] = {}
+
+    def line(self, program: Program) -> tuple[Program, ...]:
+        """Return the other programs of the same gamma and the nearest length."""
+        if program not in self._lines:
+            points = [p for p in self.apart if p.gamma == program.gamma]
+            points = [p for p in points if p != program]
+            near = min(points, key=lambda p: _distance(p, program), default=program)
+            self._lines[program] = tuple(
+                sorted(p for p in points if p.cache_length == near.cache_length)
+            )
+        return self._lines[program]
+
+    def speculative(self, program: Program) -> Program | None:
+        """Return the nearest other program that drafts."""
+        if program not in self._speculative:
+            points = [p for p in self.apart if p.gamma and p != program]
+            self._speculative[program] = min(
+                points, key=lambda p: _distance(p, program), default=None
+            )
+        return self._speculative[program]
+
+
+def _distance(one: Program, other: Program) -> float:
+    """How much two programs differ: cache length most, then rows, then gamma."""
+    return (
+        abs(math.log2(one.cache_length / other.cache_length))
+        + 0.25 * abs(math.log2(one.rows / other.rows))
+        + 0.1 * abs(one.gamma - other.gamma)
+    )
+
+
+def _power_law(line: list[tuple[int, float]], rows: int) -> float:
+    """Interpolate (rows, seconds) points by straight lines in logarithms."""
+    if len(line) == 1:
+        at, seconds = line[0]
+        return seconds * (rows / at) ** ROWS_EXPONENT
+    after = next((i for i, (at, _) in enumerate(line) if at >= rows), len(line) - 1)
+    (r0, t0), (r1, t1) = line[max(after, 1) - 1], line[max(after, 1)]
+    exponent = math.log(t1 / t0) / math.log(r1 / r0)
+    return t0 * (rows / r0) ** min(max(exponent, 0.0), 1.0)

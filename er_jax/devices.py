@@ -1,0 +1,47 @@
+"""Where programs without a mesh run, and how much fits there."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def default_device() -> jax.Device:
+    """Return the device that programs without a mesh run on."""
+    config: Any = jax.config
+    device = config.jax_default_device
+    if isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device or jax.local_devices()[0]
+
+
+def device_bytes(tree: Any) -> int:
+    """Return the bytes that arrays, or shapes with shardings, take on one device."""
+
+    def size(x: Any) -> int:
+        cut = getattr(x, "sharding", None)
+        shape = x.shape if cut is None else cut.shard_shape(x.shape)
+        entries = math.prod(shape)
+        return entries // 2 if x.dtype == jnp.int4 else entries * x.dtype.itemsize
+
+    return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def device_memory_bytes() -> int | None:
+    """Return the memory of one device here in bytes, None where it is unknown."""
+    device = default_device()
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return host_memory_bytes() if device.platform == "cpu" else None
+
+
+def host_memory_bytes() -> int | None:
+    """Return the memory of this host in bytes, None where it is unknown."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

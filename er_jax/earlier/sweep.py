@@ -1,0 +1,3 @@
+"""The earlier name of `er_jax.tools.sweep`."""
+
+from er_jax.tools.sweep import *  # noqa: F403

@@ -1,0 +1,11 @@
+"""Compiled programs and running them: the only rooms with `jax.jit` and donation.
+
+`protocol` says what an engine offers, `windows` holds all that is jitted, `programs`
+the executables, `engine` the engine of one device, `kept` the engines between calls.
+"""
+
+from er_jax.engine.engine import Engine, refresh_draft
+from er_jax.engine.kept import engine_for, forget_engines
+from er_jax.engine.windows import run_window
+
+__all__ = ["Engine", "engine_for", "forget_engines", "refresh_draft", "run_window"]

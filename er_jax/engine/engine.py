@@ -1,0 +1,399 @@
+"""The engine of one device: its compiled programs, and running them.
+
+Programs are compiled ahead of time and kept, so that compile time is known apart from
+run time and the host can ask what is compiled before it decides.
+
+Threads may call the methods of one engine side by side: each program is compiled once,
+and whoever wants it meanwhile waits.
+
+Left out: which program to run (`control`), when (`scheduler`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from er_jax import steps
+from er_jax.acceptance import AcceptRule
+from er_jax.devices import device_bytes
+from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.engine.programs import (
+    CompiledProgram,
+    ExecutableCache,
+    abstract,
+    signature,
+)
+from er_jax.engine.protocol import Agreement, Layout, OneProcess, TokenBuffers
+from er_jax.engine.windows import (
+    ONE_DEVICE,
+    run_admission,
+    run_allocation,
+    run_attach,
+    run_finite_check,
+    run_refresh,
+    run_take,
+    run_window,
+)
+from er_jax.types import (
+    Admission,
+    DecodeState,
+    Params,
+    Policy,
+    Program,
+    Sampling,
+    WindowInfo,
+)
+
+
+def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
+    """Requantize the policy into the buffers of its old draft.
+
+    For callers whose update is not one jit of its own; inside a jit that donates the
+    old parameters, `attach_draft` does the same.
+
+    Args:
+      params: policy and old draft; the draft is donated and must not be used again.
+      config: how to quantize.
+    Returns:
+      The same policy with its new draft.
+    """
+    draft = run_refresh(params.policy, params.draft, config=config)
+    return PolicyParams(policy=params.policy, draft=draft)
+
+
+class RunningWindow:
+    """A window the device was told to run; the host is free until it calls `wait`.
+
+    buffers: the tokens and log-probabilities after it, as `run_window` returns them.
+    """
+
+    def __init__(self, info: WindowInfo, buffers: TokenBuffers, start_s: float) -> None:
+        self._info = info
+        self.buffers = buffers
+        self._start_s = start_s
+        self._told_s = time.perf_counter()
+        # Where dispatch itself waits, its end is the window's.
+        self._is_sync = info.num_rounds.is_ready()
+
+    def wait(self) -> tuple[WindowInfo, float, bool]:
+        """Wait for the window.
+
+        Returns:
+          The info as NumPy arrays; the seconds the window took, compilation not
+          counted; whether those were measured. They were not where the window was over
+          before it was waited for: then they are only what it took to start it and to
+          fetch the info. Several processes measure each for itself.
+        """
+        asked_s = time.perf_counter()
+        was_over = self._info.num_rounds.is_ready()
+        info = jax.device_get(self._info)
+        seconds = time.perf_counter() - self._start_s
+        if was_over:
+            seconds -= asked_s - self._told_s
+        return info, seconds, self._is_sync or not was_over
+
+
+class Engine:
+    """The compiled programs of one policy and one acceptance rule, on one device.
+
+    Holds executables only: parameters and states are arguments, so an engine lives
+    across parameter updates. `compiled` maps a program's name to its executable in the
+    order of compilation.
+
+    Args:
+      policy: the model. accept: the acceptance rule.
+    """
+
+    def __init__(self, policy: Policy, accept: AcceptRule) -> None:
+        self.policy = policy
+        self.accept: AcceptRule = accept
+        self.layout: Layout = ONE_DEVICE
+        self.agreement: Agreement = OneProcess()
+        self._executables = ExecutableCache()
+        self._prefix = ""  # Of programs' names, where engines share executables.
+        self._draft_kinds: dict[Hashable, str] = {}
+        self.defaults: dict[Hashable, Any] = {}
+        """Objects callers keep per engine, such as the controller of unnamed calls."""
+
+    @property
+    def compiled(self) -> dict[tuple[Any, ...], CompiledProgram]:
+        """Executables by name, in the order of compilation."""
+        return self._executables.compiled
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds this thread has spent compiling, or waiting for one that does."""
+        return self._executables.own.seconds
+
+    @property
+    def compiled_here(self) -> list[tuple[tuple[Any, ...], float]]:
+        """Name and seconds of all that this thread has compiled, in order."""
+        return self._executables.own.compiled
+
+    @property
+    def rounds_per_test(self) -> int:
+        """Rounds between exit tests: each reads a number back on an accelerator."""
+        return 1 if jax.default_backend() == "cpu" else 4
+
+    @functools.cached_property
+    def position_bytes(self) -> float:
+        """Bytes of one position of one row: cache, token, log-probability."""
+        state = jax.eval_shape(lambda: steps.empty_state(self.policy, 1, 1))
+        return device_bytes((state.cache, state.tokens, state.logprobs))
+
+    def signature(self, tree: Any) -> Hashable:
+        """Return a hashable description of a pytree of arrays as they lie here."""
+        return signature(tree)
+
+    def _abstract_same(self, tree: Any) -> Any:
+        """Return shapes of what comes from the host and is the same for all rows."""
+        return abstract(tree)
+
+    def _abstract_params(self, params: Any) -> Any:
+        return abstract(params)
+
+    def _abstract_state(self, state: DecodeState) -> Any:
+        return abstract(state)
+
+    def _abstract_admission(self, admission: Admission) -> Any:
+        return abstract(admission)
+
+    def _program(
+        self, name: tuple[Any, ...], function: Any, lower: Callable[[Any], Any]
+    ) -> CompiledProgram:
+        """Return a program, compiled first if it is not there.
+
+        Raises:
+          RuntimeError: it cannot be compiled in another process. What fails here is
+            raised as it is. Either way it is there in no process.
+        """
+
+        def make() -> tuple[CompiledProgram, float]:
+            start, call, failure = time.perf_counter(), None, None
+            try:
+                call = lower(function).compile()
+            except Exception as error:
+                failure = error
+            finally:
+                # JAX keeps what it compiles for a function as long as the function
+                # lives; here programs are to live as long as their engine.
+                function.clear_cache()
+            seconds = time.perf_counter() - start
+            # Others would wait in this program for one that does not have it.
+            (leading_s,), failure = self.agreement.sync_or_raise([seconds], failure)
+            if call is None or failure is not None:
+                assert failure is not None
+                raise failure
+            # What decides is the same in all processes; what is told is each one's own.
+            return CompiledProgram(call, seconds), float(leading_s)
+
+        key = self._key(*name)
+        return self.compiled.get(key) or self._executables.program(key, make)
+
+    def _key(self, kind: str, *rest: Any) -> tuple[Any, ...]:
+        return (self._prefix + kind, *rest)
+
+    def allocate(self, rows: int, cache_length: int) -> DecodeState:
+        """Return a state of `rows` empty slots of `cache_length` positions."""
+        program = self._program(
+            ("allocate", rows, cache_length),
+            run_allocation,
+            lambda f: f.lower(self.policy, rows, cache_length, layout=self.layout),
+        )
+        return program.call()
+
+    def admit(
+        self, params: PolicyParams, state: DecodeState, admission: Admission
+    ) -> DecodeState:
+        """Start sequences in free slots. Donates `state`."""
+        shape = (state.rows, state.cache_length, *admission.tokens.shape)
+        arguments = (params.policy, state, admission)
+        program = self._program(
+            ("admit", *shape, admission.first_row.shape[0]),
+            run_admission,
+            lambda f: f.lower(
+                self.policy,
+                self._abstract_params(params.policy),
+                self._abstract_state(state),
+                self._abstract_admission(admission),
+                layout=self.layout,
+            ),
+        )
+        return program.call(*arguments)
+
+    def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
+        """Whether a state of a size (rows, length) can be given another right now."""
+        return old == new or self._key("take", *old, *new) in self.compiled
+
+    def take(self, state: DecodeState, rows: np.ndarray, length: int) -> DecodeState:
+        """Move rows (`NONE` for an empty one) to a state of another size."""
+        rows = np.asarray(rows, np.int32)
+        program = self._program(
+            ("take", state.rows, state.cache_length, len(rows), length),
+            run_take,
+            lambda f: f.lower(*abstract((state, rows)), cache_length=length),
+        )
+        return program.call(state, rows)
+
+    def draft_kind(self, draft: Params) -> str:
+        """Return a short name for all drafts of these shapes and dtypes."""
+        name = self.signature(draft)
+        with self._executables.lock:
+            number = len(self._draft_kinds)
+            return self._draft_kinds.setdefault(name, f"draft {number}")
+
+    def _window_name(
+        self, program: Program, draft_kind: str | None, num_stop_ids: int
+    ) -> tuple[Any, ...]:
+        # AR programs are the same whatever the draft is, or if there is none.
+        kind = draft_kind if program.gamma else None
+        sizes = (program.rows, program.cache_length, program.gamma)
+        return ("window", *sizes, num_stop_ids, kind)
+
+    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
+        """Whether this window is compiled for such drafts and so many stop ids."""
+        name = self._window_name(program, draft_kind, num_stop_ids)
+        return self._key(*name) in self.compiled
+
+    def expected_compile_s(self, kind: str) -> float:
+        """Return the seconds one more program of a kind should take to compile."""
+        slowest_s = self._executables.slowest_s
+        # A move of rows is a small part of a window.
+        first_s = 0.1 * slowest_s["window"] if "window" in slowest_s else 1.0
+        return slowest_s.get(self._prefix + kind, slowest_s.get(kind, first_s))
+
+    def start_window(
+        self,
+        params: PolicyParams,
+        state: DecodeState,
+        settings: Sampling,
+        gamma: int,
+        *,
+        exit_live: int,
+        max_rounds: int,
+        draft_kind: str | None = None,
+    ) -> tuple[DecodeState, RunningWindow]:
+        """Run one window, and do not wait for it.
+
+        Args:
+          params: target and draft. state: donated. settings: traced sampling settings.
+          gamma: drafts per round. exit_live, max_rounds: see `run_window`.
+          draft_kind: of `params.draft`, for callers of many windows, who need to find
+            it only once.
+        Returns:
+          The state after the window, and what is to be waited for.
+        """
+        if gamma == 0:
+            params = PolicyParams(policy=params.policy, draft=None)
+        limits = (np.int32(exit_live), np.int32(max_rounds))
+        arguments = (params, state, settings, *limits)
+        compiled = self._window(arguments, gamma, draft_kind)
+        start = time.perf_counter()
+        state, info, buffers = compiled.call(*arguments)
+        return state, RunningWindow(info, buffers, start)
+
+    def _window(
+        self, arguments: tuple[Any, ...], gamma: int, draft_kind: str | None
+    ) -> CompiledProgram:
+        params, state, settings, *limits = arguments
+        if gamma and draft_kind is None:
+            draft_kind = self.draft_kind(params.draft)
+        program = Program(state.rows, state.cache_length, gamma)
+        return self._program(
+            self._window_name(program, draft_kind, len(settings.stop_ids)),
+            run_window,
+            lambda f: f.lower(
+                self.policy,
+                self._abstract_params(params),
+                self._abstract_state(state),
+                *self._abstract_same((settings, *limits)),
+                gamma=gamma,
+                accept=self.accept,
+                rounds_per_test=self.rounds_per_test,
+                layout=self.layout,
+            ),
+        )
+
+    def compile_windows(
+        self,
+        params: PolicyParams,
+        settings: Sampling,
+        programs: Sequence[Program],
+        *,
+        progress: bool = False,
+    ) -> None:
+        """Compile windows in parallel, one thread for each core.
+
+        Args:
+          params: target and draft, or their shapes. settings: traced sampling settings.
+          programs: which. progress: show a progress bar.
+        """
+        # The setting of a `with` block holds for its own thread only.
+        is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+        def compile_one(program: Program) -> None:
+            rows, length, gamma, _ = program
+            with jax.enable_x64(is_wide):
+                state = jax.eval_shape(
+                    lambda: steps.empty_state(self.policy, rows, length)
+                )
+                used = params if gamma else PolicyParams(params.policy, draft=None)
+                zero = np.int32(0)
+                self._window((used, state, settings, zero, zero), gamma, None)
+
+        # Processes must compile in the same order: they agree on what it took.
+        threads = 1 if self.agreement.is_spread else os.cpu_count()
+        with (
+            concurrent.futures.ThreadPoolExecutor(threads) as pool,
+            tqdm(total=len(programs), unit="program", disable=not progress) as bar,
+        ):
+            for _ in pool.map(compile_one, programs):
+                bar.update()
+
+    def fetch_rows(
+        self, buffers: TokenBuffers, rows: np.ndarray
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Return tokens and log-probabilities `[S]` of rows, to be copied and not kept.
+
+        They may be the device's own buffers, and hold on to all the rows.
+        """
+        tokens, logprobs = jax.device_get(buffers)
+        return {int(row): (tokens[row], logprobs[row]) for row in rows}
+
+    def _attach_function(self, params: Params, config: DrafterConfig) -> Any:
+        """Return the jitted function that derives a draft of such parameters."""
+        return run_attach
+
+    def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
+        """Derive the draft of bare policy parameters."""
+        program = self._program(
+            ("attach", config),
+            self._attach_function(params, config),
+            lambda f: f.lower(self._abstract_params(params), config=config),
+        )
+        return PolicyParams(policy=params, draft=program.call(params))
+
+    def find_nonfinite(self, params: Params) -> list[str]:
+        """Return the paths of floating-point leaves that hold NaN or infinity."""
+        program = self._program(
+            ("finite",),
+            run_finite_check,
+            lambda f: f.lower(self._abstract_params(params), layout=self.layout),
+        )
+        flags = jax.device_get(program.call(params))
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+        return [path for path, good in zip(paths, flags, strict=True) if not good]

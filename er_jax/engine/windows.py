@@ -1,0 +1,208 @@
+"""All that is jitted: windows of rounds, admission, moves, drafts.
+
+A window is a compiled loop of rounds that ends when the host has something to decide:
+few enough rows are live, a round count is reached, or a row would outgrow the cache.
+Sampling settings, stop ids, limits and keys are traced. The state is donated and
+aliased; what comes back to the host is one `WindowInfo`.
+
+The functions are compiled ahead of time by `engine.Engine`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from er_jax import drafter, steps
+from er_jax.acceptance import AcceptRule
+from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.engine.protocol import ROWS, SAME, Layout, OneDevice, TokenBuffers
+from er_jax.types import (
+    Admission,
+    DecodeState,
+    Params,
+    Policy,
+    Sampling,
+    WindowInfo,
+)
+
+ONE_DEVICE = OneDevice()
+
+# A window's state, its rounds so far, and `[2, G + 1]` counts of row-rounds.
+Carry: TypeAlias = tuple[DecodeState, jax.Array, jax.Array]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("policy", "gamma", "accept", "rounds_per_test", "layout"),
+    donate_argnames=("state",),
+)
+def run_window(
+    policy: Policy,
+    params: PolicyParams,
+    state: DecodeState,
+    settings: Sampling,
+    exit_live: jax.Array,
+    max_rounds: jax.Array,
+    *,
+    gamma: int,
+    accept: AcceptRule,
+    rounds_per_test: int,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
+    """Run rounds until `exit_live` or fewer rows are live; at least none, at most max.
+
+    Args:
+      policy, params, state, settings: as in `steps.decode_round`.
+      exit_live: int32 `[]`. max_rounds: int32 `[]`.
+      gamma, accept: static, as in `steps.decode_round`.
+      rounds_per_test: static; rounds between two exit tests. A test reads one number
+        back (from all devices); up to this many rounds minus one run idle at the end.
+      layout: static; how the arrays lie.
+    Returns:
+      The state; what the host needs to know; copies of the state's tokens and
+      log-probabilities, for rows that ended: they may be fetched while the next window
+      runs on the state.
+    Effects: donates `state`.
+    """
+    window = functools.partial(
+        _window,
+        policy,
+        gamma=gamma,
+        accept=accept,
+        rounds_per_test=rounds_per_test,
+        layout=layout,
+    )
+    run = layout.over_rows(window, (SAME, ROWS, SAME, SAME, SAME), (ROWS, SAME, ROWS))
+    state, info, buffers = run(params, state, settings, exit_live, max_rounds)
+    return layout.lay_out(state, policy), info, buffers
+
+
+def _window(
+    policy: Policy,
+    params: PolicyParams,
+    state: DecodeState,
+    settings: Sampling,
+    exit_live: jax.Array,
+    max_rounds: jax.Array,
+    *,
+    gamma: int,
+    accept: AcceptRule,
+    rounds_per_test: int,
+    layout: Layout,
+) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
+    """Run the rounds of one data shard; arguments as for `run_window`."""
+    reach = rounds_per_test * (gamma + 1)
+
+    def goes_on(carry: Carry) -> jax.Array:
+        state, num_rounds, _ = carry
+        needed = jnp.minimum(state.length + reach, state.limit)
+        is_full = state.live & (needed > state.cache_length)
+        tests = jnp.stack([state.live, is_full]).astype(jnp.int32)
+        num_live, num_full = layout.sum(jnp.sum(tests, axis=1, dtype=jnp.int32))
+        return (num_live > exit_live) & (num_rounds < max_rounds) & (num_full == 0)
+
+    def one_round(
+        _: Any, carry: tuple[DecodeState, jax.Array]
+    ) -> tuple[DecodeState, jax.Array]:
+        state, counts = carry
+        state, info = steps.decode_round(
+            policy, params, state, settings, gamma=gamma, accept=accept,
+            is_any=layout.is_any,
+        )  # fmt: skip
+        kinds = jnp.arange(gamma + 1, dtype=jnp.int32)
+        found = jnp.stack([info.num_accepted, jnp.maximum(info.num_emitted - 1, 0)])
+        is_kind = found[..., None] == kinds[None, None]
+        is_kind &= info.is_live[None, :, None]
+        return state, counts + jnp.sum(is_kind, axis=1, dtype=jnp.int32)
+
+    def several(carry: Carry) -> Carry:
+        state, num_rounds, counts = carry
+        if rounds_per_test == 1:
+            state, counts = one_round(0, (state, counts))
+        else:
+            state, counts = lax.fori_loop(
+                0, rounds_per_test, one_round, (state, counts)
+            )
+        return state, num_rounds + rounds_per_test, counts
+
+    start = (state, jnp.int32(0), jnp.zeros((2, gamma + 1), jnp.int32))
+    state, num_rounds, counts = lax.while_loop(goes_on, several, start)
+    counts = layout.sum(counts)
+    rows = jnp.stack([state.live.astype(jnp.int32), state.length, state.finish_reason])
+    live, length, finish_reason = layout.all_rows(rows)
+    info = WindowInfo(
+        live=live != 0,
+        length=length,
+        finish_reason=finish_reason,
+        num_rounds=num_rounds,
+        accepted=counts[0],
+        emitted=counts[1],
+    )
+    return state, info, (state.tokens, state.logprobs)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("policy", "layout"), donate_argnames=("state",)
+)
+def run_admission(
+    policy: Policy,
+    params: Params,
+    state: DecodeState,
+    admission: Admission,
+    *,
+    layout: Layout = ONE_DEVICE,
+) -> DecodeState:
+    """Start sequences in free slots; see `steps.admit`. Donates `state`."""
+    marks = jax.tree.map(lambda x: ROWS if x.ndim else SAME, admission)
+    admit = functools.partial(steps.admit, policy)
+    run = layout.over_rows(admit, (SAME, ROWS, marks), ROWS)
+    return layout.lay_out(run(params, state, admission), policy)
+
+
+@functools.partial(jax.jit, static_argnames=("cache_length",))
+def run_take(state: DecodeState, rows: jax.Array, *, cache_length: int) -> DecodeState:
+    """Move rows to a state of another size; see `steps.take`."""
+    return steps.take(state, rows, cache_length)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("policy", "rows", "cache_length", "layout")
+)
+def run_allocation(
+    policy: Policy, rows: int, cache_length: int, *, layout: Layout = ONE_DEVICE
+) -> DecodeState:
+    """Allocate a state of empty slots; see `steps.empty_state`."""
+    return layout.lay_out(steps.empty_state(policy, rows, cache_length), policy)
+
+
+def derive_draft(params: Params, *, config: DrafterConfig) -> Params:
+    """Derive the draft alone (the policy would be copied if it were returned)."""
+    return drafter.attach_draft(params, config).draft
+
+
+run_attach = jax.jit(derive_draft, static_argnames=("config",))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config",), donate_argnames=("old",), keep_unused=True
+)
+def run_refresh(params: Params, old: Params, *, config: DrafterConfig) -> Params:
+    """Derive the draft into the buffers of the old one. Donates `old`."""
+    del old  # Unused on purpose: kept as an argument so that its buffers are reused.
+    return drafter.attach_draft(params, config).draft
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
+def run_finite_check(params: Params, *, layout: Layout = ONE_DEVICE) -> list[jax.Array]:
+    """Return, per floating-point leaf, whether all of it is finite."""
+    found = [
+        jnp.all(jnp.isfinite(leaf))
+        for leaf in jax.tree.leaves(params)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    return layout.replicate(found)

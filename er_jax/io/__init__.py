@@ -1,0 +1,1 @@
+"""Checkpoints and text: Hugging Face configurations, weights and tokenizers."""

@@ -1,0 +1,75 @@
+"""Attention over a cache whose heads are sharded over `model`.
+
+Every device takes its part of the heads. Left to the compiler, the merged product of
+`kv_cache.attend` would be split within heads, and its scores summed over the axis.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from er_jax.kv_cache import attend_whole
+from er_jax.mesh.rules import MODEL_AXIS
+
+
+def attend_by_heads(
+    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Attend with the heads spread over the devices of `model`; see `kv_cache.attend`.
+
+    For the programs of `MeshLayout.over_rows`, whose rows are an axis by hand.
+    """
+    parts = jax.sharding.get_abstract_mesh().shape[MODEL_AXIS]
+    if parts == 1:
+        return attend_whole(query, keys, values, positions)
+    heads, size = query.shape[2:]
+    kv_heads = keys.shape[2] // size
+    split, replicated = PartitionSpec(None, None, MODEL_AXIS), PartitionSpec()
+    if heads % parts:
+        # No device could have whole heads of its own: all of them do the same.
+        function, queries, entries = attend_whole, replicated, replicated
+    elif kv_heads % parts:
+        # All key/value heads lie on every device, which uses those of its queries.
+        function = functools.partial(_attend_some, group=heads // kv_heads)
+        queries, entries = split, replicated
+    else:
+        function, queries, entries = attend_whole, split, split
+    return jax.shard_map(
+        function,
+        in_specs=(queries, entries, entries, replicated),
+        out_specs=queries,
+        axis_names={MODEL_AXIS},
+        check_vma=False,
+    )(query, keys, values, positions)
+
+
+def _attend_some(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    *,
+    group: int,
+) -> jax.Array:
+    """Attend with this device's part of the query heads, over all key/value heads.
+
+    The heads that are needed are picked out of the cache, which is read once more.
+    """
+    batch, length, _ = keys.shape
+    heads, size = query.shape[2:]
+    # Where groups and parts are not aligned, every query head gets a copy of its own.
+    is_aligned = heads % group == 0 or group % heads == 0
+    count = max(heads // group, 1) if is_aligned else heads
+    first = lax.axis_index(MODEL_AXIS) * heads
+    own = (first + jnp.arange(count, dtype=jnp.int32) * (heads // count)) // group
+
+    def pick(entries: jax.Array) -> jax.Array:
+        split = entries.reshape(batch, length, -1, size)
+        return jnp.take(split, own, axis=2).reshape(batch, length, count * size)
+
+    return attend_whole(query, pick(keys), pick(values), positions)

@@ -1,0 +1,283 @@
+"""The engine of a mesh: the same programs, with rows in data shards.
+
+The devices that share one copy of the weights hold a *data shard*: rows of their own.
+Each data shard runs the same program on its rows (`MeshLayout.over_rows`) and hears of
+the others only in the exit test, in what the host is told, and in moves of rows. Inside
+of a data shard the compiler splits the program as the parameters are sharded.
+
+For few rows all devices share the rows: `MeshEngine.for_shared_rows` has the programs
+of that. Where the mesh spans processes, all of them must call the same methods in the
+same order, so threads must not share an engine there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from er_jax import steps
+from er_jax.acceptance import AcceptRule
+from er_jax.devices import device_bytes
+from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.engine.engine import Engine
+from er_jax.engine.kept import kept_engines
+from er_jax.engine.programs import abstract
+from er_jax.engine.protocol import ROWS, SAME, TokenBuffers
+from er_jax.engine.windows import derive_draft
+from er_jax.mesh import moves
+from er_jax.mesh.layout import (
+    MeshLayout,
+    as_sharded,
+    on_mesh,
+    relabelled,
+    shared_rows_mesh,
+    shared_rows_shardings,
+)
+from er_jax.mesh.processes import Processes, fetch_rows
+from er_jax.mesh.rules import DATA_AXIS, draft_shardings, state_shardings
+from er_jax.types import Admission, DecodeState, Params, Policy
+
+REPLICATED, OVER_ROWS = PartitionSpec(), PartitionSpec(DATA_AXIS)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "cache_length", "layout"))
+def run_take_over(
+    policy: Policy,
+    state: DecodeState,
+    rows: jax.Array,
+    moved: moves.Moves,
+    *,
+    cache_length: int,
+    layout: MeshLayout,
+) -> DecodeState:
+    """Move rows within and between data shards; see `steps.take`, `moves.exchange`."""
+
+    def move(state: DecodeState, rows: jax.Array, moved: moves.Moves) -> DecodeState:
+        taken = steps.take(state, rows, cache_length)
+        if layout.num_shards == 1:
+            return taken
+        return moves.exchange(state, taken, moved, DATA_AXIS)
+
+    run = layout.over_rows(move, (ROWS, ROWS, SAME), ROWS)
+    return layout.lay_out(run(state, rows, moved), policy)
+
+
+def _same(tree: Any) -> Any:
+    """Return arrays as they are; for programs that only lay them out anew."""
+    return tree
+
+
+class MeshEngine(Engine):
+    """The compiled programs of one policy and one acceptance rule, on a mesh.
+
+    Parameters and drafts must lie on it (`layout.put_on_mesh`); what comes from the
+    host is the same in all processes.
+
+    Args:
+      policy: the model. accept: the acceptance rule. mesh: of `layout.rollout_mesh`.
+      owner: the engine whose devices share the rows in this one; programs are kept
+        there, under names of their own.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        accept: AcceptRule,
+        mesh: Mesh,
+        *,
+        owner: MeshEngine | None = None,
+    ) -> None:
+        super().__init__(policy, accept)
+        self.mesh = mesh
+        self.layout = MeshLayout(mesh)
+        self.agreement = Processes(mesh)
+        self.num_shards = mesh.shape[DATA_AXIS]
+        """Data shards; they divide all numbers of rows."""
+        self._for_shared_rows: MeshEngine | None = None
+        if owner is not None:
+            self._executables, self._prefix = owner._executables, "shared rows: "
+
+    @property
+    def for_shared_rows(self) -> MeshEngine:
+        """The engine of the same devices, all of which share the rows."""
+        with self._executables.lock:
+            if self._for_shared_rows is None:
+                mesh = shared_rows_mesh(self.mesh)
+                self._for_shared_rows = MeshEngine(
+                    self.policy, self.accept, mesh, owner=self
+                )
+        return self._for_shared_rows
+
+    @functools.cached_property
+    def position_bytes(self) -> float:
+        """Bytes of one position of one row on each device, divided by the data shards.
+
+        Times all rows and their positions it is what a device holds.
+        """
+        shape = (self.num_shards, 1)
+        state = jax.eval_shape(lambda: steps.empty_state(self.policy, *shape))
+        state = self._abstract_state(state)
+        sized = (state.cache, state.tokens, state.logprobs)
+        return device_bytes(sized) / self.num_shards
+
+    def signature(self, tree: Any) -> Hashable:
+        """Return a hashable description of a pytree of arrays as they lie here."""
+        return mesh_signature(tree, self.mesh)
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def _abstract_same(self, tree: Any) -> Any:
+        replicated = self._sharding(REPLICATED)
+        return abstract(tree, jax.tree.map(lambda _: replicated, tree))
+
+    def _abstract_params(self, params: Any) -> Any:
+        shardings = jax.tree.map(lambda x: on_mesh(x.sharding, self.mesh), params)
+        return abstract(params, shardings)
+
+    def _abstract_state(self, state: DecodeState) -> Any:
+        return abstract(state, state_shardings(state, self.policy, self.mesh))
+
+    def _abstract_admission(self, admission: Admission) -> Any:
+        over_rows, replicated = map(self._sharding, (OVER_ROWS, REPLICATED))
+        shardings = jax.tree.map(
+            lambda x: over_rows if x.ndim else replicated, admission
+        )
+        return abstract(admission, shardings)
+
+    def take(self, state: DecodeState, rows: np.ndarray, length: int) -> DecodeState:
+        """Move rows (`NONE` for an empty one) to a state of another size."""
+        rows = np.asarray(rows, np.int32)
+        local, moved = moves.plan_moves(rows, state.rows, self.num_shards)
+        program = self._program(
+            ("take", state.rows, state.cache_length, len(rows), length),
+            run_take_over,
+            lambda f: f.lower(
+                self.policy,
+                self._abstract_state(state),
+                abstract(local, self._sharding(OVER_ROWS)),
+                self._abstract_same(moved),
+                cache_length=length,
+                layout=self.layout,
+            ),
+        )
+        return program.call(state, local, moved)
+
+    def fetch_rows(
+        self, buffers: TokenBuffers, rows: np.ndarray
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Return tokens and log-probabilities `[S]` of rows, to be copied and not kept.
+
+        Of several processes each gets the rows that it is the first to hold.
+        """
+        if buffers[0].is_fully_addressable:
+            return super().fetch_rows(buffers, rows)
+        return fetch_rows(buffers, rows)
+
+    def _attach_function(self, params: Params, config: DrafterConfig) -> Any:
+        # Laid out as the weights are: a compiler's choice might be another.
+        shaped = self._abstract_params(params)
+        shardings = jax.tree.map(lambda x: x.sharding, shaped)
+        draft = jax.eval_shape(functools.partial(derive_draft, config=config), shaped)
+        return jax.jit(
+            derive_draft,
+            static_argnames=("config",),
+            out_shardings=draft_shardings(draft, shardings),
+        )
+
+    def shared_rows_params(self, params: PolicyParams) -> Any:
+        """Return the shapes of parameters with their shardings in `for_shared_rows`.
+
+        None where there is no such thing; see `layout.shared_rows_shardings`.
+        """
+        mesh = self.for_shared_rows.mesh
+        shardings = shared_rows_shardings(self.policy, params, mesh)
+        return None if shardings is None else abstract(params, shardings)
+
+    def params_to_shared_rows(self, params: PolicyParams) -> PolicyParams:
+        """Return parameters for `for_shared_rows`.
+
+        Every device keeps a part of what it holds.
+        """
+        shapes = self.shared_rows_params(params)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        kind = None if params.draft is None else self.draft_kind(params.draft)
+        name = ("params to shared rows", kind)
+        return self._resharded(name, params, self._abstract_params(params), shardings)
+
+    def has_move(self, is_to_shared: bool, rows: int, length: int) -> bool:
+        """Whether a state of this size can be moved now, in this direction."""
+        return (self.move_name(is_to_shared), rows, length) in self.compiled
+
+    @staticmethod
+    def move_name(is_to_shared: bool) -> str:
+        """Return the kind of such a move, as in the names of programs."""
+        return "to shared rows" if is_to_shared else "to data shards"
+
+    def to_shared_rows(self, state: DecodeState) -> DecodeState:
+        """Return a state for `for_shared_rows`: all rows everywhere, of some heads."""
+        mesh = self.for_shared_rows.mesh
+        shardings = state_shardings(state, self.policy, mesh)
+        name = (self.move_name(True), state.rows, state.cache_length)
+        return self._resharded(name, state, self._abstract_state(state), shardings)
+
+    def to_data_shards(self, state: DecodeState) -> DecodeState:
+        """Return a state of `for_shared_rows` as this engine has it."""
+        here, shared = (
+            state_shardings(state, self.policy, mesh)
+            for mesh in (self.mesh, self.for_shared_rows.mesh)
+        )
+        there = self._as_sharded(shared)
+        state = jax.tree.map(relabelled, state, there)
+        program = self._program(
+            (self.move_name(False), state.rows, state.cache_length),
+            jax.jit(_same, out_shardings=here),
+            lambda f: f.lower(abstract(state, there)),
+        )
+        return program.call(state)
+
+    def _resharded(
+        self, name: tuple[Any, ...], tree: Any, shapes: Any, shardings: Any
+    ) -> Any:
+        """Return arrays for `for_shared_rows`, laid out anew by one program."""
+        program = self._program(
+            name,
+            jax.jit(_same, out_shardings=self._as_sharded(shardings)),
+            lambda f: f.lower(shapes),
+        )
+        return jax.tree.map(relabelled, program.call(tree), shardings)
+
+    def _as_sharded(self, shardings: Any) -> Any:
+        """Return shardings of `for_shared_rows`, named by this engine's mesh."""
+        return jax.tree.map(lambda s: as_sharded(s, self.mesh), shardings)
+
+
+def mesh_signature(tree: Any, mesh: Mesh) -> Hashable:
+    """Return a hashable description of a pytree, shardings included."""
+    leaves, structure = jax.tree.flatten(tree)
+    described = [(x.shape, x.dtype, on_mesh(x.sharding, mesh)) for x in leaves]
+    return structure, tuple(described)
+
+
+def mesh_engines_for(
+    policy: Policy, accept: AcceptRule, places: Sequence[tuple[Params, Mesh]]
+) -> list[MeshEngine]:
+    """Return an engine for each of several meshes; they are kept and dropped together.
+
+    Args:
+      policy, accept: as for `engine.kept.engine_for`.
+      places: parameters and mesh of each; what a single call needs.
+    """
+    return kept_engines(
+        {
+            (policy, mesh_signature(params, mesh), accept, mesh): functools.partial(
+                MeshEngine, policy, accept, mesh
+            )
+            for params, mesh in places
+        }
+    )

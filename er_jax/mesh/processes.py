@@ -1,0 +1,132 @@
+"""How several processes come to the same decisions: the one mechanism for all of them.
+
+What was timed is one process's, the leader's, sent to the others before it may decide
+anything. A failure of one is raised in all of them, so that none waits for ever. Every
+method is one small reduction over the devices; all processes must call the same
+methods in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from er_jax.engine.protocol import TokenBuffers
+from er_jax.types import NONE
+
+# Bytes of a text are sent in blocks of so many, so that few programs are compiled.
+TEXT_BLOCK = 1 << 14
+
+
+class Processes:
+    """The processes whose devices are on a mesh; see `engine.protocol.Agreement`."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._devices: list[Any] = list(mesh.devices.flat)
+        indices = [device.process_index for device in self._devices]
+        self.is_spread = len(set(indices)) > 1
+        self.is_leader = not self.is_spread or indices[0] == jax.process_index()
+
+    def sync_or_raise(
+        self, values: Any, failure: Exception | None = None
+    ) -> tuple[np.ndarray, Exception | None]:
+        """Return the leader's numbers, and what every process is to raise."""
+        if not self.is_spread:
+            return np.asarray(values, np.float64), failure
+        # The process that has failed, counted from 1; of several the last.
+        failed = 0 if failure is None else 1 + jax.process_index()
+        own = np.append(np.asarray(values, np.float32), np.float32(failed))
+        found = self._reduce(_first_and_any, [own] * len(self._devices))
+        if found[-1] and failure is None:
+            failure = RuntimeError(
+                f"another process has failed, process {int(found[-1]) - 1}; its own "
+                "error says why"
+            )
+        return found[:-1], failure
+
+    def broadcast_from_leader(self, values: Any) -> np.ndarray:
+        """Return the leader's numbers, in every process."""
+        return self.sync_or_raise(values)[0]
+
+    def broadcast_text(self, text: str | None) -> str | None:
+        """Return the leader's text, in every process; None if it has none."""
+        if not self.is_spread:
+            return text
+        data = np.frombuffer((text or "").encode(), np.uint8)
+        found = self.broadcast_from_leader([NONE if text is None else len(data)])
+        (size,) = found.astype(int)
+        if size < 0:
+            return None
+        padded = np.zeros(-(-max(size, 1) // TEXT_BLOCK) * TEXT_BLOCK)
+        padded[: min(len(data), size)] = data[:size]
+        told = self.broadcast_from_leader(padded)[:size]
+        return told.astype(np.uint8).tobytes().decode()
+
+    def sum(self, own: np.ndarray) -> np.ndarray:
+        """Return the sum of the processes' arrays, in every process."""
+        if not self.is_spread:
+            return own
+        here = [d.process_index == jax.process_index() for d in self._devices]
+        # One of the devices here brings the array, the others bring zeros.
+        parts = [np.zeros_like(own)] * len(here)
+        parts[here.index(True)] = own
+        return self._reduce(_add, parts)
+
+    def _reduce(self, function: Any, parts: list[np.ndarray]) -> np.ndarray:
+        """Reduce `[devices, ...]`, of which every device holds its own part."""
+        every = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+
+        def part(index: Any) -> np.ndarray:
+            return parts[index[0].start or 0][None]
+
+        shape = (len(parts), *parts[0].shape)
+        spread = jax.make_array_from_callback(shape, every, part)
+        return np.asarray(_reduction(function, self._mesh)(spread))
+
+
+def _first_and_any(parts: jax.Array) -> jax.Array:
+    return jnp.append(parts[0, :-1], jnp.max(parts[:, -1]))
+
+
+def _add(parts: jax.Array) -> jax.Array:
+    return jnp.sum(parts, axis=0, dtype=parts.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _reduction(function: Any, mesh: Mesh) -> Any:
+    """Return the jitted reduction, whose result every device holds."""
+    return jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def fetch_rows(
+    buffers: TokenBuffers, rows: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Return tokens and log-probabilities `[S]` of the rows that this process brings.
+
+    Each process brings the rows that it is the first to hold; every row is one's. They
+    may be the devices' own buffers, to be copied and not kept.
+    """
+    tokens = buffers[0]
+    first: dict[int, int] = {}
+    held: Any = tokens.sharding.devices_indices_map(tokens.shape)
+    for device, (part, *_) in held.items():
+        start = part.start or 0
+        first[start] = min(device.process_index, first.get(start, device.process_index))
+    found = {}
+    token_parts, logprob_parts = (
+        {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        for x in buffers
+    )
+    for start, part in token_parts.items():
+        own = [row for row in rows.tolist() if start <= row < start + len(part)]
+        if own and first[start] == jax.process_index():
+            pieces = jax.device_get((part, logprob_parts[start]))
+            for row in own:
+                found[row] = tuple(piece[row - start] for piece in pieces)
+    return found  # type: ignore[return-value]

@@ -1,0 +1,325 @@
+"""The batch on the device, and the windows that run on it.
+
+A window is started and not waited for: while it runs, what ended in the one before is
+fetched and delivered. `end_window` and `collect` can be called again after an
+interruption.
+
+Left out: the order of all this (`loop`), which program may run (`options`), where a
+sequence starts (`admission`).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from er_jax.control.protocol import ControllerProtocol
+from er_jax.costs import timing
+from er_jax.engine.protocol import WindowHandle
+from er_jax.request import Request
+from er_jax.result import Completion
+from er_jax.scheduler.admission import Rows, plan_admission
+from er_jax.scheduler.options import Options
+from er_jax.scheduler.topology import Shape, Topology
+from er_jax.stats import Moment, RolloutStats
+from er_jax.types import FINISH_NAMES, NONE, Admission, Program, Sampling, WindowInfo
+
+# A window is at most about this long, so that progress shows and decisions are fresh.
+WINDOW_S = 0.25
+
+
+MIN_ROUNDS, MAX_ROUNDS = 16, 4096
+
+
+# The first window that drafts, after one that did not, is a trial of so many
+# row-rounds: enough to tell a broken draft from a good one, and little is lost by it.
+TRIAL_ROW_ROUNDS = 64
+
+# Slots are refilled when this share of them is free: a prefill is shared by the rows
+# it fills, and an idle row costs only its share of a step.
+REFILL_SHARE = 8
+
+
+class InFlightWindow(NamedTuple):
+    """A window that the device runs.
+
+    second: when it began. has_run: whether its program had run before. num_live: live
+    rows at its start.
+    """
+
+    window: WindowHandle
+    program: Program
+    has_run: bool
+    second: float
+    num_live: int
+
+
+class FinishedWindow(NamedTuple):
+    """A window that is over, and whose completions are not fetched yet.
+
+    buffers: tokens and log-probabilities after it. moment: its entry of the timeline.
+    sequence, length: int `[rows]`, as they were before it.
+    """
+
+    info: WindowInfo
+    buffers: Any
+    moment: Moment
+    sequence: np.ndarray
+    length: np.ndarray
+
+
+class Batch:
+    """The rows of a rollout: their state on the device, and the host's record of them.
+
+    Args:
+      topology: the devices. request: the sequences. stats: filled in. settings: of
+        sampling, traced.
+    Attributes:
+      rows: the host's record. queue: sequences that wait for a row. completions: by
+        sequence, what has finished. program: what ran last; None at the beginning.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        request: Request,
+        stats: RolloutStats,
+        settings: Sampling,
+    ) -> None:
+        self.topology, self.request, self.stats = topology, request, stats
+        self.settings = settings
+        self.queue = collections.deque(range(len(request.prompt_of)))
+        self.completions: dict[int, Completion] = {}
+        self.start_s = time.perf_counter()
+        self.program: Program | None = None
+        self.rows = Rows.empty(request.slots)
+        self._options = Options(topology, request, len(settings.stop_ids))
+        self._decided_ago_s = 0.0
+        self._is_drafting = self._is_trial = False
+        self._in_flight: InFlightWindow | None = None
+        self._finished: FinishedWindow | None = None
+        self._shape: Shape = (request.slots, request.cache_lengths[-1], False)
+        with self._timed("moves"):
+            self.state = topology.engine.allocate(*self._shape[:2])
+
+    @property
+    def num_live(self) -> int:
+        """Rows that still generate."""
+        return self.rows.num_live
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Wait for device work on the state, and book its time."""
+        with self.stats.timed(phase, lambda: self.topology.engine.compile_s):
+            yield
+            jax.block_until_ready(self.state.length)
+
+    def is_decision_due(self) -> bool:
+        """Whether another program may be better now, or the last one cannot go on.
+
+        While sequences wait, windows end for refills and little else changes.
+        """
+        assert self.program is not None
+        if not self.queue or self._is_trial or self._decided_ago_s >= WINDOW_S:
+            return True
+        reach = self._options.reach(self._shape, self.program.gamma)
+        needed = max(self.rows.needed_length(reach), self.request.prompt_bucket)
+        return needed > self.program.cache_length
+
+    def is_refill_due(self) -> bool:
+        """Whether enough slots are free, and there is something to put in them."""
+        free = len(self.rows) - self.num_live
+        wanted = min(len(self.queue), max(1, self.request.slots // REFILL_SHARE))
+        return bool(self.queue) and (free >= wanted or self.num_live == 0)
+
+    def refill(self) -> None:
+        """Start queued sequences in the free slots."""
+        free = np.flatnonzero(self.rows.sequence == NONE)
+        count = min(len(free), len(self.queue))
+        starting = [self.queue.popleft() for _ in range(count)]
+
+        def plan(starting: list[int], free: list[int], part: slice) -> Admission:
+            admission, num_prefilled = plan_admission(
+                self.request, self.rows, self._shape[1], starting, free, part
+            )
+            self.stats.num_prefilled += num_prefilled
+            self.stats.num_cloned += int(admission.num_clones)
+            return admission
+
+        admission = self.topology.admission(
+            plan, starting, free, self.rows.resident, self.request.prompt_of
+        )
+        shared = self._shape[2]
+        engine, params = (
+            self.topology.engine_of(shared),
+            self.topology.params_of(shared),
+        )
+        with self._timed("prefill"):
+            self.state = engine.admit(params, self.state, admission)
+
+    def options(self, gammas: Sequence[int]) -> list[Program]:
+        """Return the programs that can run the live rows now, the safest one last."""
+        return self._options.programs(self.rows, self._shape, bool(self.queue), gammas)
+
+    def compile_s(self, program: Program) -> float:
+        """Return the seconds until this batch can run a program; 0 if it is ready."""
+        return self._options.compile_s(program, self._shape, self.num_live)
+
+    def look(self, controller: ControllerProtocol) -> None:
+        """Have the controller find out what drafts cost, if it is time for that."""
+        if len(controller.gammas) < 2:
+            return  # There is nothing to decide.
+        longest = self.request.cache_lengths[-1]
+        least = self.topology.row_buckets(False)[0]
+        with controller.measuring:
+            programs = controller.first_look(
+                least, longest, self._options.window_compile_s
+            )
+            if not programs:
+                return
+            engine, params = self.topology.engine, self.topology.params_of(False)
+            with self.stats.timed("calibration", lambda: engine.compile_s):
+                seconds, num_rounds = timing.measure_rounds(
+                    engine, params, programs, num_stop_ids=len(self.settings.stop_ids)
+                )
+                controller.observe_first_look(seconds, num_rounds)
+
+    def move_to(self, program: Program) -> None:
+        """Compact or grow the state to the shape of a program."""
+        self.program, self._decided_ago_s = program, 0.0
+        route = self.topology.route(self._shape, program.shape, self.num_live)
+        for shape in route:
+            keep = np.flatnonzero(self.rows.is_live)
+            if shape[0] >= len(self.rows):
+                keep = np.arange(len(self.rows))
+            index = self.topology.rows_after(keep, self._shape, shape)
+            rows = self.rows.moved(index)
+            with self._timed("moves"):
+                self.state = self.topology.move(self.state, self._shape, shape, index)
+                self.rows, self._shape = rows, shape
+
+    def _exit_live(self) -> int:
+        """Return the live count at which the next decision is due."""
+        if self.queue:
+            return self.request.slots - max(1, self.request.slots // REFILL_SHARE)
+        buckets = self.topology.row_buckets(self._shape[2])
+        smaller = [b for b in buckets if b < self.num_live]
+        return max(smaller, default=0)
+
+    def start_window(self, program: Program, round_s: float | None) -> None:
+        """Have the device run a window.
+
+        Args:
+          program: of the state's own shape. round_s: seconds a round should take; None
+            if nothing is known.
+        """
+        has_run = self._options.is_compiled(program)
+        max_rounds = 64 if round_s is None else int(WINDOW_S / round_s)
+        max_rounds = min(max(max_rounds, MIN_ROUNDS), MAX_ROUNDS) if has_run else 1
+        second, num_live = time.perf_counter() - self.start_s, self.num_live
+        self._is_trial = program.gamma > 0 and not self._is_drafting
+        self._is_drafting = program.gamma > 0
+        if self._is_trial:
+            enough = -(-TRIAL_ROW_ROUNDS // num_live)
+            max_rounds = min(max_rounds, enough, MIN_ROUNDS)
+        shared = self._shape[2]
+        engine = self.topology.engine_of(shared)
+        self.state, window = engine.start_window(
+            self.topology.params_of(shared),
+            self.state,
+            self.settings,
+            program.gamma,
+            exit_live=min(self._exit_live(), num_live - 1),
+            max_rounds=max_rounds,
+            draft_kind=self.topology.draft_kind(shared),
+        )
+        self._in_flight = InFlightWindow(window, program, has_run, second, num_live)
+
+    def end_window(
+        self, controller: ControllerProtocol, failure: Exception | None = None
+    ) -> None:
+        """Wait for the window that runs, if any, and free the rows that ended.
+
+        What need not be known for the next window is left to `collect`.
+
+        Args:
+          controller: learns from the window.
+          failure: of something else meanwhile. It is raised when the window is over, in
+            all processes: those without it would wait for this one in the next window.
+        """
+        if self._in_flight is None:
+            return
+        (window, program, has_run, second, live_before) = self._in_flight
+        info, seconds, is_measured = window.wait()
+        agreement = self.topology.engine.agreement
+        measured, failure = agreement.sync_or_raise([seconds, is_measured], failure)
+        seconds, is_measured = float(measured[0]), bool(measured[1])
+        num_rounds = int(info.num_rounds)
+        sequence = np.where(info.live, self.rows.sequence, NONE)
+        moment = Moment(
+            second=second,
+            duration_s=seconds,
+            live=live_before,
+            num_live_after=int((sequence != NONE).sum()),
+            rows=program.rows,
+            cache_length=program.cache_length,
+            gamma=program.gamma,
+            num_rounds=num_rounds,
+            shared_rows=program.shared_rows,
+        )
+        finished = FinishedWindow(
+            info, window.buffers, moment, self.rows.sequence, self.rows.length
+        )
+        rows = dataclasses.replace(
+            self.rows, sequence=sequence, length=info.length.astype(int)
+        )
+        # Together and at last: whatever interrupts before can wait for it once more.
+        self._finished, self._in_flight, self.rows = finished, None, rows
+        self._decided_ago_s += seconds
+        # A program's first run touches memory and packs weights for the first time: a
+        # part of its compilation, and no measure of its rounds.
+        is_measured &= has_run
+        controller.observe(
+            program,
+            num_rounds if is_measured else 0,
+            info.emitted,
+            seconds,
+            info.accepted,
+            live=live_before if is_measured else 0,
+        )
+        if failure is not None:
+            raise failure
+
+    def collect(self) -> list[int]:
+        """Book the last window, and fetch what ended in it; return those sequences.
+
+        Completions come from the window's own copies, so it makes no difference what
+        has been started on the state since.
+        """
+        if self._finished is None:
+            return []
+        (info, buffers, moment, sequences, length_before) = self._finished
+        was_live = sequences != NONE
+        ended = np.flatnonzero(was_live & ~info.live)
+        engine = self.topology.engine
+        found = engine.fetch_rows(buffers, ended) if len(ended) else {}
+        for slot, (tokens, logprobs) in found.items():
+            sequence = int(sequences[slot])
+            prompt = self.request.prompts[self.request.prompt_of[sequence]]
+            part = slice(len(prompt), int(info.length[slot]))
+            self.completions[sequence] = Completion(
+                token_ids=np.array(tokens[part]),
+                logprobs=np.array(logprobs[part]),
+                finish_reason=FINISH_NAMES[int(info.finish_reason[slot])],
+            )
+        num_tokens = int((info.length - length_before)[was_live].sum())
+        self.stats.add_window(moment, num_tokens, info.accepted)
+        self._finished = None  # Only now: an interrupted fetch can be made again.
+        return [int(sequences[slot]) for slot in found]

@@ -1,0 +1,117 @@
+"""The loop over windows: the whole policy of a rollout on one screen.
+
+It decides with host integers only; the device is asked once per window.
+
+* Refill: free slots take the next sequences while there are any.
+* Shape: the controller picks rows, cache length and gamma among the programs that could
+  run now. Rows shrink only when no sequence waits.
+* A window ends where one of these could change. While it runs, what ended in the one
+  before is delivered.
+
+Left out: time, acceptance, compile costs (`control`); shapes of requests (`request`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import jax
+from tqdm import tqdm
+
+from er_jax.control.protocol import ControllerProtocol
+from er_jax.request import Request
+from er_jax.result import Completion, keeping
+from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.topology import Topology
+from er_jax.stats import RolloutStats
+from er_jax.types import Sampling
+
+
+def run(
+    topology: Topology,
+    request: Request,
+    settings: Sampling,
+    controller: ControllerProtocol,
+    stats: RolloutStats,
+    *,
+    on_finish: Callable[[int, Completion], None] | None = None,
+    progress: bool = False,
+) -> dict[int, Completion]:
+    """Sample every sequence of the request and return the completions.
+
+    Of several processes on one mesh, each returns those whose rows it held at last, and
+    all of them decide alike: from the state, which they share, and from measurements of
+    one of them (`engine.protocol.Agreement`).
+
+    Args:
+      topology: engine and parameters, and how a batch may lie on the devices.
+      request: the sequences. settings: of sampling, traced.
+      controller: decides on programs and learns from windows.
+      stats: filled in. on_finish: called with (sequence id, completion) as rows end.
+      progress: show a progress bar of finished sequences.
+    Returns:
+      Sequence (0 .. N-1) -> completion.
+    Raises:
+      RolloutError: anything failed on the way; it carries the finished completions.
+      KeyboardInterrupt: with the same in an attribute `completions`; see `keeping`.
+    """
+    batch = Batch(topology, request, stats, settings)
+
+    def deliver(finished: list[int]) -> Exception | None:
+        for sequence in finished:
+            bar.update()
+            if on_finish is None:
+                continue
+            try:
+                sequence_id = int(request.sequence_ids[sequence])
+                # A copy: what is done to it must not change the result.
+                on_finish(sequence_id, batch.completions[sequence].copy())
+            except Exception as error:
+                return error
+        return None
+
+    def finished() -> dict[int, Completion]:
+        # A window may be over and not yet collected, and another under way. Where the
+        # device itself has failed, there is nothing more to fetch.
+        with contextlib.suppress(Exception):
+            batch.collect()
+        with contextlib.suppress(Exception):
+            batch.end_window(controller)
+        with contextlib.suppress(Exception):
+            batch.collect()
+        return batch.completions
+
+    with (
+        tqdm(total=len(request.prompt_of), unit="seq", disable=not progress) as bar,
+        keeping(finished, request),
+    ):
+        while batch.queue or batch.num_live:
+            if batch.is_refill_due():
+                batch.refill()
+            program = batch.program
+            if program is None or batch.is_decision_due():
+                batch.look(controller)
+                program = controller.choose(
+                    batch.options(controller.gammas),
+                    batch.program,
+                    compile_s=batch.compile_s,
+                    live=batch.num_live,
+                    length=batch.rows.mean_length,
+                )
+                batch.move_to(program)
+            with jax.profiler.StepTraceAnnotation("window", **program._asdict()):
+                batch.start_window(program, controller.table.round_seconds(program))
+                # What ended in the one before is delivered while this one runs.
+                failure = deliver(batch.collect())
+                if progress:
+                    bar.set_postfix_str(
+                        f"live={batch.num_live}, gamma={program.gamma}",
+                        refresh=False,
+                    )
+                batch.end_window(controller, failure)
+        agreement = topology.engine.agreement
+        _, failure = agreement.sync_or_raise([], deliver(batch.collect()))
+        if failure is not None:
+            raise failure
+    return batch.completions

@@ -1,0 +1,115 @@
+"""Which programs can run the batch now, and what each has to be compiled for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from er_jax.request import Request
+from er_jax.scheduler.admission import Rows
+from er_jax.scheduler.topology import Shape, Topology
+from er_jax.types import Program
+
+
+class Options:
+    """The programs that a rollout's batch may run.
+
+    Args:
+      topology: what the batch may lie on. request: its sizes. num_stop_ids: E, as in
+        the sampling settings.
+    """
+
+    def __init__(self, topology: Topology, request: Request, num_stop_ids: int) -> None:
+        self._topology, self._request = topology, request
+        self._num_stop_ids = num_stop_ids
+        self._compiled: set[Program] = set()
+
+    def reach(self, shape: Shape, gamma: int) -> int:
+        """Return the tokens by which a row may grow before a window can end."""
+        return self._topology.engine_of(shape[2]).rounds_per_test * (gamma + 1)
+
+    def programs(
+        self, rows: Rows, shape: Shape, is_waiting: bool, gammas: Sequence[int]
+    ) -> list[Program]:
+        """Return the programs that can run the live rows now, the safest one last.
+
+        With sequences waiting, the batch keeps all its slots. A batch of fewer rows is
+        not made larger for a program that would have to be compiled, but for the last.
+        A cache is shortened only if the live rows leave a quarter of it free, so that
+        it is not grown at once.
+
+        Args:
+          rows: the batch. shape: of its state. is_waiting: whether sequences wait for
+            free rows. gammas: draft lengths to choose from.
+        """
+        slots, num_live = self._request.slots, rows.num_live
+        sizes = {s: self._topology.row_buckets(s) for s in self._topology.sharings}
+        if is_waiting:
+            sizes = {False: (slots,)}
+        prompts = self._request.prompt_bucket if is_waiting else 1
+        shapes = [
+            (count, length, shared)
+            for shared in sorted(sizes, reverse=True)
+            for count, length in itertools.product(
+                sizes[shared], self._request.cache_lengths
+            )
+            if count >= num_live and self._fits(shape, (count, length, shared), rows)
+        ]
+        found = []
+        for gamma in sorted(gammas, reverse=True):
+            least = max(rows.needed_length(self.reach(shape, gamma)), prompts)
+            for count, length, shared in shapes:
+                is_shorter = length < shape[1]
+                if (least + length // 4 if is_shorter else least) > length:
+                    continue
+                program = Program(count, length, gamma, shared)
+                is_larger = len(rows) < count < slots
+                if not is_larger or self.is_compiled(program):
+                    found.append(program)
+        return found
+
+    def _fits(self, old: Shape, new: Shape, rows: Rows) -> bool:
+        """Whether there is memory to move to a shape, and to grow again from it."""
+        limit = self._request.state_limit_bytes
+        if limit is None or new == old:
+            return True
+        topology = self._topology
+        room = limit - topology.weight_bytes(new[2])
+        longest = (new[0], self._request.cache_lengths[-1], new[2])
+        stops = [old, *topology.route(old, new, rows.num_live), longest]
+        # During a move both states are there.
+        pairs = itertools.pairwise(stops)
+        return all(sum(map(topology.state_bytes, {*pair})) <= room for pair in pairs)
+
+    def is_compiled(self, program: Program) -> bool:
+        """Whether a program's window is compiled."""
+        if program not in self._compiled:
+            shared = program.shared_rows
+            engine, kind = (
+                self._topology.engine_of(shared),
+                self._topology.draft_kind(shared),
+            )
+            if not engine.has_window(program, kind, self._num_stop_ids):
+                return False
+            self._compiled.add(program)  # and stays so: asked some hundred times
+        return True
+
+    def window_compile_s(self, program: Program) -> float:
+        """Return the seconds that its window has to be compiled for, 0 if it is."""
+        if self.is_compiled(program):
+            return 0.0
+        engine = self._topology.engine_of(program.shared_rows)
+        return engine.expected_compile_s("window")
+
+    def compile_s(self, program: Program, shape: Shape, num_live: int) -> float:
+        """Return the seconds until a batch can run a program; 0 if it is ready.
+
+        Args:
+          program: to run. shape: of the batch's state. num_live: its live rows.
+        """
+        stops = [shape, *self._topology.route(shape, program.shape, num_live)]
+        moves_s = (
+            self._topology.move_compile_s(old, new)
+            for old, new in itertools.pairwise(stops)
+        )
+        return self.window_compile_s(program) + sum(moves_s)

@@ -1,0 +1,1 @@
+"""What the library can say without a training run: the command `er-jax`."""

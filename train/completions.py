@@ -1,0 +1,119 @@
+"""A step's completions: scoring them, and choosing those that an update learns from.
+
+Left out: sampling, which is `trainer`'s, and learning, which is `update`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+import er_jax
+from train import rewards
+from train.batching import Example
+from train.placement import agreed, is_first
+from train.subjects import Subject
+from train.tasks import Problem
+
+# Characters of a prompt or a completion that an error message quotes.
+MOST_SHOWN = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class StepData:
+    """What one step sampled.
+
+    Attributes:
+      problems: P of them.
+      out: the rollout of N = P * n completions, those of one problem in a row.
+      rewards: `[P, n]` float64.
+      seconds: taken by sampling and scoring.
+    """
+
+    problems: Sequence[Problem]
+    out: er_jax.Rollout
+    rewards: np.ndarray
+    seconds: float
+
+
+def score(
+    subject: Subject, problems: Sequence[Problem], out: er_jax.Rollout
+) -> np.ndarray:
+    """Score every completion, and return the same rewards in every process.
+
+    Only the first process calls the reward, because a user's reward may give another
+    number at every call.
+
+    Args:
+      subject: has the tokenizer and the reward. problems: P of them.
+      out: of N = P * n completions.
+    Returns:
+      `[P, n]` float64.
+    Raises:
+      ValueError: the reward failed or gave no finite number; in every process.
+    """
+    scores, failure = np.zeros(len(out.lengths)), None
+    if is_first():
+        try:
+            scores = _scores(subject, problems, out)
+        except ValueError as error:
+            failure = error
+    # One more number says whether scoring failed: the other processes wait for the
+    # scores and have to end as well.
+    told = agreed(np.append(scores, failure is not None))
+    if told[-1]:
+        raise failure or ValueError("the first process could not score; see there")
+    return told[:-1].reshape(len(problems), -1)
+
+
+def _scores(
+    subject: Subject, problems: Sequence[Problem], out: er_jax.Rollout
+) -> np.ndarray:
+    """Return `[N]` rewards; ValueError naming the first completion without one."""
+    scores = np.zeros(len(out.lengths))
+    n = len(scores) // len(problems)
+    for row, length in enumerate(out.lengths):
+        problem = problems[row // n]
+        text = subject.tokenizer.decode(out.completion_ids[row, :length])
+        finished = bool(out.finish_reason[row] == "stop")
+        try:
+            scores[row] = rewards.score(
+                subject.reward, text, problem.answer, finished=finished
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; completion {row % n + 1} of {n}, {text[:MOST_SHOWN]!r}, "
+                f"of the problem {problem.prompt[:MOST_SHOWN]!r}"
+            ) from error
+    return scores
+
+
+def examples_of(
+    out: er_jax.Rollout,
+    prompts: Sequence[Sequence[int]],
+    advantages: np.ndarray,
+    *,
+    keep_equal_groups: bool,
+) -> list[Example]:
+    """Return the completions that an update has something to learn from.
+
+    Args:
+      out: the rollout, N = P * n completions. prompts: token ids of P prompts.
+      advantages: `[P, n]` float32.
+      keep_equal_groups: whether a completion with advantage 0 is kept. A KL term gives
+        it a gradient; without one it has none, and leaving it out saves its pass.
+    """
+    n = advantages.shape[1]
+    return [
+        Example(
+            prompt=prompts[row // n],
+            completion=out.completion_ids[row, :length],
+            behavior_logprobs=out.logprobs[row, :length],
+            advantage=float(advantages.flat[row]),
+        )
+        for row, length in enumerate(out.lengths)
+        # A completion is empty when its first logits were not finite.
+        if length > 0 and (keep_equal_groups or advantages.flat[row] != 0)
+    ]
