@@ -2,9 +2,9 @@
 
     python -m benchmarks.plans                 # needs the extras tpu-plan and cuda-plan
 
-Compiles the windows of each model for each device (`er_jax.plan`), in one process per
-case. No speed is measured; the record holds what the compilers say. Cases that are in
-the record already and not asked for stay as they are.
+Compiles the windows of each model for each device (`er_jax.tools.plan`), in one process
+per case. No speed is measured; the record holds what the compilers say. Cases that are
+in the record already and not asked for stay as they are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Args:
     """What to compile.
 
     Args:
-      models: presets of `er_jax.plan`. devices: to compile for; without any, those of
+      models: of `er_jax.tools.presets`. devices: to compile for; without any, those of
         the table.
       slots: rows over all devices. length: positions of each. gamma: drafts of a round.
       model_parallel: devices that share the weights; 0 is the fewest that hold them.
