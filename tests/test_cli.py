@@ -403,7 +403,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(
 
 def test_as_a_process(files: Path) -> None:
     """The same of a whole process, as a shell sees it."""
-    command = [sys.executable, "-m", "er_jax.cli", "sweep", "missing.csv"]
+    command = [sys.executable, "-m", "er_jax.tools.cli", "sweep", "missing.csv"]
     done = subprocess.run(command, cwd=files, capture_output=True, text=True)
     line = "er-jax: missing.csv: No such file or directory; give another path\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)

@@ -407,7 +407,7 @@ def test_a_save_that_fails_leaves_nothing(
         raise Stop
 
     name = "save_file" if file == "model.safetensors" else "_copy_companions"
-    monkeypatch.setattr(hf_weights, name, failing)
+    monkeypatch.setattr(hf_save, name, failing)
     with pytest.raises(Stop):
         er_jax.save_hf(tmp_path / "out", policy, params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax.io import hf_weights
+from er_jax.io import hf_save
 from tests.test_hf_damage import pipe, tiny_policy
 
 UP = os.pardir
@@ -198,11 +198,11 @@ def test_a_disk_that_is_full_says_so(
     made: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*unused: Any, **also: Any) -> None:
-        raise hf_weights.SafetensorError(
+        raise hf_save.SafetensorError(
             "I/O error: No space left on device (os error 28)"
         )
 
-    monkeypatch.setattr(hf_weights, "save_file", full)
+    monkeypatch.setattr(hf_save, "save_file", full)
     with pytest.raises(OSError, match=r"out cannot be written \(.*No space left.*; "):
         er_jax.save_hf(tmp_path / "out", *made)
     assert names(tmp_path) == []
@@ -223,11 +223,11 @@ import os, signal, sys
 from pathlib import Path
 import jax, numpy as np
 import er_jax
-from er_jax import hf
+from er_jax.io import hf_save, hf_weights
 
 source, root, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-hf.SHARD_BYTES = 1000
-policy = hf.policy_of(source)
+hf_save.SHARD_BYTES = 1000
+policy = hf_weights.policy_of(source)
 # NumPy's: a process that has used a device is not forked.
 rng = np.random.default_rng(0)
 params = jax.tree.map(
@@ -262,7 +262,7 @@ while status != 0:
 def check(target):
     _, found = er_jax.load_hf(target)
     jax.tree.map(np.testing.assert_array_equal, found, params)
-    assert (target / "tokenizer.json").exists() and (target / hf.INDEX).exists()
+    assert (target / "tokenizer.json").exists() and (target / hf_weights.INDEX).exists()
 
 half = 0
 for target in targets:

@@ -35,6 +35,7 @@ from jax.sharding import (
 
 import er_jax
 from er_jax.mesh import rules
+from er_jax.mesh.processes import Processes
 from train.config import MeshConfig
 from train.settings import require
 
@@ -70,9 +71,9 @@ def agreed(values: Any) -> np.ndarray:
     """
     own = np.asarray(values)
     # As bytes, because JAX would convert 64 bits to 32.
-    data = np.frombuffer(own.tobytes(), np.uint8)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(data))
-    return np.frombuffer(told.tobytes(), own.dtype).reshape(own.shape)
+    told = Processes.of_all().broadcast_bytes(own.tobytes())
+    assert told is not None, "every process has values"
+    return np.frombuffer(told, own.dtype).reshape(own.shape)
 
 
 def on_host(tree: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 from tqdm import tqdm
 
 import er_jax
+from er_jax.io.hf_weights import policy_of
 from er_jax.io.text import load_tokenizer
 from train import rewards, sft, tasks
 from train.batching import Buckets
@@ -115,7 +116,7 @@ class Checkpoint:
     def __init__(self, config: HFConfig) -> None:
         self.directory = config.model
         self.mesh = Placement.of(config.mesh).mesh
-        self.policy = er_jax.hf.policy_of(config.model, config.dtype)
+        self.policy = policy_of(config.model, config.dtype)
         tokenizer = load_tokenizer(config.model)
         require(
             tokenizer.vocab_size <= self.policy.vocab_size,

@@ -21,7 +21,7 @@ def explain(controller: Controller, ran: Sequence[Program]) -> str:
       are used; the speed-up predicted from these at the numbers of rows that ran.
     """
     drafting = [gamma for gamma in controller.gammas if gamma]
-    if not drafting:
+    if not drafting or not ran:
         return f"no drafts: control={controller.control!r}"
     count = sum(program.gamma > 0 for program in ran)
     head = f"drafts in {count} of {len(ran)} windows"

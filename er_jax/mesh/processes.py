@@ -17,14 +17,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from er_jax.engine.protocol import TokenBuffers
-from er_jax.types import NONE
 
-# Bytes of a text are sent in blocks of so many, so that few programs are compiled.
-TEXT_BLOCK = 1 << 14
+# Bytes are sent in blocks of so many, so that few programs are compiled.
+BLOCK_BYTES = 1 << 14
 
 
 class Processes:
-    """The processes whose devices are on a mesh; see `engine.protocol.Agreement`."""
+    """The processes whose devices are on a mesh; see `engine.protocol.Agreement`.
+
+    Args:
+      mesh: any mesh; `of_all` takes all devices there are.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -32,6 +35,11 @@ class Processes:
         indices = [device.process_index for device in self._devices]
         self.is_spread = len(set(indices)) > 1
         self.is_leader = not self.is_spread or indices[0] == jax.process_index()
+
+    @classmethod
+    def of_all(cls) -> Processes:
+        """Return all the processes there are."""
+        return cls(Mesh(np.array(jax.devices()), ("devices",)))
 
     def sync_or_raise(
         self, values: Any, failure: Exception | None = None
@@ -54,19 +62,26 @@ class Processes:
         """Return the leader's numbers, in every process."""
         return self.sync_or_raise(values)[0]
 
+    def broadcast_bytes(self, data: bytes | None) -> bytes | None:
+        """Return the leader's bytes, in every process; None if it has none."""
+        if not self.is_spread:
+            return data
+        own = data if self.is_leader else None
+        # One more than their number, so that none are told from nothing.
+        told = 0 if own is None else len(own) + 1
+        (size,) = self.sum(np.array([told], np.int32))
+        if size == 0:
+            return None
+        blocks = np.zeros(-(-int(size) // BLOCK_BYTES) * BLOCK_BYTES, np.uint8)
+        if own is not None:
+            blocks[: len(own)] = np.frombuffer(own, np.uint8)
+        # As int32: every transport can add these.
+        return self.sum(blocks.view(np.int32)).tobytes()[: size - 1]
+
     def broadcast_text(self, text: str | None) -> str | None:
         """Return the leader's text, in every process; None if it has none."""
-        if not self.is_spread:
-            return text
-        data = np.frombuffer((text or "").encode(), np.uint8)
-        found = self.broadcast_from_leader([NONE if text is None else len(data)])
-        (size,) = found.astype(int)
-        if size < 0:
-            return None
-        padded = np.zeros(-(-max(size, 1) // TEXT_BLOCK) * TEXT_BLOCK)
-        padded[: min(len(data), size)] = data[:size]
-        told = self.broadcast_from_leader(padded)[:size]
-        return told.astype(np.uint8).tobytes().decode()
+        found = self.broadcast_bytes(None if text is None else text.encode())
+        return None if found is None else found.decode()
 
     def sum(self, own: np.ndarray) -> np.ndarray:
         """Return the sum of the processes' arrays, in every process."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from er_jax.checks import checked_arrays
 from er_jax.mesh.processes import Processes
@@ -41,7 +40,7 @@ def gather_prompts(
     tokens = np.concatenate([np.zeros(0, np.int32), *arrays])
     # No vocabulary is so large; `rollout` names the prompt.
     tokens = np.clip(tokens, NONE, np.iinfo(np.int32).max).astype(np.int32)
-    processes = Processes(Mesh(np.array(jax.devices()), ("devices",)))
+    processes = Processes.of_all()
 
     def gather(own: np.ndarray) -> np.ndarray:
         """Return the arrays of all processes, `[processes, ...]`."""
