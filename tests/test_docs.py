@@ -14,18 +14,24 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 import er_jax
+from benchmarks import published
+from docs import rooms
 from er_jax import config, drafter
 from er_jax.control import accounts, controller, estimate, paper, probes, rollouts
+from er_jax.control.explain import explain
+from er_jax.control.protocol import ControllerProtocol
 from er_jax.costs import store, table, timing
+from er_jax.costs.passes import seconds_of_passes
 from er_jax.scheduler import batch
 from er_jax.tools import cli, plan
 from er_jax.types import Program
@@ -77,13 +83,18 @@ def files_that_are_missing(page: str, text: str) -> Iterator[str]:
                 yield f"{page} links to {target}{anchor}"
     for span in spans(text):
         for name in re.findall(r"(?<![\w<*./-])[\w./-]+\.(?:py|md|toml|yml)\b", span):
-            places = (ROOT, folder, ROOT / "er_jax", ROOT / "train")
+            places = [ROOT, folder, *(ROOT / own for own in OWN)]
             is_there = any((place / name).exists() for place in places)
             if not is_there and name not in THEIRS:
                 yield f"{page} names {name}"
         for name, test in re.findall(r"(tests/\w+\.py)::(\w+)", span):
             if f"def {test}(" not in (ROOT / name).read_text("utf-8"):
                 yield f"{page} names {name}::{test}"
+
+
+def is_earlier(thing: Any) -> bool:
+    """Whether this is a module's earlier name, which no page should spread."""
+    return Path(getattr(thing, "__file__", None) or "").parent.name == "earlier"
 
 
 def attribute(root: Any, names: list[str]) -> bool:
@@ -105,15 +116,21 @@ def attribute(root: Any, names: list[str]) -> bool:
                 return False
         else:
             return False
+        if is_earlier(here):
+            return False
     return True
 
 
 def names_that_are_missing(page: str, text: str) -> Iterator[str]:
-    """Yield dotted names that begin with a package, a module or a thing, and fail."""
+    """Yield dotted names that begin with a package, a module or a thing, and fail.
+
+    What the page's own code defines is a name there.
+    """
+    defined = re.findall(r"^\+?\s*(?:def|class) (\w+)", text, re.M)
     for span in spans(text):
         for dotted in re.findall(r"(?<![\w./\"'-])[a-z_]+(?:\.\w+)+(?![\w/])", span):
             first, *rest = dotted.split(".")
-            if rest[-1] in ("py", "md", "json", "jsonl", "png", "toml"):
+            if rest[-1] in ("py", "md", "json", "jsonl", "png", "toml", *defined):
                 continue
             roots: list[Any] = []
             if first in OWN:
@@ -183,7 +200,10 @@ CHECKS: dict[Check, list[str]] = {
     names_that_are_missing: [
         "`er_jax.no_such`",
         "`er_jax.Rollout.no_such`",
-        "`er_jax.sharding.no_such(1)`",
+        "`er_jax.mesh.layout.no_such(1)`",
+        "`control.rollouts.no_such`",
+        "`er_jax.sharding.put_on_mesh`",
+        "`er_jax.hf`",
         "`scheduler.Batch.no_such`",
         "`train.grpo.no_such`",
         "```python\nprint(out.no_such)\n```",
@@ -268,16 +288,55 @@ def options_of_module(command: tuple[str, ...]) -> set[str]:
     return set(re.findall(r"--[\w.-]+", done.stdout)) | {"--help"}
 
 
+# -- the picture of the rooms ----------------------------------------------------------
+
+
+def test_the_picture_shows_the_imports_as_they_are() -> None:
+    with PIL.Image.open(rooms.PICTURE) as picture:
+        drawn = picture.info[rooms.NOTE]
+    assert drawn == rooms.described(*rooms.rooms()), "run python docs/rooms.py"
+    assert "scheduler (admission, batch, loop, options, topology) -> " in drawn
+
+
+def test_arrows_that_others_imply_are_left_out() -> None:
+    """By hand: a needs b, c and d; b needs c; c and d need e."""
+    arrows = {"a": set("bcde"), "b": set("ce"), "c": {"e"}, "d": {"e"}, "e": set()}
+    reduced = {"a": set("bd"), "b": {"c"}, "c": {"e"}, "d": {"e"}, "e": set()}
+    assert rooms.reduced(arrows) == reduced
+    assert rooms.layers(reduced) == {"a": 3, "b": 2, "c": 1, "d": 1, "e": 0}
+    # A long arrow goes by places of its own, in the layers that it crosses.
+    assert ["a", "a > d 2", "d"] in list(rooms.ways(reduced))
+
+
+def test_what_needs_the_users_of_its_package_is_a_room_by_itself() -> None:
+    imports = {
+        "mesh.rules": {"types"}, "mesh.replicas": {"rollout", "mesh.rules"},
+        "rollout": {"mesh.rules"}, "types": set(),
+    }  # fmt: skip
+    found = rooms.rooms_of(imports)
+    assert found == {
+        "mesh.rules": "mesh", "mesh.replicas": "mesh.replicas",
+        "rollout": "rollout", "types": "words",
+    }  # fmt: skip
+
+
 # -- what a controller must offer ------------------------------------------------------
+
+
+# Who has a controller of its own, whatever others must offer.
+OWN_CONTROLLER = ("control.", "tools.")
+
+# Members of the protocol that some calls do without, as it says of each.
+TWO_GAMMAS = {"first_look", "observe_first_look"}
+SOME_CALLS = {"speed", "state_dict", "load_state_dict"}
 
 
 def asked_of_controllers() -> set[str]:
     """Return what the library asks of a controller, by reading its modules."""
     asked = set()
-    for module in ORDER:
-        path = ROOT / "er_jax" / f"{module}.py"
-        # `control` is the controller; `replay` and `cli` make their own.
-        if module in ("control", "replay", "cli") or not path.exists():
+    for path in sorted((ROOT / "er_jax").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT / "er_jax").with_suffix("").parts)
+        if module.startswith(OWN_CONTROLLER):
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -286,17 +345,36 @@ def asked_of_controllers() -> set[str]:
     return asked
 
 
+def members(kind: type) -> set[str]:
+    """Return what a class has to itself and shows, or says that it has."""
+    own = {*vars(kind), *vars(kind).get("__annotations__", {})}
+    return {name for name in own if not name.startswith("_")}
+
+
+def test_the_protocol_is_what_is_asked_of_a_controller() -> None:
+    """And design.md leaves it to the protocol."""
+    assert members(ControllerProtocol) == asked_of_controllers()
+    section = PAGES["docs/design.md"].split("**One controller for every control.**")[1]
+    section = section.split("\n\n**")[0]
+    assert "`ControllerProtocol`" in section and "control/protocol.py" in section
+    assert named(section) & members(ControllerProtocol) == {"choose", "observe"}
+    looks = inspect.getdoc(ControllerProtocol.first_look)
+    assert looks is not None and "two gammas or more" in looks
+    for name in ("speed", "state_dict"):
+        said = inspect.getdoc(getattr(ControllerProtocol, name))
+        assert said is not None and "asked by" in said.lower()
+
+
+def named(text: str) -> set[str]:
+    return set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
+
+
 def named_in_table(text: str) -> set[str]:
     """Return the names in the first column of the first table."""
     table = re.search(r"(?:^\|.*\n)+", text, re.M)
     assert table is not None
     cells = re.findall(r"^\| (`.*?) \|", table[0], re.M)
     return {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
-
-
-def test_the_page_lists_what_is_asked_of_a_controller() -> None:
-    section = PAGES["docs/design.md"].split("**One controller for every control.**")[1]
-    assert named_in_table(section) == asked_of_controllers()
 
 
 def test_the_page_lists_what_a_step_of_training_records() -> None:
@@ -322,20 +400,21 @@ def test_the_version_is_where_the_page_says() -> None:
 
 
 class Plain:
-    """The least that a rollout asks of a controller: what the page says of it."""
+    """The least that a call asks of a controller with one gamma."""
 
-    gammas = (0,)
+    gammas: tuple[int, ...] = (0,)
     broken_drafter = None
+    measuring = contextlib.nullcontext()
+    table: table.LatencyTable
 
     def __init__(self) -> None:
         self.table = table.LatencyTable()
-        self.measuring = contextlib.nullcontext()
-        self.settings: list[tuple[float, ...]] = []
-        self.num_emitted = 0
+        self._settings: list[tuple[float, ...]] = []
+        self._num_emitted = 0
 
     @contextlib.contextmanager
     def sampling(self, setting: tuple[float, ...]) -> Iterator[None]:
-        self.settings.append(setting)
+        self._settings.append(setting)
         yield
 
     def choose(
@@ -362,27 +441,94 @@ class Plain:
     ) -> None:
         assert emitted.shape == accepted.shape == (program.gamma + 1,)
         assert num_rounds >= 0 and seconds > 0 and live >= 0
-        self.num_emitted += int(emitted @ np.arange(1, program.gamma + 2))
+        self._num_emitted += int(emitted @ np.arange(1, program.gamma + 2))
 
 
-def test_an_object_with_what_is_asked_is_a_controller() -> None:
+class PlainWithTwo(Plain):
+    """And of one with two, which looks once and then drafts."""
+
+    gammas = (0, 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: set[Program] = set()
+
+    def first_look(
+        self, rows: int, cache_length: int, compile_s: Callable[[Program], float]
+    ) -> tuple[Program, ...]:
+        pair = tuple(Program(rows, cache_length, gamma) for gamma in self.gammas)
+        return () if self._found else pair
+
+    def observe_first_look(
+        self, seconds: Mapping[Program, float], num_rounds: int
+    ) -> None:
+        assert num_rounds > 0 and min(seconds.values()) > 0
+        self._found |= set(seconds)
+
+    def choose(self, options: Sequence[Program], *args: Any, **kwargs: Any) -> Program:
+        assert self._found
+        assert super().choose(options, *args, **kwargs).gamma == 0
+        return next(program for program in options if program.gamma)
+
+
+@pytest.mark.parametrize("kind", [Plain, PlainWithTwo])
+def test_an_object_with_what_is_asked_is_a_controller(kind: type[Plain]) -> None:
+    has = members(Plain) | members(kind)
+    spared = SOME_CALLS if len(kind.gammas) > 1 else SOME_CALLS | TWO_GAMMAS
+    assert has == members(ControllerProtocol) - spared
     policy = er_jax.Decoder(
         er_jax.DecoderConfig(
             vocab_size=16, dim=16, num_layers=1, num_heads=1, num_kv_heads=1,
             hidden_dim=16,
         )
     )  # fmt: skip
-    plain = Plain()
+    plain = kind()
+    control = "ar" if kind.gammas == (0,) else "best"
     out = er_jax.rollout(
         policy,
         policy.init(jax.random.key(0)),
         [[1, 2]],
         key=jax.random.key(1),
-        config=er_jax.RolloutConfig(max_new_tokens=5, control="ar", top_k=3),
+        config=er_jax.RolloutConfig(
+            max_new_tokens=5, control=control, gammas=(0, 2), top_k=3
+        ),
         controller=plain,  # type: ignore[arg-type]
     )
-    assert plain.num_emitted == out.lengths.sum() == 5
-    assert plain.settings == [(1.0, 3, 1.0, 0.0)]
+    assert plain._num_emitted == out.lengths.sum() == 5
+    assert plain._settings == [(1.0, 3, 1.0, 0.0)]
+    assert set(out.stats.tokens) == {max(kind.gammas)}
+
+
+# -- text that the library writes ------------------------------------------------------
+
+
+def test_the_summary_on_the_page_is_that_of_the_pages_example() -> None:
+    """The table above it as well: speeds over plain decoding."""
+    page = PAGES["docs/system-aware.md"]
+    gammas = (0, 2, 4, 6, 8, 10, 12)
+    knowing = er_jax.Controller("best", gammas)
+    cells = re.findall(r"^\| (\d+) \|(( [\d.]+ \|){6}) ", page, re.M)
+    chosen = re.findall(r"\| ([\w ]+) \|$", page.split("| chosen |")[1], re.M)
+    for rows, *_ in cells:
+        for gamma in gammas:
+            program = Program(int(rows), 1024, gamma)
+            costs = published.MODELS["Qwen2.5-7B"].costs
+            knowing.table.seconds[program] = seconds_of_passes(costs, program)
+    knowing.acceptance.tested[:] = 1e6
+    knowing.acceptance.kept[:] = 0.95e6
+    ran = []
+    for (rows, speeds, _), word in zip(cells, chosen, strict=False):
+        plain = Program(int(rows), 1024, 0)
+        own = knowing.speed(plain)
+        assert own is not None
+        for gamma, said in zip(gammas[1:], speeds.split(" | "), strict=True):
+            speed = knowing.speed(plain._replace(gamma=gamma))
+            assert speed is not None
+            assert float(said.strip(" |")) == pytest.approx(speed / own, abs=0.0051)
+        best = [int(number) for number in re.findall(r"\d+", word)]
+        ran.append(plain._replace(gamma=max(best, default=0)))
+    assert len(ran) == 6
+    assert f"```\n{explain(knowing, ran)}\n```" in page
 
 
 # -- numbers ---------------------------------------------------------------------------
