@@ -35,8 +35,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "acceptance ratio upside down",
         "er_jax::token_accept_probs",
-        "gain = _at_tokens(target, draft_tokens) - _at_tokens(draft, draft_tokens)",
-        "gain = _at_tokens(draft, draft_tokens) - _at_tokens(target, draft_tokens)",
+        "_at_tokens(target, draft_tokens) - _at_tokens(draft, draft_tokens)",
+        "_at_tokens(draft, draft_tokens) - _at_tokens(target, draft_tokens)",
         (f"{ENUMERATION}[token-1]",),
     ),
     PlantedBug(
@@ -180,10 +180,10 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "temperature after the truncation",
         "er_jax::target_logprobs",
-        "scores = lax.cond(is_cut, _truncated, lambda s, _: s, scores, sampling)",
+        "scores = lax.cond(is_truncated, _truncated, lambda s, _: s, scores, sampling)",
         """
         cold = logits - jnp.max(logits, axis=-1, keepdims=True)
-        cold = lax.cond(is_cut, _truncated, lambda s, _: s, cold, sampling)
+        cold = lax.cond(is_truncated, _truncated, lambda s, _: s, cold, sampling)
         scores = _temperature_scaled(cold, sampling)
         """,
         ("tests/test_sampling.py::test_truncation_keeps_ties",),
