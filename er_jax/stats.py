@@ -123,7 +123,7 @@ class RolloutStats:
         self.seconds[phase] += max(seconds, 0.0)  # Only rounding makes it negative.
 
     def add_window(self, moment: Moment, num_tokens: int, accepted: np.ndarray) -> None:
-        """Add a window: its moment, tokens emitted, histogram `[G + 1]` of kept drafts."""
+        """Add a window: moment, tokens emitted, histogram `[G + 1]` of drafts kept."""
         gamma = moment.gamma
         self.timeline.append(moment)
         self.seconds["windows"] += moment.duration_s
