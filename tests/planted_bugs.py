@@ -575,7 +575,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "slots of a later data shard counted from the first",
         "er_jax::plan_admission",
-        "slot[i], prompt_index[i] = start.row - part.start, start.prompt",
+        "slot[i], prompt_index[i] = start.row - shard_rows.start, start.prompt",
         "slot[i], prompt_index[i] = start.row, start.prompt",
         ("tests/test_mesh.py::test_short_completions_are_those_of_one_device",),
     ),

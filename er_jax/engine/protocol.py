@@ -56,7 +56,7 @@ class Layout(Protocol):
         """Whether a flag `[B]` is set, here or in a shard that this one waits for."""
 
     def all_rows(self, rows: jax.Array) -> jax.Array:
-        """Return `[k, B]` with the rows of all data shards, called inside `over_rows`."""
+        """Return `[k, B]` with rows of all data shards, called inside `over_rows`."""
 
     def lay_out(self, state: DecodeState, policy: Policy) -> DecodeState:
         """Constrain a state to the layout that it has between programs."""

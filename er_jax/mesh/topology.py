@@ -14,7 +14,7 @@ from er_jax.devices import device_bytes
 from er_jax.drafter import PolicyParams
 from er_jax.mesh.engine import MeshEngine
 from er_jax.request import Request, bucket_of, row_buckets
-from er_jax.scheduler.topology import PlanPart, Shape, packed
+from er_jax.scheduler.topology import PlanShard, Shape, packed
 from er_jax.types import NONE, Admission
 
 
@@ -117,7 +117,7 @@ class DataShards:
 
     def admission(
         self,
-        plan: PlanPart,
+        plan: PlanShard,
         starting: list[int],
         free: np.ndarray,
         resident: np.ndarray,
