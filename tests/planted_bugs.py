@@ -385,8 +385,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "predictions trusted more the more was measured",
         "er_jax::LatencyTable._round_seconds",
-        "believed = measured + doubt * (predicted - measured)",
-        "believed = predicted + doubt * (measured - predicted)",
+        "believed = measured + uncertainty * (predicted - measured)",
+        "believed = predicted + uncertainty * (measured - predicted)",
         (
             "tests/test_costs.py::test_few_rounds_count_for_little_beside_what_others_say",
         ),
@@ -441,8 +441,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "the published ladder climbs without persistence",
         "er_jax::PaperRule.end_rollout",
-        "self._num_high + 1 if share >= PAPER_RAISE else 0",
-        "self._num_high + 1 if share >= PAPER_RAISE else self._num_high",
+        "self._num_high + 1 if rate >= PAPER_RAISE else 0",
+        "self._num_high + 1 if rate >= PAPER_RAISE else self._num_high",
         ("tests/test_trace_replay.py::test_the_ladder",),
     ),
     PlantedBug(
