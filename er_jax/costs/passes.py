@@ -35,10 +35,11 @@ LENGTH_EXPONENT = 0.3
 
 Kind = Literal["target", "draft", "verify", "round"]
 
+# Most readings in a file of costs.
 MAX_READINGS = 2000
 
-# Weight of a kink in the cost of a position, at a number of rows, against errors of fit:
-# enough that a surface does not follow the noise of few readings.
+# Weight of a kink in the cost of a position, at a number of rows, against errors of
+# fit: enough that a surface does not follow the noise of few readings.
 KINK_WEIGHT = 0.1
 
 

@@ -29,8 +29,8 @@ from er_jax.types import Cache, Policy
 # The environment variable that names the directory of costs; empty, none are kept.
 CACHE_VARIABLE = "ER_JAX_CACHE"
 
-# Files to keep, the most recently used; characters of a policy's text in a file; seconds
-# after which an unfinished file counts as left by a killed process.
+# Files to keep, the most recently used; characters of a policy's text in a file; age in
+# seconds from which an unfinished file counts as left by a killed process.
 MAX_FILES = 128
 MAX_DESCRIPTION = 1000
 ABANDONED_S = 3600.0
@@ -39,7 +39,7 @@ OUR_FILES = re.compile(r"costs-[0-9a-f]{16}\.json(\.[\w.-]+\.part)?")
 
 def conditions(engine: Engine, params: PolicyParams) -> dict[str, str]:
     """Return the conditions of measured costs: device, versions, policy, draft."""
-    # Imported here, because the package imports this module before it sets its version.
+    # Imported here: the package imports this module before it sets its version.
     from er_jax import __version__
 
     device = jax.devices()[0]

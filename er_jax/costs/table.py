@@ -249,12 +249,12 @@ class LatencyTable:
         return believed * (1 - UNCERTAINTY_DISCOUNT * uncertainty) * self.slowdown
 
     def _uncertainty(self, program: Program) -> float:
-        """Return the uncertainty of a measured program: near 1 at first, <= 0 if trusted."""
+        """Return the uncertainty of a measured program: 1 at first, <= 0 if trusted."""
         rounds = self.rounds.get(program, TRUSTED_POSITIONS)
         return 1 - rounds * (program.gamma + 1) / TRUSTED_POSITIONS
 
     def _predicted(self, program: Program) -> float | None:
-        """Return the prediction of a program, remembered until programs have changed."""
+        """Return the prediction of a program, kept until programs have changed."""
         self._neighbours()
         if program not in self._predictions:
             self._predictions[program] = self._prediction(program)
@@ -316,7 +316,7 @@ class LatencyTable:
         return gamma * DRAFT_SHARE * step + verification - step
 
     def _step(self, program: Program) -> float | None:
-        """Return the seconds of its autoregressive step, remembered like predictions."""
+        """Return the seconds of its autoregressive step, kept like predictions."""
         program = program._replace(gamma=0)
         if program not in self._steps:
             known = self.seconds.get(program)
@@ -380,7 +380,7 @@ class _Neighbours:
 
 
 def _distance(one: Program, other: Program) -> float:
-    """Return how far apart programs are: by cache length most, then rows, then gamma."""
+    """Return how far programs differ: in cache length most, then rows, then gamma."""
     return (
         abs(math.log2(one.cache_length / other.cache_length))
         + 0.25 * abs(math.log2(one.rows / other.rows))

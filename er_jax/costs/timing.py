@@ -91,7 +91,7 @@ def measure_round(
         (seconds,) = engine.agreement.broadcast_from_leader([seconds]).tolist()
         return state, seconds, seconds / max(int(info.num_rounds), 1)
 
-    # The first run touches memory for the first time; it only sets the readings' length.
+    # The first run touches memory for the first time; it only sets how long to read.
     state, spent_s, round_s = run(state, 1)
     readings: list[float] = []
     while not readings or (len(readings) < NUM_READINGS and spent_s < budget_s):
