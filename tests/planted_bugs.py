@@ -559,18 +559,18 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     # -- meshes
     PlantedBug(
-        "a row that changes its group is given to the one it leaves",
+        "a row that changes its data shard is given to the one it leaves",
         "er_jax::exchange",
-        "is_to = moves.to_group[i] == here",
-        "is_to = moves.from_group[i] == here",
-        ("tests/test_mesh.py::test_rows_move_between_groups[moved]",),
+        "is_to = moves.to_shard[i] == here",
+        "is_to = moves.from_shard[i] == here",
+        ("tests/test_mesh.py::test_rows_move_between_data_shards[moved]",),
     ),
     PlantedBug(
         "every device attends with the first key/value heads",
         "er_jax::_attend_some",
         "first = lax.axis_index(MODEL_AXIS) * heads",
         "first = 0 * lax.axis_index(MODEL_AXIS) * heads",
-        ("tests/test_mesh.py::test_attention_over_cut_heads[8-4-8-1]",),
+        ("tests/test_mesh.py::test_attention_over_sharded_heads[8-4-8-1]",),
     ),
     PlantedBug(
         "slots of a later data shard counted from the first",
@@ -585,7 +585,7 @@ BUGS: tuple[PlantedBug, ...] = (
         "(MODEL_AXIS, DATA_AXIS)",
         "(DATA_AXIS, MODEL_AXIS)",
         (
-            "tests/test_mesh.py::test_groups_become_one_without_sending_weights[4x2]",
+            "tests/test_mesh.py::test_data_shards_become_one_without_sending_weights[4x2]",
             "tests/test_sharding.py::test_shared_parts_are_parts_of_what_a_device_holds",
         ),
     ),
