@@ -522,10 +522,10 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "a square projection read as it lies",
         "er_jax::_read",
-        "turned = out.T if tensor.is_turned else out",
+        "view = out.T if tensor.is_transposed else out",
         """
         is_square = out.shape[0] == out.shape[1]
-        turned = out.T if tensor.is_turned and not is_square else out
+        view = out.T if tensor.is_transposed and not is_square else out
         """,
         ("tests/test_hf.py::test_logits_are_those_of_transformers[llama 2]",),
     ),
@@ -619,7 +619,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "true read as the number 1",
-        "er_jax::_whole",
+        "er_jax::whole_field",
         "type(value) is int and low <= value <= high",
         "isinstance(value, int) and low <= value <= high",
         ("tests/test_hf_damage.py::test_every_field_is_checked[llama-vocab_size]",),
