@@ -19,6 +19,7 @@ import tyro
 from benchmarks import (
     acceptance,
     cold,
+    commits,
     disturbed,
     fuzz,
     host,
@@ -47,6 +48,7 @@ Record = Mapping[str, Any]
 POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "acceptance": acceptance.rows_of,
     "cold": cold.rows_of,
+    "commits": commits.rows_of,
     "disturbed": disturbed.rows_of,
     "fuzz": fuzz.rows_of,
     "host": host.rows_of,

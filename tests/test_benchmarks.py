@@ -18,6 +18,7 @@ from benchmarks import (
     accelerator,
     acceptance,
     cold,
+    commits,
     disturbed,
     fuzz,
     host,
@@ -391,3 +392,23 @@ def test_sharing_costs_an_eighth_and_the_sums() -> None:
     # One step of the model reads its 7.07 billion weights of two bytes.
     step_s = alone.round_seconds(Program(1, 0, 0))
     assert step_s == pytest.approx(2 * 7.07e9 / 3350e9, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_tree_beside_itself_samples_the_same(tmp_path: Path) -> None:
+    head = ["git", "rev-parse", "HEAD"]
+    if subprocess.run(head, cwd=records.ROOT, capture_output=True).returncode:
+        pytest.skip("an archive has no commits")
+    record = commits.main(commits.Args("HEAD", quick=True, out=tmp_path))
+    (point,) = record["points"]
+    assert point["same_tokens"] and point["tokens"] > 0
+    assert json.loads((tmp_path / "commits.json").read_text())["points"]
+
+
+def test_other_tokens_of_a_commit_are_told() -> None:
+    spread = dict(median=1.0, q1=1.0, q3=1.0)
+    point = dict(
+        workload="w", rows=1, tokens=2, before_s=spread, now_s=spread, ratio=spread,
+        same_tokens=False,
+    )  # fmt: skip
+    assert commits.rows_of([point])[1][0][-1] == "NO"
