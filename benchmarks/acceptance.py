@@ -4,20 +4,23 @@
     python -m benchmarks.acceptance runs/arithmetic
     python -m benchmarks.acceptance runs/arithmetic --quick
 
-For the policy after its warm-up and the trained one, at temperature 1, on the run's own
-held-out prompts.
+The policy after its warm-up and the trained one sample the run's own held-out prompts
+at temperature 1.
 
-*Measured*: rounds that all draft, under each rule, from a completion's first token to
-its last; the chance that a draft is kept given that all before it were. Drafts behind a
-completion's last token are counted apart: the policy meets no such text.
+*Measured*: every round drafts, under each rule, from a completion's first token to its
+last. The result is the chance that a draft is kept, given that all drafts before it
+were kept. Drafts behind a completion's last token are counted apart, because the policy
+never meets such text.
 
-*Expected*: on texts that the policy itself sampled, from the two distributions at every
-position: the closed forms of the coupled and the token rule, and the product of
-neighbours for deeper drafts. What is kept up to some depth is what the policy would
-have sampled, so these meet the same prefixes; rounds begin where the last one ended,
-and not everywhere alike, which is left out.
+*Expected*: the chances follow from the distributions of target and draft at every
+position of texts that the policy has sampled, by the closed forms of the coupled and
+the token rule. Those of deeper drafts are products of neighbouring ones. Drafts that
+are kept are what the policy would have sampled, so both meet the same texts.
 
-Says how a drafter's format changes acceptance of this small policy. Others differ.
+Left out: measured rounds begin where the last one ended, expected ones anywhere.
+
+The result is how a draft's format changes the acceptance of this small policy. Other
+policies differ.
 """
 
 from __future__ import annotations
@@ -37,26 +40,17 @@ from jax import lax
 from tqdm import tqdm
 
 import er_jax
-from benchmarks import measure
-from er_jax import (
-    DrafterConfig,
-    PolicyParams,
-    RolloutConfig,
-    acceptance,
-    sampling,
-    steps,
-)
+from benchmarks.lib import presets, records, tables, trained
+from benchmarks.lib.agreement import sampling_settings
+from benchmarks.lib.draft_formats import draft_of, formats
+from er_jax import PolicyParams, RolloutConfig, acceptance, sampling, steps
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.costs.timing import neutral_sampling
 from er_jax.drafter import draft_params
-from er_jax.figures import text_table
 from er_jax.types import NONE, DecodeState, Policy, Sampling
-from train import checkpoints, tasks
 from train.controllers import RuleController
 
-HEAD = "lm_head"
-
-# Positions in the completion: from each of these on.
+# Positions in completions are told by these ranges: from each to the next.
 POSITIONS = (0, 8, 16, 32, 64, 128)
 
 MAX_NEW_TOKENS = 256
@@ -65,54 +59,6 @@ MAX_NEW_TOKENS = 256
 BATCH = 64
 
 SEED = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """How a draft is quantized: the vocabulary projection may differ from the rest."""
-
-    name: str
-    body: DrafterConfig
-    head: DrafterConfig
-
-
-def formats() -> list[Format]:
-    """Return the formats of the study."""
-    bodies = {
-        "W8A8": DrafterConfig(bits=8, act_bits=8),
-        "W8A16": DrafterConfig(bits=8, act_bits=16),
-        "W4A16": DrafterConfig(bits=4, act_bits=16),
-        **{
-            f"W4A16 g{size}": DrafterConfig(bits=4, act_bits=16, group_size=size)
-            for size in (128, 64, 32)
-        },
-    }
-    found = []
-    for name, body in bodies.items():
-        for bits in (8, 4):
-            head = dataclasses.replace(
-                body, bits=bits, group_size=None if bits == 8 else body.group_size
-            )
-            found.append(Format(f"{name}, head {bits}", body, head))
-    return found
-
-
-def draft_of(params: Any, form: Format) -> PolicyParams:
-    """Return the parameters with a draft of this format.
-
-    Groups that do not divide an input are as large as they can be below that.
-    """
-
-    def leaf(path: tuple[Any, ...], weight: jax.Array) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        config = form.head if name == HEAD else form.body
-        if config.group_size is not None and weight.ndim > 1:
-            size = weight.shape[-2]
-            group = next(g for g in range(config.group_size, 0, -1) if size % g == 0)
-            config = dataclasses.replace(config, group_size=group)
-        return er_jax.attach_draft({name: weight}, config).draft[name]
-
-    return PolicyParams(params, jax.tree_util.tree_map_with_path(leaf, params))
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -172,9 +118,11 @@ def watch_rounds(
     """Run rounds until no row is live, and count drafts by where they were made.
 
     Returns:
-      The state; int32 `[2, 2, gamma, len(POSITIONS)]`, drafts inside of completions and
-      behind their ends, reached (all before them were kept) and kept, by depth and by
-      position; int32 `[2]`, row-rounds and tokens.
+      The state after them.
+      Drafts, int32 `[2, 2, gamma, len(POSITIONS)]`: inside of completions or behind
+      their ends; reached (all drafts before them were kept) or kept; by depth; by
+      position.
+      Row-rounds and tokens, int32 `[2]`.
     """
     depths = jnp.arange(gamma, dtype=jnp.int32)[None]
     edges = jnp.asarray(POSITIONS[1:], jnp.int32)
@@ -209,10 +157,11 @@ def shares(counts: np.ndarray) -> list[float | None]:
 
 
 def texts_of(out: er_jax.Rollout) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompts and completions as `[N, T]` tokens, and which were sampled.
+    """Return prompts with completions, and where completions are predicted.
 
-    Sampled are marked where they are predicted from: one position earlier. Padding, at
-    the end, is `NONE`.
+    Returns:
+      tokens: `[N, T]`, `NONE` behind the end. index: `[N, T]`, which token of the
+      completion (from 0) is predicted at this position, `NONE` if none is.
     """
     count = len(out.lengths)
     prompt_lengths = out.prompt_mask.sum(axis=1)
@@ -228,7 +177,7 @@ def texts_of(out: er_jax.Rollout) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chain_by_depth(chance: np.ndarray, index: np.ndarray, gamma: int) -> list[float]:
-    """Return expected chances by depth, of rounds that begin anywhere in completions.
+    """Return expected chances by depth, for rounds that begin anywhere in completions.
 
     Args:
       chance: `[N, T]`, of a draft at each position. index: `[N, T]`, place in the
@@ -279,7 +228,7 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """What one policy sampled by plain decoding, and its distributions there.
+    """What one policy has sampled by plain decoding, and its distributions there.
 
     tokens, index: `[N, T]`, see `texts_of`. target: `[N, T, V]` log-probabilities.
     batches: rows sampled together, of like length. settings: what they were sampled by.
@@ -302,7 +251,7 @@ def sample_texts(
     config = RolloutConfig(
         max_new_tokens=MAX_NEW_TOKENS,
         n=num_samples,
-        stop_token_ids=(tasks.EOS,),
+        stop_token_ids=(trained.STOP_ID,),
         max_slots=BATCH,
         control="ar",
     )
@@ -319,34 +268,26 @@ def sample_texts(
         index=index,
         target=distributions(policy, params, tokens),
         batches=np.array_split(order, count),
-        settings=dataclasses.replace(
-            neutral_sampling(),
-            key=np.asarray(jax.random.key_data(key)),
-            stop_ids=np.array([tasks.EOS], np.int32),
-        ),
+        settings=sampling_settings(key, (trained.STOP_ID,)),
     )
 
 
 def study(args: Args) -> Iterator[dict[str, Any]]:
     """Yield one point per policy and format."""
-    problems: Sequence[Any] | None = None
     forms = formats()[::7] if args.quick else formats()
     for label, step in (("after the warm-up", 0), ("trained", None)):
-        policy, params, tokenizer = checkpoints.load_policy(args.run, step=step)
-        if problems is None:
-            path = args.run / "data" / "eval.jsonl"
-            problems = tasks.read_jsonl(path, tokenizer)[: 8 if args.quick else None]
-        prompts = [tokenizer.encode_prompt(p.prompt) for p in problems]
-        texts = sample_texts(policy, params, prompts, args.samples)
+        run = trained.load_run(args.run, step=step)
+        prompts = run.prompts[: 8 if args.quick else None]
+        texts = sample_texts(run.policy, run.params, prompts, args.samples)
         for form in tqdm(forms, desc=label, unit="format"):
-            pair = draft_of(params, form)
+            pair = draft_of(run.params, form)
             yield {
                 "preset": args.run.name,
                 "rows": len(texts.batches[0]),
-                "dtype": policy.config.dtype,
+                "dtype": run.policy.config.dtype,
                 "policy": label,
                 "format": form.name,
-                "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+                "num_params": presets.num_params(run.params),
                 "num_tokens": int((texts.index >= 0).sum()),
                 "measured": {
                     rule: measured(texts, pair, args.gamma, rule)
@@ -359,7 +300,7 @@ def study(args: Args) -> Iterator[dict[str, Any]]:
 def measured(
     texts: Texts, pair: PolicyParams, gamma: int, rule: AcceptRule
 ) -> dict[str, Any]:
-    """Return what is kept when every round drafts."""
+    """Return how often drafts are kept when every round drafts."""
     tokens, places = texts.tokens, np.arange(texts.tokens.shape[1])
     prompt_lengths = (texts.index == 0).argmax(axis=1) + 1
     prompts = np.where(places < prompt_lengths[:, None], tokens, NONE)
@@ -398,7 +339,7 @@ def measured(
 
 
 def expected(texts: Texts, pair: PolicyParams, gamma: int) -> dict[str, Any]:
-    """Return what the two distributions let expect of the closed-form rules."""
+    """Return how often drafts should be kept by the rules with closed forms."""
     draft = distributions(texts.policy, draft_params(pair), texts.tokens)
     chances = (np.asarray(x, float) for x in agreements(texts.target, draft))
     found = {}
@@ -413,9 +354,7 @@ def expected(texts: Texts, pair: PolicyParams, gamma: int) -> dict[str, Any]:
     return found
 
 
-def rows_of(
-    points: Sequence[Mapping[str, Any]],
-) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+def rows_of(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows: chances in per cent, tokens per round."""
     rows: list[tuple[Any, ...]] = []
     for p in points:
@@ -444,7 +383,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     """Draw chances by depth and by position, measured and expected, and save it."""
     points = record["points"]
     labels = list(dict.fromkeys(p["policy"] for p in points))
-    picture, axes = measure.figure(2, len(labels))
+    picture, axes = records.figure(2, len(labels))
     for line, label in zip(axes, labels, strict=True):
         for number, p in enumerate(p for p in points if p["policy"] == label):
             color = f"C{number}"
@@ -460,20 +399,18 @@ def plot(record: dict[str, Any], path: Path) -> None:
         line[0].legend(fontsize="xx-small", title="dotted: expected")
         line[1].set(title="kept from this token on, coupled", xlabel="token")
         line[1].set_xscale("log", base=2)
-    picture.suptitle(measure.conditions(record), fontsize="small")
-    picture.savefig(path, dpi=110)
+    records.save_figure(picture, record, path)
 
 
 def main(args: Args) -> dict[str, Any]:
     """Study, print, and write the record and a picture; return the record."""
-    out = measure.results_dir(args.out, args.quick)
+    out = records.results_dir(args.out, args.quick)
     settings = {"run": args.run.name, "gamma": args.gamma, "samples": args.samples}
-    record = measure.new_record("acceptance", settings)
+    record = records.new_record("acceptance", settings)
     for point in study(args):
         record["points"].append(point)
-        measure.save(out / "acceptance.json", record)
-    header, rows = rows_of(record["points"])
-    print(text_table(rows, header))
+        records.save(out / "acceptance.json", record)
+    print(tables.text(rows_of(record["points"])))
     plot(record, out / "acceptance.png")
     print(f"written: acceptance.json and .png in {out.name}", file=sys.stderr)
     return record

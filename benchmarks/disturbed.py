@@ -1,20 +1,20 @@
-"""What becomes of a rollout when something goes wrong while it runs.
+"""Rollouts with a useless draft, and on a machine that slows down.
 
     python -m benchmarks.disturbed
     python -m benchmarks.disturbed --quick
 
-*noise*: the draft is replaced by random codes. `best`, which knew good drafts, and
-`best` that knows nothing, against plain decoding: what is lost, and whether a warning
-says so. *slowed*: when half of the completions have ended, another process takes every
-core. How many windows it takes the controller's table to follow. Both demand the tokens
-of plain decoding.
+*noise*: random codes replace the draft. `best` with a controller that knew good drafts,
+and with one that knows nothing of acceptance, are compared with plain decoding: how
+much they lose, and whether a warning says so. *slowed*: when half of the completions
+have ended, other processes take every core. The result is how many windows the
+controller's table needs to follow. Both compare the tokens with those of plain
+decoding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import statistics
 import subprocess
@@ -26,19 +26,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
-import er_jax
-from benchmarks import measure, workloads
-from benchmarks.rollout import SIZES, Runner, Task, planned_task
-from benchmarks.rollout import Args as RolloutArgs
-from er_jax import Controller, PolicyParams, Rollout
-from er_jax.costs.table import LatencyTable
-from er_jax.engine import kept
-from er_jax.types import Program
+from benchmarks.lib import measure, records, tables, workloads
+from benchmarks.lib.agreement import completions_of
+from benchmarks.lib.controllers import WatchedTable
+from benchmarks.lib.runners import PATIENCE, Runner
+from benchmarks.lib.tasks import SIZES, Task, planned_task
+from er_jax import Controller, PolicyParams
+from er_jax.engine.kept import forget_engines
 
-# Followed, when the table has gone this share of the way to the new level.
+# The table has followed when it has gone this share of the way to the new level.
 FOLLOWED_SHARE = 0.8
 
 
@@ -47,7 +45,7 @@ class Args:
     """What to disturb.
 
     Args:
-      presets: decoders, by their names in benchmarks/presets.py.
+      presets: decoders, by their names in benchmarks/lib/presets.py.
       gammas: draft lengths that `best` may choose from, beside 0.
       repeats: interleaved readings of the rollouts with a draft of noise.
       out: where to write. quick: a tiny decoder, to see that it runs.
@@ -73,47 +71,26 @@ def noise_draft(draft: Any, seed: int = 0) -> Any:
     return jax.tree.unflatten(structure, noise)
 
 
-def differences(out: Rollout, expected: Rollout, task: Task) -> dict[str, Any]:
-    """Return how tokens compare with those of plain decoding, ties told apart."""
-
-    def texts(found: Rollout) -> list[np.ndarray]:
-        pairs = zip(found.completion_ids, found.lengths, strict=True)
-        return [ids[:length] for ids, length in pairs]
-
-    compared = workloads.compare(
-        task.policy,
-        task.params.policy,
-        task.prompts,
-        texts(expected),
-        texts(out),
-        workloads.sampling_settings(task.key, task.stop_ids),
-        workloads.TIE_GAP[task.dtype],
-    )
-    return dataclasses.asdict(compared)
-
-
-def copied(controller: Controller, patience: float) -> Controller:
-    """Return a controller that knows what another one does."""
-    copy = Controller(controller.control, controller.gammas, patience=patience)
+def copied(controller: Controller) -> Controller:
+    """Return a controller that knows what another one knows."""
+    copy = Controller(controller.control, controller.gammas, patience=PATIENCE)
     copy.load_state_dict(controller.state_dict())
     return copy
 
 
-def with_noise(
-    task: Task, runners: Mapping[str, Runner], args: Args, patience: float
-) -> dict[str, Any]:
-    """Return what a draft of noise costs, against plain decoding."""
+def with_noise(task: Task, runners: Mapping[str, Runner], args: Args) -> dict[str, Any]:
+    """Return what a draft of noise costs, compared with plain decoding."""
     params = PolicyParams(task.params.policy, noise_draft(task.params.draft))
     noisy = dataclasses.replace(task, params=params)
-    runner = Runner(noisy, "best", RolloutArgs(gammas=args.gammas))
+    runner = Runner(noisy, "best", gammas=args.gammas)
     known = runners["best"].controller
-    # The cost of programs is known to both, as it is in all but a first rollout.
-    new = Controller(known.control, known.gammas, patience=patience)
-    new.table = copied(known, patience).table
+    # Both know the costs of programs, as in all but a first rollout.
+    new = Controller(known.control, known.gammas, patience=PATIENCE)
+    new.table = copied(known).table
     found: dict[str, list[str]] = {"experienced": [], "new": []}
 
     def case(name: str, source: Controller) -> float:
-        runner.controller = copied(source, patience)
+        runner.controller = copied(source)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             seconds = runner.run()
@@ -142,29 +119,13 @@ def with_noise(
         "tokens_by_gamma": out.stats.tokens,
         "rounds_by_gamma": out.stats.rounds,
         "compiled": [name for each in runner.outs for name, _ in each.stats.compiled],
-        "agreement": differences(out, runners["ar"].outs[-1], task),
+        "agreement": task.compared(runners["ar"].completions(), completions_of(out)),
     }
-
-
-class WatchedTable(LatencyTable):
-    """A table that notes what every window took, and what it says itself then."""
-
-    def observe(self, program: Program, seconds: float, num_rounds: int) -> None:
-        """Learn, and note: program, seconds per round, the table's of them."""
-        super().observe(program, seconds, num_rounds)
-        known_s = self.round_seconds(program)
-        if num_rounds and known_s is not None:
-            self.notes.append((program, seconds / num_rounds, known_s))
-
-    @functools.cached_property
-    def notes(self) -> list[tuple[Program, float, float]]:
-        """All notes, in order."""
-        return []
 
 
 @contextlib.contextmanager
 def busy_processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Hold processes that keep a core busy each; the caller starts them."""
+    """Yield a list for processes that the caller starts; they end with the context."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
         yield processes
@@ -174,16 +135,14 @@ def busy_processes() -> Iterator[list[subprocess.Popen[bytes]]]:
             process.wait()
 
 
-def slowed(
-    task: Task, runners: Mapping[str, Runner], args: Args, patience: float
-) -> dict[str, Any]:
+def slowed(task: Task, runners: Mapping[str, Runner], args: Args) -> dict[str, Any]:
     """Return how the table follows when every core gets other work half-way."""
-    runner = Runner(task, "best", RolloutArgs(gammas=args.gammas))
-    controller = copied(runners["best"].controller, patience)
-    table = controller.table
+    runner = Runner(task, "best", gammas=args.gammas)
+    runner.controller = copied(runners["best"].controller)
+    table = runner.controller.table
     before = {program: table.round_seconds(program) for program in table.seconds}
-    controller.table = watched = WatchedTable(
-        table.seconds, table.rounds, table.passes, table.pace
+    runner.controller.table = watched = WatchedTable(
+        table.seconds, table.rounds, table.passes, table.slowdown
     )
     onset, ended = 0, 0
 
@@ -198,16 +157,8 @@ def slowed(
                     processes.append(subprocess.Popen(command))
                 onset = len(watched.notes)
 
-        out = er_jax.rollout(
-            task.policy,
-            task.params,
-            task.prompts,
-            key=task.key,
-            config=runner.config,
-            controller=controller,
-            on_finish=on_finish,
-        )
-    # In units of what each program took before.
+        out = runner.sample(on_finish=on_finish)
+    # In units of what the round of each program took before.
     notes = [
         (reading / usual, known / usual)
         for program, reading, known in watched.notes
@@ -229,19 +180,22 @@ def slowed(
         "known_after": [known for _, known in after],
         "tokens_by_gamma": out.stats.tokens,
         "compiled": [name for name, _ in out.stats.compiled],
-        "agreement": differences(out, runners["ar"].outs[-1], task),
+        "agreement": task.compared(runners["ar"].completions(), completions_of(out)),
     }
 
 
 def points(args: Args) -> Iterator[dict[str, Any]]:
     """Yield a point for each preset and disturbance."""
-    settings = RolloutArgs(gammas=args.gammas)
     for preset in args.presets:
-        kept.forget_engines()
+        forget_engines()
         size = SIZES[preset]
         lengths = workloads.tail_lengths(size.num, size.max_new_tokens).tolist()
-        task = planned_task(preset, settings, lengths, size.slots, size.max_new_tokens)
-        runners = {name: Runner(task, name, settings) for name in ("ar", "best")}
+        task = planned_task(
+            preset, lengths, slots=size.slots, max_new_tokens=size.max_new_tokens
+        )
+        runners = {
+            name: Runner(task, name, gammas=args.gammas) for name in ("ar", "best")
+        }
         for runner in runners.values():
             runner.warm_up()
         runners["ar"].run()
@@ -253,7 +207,7 @@ def points(args: Args) -> Iterator[dict[str, Any]]:
                 "rows": size.slots,
                 "dtype": task.dtype,
                 "num_prompts": size.num,
-                **disturb(task, runners, args, settings.patience),
+                **disturb(task, runners, args),
             }
 
 
@@ -279,9 +233,7 @@ def lines(point: Mapping[str, Any]) -> str:
     )
 
 
-def rows_of(
-    found: Sequence[Mapping[str, Any]],
-) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+def rows_of(found: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows, one per point."""
     rows: list[tuple[Any, ...]] = []
     for p in found:
@@ -308,12 +260,12 @@ def main(args: Args) -> dict[str, Any]:
     """Disturb, print and write the record after every point; return it."""
     if args.quick:
         args = dataclasses.replace(args, presets=("tiny",), gammas=(2,), repeats=3)
-    out = measure.results_dir(args.out, args.quick)
+    out = records.results_dir(args.out, args.quick)
     settings = {"gammas": args.gammas, "repeats": args.repeats}
-    record = measure.new_record("disturbed", settings)
+    record = records.new_record("disturbed", settings)
     for point in points(args):
         record["points"].append(point)
-        measure.save(out / "disturbed.json", record)
+        records.save(out / "disturbed.json", record)
         print(lines(point), flush=True)
     return record
 

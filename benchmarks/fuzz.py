@@ -1,20 +1,20 @@
-"""Random schedules, every completion compared with an independent reference.
+"""Random rollouts; every completion is compared with an independent reference.
 
     python -m benchmarks.fuzz                            # 2 400 schedules
     python -m benchmarks.fuzz --seed 17 --schedules 1    # one of them again
 
-A schedule is all that may be chosen about a rollout: policy, draft, acceptance rule,
-prompts, settings, slots, and a controller that takes any program at any window, so that
-the batch is compacted, grown and refilled at every turn. Some of its completions are
-then sampled once more, each alone by its sequence id. The policies are small, and some
-of them poisoned: a token or a position whose entries overflow.
+A schedule (`lib/schedules.py`) says all that may be chosen about a rollout. Its
+controller takes any program at any window, so that the batch is compacted, grown and
+refilled all the time. Some of its completions are then sampled once more, each in a
+rollout of its own under the same sequence id.
 
 With `coupled`, and at temperature 0 with any rule, tokens have to be those of
-`reference.Reference.completion`; in float32 up to ties. Else every token must have been
-possible. Either way log-probabilities, ends and the arrays around them are checked.
+`lib/reference.py`, in float32 up to ties. With the other rules every token must have
+been possible. Log-probabilities, finish reasons and the arrays around the completions
+are always checked.
 
-A difference is printed with its seed, written into the record, and the exit code is 1.
-Nothing depends on the clock or on what was compiled before, so a seed repeats it.
+A difference is printed with its seed and written into the record, and the exit code is
+1. Nothing depends on the clock or on what was compiled before, so a seed repeats it.
 """
 
 from __future__ import annotations
@@ -37,81 +37,26 @@ import tyro
 from tqdm import tqdm
 
 import er_jax
-from benchmarks import measure
-from benchmarks.reference import Found, Reference
-from er_jax.acceptance import ACCEPT_RULES, AcceptRule
+from benchmarks.lib import records, tables
+from benchmarks.lib.controllers import Restless
+from benchmarks.lib.reference import Found, Reference
+from benchmarks.lib.schedules import (
+    FAMILIES,
+    MAX_LENGTH,
+    POLICIES,
+    QUICK_FAMILIES,
+    Family,
+    Schedule,
+    drawn,
+    params_of,
+    policy_of,
+)
+from er_jax.acceptance import ACCEPT_RULES
 from er_jax.config import LOGPROB_KINDS
-from er_jax.costs.table import LatencyTable
-from er_jax.engine import kept
-from er_jax.figures import text_table
-from er_jax.scheduler import batch, loop
-from er_jax.types import NONE, Params, Policy, Program, Sampling
-from tests.learned import Learned, poisoned
-from tests.toy import Toy, toy_params
-
-# Texts as long as this end at the end of a table of positions. The short ones fit the
-# smallest cache; the long ones outgrow one and go on in another.
-MAX_LENGTH = {"short": 36, "long": 200}
-LONGEST_PROMPT = 16
-LEAST_LONG = 177
-"""New tokens from which on there are two cache lengths."""
-
-LEARNED = "learned positions"
-POISONED = ("poisoned token", "poisoned position", "poisoned prompt")
-POLICIES = ("decoder", "toy", LEARNED, *POISONED)
-DRAFTS = ("itself", "stale", "other seed", "NaN")
-
-# Noise in the weights of a stale draft, in standard deviations of a weight.
-STALE = 0.2
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Schedules that share compiled programs, of which there should be few.
-
-    architecture: "decoder", "toy", or "library" or "plain", learned positions with
-      either attention. rule, dtype, size: the same for all; "short" or "long".
-    rows, gammas: what may be run; both in all combinations. gammas contain 0.
-    """
-
-    architecture: str
-    rule: AcceptRule
-    rows: tuple[int, ...]
-    gammas: tuple[int, ...]
-    dtype: str = "float64"
-    size: str = "short"
-
-
-FAMILIES = (
-    Family("decoder", "coupled", (1, 2, 8), (0, 1, 4)),
-    Family("decoder", "token", (1, 4), (0, 2, 7)),
-    Family("decoder", "block", (1, 8), (0, 1, 4)),
-    Family("toy", "coupled", (1, 4, 8), (0, 2, 7)),
-    Family("toy", "token", (1, 2, 8), (0, 1, 4)),
-    Family("toy", "block", (1, 4, 8), (0, 2, 7)),
-    Family("library", "coupled", (1, 2, 8), (0, 2, 7)),
-    Family("library", "token", (1, 8), (0, 1, 4)),
-    Family("library", "block", (1, 4), (0, 2, 7)),
-    Family("plain", "coupled", (1, 4, 8), (0, 1, 4)),
-    Family("plain", "token", (1, 4), (0, 2, 7)),
-    Family("plain", "block", (1, 8), (0, 1, 4)),
-    Family("decoder", "coupled", (1, 4), (0, 4), "float32"),
-    Family("library", "coupled", (1, 4), (0, 4), "float32"),
-    Family("plain", "block", (1, 4), (0, 2), "float32"),
-    Family("decoder", "coupled", (1, 4), (0, 4), size="long"),
-    Family("plain", "coupled", (1, 4), (0, 7), size="long"),
-    Family("library", "token", (1, 4), (0, 2), size="long"),
-)
-
-# Every policy and every rule, with few programs.
-QUICK_FAMILIES = (
-    Family("plain", "coupled", (1, 4), (0, 4)),
-    Family("toy", "token", (4,), (0, 2)),
-    Family("plain", "coupled", (1, 4), (0, 4)),
-    Family("library", "block", (4,), (0, 2)),
-    Family("plain", "coupled", (1, 4), (0, 4)),
-    Family("decoder", "coupled", (4,), (0, 2)),
-)
+from er_jax.engine.kept import forget_engines
+from er_jax.scheduler import batch
+from er_jax.scheduler.options import Options
+from er_jax.types import NONE, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,36 +74,12 @@ class Args:
     quick: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """All that is chosen about one rollout; plain values.
-
-    seed: of the schedule, of its controller and of the sampling key. family: see
-      `Family`. policy: one of `POLICIES`. poison: {"token": t} or {"position": p}, or
-      nothing. draft: one of `DRAFTS`.
-    prompts, config: of the rollout, the latter by names of `RolloutConfig`.
-    sequence_ids: of its completions. rounds: of the longest window. alone: completions
-      that are sampled once more by themselves.
-    """
-
-    seed: int
-    family: Family
-    policy: str
-    poison: dict[str, int]
-    draft: str
-    prompts: tuple[tuple[int, ...], ...]
-    config: dict[str, Any]
-    sequence_ids: tuple[int, ...]
-    rounds: int
-    alone: tuple[int, ...]
-
-
 @dataclasses.dataclass
 class Outcome:
     """What a schedule did, and what was wrong with it.
 
-    counts: by name, numbers to add up over schedules. compile_s: seconds of compiling
-    the rollouts' programs. problems: in words, none if all is well.
+    counts: numbers by name, to be added up over schedules. compile_s: seconds of
+      compiling the rollouts' programs. problems: in words; none if all is well.
     """
 
     schedule: Schedule
@@ -169,237 +90,19 @@ class Outcome:
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
-def policy_of(family: Family) -> Policy:
-    """Return the policy of a family; parameters apart."""
-    max_length = MAX_LENGTH[family.size]
-    if family.architecture == "toy":
-        return Toy(vocab_size=5, dtype=family.dtype)
-    if family.architecture == "decoder":
-        return er_jax.Decoder(
-            er_jax.DecoderConfig(
-                vocab_size=13, dim=16, num_layers=1, num_heads=2, num_kv_heads=1,
-                hidden_dim=32, max_length=max_length, dtype=family.dtype,
-            )
-        )  # fmt: skip
-    return Learned(
-        max_length=max_length, attention=family.architecture, dtype=family.dtype
-    )
-
-
-@functools.lru_cache
-def healthy_params(family: Family, seed: int) -> Params:
-    """Return parameters of a family's policy as NumPy arrays."""
-    policy = policy_of(family)
-    if isinstance(policy, Toy):
-        return toy_params(policy, seed=seed)
-    if isinstance(policy, Learned):
-        return policy.init(seed)
-    assert isinstance(policy, er_jax.Decoder)
-    return jax.device_get(policy.init(jax.random.key(seed)))
-
-
-def stale_params(params: Params, seed: int) -> Params:
-    """Return parameters as they were some updates ago: others, and not by much."""
-    rng = np.random.default_rng(seed)
-
-    def moved(leaf: np.ndarray) -> np.ndarray:
-        noise = STALE * leaf.std() * rng.standard_normal(leaf.shape)
-        return (leaf + noise).astype(leaf.dtype)
-
-    return jax.tree.map(moved, params)
-
-
-@functools.lru_cache
-def decoder_draft(family: Family, draft: str) -> Params:
-    """Return a quantized draft of a family's decoder."""
-    params = healthy_params(family, int(draft == "other seed"))
-    if draft == "stale":
-        params = stale_params(params, 0)
-    quantized = jax.device_get(er_jax.quantize(params, er_jax.DrafterConfig()))
-    return _filled_with_nan(quantized) if draft == "NaN" else quantized
-
-
-def _filled_with_nan(params: Params) -> Params:
-    def fill(leaf: Any) -> np.ndarray:
-        leaf = np.asarray(leaf)
-        is_real = np.issubdtype(leaf.dtype, np.floating)
-        return np.full_like(leaf, np.nan) if is_real else leaf
-
-    return jax.tree.map(fill, params)
-
-
-def params_of(schedule: Schedule) -> er_jax.PolicyParams:
-    """Return target and draft of a schedule."""
-    family = schedule.family
-    params = healthy_params(family, 0)
-    if schedule.poison:
-        params = poisoned(params, **schedule.poison)
-    if family.architecture == "decoder":
-        draft = decoder_draft(family, schedule.draft)
-    elif schedule.draft == "other seed":
-        draft = healthy_params(family, 1)
-    elif schedule.draft == "stale":
-        draft = stale_params(healthy_params(family, 0), schedule.seed)
-        draft = poisoned(draft, **schedule.poison) if schedule.poison else draft
-    elif schedule.draft == "NaN":
-        draft = _filled_with_nan(params)
-    else:
-        draft = params
-    return er_jax.PolicyParams(policy=params, draft=draft)
-
-
-def drawn(seed: int, families: Sequence[Family] = FAMILIES) -> Schedule:
-    """Return the schedule of a seed."""
-    rng = np.random.default_rng(seed)
-    family = families[seed % len(families)]
-    max_length = MAX_LENGTH[family.size]
-    is_long = family.size == "long"
-    vocab_size = policy_of(family).vocab_size
-
-    def pick(*values: Any) -> Any:
-        return values[rng.integers(len(values))]
-
-    prompts = _drawn_prompts(rng, vocab_size)
-    if is_long:
-        prompts = prompts[:2]
-    n = pick(1, 2, 3, 4)
-    if len(prompts) * n < 3:  # too few to fill even the least of batches
-        n = 4
-    longest = max(map(len, prompts))
-    room = max_length - longest
-    # Often all of the positions that the policy has.
-    least = min(LEAST_LONG if is_long else 1, room)
-    max_new_tokens = pick(room, room, int(rng.integers(least, room + 1)))
-
-    policy, poison = family.architecture, {}
-    if policy in ("library", "plain"):
-        # Long ones would end soon where a token is poisoned.
-        names = (LEARNED, *POISONED)
-        policy = pick(LEARNED, "poisoned position") if is_long else pick(*names)
-    token, position = int(rng.integers(vocab_size)), int(rng.integers(longest))
-    if policy == "poisoned token":
-        poison = {"token": token}
-        # What is left of it is in completions.
-        other = (token + 1) % vocab_size
-        prompts = tuple(
-            tuple(other if t == token else t for t in prompt) for prompt in prompts
-        )
-    elif policy == "poisoned position":
-        poison = {"position": int(rng.integers(longest, longest + max_new_tokens))}
-    elif policy == "poisoned prompt":
-        poison = pick({"token": pick(*prompts[0])}, {"position": position})
-
-    count = len(prompts) * n
-    slots = [rows for rows in family.rows if rows < 2 * count] or [1]
-    gammas = {0, *(gamma for gamma in family.gammas if rng.random() < 0.7)}
-    control = "best"
-    if rng.random() < 0.15:
-        control = f"fixed:{pick(*family.gammas)}"
-    num_stops = pick(0, 1) if is_long else pick(0, 0, 1, 2)
-    config = {
-        "max_new_tokens": max_new_tokens,
-        "n": n,
-        "temperature": pick(0.0, 0.3, 0.7, 1.0, 1.0, 1.6),
-        "top_k": pick(0, 0, 2, 4),
-        "top_p": pick(1.0, 1.0, 0.6, 0.9),
-        "min_p": pick(0.0, 0.0, 0.05, 0.2),
-        "stop_token_ids": tuple(rng.choice(vocab_size, num_stops, False).tolist()),
-        "pad_id": pick(0, -1),
-        "logprobs": pick(*LOGPROB_KINDS),
-        "gammas": tuple(sorted(gammas)),
-        "control": control,
-        "max_slots": pick(slots[-1], *slots),
-    }
-    alone: list[int] = []
-    if 1 in family.rows and rng.random() < 0.3:
-        alone = rng.choice(count, min(count, 2), False).tolist()
-    return Schedule(
-        seed=seed,
-        family=family,
-        policy=policy,
-        poison=poison,
-        draft=pick(*DRAFTS),
-        prompts=prompts,
-        config=config,
-        sequence_ids=_drawn_ids(rng, count),
-        rounds=int(rng.integers(1, 7)) * (4 if is_long else 1),
-        alone=tuple(alone),
-    )
-
-
-def _drawn_prompts(
-    rng: np.random.Generator, vocab_size: int
-) -> tuple[tuple[int, ...], ...]:
-    """Return one to six prompts: ragged or all as long, some of them twice."""
-    prompts: list[tuple[int, ...]] = []
-    most = int(rng.integers(1, LONGEST_PROMPT + 1))
-    is_ragged = rng.random() < 0.7
-    for _ in range(rng.integers(1, 7)):
-        length = int(rng.integers(1, most + 1)) if is_ragged else most
-        prompt = tuple(rng.integers(0, vocab_size, length).tolist())
-        if prompts and rng.random() < 0.3:
-            prompt = prompts[rng.integers(len(prompts))]
-        prompts.append(prompt)
-    return tuple(prompts)
-
-
-def _drawn_ids(rng: np.random.Generator, count: int) -> tuple[int, ...]:
-    """Return distinct names: small numbers in any order, or any numbers at all."""
-    most = 2 * count if rng.random() < 0.5 else 2**31 - 1
-    ids: list[int] = []
-    while len(ids) < count:
-        new = int(rng.integers(most))
-        ids += [new] if new not in ids else []
-    return tuple(ids)
-
-
-class _Untimed(LatencyTable):
-    """A table that knows enough for nothing to be measured, and learns nothing."""
-
-    def observe(self, program: Program, seconds: float, num_rounds: int) -> None:
-        pass
-
-    def round_seconds(self, program: Program) -> float:
-        return 1.0  # so a window is the shortest that there is
-
-
-class Restless(er_jax.Controller):
-    """Takes any program that can run, at random, at every window.
-
-    Args:
-      control, gammas: as for `Controller`. rows: batch sizes that may be used.
-      seed: of its choices.
-    """
-
-    def __init__(
-        self, control: str, gammas: Sequence[int], rows: Sequence[int], seed: int
-    ) -> None:
-        super().__init__(control, gammas)
-        self.table = _Untimed({Program(1, 64, 1): 1.0})
-        self._rows = frozenset(rows)
-        self._rng = np.random.default_rng(seed)
-
-    def choose(
-        self, options: Sequence[Program], current: Program | None, **unused: Any
-    ) -> Program:
-        """Return one of the options."""
-        allowed = [p for p in options if p.rows in self._rows] or [options[-1]]
-        return allowed[self._rng.integers(len(allowed))]
-
-
 @contextlib.contextmanager
 def _short_windows(rounds: int) -> Iterator[None]:
     """Have windows end after so many rounds, whatever the clock says.
 
-    And whatever has been compiled: a program's first window is otherwise one of one
-    round, and a schedule would depend on those before it.
+    The first window of a program that is not compiled would have one round, and a
+    schedule would depend on those before it. So all programs count as compiled.
     """
     with (
-        mock.patch.multiple(loop, WINDOW_S=0.0, MIN_ROUNDS=rounds),
-        mock.patch.object(batch.Batch, "_is_compiled", lambda self, program: True),
+        mock.patch.multiple(batch, WINDOW_S=0.0, MIN_ROUNDS=rounds),
+        mock.patch.object(Options, "is_compiled", lambda self, program: True),
         warnings.catch_warnings(),
     ):
-        # Poison and broken drafts are what is wanted here.
+        # Poison and broken drafts are intended here.
         warnings.filterwarnings("ignore", ".*non-finite logit", RuntimeWarning)
         warnings.filterwarnings("ignore", "drafts were kept", RuntimeWarning)
         yield
@@ -444,7 +147,7 @@ def _run(schedule: Schedule) -> Outcome:
                     controller=controller,
                 )  # fmt: skip
         except Exception as error:
-            # Whatever it is, it is to be known with the seed that it came of.
+            # Any failure is a finding, and is told with its seed.
             outcome.problems.append(f"raised {type(error).__name__}: {error}")
             continue
         bad, compared = compare(reference, prompts, own, ids, out)
@@ -458,7 +161,7 @@ def _run(schedule: Schedule) -> Outcome:
 
 
 def settings_of(config: er_jax.RolloutConfig, key: jax.Array) -> Sampling:
-    """Return what is traced of a configuration, as the reference needs it."""
+    """Return the traced settings of a configuration, as the reference needs them."""
     stops = [*config.stop_token_ids, NONE]
     return Sampling(
         key=np.asarray(jax.random.key_data(key)),
@@ -533,7 +236,7 @@ def misplaced(
 
 
 def counts_of(out: er_jax.Rollout) -> collections.Counter[str]:
-    """Return what a rollout did: windows, and how the batch changed between them."""
+    """Return counts of windows, and of changes of the batch between them."""
     moments = out.stats.timeline
     counts: collections.Counter[str] = collections.Counter(
         windows=len(moments), cloned=out.stats.num_cloned
@@ -556,7 +259,7 @@ def fuzz(schedules: Sequence[Schedule], again: str = "") -> list[Outcome]:
 
     Args:
       schedules: in any order.
-      again: options of the command that runs one of them again, but for the seed.
+      again: further options of the command that runs one of them again.
     """
     ordered = sorted(schedules, key=lambda s: (_name(s.family), s.seed))
     outcomes = []
@@ -569,8 +272,8 @@ def fuzz(schedules: Sequence[Schedule], again: str = "") -> list[Outcome]:
                 bar.update()
                 if outcome.problems:
                     bar.write(told(outcome, again))
-            # Linux has room for some hundred programs in a process.
-            kept.forget_engines()
+            # A process on Linux has room for some hundred programs.
+            forget_engines()
     return outcomes
 
 
@@ -579,7 +282,7 @@ def _name(family: Family) -> str:
 
 
 def told(outcome: Outcome, again: str = "") -> str:
-    """Return what was wrong with a schedule, and how to see it again."""
+    """Return what was wrong with a schedule, and the command that shows it again."""
     command = f"python -m benchmarks.fuzz --seed {outcome.schedule.seed} --schedules 1"
     lines = [f"DIFFERENCE, again by: {command}{again}", str(outcome.schedule)]
     return "\n".join(lines + outcome.problems)
@@ -612,7 +315,7 @@ def points_of(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
-# Columns of the table, and what is added up in them.
+# Columns of the table, and the counts that they add up.
 COLUMNS = {
     "completions": "completions",
     "token for token": "decided",
@@ -629,14 +332,12 @@ COLUMNS = {
 
 
 def total(points: Sequence[Mapping[str, Any]], name: str, **of: str) -> int:
-    """Return the sum of a count over the points that are of something."""
+    """Return the sum of a count over the points that have the values `of`."""
     chosen = [p for p in points if all(p[key] == of[key] for key in of)]
     return sum(point.get(name, 0) for point in chosen)
 
 
-def rows_of(
-    points: Sequence[Mapping[str, Any]],
-) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+def rows_of(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows: one for each policy and attention, and one for all."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for point in points:
@@ -655,7 +356,7 @@ def rows_of(
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """Return what stands behind the table in two sentences."""
+    """Return two sentences about the run."""
     settings, points = record["settings"], record["points"]
     count = functools.partial(total, points)
     last = settings["seed"] + settings["schedules"] - 1
@@ -678,9 +379,7 @@ def main(args: Args) -> dict[str, Any]:
     """
     if args.quick:
         args = dataclasses.replace(args, schedules=min(args.schedules, 60))
-    settings = dataclasses.asdict(args)
-    del settings["out"]
-    record = measure.new_record("fuzz", settings)
+    record = records.new_record("fuzz", records.settings_of(args))
     families = QUICK_FAMILIES if args.quick else FAMILIES
     start = time.perf_counter()
     outcomes = fuzz(
@@ -695,9 +394,8 @@ def main(args: Args) -> dict[str, Any]:
         for o in outcomes
         if o.problems
     ]
-    measure.save(measure.results_dir(args.out, args.quick) / "fuzz.json", record)
-    header, rows = rows_of(record["points"])
-    print(text_table(rows, header))
+    records.save(records.results_dir(args.out, args.quick) / "fuzz.json", record)
+    print(tables.text(rows_of(record["points"])))
     print(summary(record))
     if record["differences"]:
         seeds = [found["schedule"]["seed"] for found in record["differences"]]

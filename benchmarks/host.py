@@ -1,12 +1,12 @@
-"""What a completion costs on the host: planning, booking, laying out. No device.
+"""Milliseconds of the host for each completion: planning, booking, laying out.
 
     python -m benchmarks.host
 
-The scheduler runs whole rollouts on a simulated engine. What is counted is the time
-that its thread computes, less the engine's: other work on the machine adds nothing.
-Long-tailed completions, at several numbers of slots, of one prompt (pass@k,
-evaluation), of groups of 16 as in training, and of distinct prompts. What a completion
-costs must not grow with the slots.
+No device is needed: the scheduler runs whole rollouts on a simulated engine. What
+counts is the time that its thread computes, without the engine's part; other work on
+the machine adds nothing. Completions are long-tailed and are sampled at several numbers
+of slots: of one prompt (pass@k, evaluation), of groups of 16 as in training, and of
+distinct prompts. The cost of a completion must not grow with the slots.
 """
 
 from __future__ import annotations
@@ -21,24 +21,21 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from benchmarks import measure, workloads
-from benchmarks.predicted import SimulatedEngine
-from er_jax import Controller, PolicyParams, RolloutConfig
+from benchmarks.lib import measure, records, tables, workloads
+from benchmarks.lib.simulated import SimulatedEngine, simulate
+from er_jax import Controller, RolloutConfig
 from er_jax.costs.table import LatencyTable
-from er_jax.costs.timing import neutral_sampling
-from er_jax.figures import text_table
 from er_jax.request import request_of
 from er_jax.result import assemble
-from er_jax.scheduler.loop import run
-from er_jax.stats import RolloutStats
 from er_jax.types import Program
 
 LIMIT_MS = 0.05
 """What a completion may cost, in milliseconds."""
 
-# What is known of the simulated engine: seconds of a round.
+# Seconds of a round of the simulated engine; the controller knows them.
 KNOWN_S = {Program(1, 256, gamma): 0.01 for gamma in (0, 4)}
 
+# Completions of each prompt; None for all.
 KINDS = {"one prompt": None, "groups of 16": 16, "distinct prompts": 1}
 
 
@@ -63,29 +60,6 @@ class Args:
     quick: bool = False
 
 
-class ApartEngine(SimulatedEngine):
-    """A simulated engine that counts the seconds spent in it, as `busy_s`."""
-
-    busy_s = 0.0
-
-    def gather(self, own: np.ndarray) -> np.ndarray:
-        """Return what there is in the only process."""
-        return own
-
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if name not in ("allocate", "admit", "take", "start_window"):
-            return found
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.thread_time()
-            out = found(*args, **kwargs)
-            self.busy_s += time.thread_time() - start
-            return out
-
-        return timed
-
-
 def num_completions(slots: int, args: Args) -> int:
     """Return how many completions are sampled in so many slots."""
     return max(4 * slots, args.count)
@@ -101,19 +75,18 @@ def host_ms(slots: int, kind: str, controller: Controller, args: Args) -> float:
     ]
     lengths = workloads.tail_lengths(count, args.length)
     config = RolloutConfig(max_new_tokens=args.length, n=n, max_slots=slots)
-    engine: Any = ApartEngine(
+    engine = SimulatedEngine(
         LatencyTable(dict(KNOWN_S)),
         lambda chunks: 0.0,
         dict(enumerate(lengths.tolist())),
         np.full(8, 0.9),
         rounds_per_test=4,
     )
-    params, stats = PolicyParams(policy=None, draft=None), RolloutStats()
     start = time.thread_time()
     ids = np.arange(count)
     request = request_of(prompts, ids, config)
-    done = run(engine, params, request, neutral_sampling(), controller, stats)
-    out = assemble(prompts, done, ids, config, stats, engine)
+    done, stats = simulate(engine, request, controller)
+    out = assemble(prompts, done, ids, config, stats, engine.agreement)
     seconds = time.thread_time() - start - engine.busy_s
     assert out.lengths.tolist() == lengths.tolist()
     return 1e3 * seconds / count
@@ -122,7 +95,7 @@ def host_ms(slots: int, kind: str, controller: Controller, args: Args) -> float:
 def points(args: Args) -> list[dict[str, Any]]:
     """Measure all cases in turn."""
     cases = [(slots, kind) for slots in args.slots for kind in KINDS]
-    # Kept across rollouts, as a training loop does; the first one is not counted.
+    # A training loop keeps its controller across rollouts. The first is not counted.
     controllers = {case: Controller(patience=0) for case in cases}
     for controller in controllers.values():
         controller.table.seconds |= KNOWN_S
@@ -145,7 +118,7 @@ def points(args: Args) -> list[dict[str, Any]]:
     ]
 
 
-def rows_of(found: Sequence[Any]) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+def rows_of(found: Sequence[Any]) -> tables.Table:
     """Return header and rows, one per point."""
     rows = [
         (
@@ -164,13 +137,11 @@ def main(args: Args) -> dict[str, Any]:
     """Measure, print a table, write and return the record."""
     if args.quick:
         args = dataclasses.replace(args, slots=(16, 64), count=128, repeats=1)
-    settings = dataclasses.asdict(args) | {"limit_ms": LIMIT_MS}
-    del settings["out"]
-    record = measure.new_record("host", settings)
+    settings = records.settings_of(args) | {"limit_ms": LIMIT_MS}
+    record = records.new_record("host", settings)
     record["points"] = points(args)
-    measure.save(measure.results_dir(args.out, args.quick) / "host.json", record)
-    header, rows = rows_of(record["points"])
-    print(text_table(rows, header))
+    records.save(records.results_dir(args.out, args.quick) / "host.json", record)
+    print(tables.text(rows_of(record["points"])))
     return record
 
 

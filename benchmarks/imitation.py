@@ -1,12 +1,12 @@
-"""More and more devices with the same work each, imitated on one CPU.
+"""One to eight devices, imitated on one CPU, with the same work for each.
 
     python -m benchmarks.imitation
 
-The devices share the cores, so twice as many take twice as long at best: what is
-reported is seconds per place on the mesh's axis `data`, which should stay the same, and
-the share of the time outside of compiled windows. One rollout over all of them is
-measured beside replicas (`rollout_replicas`), in turn, in one process. All completions
-are as long as they may be; there are no drafts.
+The devices share the cores, so twice as many need twice the time at best. The results
+are the seconds per place on the mesh's axis `data`, which should stay the same, and the
+share of the time outside of compiled windows. One rollout over all devices and replicas
+(`rollout_replicas`) are measured in turn, in one process. All completions are as long
+as they may be, and nothing is drafted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import tyro
 from jax.sharding import Mesh
 
 import er_jax
-from benchmarks import measure, presets
+from benchmarks.lib import measure, presets, records, tables
 from er_jax.engine.kept import forget_engines
-from er_jax.figures import text_table
 from er_jax.mesh import layout
 
 MODES = ("one rollout", "replicas")
@@ -36,8 +35,9 @@ class Args:
     """What to measure.
 
     Args:
-      preset: of `benchmarks.presets`. places: on the axis data, in turn. rows: of each.
-      sequences: of each, prompts of 32 tokens. length: of every completion, tokens.
+      preset: decoder, by its name in benchmarks/lib/presets.py.
+      places: on the axis data, in turn. rows: at each place. sequences: at each place,
+        with prompts of 32 tokens. length: of every completion, tokens.
       repeats: of every case, interleaved, after two that are not counted.
       out: where to write. quick: a tiny model, up to two places, one repeat.
     """
@@ -53,11 +53,15 @@ class Args:
 
 
 def sampler(places: int, mode: str, args: Args) -> Any:
-    """Return a function that samples once: seconds and those outside of windows."""
+    """Return a function that samples once.
+
+    It returns the seconds, and those of them outside of windows; compilation is not
+    counted.
+    """
     policy = presets.decoder(args.preset, dtype="float32")
     mesh = Mesh(np.array(jax.devices()[:places]), ("data",))
     mesh = layout.rollout_mesh(mesh)
-    params = layout.place(policy, policy.init(jax.random.key(0)), mesh)
+    params = layout.put_on_mesh(policy, policy.init(jax.random.key(0)), mesh)
     count = places * args.sequences
     prompts = np.random.default_rng(0).integers(0, policy.vocab_size, (count, 32))
     is_one = mode == MODES[0]
@@ -68,7 +72,7 @@ def sampler(places: int, mode: str, args: Args) -> Any:
     )
     run: Any = er_jax.rollout_replicas
     if is_one:
-        # Only what it starts with: no other program is worth being compiled.
+        # With so much patience it compiles no other program than the first.
         controller = er_jax.Controller("ar", patience=1e9)
         run = functools.partial(er_jax.rollout, controller=controller)
 
@@ -84,7 +88,7 @@ def sampler(places: int, mode: str, args: Args) -> Any:
         assert stats.num_tokens == count * args.length
         seconds = stats.total_s - stats.seconds["compile"]
         if not is_one:
-            # Of the replica that took longest; its seconds by phase are those told.
+            # The seconds by phase are those of the replica that took longest.
             seconds = max(stats.replica_s) - stats.seconds["compile"]
         return seconds, seconds - stats.seconds["windows"]
 
@@ -120,7 +124,7 @@ def points_of(places: int, args: Args) -> list[dict[str, Any]]:
     ]
 
 
-def rows_of(points: Sequence[Any]) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+def rows_of(points: Sequence[Any]) -> tables.Table:
     """Return header and rows of the table."""
     header = (
         "mode", "places", "rows", "s", "IQR %", "s a place", "beside one place",
@@ -135,7 +139,7 @@ def rows_of(points: Sequence[Any]) -> tuple[Sequence[str], list[tuple[Any, ...]]
     for p in sorted(points, key=lambda p: (MODES.index(p["mode"]), p["places"])):
         spread = p["seconds"]
         each = spread["median"] / p["places"]
-        iqr = 100 * (spread["q3"] - spread["q1"]) / spread["median"]
+        iqr = measure.iqr_percent(spread)
         outside = 100 * p["outside_share"]["median"]
         rows.append(
             (
@@ -164,15 +168,12 @@ def main(args: Args) -> dict[str, Any]:
             f"there are {len(jax.devices())} devices and places={args.places}; give "
             "fewer, or set jax_num_cpu_devices"
         )
-    settings = dataclasses.asdict(args)
-    del settings["out"]
-    record = measure.new_record("imitation", settings)
-    out = measure.results_dir(args.out, quick=args.quick)
+    record = records.new_record("imitation", records.settings_of(args))
+    out = records.results_dir(args.out, quick=args.quick)
     for places in args.places:
         record["points"] += points_of(places, args)
-        measure.save(out / "imitation.json", record)
-    header, rows = rows_of(record["points"])
-    print(text_table(rows, header))
+        records.save(out / "imitation.json", record)
+    print(tables.text(rows_of(record["points"])))
     return record
 
 

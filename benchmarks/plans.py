@@ -2,9 +2,9 @@
 
     python -m benchmarks.plans                 # needs the extras tpu-plan and cuda-plan
 
-Compiles the windows of each model for each device (`er_jax.plan`), one process each. No
-speed is measured; the record holds what the compilers say. Cases that are not asked for
-stay in it as they were.
+Compiles the windows of each model for each device (`er_jax.tools.plan`), in one process
+per case. No speed is measured; the record holds what the compilers say. Cases that are
+in the record already and not asked for stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from benchmarks import measure
+from benchmarks.lib import records, tables
 from er_jax.tools import plan, presets
 
 SMALL = ("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "a100", "h100", "h200")
@@ -38,11 +38,11 @@ class Args:
     """What to compile.
 
     Args:
-      models: presets of `er_jax.plan`. devices: to compile for; none are all those of
+      models: of `er_jax.tools.presets`. devices: to compile for; without any, those of
         the table.
       slots: rows over all devices. length: positions of each. gamma: drafts of a round.
       model_parallel: devices that share the weights; 0 is the fewest that hold them.
-      out: where to write. one: for use by this script, print one plan as JSON.
+      out: where to write. one: for the script's own use: print one plan as JSON.
     """
 
     models: tuple[str, ...] = tuple(CASES)
@@ -88,9 +88,7 @@ def point_of(model: str, device: str, args: Args) -> dict[str, Any]:
     }
 
 
-def rows_of(
-    points: Sequence[Mapping[str, Any]],
-) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+def rows_of(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the table."""
     rows: list[tuple[Any, ...]] = []
     for p in points:
@@ -145,10 +143,8 @@ def main(args: Args) -> None:
     if args.one:
         print(json.dumps(point_of(args.models[0], args.devices[0], args)))
         return
-    settings = dataclasses.asdict(args)
-    del settings["out"], settings["one"]
-    record = measure.new_record("plans", settings)
-    out = measure.results_dir(args.out, quick=False)
+    record = records.new_record("plans", records.settings_of(args, "one"))
+    out = records.results_dir(args.out, quick=False)
     cases = [
         (model, device)
         for model in args.models
@@ -172,7 +168,7 @@ def main(args: Args) -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         record["points"].append(json.loads(done.stdout.splitlines()[-1]))
         record["points"].sort(key=lambda p: (p["device"], p["params_bytes"]))
-        measure.save(out / "plans.json", record)
+        records.save(out / "plans.json", record)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""The published setting, replayed: what the published rule saves, and what `best` does.
+"""The published setting in replay: what the published rule and `best` save.
 
     python -m benchmarks.published                       # both parts
     python -m benchmarks.published --sweeps A.csv B.csv  # and on measured tables
     python -m benchmarks.published --quick
 
-No device is needed. *setting*: 128 sequences per engine, a cap of 8192 tokens, three
-models, lengths from the published times at which rollouts were done; what the published
-rule saves in replay beside what was published. *controls*: the published rule, `best`
-and the oracle on three kinds of lengths over many seeds and acceptances.
+No device is needed. *setting*: three models, eight engines with 128 sequences each, at
+most 8192 tokens. The lengths follow from the published times at which rollouts were
+done. What the published rule saves in replay is recorded beside what was published.
+*controls*: the published rule, `best` and an oracle on three kinds of lengths, over
+many seeds and acceptances.
 
-The published cost model prices forward passes only: no vocabulary projection, no
-sampling, no host. The experiment adds one number per model, the time a draft pass takes
-beside that, such that drafting in every round saves what was published of it, and then
-predicts the rollouts with the switch. The 14B was sampled with a frequency penalty,
-which that engine applies anew to every row in every draft pass: there what the other
-two models need per draft pass is taken, and the number is per draft pass and row.
+The published cost model has the costs of forward passes only: no vocabulary projection,
+no sampling, no host. The experiment adds one number per model, the time that a draft
+pass takes beside that. It is fitted so that drafting in every round saves what was
+published of it, and then predicts the rollouts with the switch. The 14B was sampled
+with a frequency penalty, which that engine applies anew to every row in every draft
+pass. So its draft passes take the mean of what was fitted to the other two models, and
+the fitted number is per draft pass and row.
 
 Source: EfficientRollout (arXiv 2606.18967), tables and fitted constants of its code.
 """
@@ -32,14 +34,14 @@ import tyro
 from scipy import optimize
 from tqdm import tqdm
 
-from benchmarks import measure
+from benchmarks.lib import records, tables
+from benchmarks.lib.rooflines import PUBLISHED, Published
 from er_jax.control.paper import PaperRule
 from er_jax.costs.passes import PassCosts, PassPredictor, seconds_of_passes
 from er_jax.costs.roofline import Roofline
-from er_jax.figures import text_table
-from er_jax.tools import replay, sweep, traces
+from er_jax.tools import replay, sweep
 from er_jax.tools.replay import RoundCosts
-from er_jax.tools.traces import Trace
+from er_jax.tools.traces import TRACES, Luck, Trace
 from er_jax.types import Program
 
 PROMPT_LENGTH = 256
@@ -48,124 +50,16 @@ CAP = 8192
 
 GAMMAS = tuple(range(13))
 
-# Rollouts that are not counted: the ladder settles in them.
+# The first rollouts are not counted: the published rule settles in them.
 WARM_UPS = 8
-
-
-def _roofline(
-    *,
-    bandwidth: float,
-    target_bytes: float,
-    draft_bytes: float,
-    draft_factor: float,
-    cache_bytes: float,
-    throughput: float,
-    dense: float,
-    attention: float,
-    overheads_us: tuple[float, float, float],
-) -> Roofline:
-    """Return the published model in seconds; bytes, bytes/s, operations per token."""
-    target_us, draft_us, verify_us = overheads_us
-    return Roofline(
-        target_weights_s=target_bytes / bandwidth,
-        draft_weights_s=draft_factor * draft_bytes / bandwidth,
-        cache_s=cache_bytes / bandwidth,
-        dense_s=dense / throughput,
-        attention_s=attention / throughput,
-        target_overhead_s=target_us * 1e-6,
-        draft_overhead_s=draft_us * 1e-6,
-        verify_overhead_s=verify_us * 1e-6,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """What is published of one model on eight A100, one engine each.
-
-    costs: the fitted cost model. head_s: the vocabulary projection, which its passes
-      leave out. keep_prob: acceptance with the switch.
-    done: share of rollouts done and the second of it, plain decoding.
-    always_gamma, always_saved: drafting in every round, with which length, and the
-      share of the rollout that it saved. saved: with the switch.
-    """
-
-    costs: Roofline
-    head_s: float
-    keep_prob: float
-    done: tuple[tuple[float, float], ...]
-    always_gamma: int
-    always_saved: float
-    saved: float
-
-
-MODELS = {
-    "Qwen2.5-7B": Published(
-        costs=_roofline(
-            bandwidth=1617462633773.974,
-            target_bytes=15230974976,
-            draft_bytes=5443042304,
-            draft_factor=1.334,
-            cache_bytes=26205,
-            throughput=233.514e12,
-            dense=14140571648,
-            attention=401408,
-            overheads_us=(39.0, 69.0, 152.3),
-        ),
-        head_s=0.67e-3,
-        keep_prob=0.982,
-        done=((0.5, 13.0), (0.9, 22.0), (0.99, 30.0), (1.0, 88.0)),
-        always_gamma=7,
-        always_saved=0.082,
-        saved=0.196,
-    ),
-    "Llama-3.1-8B": Published(
-        costs=_roofline(
-            bandwidth=1566304179992.2922,
-            target_bytes=16060522496,
-            draft_bytes=5591539712,
-            draft_factor=1.405,
-            cache_bytes=25163,
-            throughput=233.514e12,
-            dense=15009316864,
-            attention=524288,
-            overheads_us=(74.0, 86.1, 214.2),
-        ),
-        head_s=0.67e-3,
-        keep_prob=0.958,
-        done=((0.5, 10.0), (0.9, 16.0), (0.99, 30.0), (1.0, 123.0)),
-        always_gamma=5,
-        always_saved=0.059,
-        saved=0.107,
-    ),
-    # Its finishing times are not published: the 7B's lengths are taken, same data.
-    "Qwen2.5-14B": Published(
-        costs=_roofline(
-            bandwidth=1564389351818.7363,
-            target_bytes=29539379200,
-            draft_bytes=9721292800,
-            draft_factor=1.271,
-            cache_bytes=48070,
-            throughput=233.514e12,
-            dense=27981250560,
-            attention=983040,
-            overheads_us=(50.0, 153.9, 232.3),
-        ),
-        head_s=1.0e-3,
-        keep_prob=0.976,
-        done=(),
-        always_gamma=5,
-        always_saved=-0.067,
-        saved=0.168,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class WithOverhead:
-    """A cost model, and what its passes leave out.
+    """A cost model with the seconds that it leaves out.
 
-    passes: the forward passes. head_s: of every pass. draft_s: of every draft pass
-      beside that. draft_row_s: of every draft pass and live row.
+    passes: costs of forward passes. head_s: added to every pass. draft_s: to every
+      draft pass. draft_row_s: to every draft pass, for each live row.
     """
 
     passes: PassPredictor
@@ -181,10 +75,11 @@ class WithOverhead:
 
 
 def lengths_of(model: Published, costs: RoundCosts) -> np.ndarray:
-    """Return the lengths at which rollouts are done when the published ones are.
+    """Return lengths whose rollouts end at the published times.
 
-    Plain decoding is integrated over time at the live count of one engine. Between the
-    published shares the time of finishing is linear in the share.
+    The tokens that plain decoding has made by then follow from the costs of its rounds
+    at the live count of one engine. Between the published shares, the time at which a
+    rollout ends is linear in the share.
 
     Args:
       model: with `done`. costs: seconds of plain decoding.
@@ -194,7 +89,7 @@ def lengths_of(model: Published, costs: RoundCosts) -> np.ndarray:
     shares, seconds = np.array(model.done).T
     at = (np.arange(SEQUENCES) + 0.5) / SEQUENCES
     at[-1] = 1.0
-    # The first are done at a seventh of the median time: a guess of no consequence.
+    # It is a guess, with little effect, that the first end at a seventh of the median.
     done_s = np.interp(at, [0.0, *shares], [seconds[0] / 7, *seconds])
     lengths, tokens, now = np.zeros(SEQUENCES), 0.0, 0.0
     for index in range(SEQUENCES):
@@ -209,7 +104,7 @@ def lengths_of(model: Published, costs: RoundCosts) -> np.ndarray:
 
 
 def rollouts(lengths: np.ndarray, num: int) -> list[list[Trace]]:
-    """Return `num` rollouts, each the traces of all engines; sequences are dealt."""
+    """Return `num` rollouts: the traces of all engines, sequences dealt at random."""
     random = np.random.default_rng(0)
     found = []
     for _ in range(num):
@@ -226,17 +121,21 @@ def mean_saved(
     make: Callable[[], replay.Decider],
     num: int,
 ) -> float:
-    """Return the share of plain decoding saved, over `num` rollouts after warm-ups.
+    """Return the mean share of plain decoding's seconds that is saved.
 
-    A rollout takes what its slowest engine does. Every engine has a decider of its own.
+    A rollout ends with its slowest engine.
+
+    Args:
+      model, costs, lengths: what is replayed. make: makes the decider of an engine.
+      num: rollouts that count, after those of the warm-up.
     """
     engines = SEQUENCES // ENGINE
     deciders = [make() for _ in range(engines)]
     saved = []
-    for turn, engines_traces in enumerate(rollouts(lengths, WARM_UPS + num)):
+    for turn, traces in enumerate(rollouts(lengths, WARM_UPS + num)):
         plain, found = [], []
-        for engine, trace in enumerate(engines_traces):
-            luck = traces.Luck(trace, model.keep_prob, seed=turn * engines + engine)
+        for engine, trace in enumerate(traces):
+            luck = Luck(trace, model.keep_prob, seed=turn * engines + engine)
             plain.append(replay.replay(trace, costs, replay.Fixed(0), luck).seconds)
             outcome = replay.replay(trace, costs, deciders[engine], luck)
             found.append(outcome.seconds)
@@ -250,7 +149,7 @@ def fitted_overhead(
 ) -> float:
     """Return the overhead at which drafting in every round saves what was published."""
     fixed = [replay.Fixed(0), replay.Fixed(model.always_gamma)]
-    (first,) = rollouts(lengths, 1)
+    (traces,) = rollouts(lengths, 1)
 
     def excess(overhead_s: float) -> float:
         plain, always = (
@@ -259,9 +158,9 @@ def fitted_overhead(
                     trace,
                     make(overhead_s),
                     decider,
-                    traces.Luck(trace, model.keep_prob, seed),
+                    Luck(trace, model.keep_prob, seed),
                 ).seconds
-                for seed, trace in enumerate(first)
+                for seed, trace in enumerate(traces)
             )
             for decider in fixed
         )
@@ -275,7 +174,7 @@ def replay_setting(num: int) -> list[dict[str, Any]]:
     points = []
     lengths: dict[str, np.ndarray] = {}
     per_pass_s: list[float] = []
-    for name, model in tqdm(MODELS.items(), desc="published setting", unit="model"):
+    for name, model in tqdm(PUBLISHED.items(), desc="published setting", unit="model"):
         plain = WithOverhead(model.costs, head_s=model.head_s)
         source = name if model.done else "Qwen2.5-7B"
         if model.done:
@@ -340,22 +239,22 @@ def compare_controls(
     sweeps: Sequence[Path], keeps: Sequence[float], seeds: int
 ) -> list[dict[str, Any]]:
     """Return, per model, kind of lengths and acceptance, what each control saves."""
-    tables: dict[str, tuple[RoundCosts, PassPredictor]] = {
+    costs_of: dict[str, tuple[RoundCosts, PassPredictor]] = {
         f"{name}, published roofline": (model.costs, model.costs)
-        for name, model in MODELS.items()
+        for name, model in PUBLISHED.items()
     }
     for path in sweeps:
         measured = sweep.read_sweep(path)
         fitted = measured.fitted()
         costs = PassCosts(fitted)
-        tables[f"{measured.model}, measured table"] = (costs, Roofline.fit(fitted))
-    cases = [(t, k, p) for t in tables for k in traces.TRACES for p in keeps]
+        costs_of[f"{measured.model}, measured table"] = (costs, Roofline.fit(fitted))
+    cases = [(t, k, p) for t in costs_of for k in TRACES for p in keeps]
     points = []
     for table, kind, keep_prob in tqdm(cases, desc="controls", unit="case"):
-        make = traces.TRACES[kind]
+        make = TRACES[kind]
         comparison = replay.compare(
             [make(ENGINE, cap=CAP, seed=seed) for seed in range(seeds)],
-            *tables[table],
+            *costs_of[table],
             ("paper", "best", "oracle"),
             gammas=GAMMAS,
             keep_prob=keep_prob,
@@ -375,10 +274,7 @@ def compare_controls(
     return points
 
 
-Table = tuple[Sequence[str], list[tuple[Any, ...]]]
-
-
-def setting_rows(points: Sequence[Mapping[str, Any]]) -> Table:
+def setting_rows(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the replayed setting, shares in per cent."""
     rows = [
         (
@@ -391,19 +287,13 @@ def setting_rows(points: Sequence[Mapping[str, Any]]) -> Table:
         for p in points
     ]
     header = (
-        "model",
-        "costs",
-        "overhead µs",
-        "always %",
-        "published",
-        "switch %",
-        "published",
-        "best %",
-    )
+        "model", "costs", "overhead µs", "always %", "published", "switch %",
+        "published", "best %",
+    )  # fmt: skip
     return header, rows
 
 
-def control_rows(points: Sequence[Mapping[str, Any]]) -> Table:
+def control_rows(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the comparison of controls, shares in per cent."""
     rows = [
         (
@@ -417,15 +307,9 @@ def control_rows(points: Sequence[Mapping[str, Any]]) -> Table:
         for p in points
     ]
     header = (
-        "costs",
-        "lengths",
-        "keep",
-        "paper %",
-        "best %",
-        "oracle %",
-        "to oracle",
+        "costs", "lengths", "keep", "paper %", "best %", "oracle %", "to oracle",
         "behind paper in",
-    )
+    )  # fmt: skip
     return header, rows
 
 
@@ -452,16 +336,14 @@ def main(args: Args) -> dict[str, Any]:
     """Replay, print and write the record; return it."""
     if args.quick:
         args = dataclasses.replace(args, keeps=args.keeps[-1:], seeds=2, num=1)
-    out = measure.results_dir(args.out, args.quick)
+    out = records.results_dir(args.out, args.quick)
     settings = {"keeps": args.keeps, "seeds": args.seeds, "num": args.num}
-    record = measure.new_record("published", settings)
+    record = records.new_record("published", settings)
     record["points"] = replay_setting(args.num)
-    header, rows = setting_rows(record["points"])
-    print(text_table(rows, header), flush=True)
+    print(tables.text(setting_rows(record["points"])), flush=True)
     record["controls"] = compare_controls(args.sweeps, args.keeps, args.seeds)
-    header, rows = control_rows(record["controls"])
-    print(text_table(rows, header))
-    measure.save(out / "published.json", record)
+    print(tables.text(control_rows(record["controls"])))
+    records.save(out / "published.json", record)
     print(f"written: published.json in {out.name}", file=sys.stderr)
     return record
 

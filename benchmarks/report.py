@@ -3,14 +3,14 @@
     python -m benchmarks.report            # rewrites everything below the markers
     python -m benchmarks.report --check    # fails if that would change something
 
-So that no number is copied by hand. Left out: what the numbers mean.
+So no number is copied by hand. Left out: what the numbers mean.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,38 @@ from benchmarks import (
     fuzz,
     host,
     imitation,
-    measure,
     plans,
     predicted,
     published,
     sampling,
     scaling,
 )
+from benchmarks.lib import measure, pass_points, records
+from benchmarks.lib.tables import Table, markdown, number
 
-README = measure.ROOT / "benchmarks" / "README.md"
+README = records.ROOT / "benchmarks" / "README.md"
 MARKER = "<!-- Below: written by `python -m benchmarks.report` from results/*.json. -->"
 
 # Records with a page of their own, where their section stands below such a line.
 PAGES = {
-    "plans": measure.ROOT / "docs" / "plan.md",
-    "scaling": measure.ROOT / "docs" / "pods.md",
+    "plans": records.ROOT / "docs" / "plan.md",
+    "scaling": records.ROOT / "docs" / "pods.md",
+}
+
+Record = Mapping[str, Any]
+
+# Records whose points are one table.
+POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
+    "acceptance": acceptance.rows_of,
+    "cold": cold.rows_of,
+    "disturbed": disturbed.rows_of,
+    "fuzz": fuzz.rows_of,
+    "host": host.rows_of,
+    "imitation": imitation.rows_of,
+    "plans": plans.rows_of,
+    "published": published.setting_rows,
+    "sampling": sampling.rows_of,
+    "scaling": scaling.rows_of,
 }
 
 
@@ -52,95 +69,25 @@ class Args:
     check: bool = False
 
 
-def number(value: Any) -> str:
-    """Return a number to three digits, a dash for nothing."""
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *([number(v) for v in r] for r in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def iqr_percent(spread: Mapping[str, float]) -> float:
-    """Return the distance of the quartiles in percent of the median."""
-    return 100 * (spread["q3"] - spread["q1"]) / spread["median"]
-
-
-def _find(passes: Iterable[Mapping[str, Any]], kind: str, gamma: int = 0) -> Any:
-    return next((p for p in passes if (p["kind"], p["gamma"]) == (kind, gamma)), None)
-
-
-def pass_tables(points: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    """Return one table of passes for each combination of `keys`."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for point in points:
-        groups.setdefault(tuple(point[key] for key in keys), []).append(point)
-    parts = []
-    for group, chosen in groups.items():
-        first = chosen[0]["passes"]
-        gammas = [p["gamma"] for p in first if p["kind"] == "verify"]
-        rounds = [p["gamma"] for p in first if p["kind"] == "round"]
-        drafts = [p["draft"] for p in first if p["kind"] == "draft"]
-        header = ["rows", "AR ms (IQR %)", "AR GB/s"]
-        header += [f"{draft} draft / AR" for draft in drafts]
-        header += [f"verify of {gamma + 1} / AR" for gamma in gammas]
-        header += [f"round {gamma}: kept, speed-up" for gamma in rounds]
-        rows = []
-        for point in sorted(chosen, key=lambda p: p["rows"]):
-            ar = _find(point["passes"], "ar")
-            seconds = ar["seconds"]
-            row: list[Any] = [
-                point["rows"],
-                f"{number(1e3 * seconds['median'])} ({iqr_percent(seconds):.0f})",
-                ar["bytes_per_s"] / 1e9,
-            ]
-            for draft in drafts:
-                found = [p for p in point["passes"] if p["draft"] == draft]
-                found = [p for p in found if p["kind"] == "draft"]
-                row.append(found[0]["cost_ratio"]["median"] if found else None)
-            for gamma in gammas:
-                entry = _find(point["passes"], "verify", gamma)
-                row.append(entry and entry["cost_ratio"]["median"])
-            for gamma in rounds:
-                entry = _find(point["passes"], "round", gamma)
-                row.append(
-                    entry
-                    and f"{number(entry['keep_rate'])}, {number(entry['speedup'])}"
-                )
-            rows.append(row)
-        named = zip(keys, group, strict=True)
-        words = [f"{key.replace('_', ' ')} {value}" for key, value in named]
-        parts += [", ".join(words) + ":", markdown(header, rows)]
-    return parts
-
-
-def control_table(point: Mapping[str, Any]) -> list[str]:
-    """Return one table of controls."""
-    rows = []
+def control_table(point: Record) -> list[str]:
+    """Return a title and a table of the controls that ran one task."""
+    rows: list[tuple[Any, ...]] = []
     for entry in point["controls"]:
         seconds = entry["seconds"]
-        static = entry.get("speedup_over_static")
-        host = entry.get("host_share")
+        static, host_share = entry.get("speedup_over_static"), entry.get("host_share")
         agreement = entry.get("agreement_with_ar")
+        num_differ = entry.get("num_sequences_that_differ")
         rows.append(
-            [
+            (
                 entry["control"],
-                f"{number(seconds['median'])} ({iqr_percent(seconds):.0f})",
+                f"{number(seconds['median'])} ({measure.iqr_percent(seconds):.0f})",
                 entry["tokens_per_s"],
                 entry["speedup_over_ar"]["median"],
                 static and static["median"],
                 entry.get("keep_rate"),
-                None if host is None else 100 * host,
-                agreement["num_ties"]
-                if agreement
-                else entry.get("num_sequences_that_differ"),
-            ]
+                None if host_share is None else 100 * host_share,
+                agreement["num_ties"] if agreement else num_differ,
+            )
         )
     header = [
         "control", "s (IQR %)", "tokens/s", "speed / ar", "speed / static", "kept",
@@ -152,23 +99,23 @@ def control_table(point: Mapping[str, Any]) -> list[str]:
         f"{number(lengths['mean'])}, median {number(lengths['p50'])}, longest "
         f"{lengths['max']} tokens; {point['rows']} slots, {point['dtype']}:"
     )
-    return [title, markdown(header, rows)]
+    return [title, markdown((header, rows))]
 
 
-def sweep_tables(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return one table of speeds over rows for each preset."""
+def sweep_tables(points: Sequence[Record]) -> list[str]:
+    """Return a title and a table of speeds over rows, for each preset."""
     parts = []
     for preset in dict.fromkeys(point["preset"] for point in points):
         chosen = [point for point in points if point["preset"] == preset]
         names = [entry["control"] for entry in chosen[0]["controls"]]
         rows = [
-            [
+            (
                 point["rows"],
                 point["controls"][0]["tokens_per_s"],
                 *(e["speedup_over_ar"]["median"] for e in point["controls"][1:]),
                 point["best_fixed"],
                 point["best_over_best_fixed"]["median"],
-            ]
+            )
             for point in chosen
         ]
         header = ["rows", "ar tokens/s", *(f"{name} / ar" for name in names[1:])]
@@ -177,59 +124,59 @@ def sweep_tables(points: Sequence[Mapping[str, Any]]) -> list[str]:
         parts += [
             f"{preset}, as many prompts as rows, {length} tokens each, "
             f"{chosen[0]['dtype']}:",
-            markdown(header, rows),
+            markdown((header, rows)),
         ]
     return parts
 
 
-def section(record: Mapping[str, Any]) -> str:
+def parts_tables(points: Sequence[Record]) -> list[str]:
+    """Return text and tables of rollouts and accelerators, by the points' parts."""
+
+    def of(*parts: str) -> list[Record]:
+        return [point for point in points if point.get("part") in parts]
+
+    found = [
+        f"Cold start of the quick start: {number(point['seconds']['median'])} s from "
+        f"import to result, {number(point['process_s']['median'])} s with the process "
+        "around it."
+        for point in of("cold")
+    ]
+    keys = ("preset", "num_layers", "cache_length", "dtype")
+    found += pass_points.page_tables(of("passes"), keys)
+    for point in of("workload", "rollout"):
+        found += control_table(point)
+    return found + sweep_tables(of("rows"))
+
+
+def predicted_tables(points: Sequence[Record]) -> list[str]:
+    """Return title, summary and two tables of each policy that was predicted."""
+    found = []
+    for point in points:
+        found += [
+            f"{point['preset']}, {point['dtype']}:",
+            predicted.summary(point),
+            markdown(predicted.cell_rows(point)),
+            markdown(predicted.rollout_rows(point)),
+        ]
+    return found
+
+
+def section(record: Record) -> str:
     """Return the section of one record."""
-    points = record["points"]
-    parts = [f"### {record['benchmark']}", measure.conditions(record) + "."]
-    if record["benchmark"] == "steps":
-        keys = ("preset", "cache_length", "dtype")
-        parts += pass_tables(points, keys)
-    for point in points:
-        if point.get("part") == "cold":
-            parts.append(
-                f"Cold start of the quick start: {number(point['seconds']['median'])} "
-                f"s from import to result, {number(point['process_s']['median'])} s "
-                "with the process around it."
-            )
-    timed = [point for point in points if point.get("part") == "passes"]
-    parts += pass_tables(timed, ("preset", "num_layers", "cache_length", "dtype"))
-    for point in points:
-        if point.get("part") in ("workload", "rollout"):
-            parts += control_table(point)
-    parts += sweep_tables([p for p in points if p.get("part") == "rows"])
-    if record["benchmark"] == "published":
-        parts.append(markdown(*published.setting_rows(points)))
-        parts.append(markdown(*published.control_rows(record["controls"])))
-    if record["benchmark"] == "acceptance":
-        parts.append(markdown(*acceptance.rows_of(points)))
-    if record["benchmark"] == "predicted":
-        for point in points:
-            parts.append(f"{point['preset']}, {point['dtype']}:")
-            parts += [predicted.summary(point)]
-            parts.append(markdown(*predicted.cell_rows(point)))
-            parts.append(markdown(*predicted.rollout_rows(point)))
-    if record["benchmark"] == "plans":
-        parts.append(markdown(*plans.rows_of(points)))
-    if record["benchmark"] == "sampling":
-        parts.append(markdown(*sampling.rows_of(points)))
-    if record["benchmark"] == "scaling":
-        parts.append(markdown(*scaling.rows_of(points)))
-    if record["benchmark"] == "imitation":
-        parts.append(markdown(*imitation.rows_of(points)))
-    if record["benchmark"] == "cold":
-        parts.append(markdown(*cold.rows_of(points)))
-    if record["benchmark"] == "host":
-        parts.append(markdown(*host.rows_of(points)))
-    if record["benchmark"] == "fuzz":
+    name, points = record["benchmark"], record["points"]
+    parts = [f"### {name}", records.conditions(record) + "."]
+    if name == "fuzz":
         parts.append(fuzz.summary(record))
-        parts.append(markdown(*fuzz.rows_of(points)))
-    if record["benchmark"] == "disturbed":
-        parts.append(markdown(*disturbed.rows_of(points)))
+    if name in POINT_TABLES:
+        parts.append(markdown(POINT_TABLES[name](points)))
+    elif name == "steps":
+        parts += pass_points.page_tables(points, ("preset", "cache_length", "dtype"))
+    elif name == "predicted":
+        parts += predicted_tables(points)
+    else:
+        parts += parts_tables(points)
+    if name == "published":
+        parts.append(markdown(published.control_rows(record["controls"])))
     for check in record.get("checks", ()):
         parts.append(
             f"Against the CPU, {check['dtype']}: logits differ by at most "
@@ -240,24 +187,23 @@ def section(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def report(directory: Path = measure.RESULTS, page: str | None = None) -> str:
-    """Return the sections of the records in a directory that belong on one page.
+def report(directory: Path = records.RESULTS, page: str | None = None) -> str:
+    """Return the sections of the records that belong on one page.
 
     Args:
-      page: name of a record with a page of its own; None is the README.
+      directory: of the records. page: name of a record with a page of its own; None is
+        the README.
     """
-    records = [
-        json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))
-    ]
+    found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     return "\n\n".join(
         section(record)
-        for record in records
+        for record in found
         if page == (record["benchmark"] if record["benchmark"] in PAGES else None)
     )
 
 
 def updated(
-    text: str, directory: Path = measure.RESULTS, page: str | None = None
+    text: str, directory: Path = records.RESULTS, page: str | None = None
 ) -> str:
     """Return a page with the tables of its records below its marker.
 

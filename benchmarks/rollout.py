@@ -4,13 +4,13 @@
     python -m benchmarks.rollout --quick          # a few minutes, to see that it runs
     python -m benchmarks.rollout --policy RUN     # a policy trained by train.grpo
 
-Three parts. *workloads*: the same prompts under every control, and as static batches,
-for flat, long-tailed and capped lengths (see `workloads`). *rows*: as many prompts as
-slots, 1 to 32. *cold*: the quick start of README.md in a fresh process.
+There are three parts. *workloads*: the same prompts under every control and as static
+batches, for flat, long-tailed and capped lengths (see `lib/workloads.py`). *rows*: as
+many prompts as slots, 1 to 32. *cold*: the quick start of README.md in a fresh process.
 
-All controls must give the same tokens; a difference is forgiven only where it begins at
-a tie of the two best candidates, and then counted. Writes `rollout.json`, `rollout.png`
-and the timeline of `best` on the last long-tailed workload.
+All controls must sample the same tokens. A difference is accepted only where it begins
+at a tie of the two best candidates; ties are counted. Writes `rollout.json`,
+`rollout.png` and the timeline of `best` on the last long-tailed workload.
 """
 
 from __future__ import annotations
@@ -25,54 +25,41 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 import er_jax
-from benchmarks import measure, passes, peers, presets, workloads
-from er_jax import Controller, PolicyParams, Rollout, RolloutConfig
-from er_jax.engine import kept
-from er_jax.figures import text_table
-from er_jax.types import Policy
+from benchmarks.lib import (
+    measure,
+    pass_bytes,
+    peers,
+    presets,
+    records,
+    runners,
+    tables,
+    tasks,
+    workloads,
+)
+from benchmarks.lib.runners import Runner, StaticRunner
+from benchmarks.lib.tasks import Task
+from er_jax.engine.kept import forget_engines
 
 Part = Literal["workloads", "rows", "cold"]
 
 PEER = "transformers"
 
-FIGURE = measure.ROOT / "docs" / "figures" / "rollout.png"
+FIGURE = records.ROOT / "docs" / "figures" / "rollout.png"
 
-# A warm-up ends when this many rollouts in a row compile nothing.
-CLEAN_RUNS = 3
-MAX_WARM_UPS = 25
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How much to sample from a preset.
-
-    Args:
-      num: completions of a workload. slots: rows decoded at once.
-      max_new_tokens: limit of a completion, before `LIMIT_SHARE`.
-      sweep_tokens: tokens of each completion in the sweep over rows.
-    """
-
-    num: int
-    slots: int
-    max_new_tokens: int
-    sweep_tokens: int
-
-
-# Flat and capped completions are many times as long on average as a tail's at the same
-# limit; theirs is this part of it, so that all kinds take minutes.
+# Flat and capped completions are many times as long on average as those of a tail with
+# the same limit. Their limit is this part of the preset's, so that all kinds take
+# minutes.
 LIMIT_SHARE = {"flat": 0.25, "tail": 1.0, "capped": 0.125}
 
-SIZES = {
-    "tiny": Size(num=12, slots=4, max_new_tokens=32, sweep_tokens=8),
-    "3M": Size(num=128, slots=32, max_new_tokens=512, sweep_tokens=128),
-    "90M": Size(num=48, slots=16, max_new_tokens=512, sweep_tokens=48),
-}
+# Tokens of each completion in the sweep over rows.
+SWEEP_TOKENS = {"tiny": 8, "3M": 128, "90M": 48}
+
+# Limit of a trained policy's completions.
+TRAINED_LIMIT = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +68,17 @@ class Args:
 
     Args:
       parts: any of workloads, rows, cold.
-      presets: decoders, by their names in benchmarks/presets.py.
+      presets: decoders, by their names in benchmarks/lib/presets.py.
       lengths: workloads: flat, tail, capped.
       rows: batch sizes of the sweep.
-      gammas: draft lengths, each run fixed; `best` chooses from them and 0.
+      gammas: draft lengths, each run as a fixed one; `best` chooses from them and 0.
       draft: kind of draft: int8, int4, int4g128 or int4g32.
       dtype: of weights, activations and cache: float32 or bfloat16.
       repeats: interleaved readings of each control, after the warm-up.
       patience: of the controllers: a better program is compiled when the time lost
         without it exceeds this many times its compilation. Below the library's default
         of 1, so that a short warm-up ends where a long training run would.
-      policy: directory of a run of train.grpo; its policy, prompts and own lengths
+      policy: directory of a run of train.grpo, whose policy, prompts and lengths
         replace presets and planned lengths.
       readme: whose first Python block is the quick start.
       peer: sample with `transformers.generate` as well (needs torch).
@@ -109,9 +96,9 @@ class Args:
     draft: str = "int8"
     dtype: str = "float32"
     repeats: int = 5
-    patience: float = 0.1
+    patience: float = runners.PATIENCE
     policy: Path | None = None
-    readme: Path = measure.ROOT / "README.md"
+    readme: Path = records.ROOT / "README.md"
     peer: bool = False
     profile: Path | None = None
     out: Path | None = None
@@ -129,199 +116,53 @@ class Args:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One request, and all that is needed to run it under any control.
-
-    name: what it is called. policy, params: the model and its draft. prompts: of the
-    request. max_new_tokens, slots, stop_ids: of the request. dtype: of the model.
-    """
-
-    name: str
-    policy: Policy
-    params: PolicyParams
-    prompts: Sequence[Sequence[int]]
-    max_new_tokens: int
-    slots: int
-    stop_ids: tuple[int, ...]
-    dtype: str
-
-    @property
-    def key(self) -> jax.Array:
-        """The key of every run, so that all must sample the same tokens."""
-        return jax.random.key(17)
-
-
-class Runner:
-    """One control on one task: keeps its controller, remembers the last result."""
-
-    def __init__(self, task: Task, control: str, args: Args) -> None:
-        self.task, self.control = task, control
-        gammas = (0, *args.gammas)
-        self.config = RolloutConfig(
-            max_new_tokens=task.max_new_tokens,
-            max_slots=task.slots,
-            stop_token_ids=task.stop_ids,
-            gammas=gammas,
-            control=control,
-            drafter=presets.drafter(args.draft),
-        )
-        self.controller = Controller(control, gammas, patience=args.patience)
-        self.outs: list[Rollout] = []
-        self.compile_s = 0.0
-        self.programs = 0
-        self.num_warm_ups = 0
-
-    def run(self, profile: Path | None = None) -> float:
-        """Run the task and return its seconds, compilation not counted."""
-        start = time.perf_counter()
-        out = er_jax.rollout(
-            self.task.policy,
-            self.task.params,
-            self.task.prompts,
-            key=self.task.key,
-            config=self.config,
-            controller=self.controller,
-            profile=profile,
-        )
-        compile_s = out.stats.seconds["compile"]
-        self.compile_s += compile_s
-        self.programs += len(out.stats.compiled)
-        self.outs.append(out)
-        return time.perf_counter() - start - compile_s
-
-    def warm_up(self) -> None:
-        """Run until nothing is compiled any more."""
-        clean = 0
-        with tqdm(
-            desc=f"{self.task.name}: warm-up of {self.control}", unit="run"
-        ) as bar:
-            while clean < CLEAN_RUNS and self.num_warm_ups < MAX_WARM_UPS:
-                self.run()
-                self.num_warm_ups += 1
-                clean = 0 if self.outs[-1].stats.compiled else clean + 1
-                bar.set_postfix(programs=self.programs, refresh=False)
-                bar.update()
-        self.outs.clear()
-
-    def completions(self) -> list[np.ndarray]:
-        """Return the tokens of the last run."""
-        out = self.outs[-1]
-        return [
-            ids[:length]
-            for ids, length in zip(out.completion_ids, out.lengths, strict=True)
-        ]
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the measured runs did, besides their seconds."""
-        stats = [out.stats for out in self.outs]
-        last = stats[-1]
-        total = {phase: 0.0 for phase in last.seconds}
-        for each in stats:
-            for phase, seconds in each.seconds.items():
-                total[phase] += seconds / len(stats)
-        steady = sum(s for phase, s in total.items() if phase != "compile")
-        proposed = sum(gamma * rounds for gamma, rounds in last.rounds.items())
-        kept = sum(
-            float(np.arange(gamma + 1) @ histogram)
-            for gamma, histogram in last.accepted.items()
-        )
-        return {
-            "phase_s": total,
-            "host_share": total["host"] / steady,
-            "outside_windows_share": 1 - total["windows"] / steady,
-            "tokens_by_gamma": last.tokens,
-            "keep_rate": kept / proposed if proposed else None,
-            "num_windows": len(last.timeline),
-            "num_warm_ups": self.num_warm_ups,
-            "num_programs": self.programs,
-            "compile_s": self.compile_s,
-            "compiled_while_measured": sum(len(each.compiled) for each in stats),
-        }
-
-
-class StaticRunner:
-    """The static batch on one task."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.settings = workloads.sampling_settings(task.key, task.stop_ids)
-        self.batch = workloads.StaticBatch(
-            task.policy,
-            task.params.policy,
-            task.slots,
-            task.max_new_tokens,
-            prompt_length=max(len(prompt) for prompt in task.prompts),
-        )
-        self.last: list[np.ndarray] = []
-
-    def run(self) -> float:
-        """Run the task and return its seconds, compilation not counted."""
-        self.last, seconds = self.batch.run(self.task.prompts, self.settings)
-        return seconds
-
-
-def controls_of(gammas: Sequence[int]) -> tuple[str, ...]:
-    """Return the controls that are compared."""
-    return ("ar", *(f"fixed:{gamma}" for gamma in gammas), "best")
-
-
 def measure_task(
     task: Task, args: Args, *, static: bool
 ) -> tuple[dict[str, Any], dict[str, Runner]]:
-    """Run a task under every control, interleaved, and return the point."""
-    kept.forget_engines()
-    runners = {name: Runner(task, name, args) for name in controls_of(args.gammas)}
-    cases: dict[str, Callable[[], float]] = {
-        name: runner.run for name, runner in runners.items()
+    """Run a task under every control, interleaved.
+
+    Args:
+      task: what to run. static: whether to run it as static batches as well.
+    Returns:
+      The point, without the task's own properties, and the runners by control.
+    """
+    forget_engines()
+    controlled = {
+        name: Runner(task, name, gammas=args.gammas, patience=args.patience)
+        for name in runners.controls_of(args.gammas)
     }
-    for runner in runners.values():
+    for runner in controlled.values():
         runner.warm_up()
-    baseline = StaticRunner(task) if static else None
-    if baseline:
-        baseline.run()
-        cases["static"] = baseline.run
+    compared: dict[str, Runner | StaticRunner] = {**controlled}
+    if static:
+        compared["static"] = StaticRunner(task)
+        compared["static"].run()
+    cases: dict[str, Callable[[], float]] = {
+        name: runner.run for name, runner in compared.items()
+    }
     if args.peer:
-        cases[PEER] = peer_of(task, runners["ar"]).run
+        cases[PEER] = peer_of(task, controlled["ar"]).run
     seconds = measure.interleave(cases, args.repeats, desc=task.name)
 
-    expected = runners["ar"].completions()
+    expected = controlled["ar"].completions()
     num_tokens = sum(map(len, expected))
-    settings = workloads.sampling_settings(task.key, task.stop_ids)
     found = []
     for name in cases:
-        tokens = baseline.last if name == "static" and baseline else None
-        entry: dict[str, Any] = {
-            "control": name,
-            "seconds": measure.spread(seconds[name]),
-            "tokens_per_s": num_tokens / float(np.median(seconds[name])),
-            "speedup_over_ar": measure.paired_ratio(seconds["ar"], seconds[name]),
-        }
-        if baseline:
+        entry = runners.entry_of(name, seconds, num_tokens)
+        if static:
             entry["speedup_over_static"] = measure.paired_ratio(
                 seconds["static"], seconds[name]
             )
-        if name in runners:
-            entry |= runners[name].describe()
-            tokens = runners[name].completions()
-        if tokens is None:  # of a peer, which draws other noise
-            found.append(entry)
-            continue
-        entry["agreement_with_ar"] = dataclasses.asdict(
-            workloads.compare(
-                task.policy,
-                task.params.policy,
-                task.prompts,
-                expected,
-                tokens,
-                settings,
-                workloads.TIE_GAP[task.dtype],
+        if name in controlled:
+            entry |= controlled[name].describe()
+        if name in compared:  # a peer draws other noise: its tokens are not compared
+            entry["agreement_with_ar"] = task.compared(
+                expected, compared[name].completions()
             )
-        )
         found.append(entry)
     if args.profile is not None:
-        runners["best"].run(args.profile)
-    fixed = [name for name in runners if name != "best"]
+        controlled["best"].run(args.profile)
+    fixed = [name for name in controlled if name != "best"]
     best_fixed = min(fixed, key=lambda name: float(np.median(seconds[name])))
     point = {
         "num_tokens": num_tokens,
@@ -332,7 +173,7 @@ def measure_task(
         ),
         "controls": found,
     }
-    return point, runners
+    return point, controlled
 
 
 def peer_of(task: Task, like: Runner) -> peers.TransformersRunner:
@@ -351,65 +192,41 @@ def peer_of(task: Task, like: Runner) -> peers.TransformersRunner:
     return runner
 
 
-def planned_task(
-    preset: str, args: Args, lengths: Sequence[int], slots: int, max_new_tokens: int
+def planned(
+    preset: str, args: Args, lengths: Sequence[int], slots: int, limit: int
 ) -> Task:
     """Return a task on random parameters whose completions have these lengths."""
-    inner = presets.decoder(preset, dtype=args.dtype)
-    policy = workloads.PlannedLengths(policy=inner, stop_id=0)
-    params = presets.random_params(inner)
-    draft = presets.drafts(params, (args.draft,))[args.draft]
-    return Task(
-        name=f"{preset}, {len(lengths)} prompts, {slots} slots",
-        policy=policy,
-        params=PolicyParams(policy=params, draft=draft),
-        prompts=workloads.planned_prompts(lengths, inner.vocab_size),
-        max_new_tokens=max_new_tokens,
-        slots=slots,
-        stop_ids=(0,),
+    return tasks.planned_task(
+        preset, lengths, slots=slots, max_new_tokens=limit, draft=args.draft,
         dtype=args.dtype,
-    )
+    )  # fmt: skip
 
 
-def trained_task(directory: Path, args: Args, num: int, slots: int) -> Task:
-    """Return a task on a trained policy, its own prompts, and its own lengths."""
-    from train import checkpoints, tasks
-
-    policy, params, tokenizer = checkpoints.load_policy(directory)
-    problems = tasks.read_jsonl(directory / "data" / "eval.jsonl", tokenizer)
-    prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
-    repeated = (prompts * -(-num // len(prompts)))[:num]
-    draft = presets.drafts(params, (args.draft,))[args.draft]
-    return Task(
-        name=f"{directory.name}, {num} prompts, {slots} slots",
-        policy=policy,
-        params=PolicyParams(policy=params, draft=draft),
-        prompts=repeated,
-        max_new_tokens=256,
-        slots=slots,
-        stop_ids=(tasks.EOS,),
-        dtype=policy.config.dtype,
+def trained(run: Path, args: Args, num: int, slots: int) -> Task:
+    """Return a task on a trained policy, with its own prompts and lengths."""
+    return tasks.trained_task(
+        run, num=num, slots=slots, max_new_tokens=TRAINED_LIMIT, draft=args.draft
     )
 
 
 def measure_workloads(args: Args, timeline: Path) -> Iterator[dict[str, Any]]:
     """Measure the part *workloads*."""
     if args.policy:
-        task = trained_task(args.policy, args, num=128, slots=32)
-        point, runners = measure_task(task, args, static=True)
-        runners["best"].outs[-1].stats.plot(timeline)
+        task = trained(args.policy, args, num=128, slots=32)
+        point, controlled = measure_task(task, args, static=True)
+        controlled["best"].outs[-1].stats.plot(timeline)
         yield _labelled("workload", task, "trained", "own", point)
         return
     for preset in args.presets:
-        size = SIZES[preset]
+        size = tasks.SIZES[preset]
         for kind in args.lengths:
             limit = int(size.max_new_tokens * LIMIT_SHARE[kind])
             lengths = workloads.LENGTHS[kind](size.num, limit).tolist()
-            task = planned_task(preset, args, lengths, size.slots, limit)
-            point, runners = measure_task(task, args, static=True)
+            task = planned(preset, args, lengths, size.slots, limit)
+            point, controlled = measure_task(task, args, static=True)
             if kind == "tail":
                 timeline.parent.mkdir(parents=True, exist_ok=True)
-                runners["best"].outs[-1].stats.plot(timeline)
+                controlled["best"].outs[-1].stats.plot(timeline)
             yield _labelled("workload", task, preset, kind, point)
 
 
@@ -417,14 +234,14 @@ def measure_rows(args: Args) -> Iterator[dict[str, Any]]:
     """Measure the part *rows*."""
     if args.policy:
         for rows in args.rows:
-            task = trained_task(args.policy, args, num=rows, slots=rows)
+            task = trained(args.policy, args, num=rows, slots=rows)
             point, _ = measure_task(task, args, static=False)
             yield _labelled("rows", task, "trained", "own", point)
         return
     for preset in args.presets:
-        tokens = SIZES[preset].sweep_tokens
+        tokens = SWEEP_TOKENS[preset]
         for rows in args.rows:
-            task = planned_task(preset, args, [tokens] * rows, rows, tokens)
+            task = planned(preset, args, [tokens] * rows, rows, tokens)
             point, _ = measure_task(task, args, static=False)
             yield _labelled("rows", task, preset, "flat", point)
 
@@ -436,7 +253,7 @@ def _labelled(
         "part": part,
         "preset": preset,
         "num_params": presets.num_params(task.params.policy),
-        "weight_bytes": passes.weight_bytes(task.params.policy),
+        "weight_bytes": pass_bytes.weight_bytes(task.params.policy),
         "workload": kind,
         "rows": task.slots,
         "max_new_tokens": task.max_new_tokens,
@@ -458,10 +275,7 @@ def quick_start(readme: Path) -> str:
 
 
 def measure_cold(args: Args) -> dict[str, Any]:
-    """Run the quick start in fresh processes and return the point.
-
-    Nothing is reused: JAX's compilation cache is off.
-    """
+    """Run the quick start in fresh processes, without JAX's compilation cache."""
     program = (
         "import time; start = time.perf_counter()\n"
         + quick_start(args.readme)
@@ -473,7 +287,7 @@ def measure_cold(args: Args) -> dict[str, Any]:
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", program],
-            cwd=measure.ROOT,
+            cwd=records.ROOT,
             env=environment,
             check=True,
             capture_output=True,
@@ -505,9 +319,7 @@ def lines(point: Mapping[str, Any]) -> str:
         (
             entry["control"],
             entry["seconds"]["median"],
-            100
-            * (entry["seconds"]["q3"] - entry["seconds"]["q1"])
-            / entry["seconds"]["median"],
+            measure.iqr_percent(entry["seconds"]),
             entry["tokens_per_s"],
             entry["speedup_over_ar"]["median"],
             entry.get("speedup_over_static", {}).get("median", ""),
@@ -525,7 +337,7 @@ def lines(point: Mapping[str, Any]) -> str:
         f"{point['preset']}, {point['workload']}, {point['rows']} rows: best against "
         f"{point['best_fixed']} {point['best_over_best_fixed']['median']:.3f}"
     )
-    return f"{title}\n{text_table(rows, header)}"
+    return f"{title}\n{tables.text((header, rows))}"
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
@@ -534,7 +346,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(p["preset"] for p in points))
     if not names:
         return
-    picture, axes = measure.figure(2, len(names), width=6)
+    picture, axes = records.figure(2, len(names), width=6)
     for (left, right), name in zip(axes, names, strict=True):
         chosen = [p for p in points if p["preset"] == name and p["part"] == "workload"]
         for place, point in enumerate(chosen):
@@ -567,12 +379,11 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             ax.axhline(1, color="0.6", linewidth=0.8)
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(fontsize="x-small")
-    picture.suptitle(measure.conditions(record), fontsize="small")
-    picture.savefig(path, dpi=110)
+    records.save_figure(picture, record, path)
 
 
 def _agreement(entry: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the columns of ties and of wrong tokens; empty for a peer."""
+    """Return the columns of ties and of wrong tokens, empty for a peer."""
     if "agreement_with_ar" not in entry:
         return "", ""
     found = entry["agreement_with_ar"]
@@ -597,14 +408,12 @@ def main(args: Args) -> dict[str, Any]:
     """
     if args.quick:
         args = args.shortened()
-    out = measure.results_dir(args.out, args.quick)
-    settings = dataclasses.asdict(args)
-    for name in ("out", "readme", "policy", "profile"):
-        del settings[name]
+    out = records.results_dir(args.out, args.quick)
+    settings = records.settings_of(args, "readme", "policy", "profile")
     settings["policy"] = args.policy.name if args.policy else None
     name = "rollout_trained" if args.policy else "rollout"
     name += "_peer" if args.peer else ""
-    record = measure.new_record(name, settings)
+    record = records.new_record(name, settings)
     timeline = out / f"{name}_timeline.png"
 
     def points() -> Iterator[dict[str, Any]]:
@@ -617,10 +426,10 @@ def main(args: Args) -> dict[str, Any]:
 
     for point in points():
         record["points"].append(point)
-        measure.save(out / f"{name}.json", record)
+        records.save(out / f"{name}.json", record)
         print(lines(point), flush=True)
     plot(record, out / f"{name}.png")
-    is_figure = out == measure.RESULTS and name == "rollout"
+    is_figure = out == records.RESULTS and name == "rollout"
     if is_figure and timeline.exists():
         FIGURE.parent.mkdir(parents=True, exist_ok=True)
         FIGURE.write_bytes(timeline.read_bytes())

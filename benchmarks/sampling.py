@@ -1,16 +1,17 @@
-"""What sampling costs at a large vocabulary, noise included: time, memory, bytes.
+"""What a draw costs at a large vocabulary, noise included: time, memory, bytes.
 
     python -m benchmarks.sampling
     python -m benchmarks.sampling --devices h100 a100      # needs the extra cuda-plan
 
-*Measured* here: one draw for every row, from logits to token and log-probability, with
-truncation off, with top-p, and with top-k and top-p; beside it, a product of the size
-of the vocabulary projection, which no pass can do without.
+*Measured* on this device: one draw for every row, from logits to token and
+log-probability, with truncation off, with top-p, and with top-k and top-p. Beside it
+stands a matrix product of the size of the vocabulary projection, which every pass
+needs.
 
 *Counted* for GPUs that are not here: the bytes that the kernels of the compiled draw
-read and write, in units of the logits, and what share of a round of a 7B model they
-are. All is counted as if it went through memory, past every cache. (A TPU's compiler
-keeps logits of this size on the chip.)
+read and write, in units of the logits, and their share of a round of a 7B model. All of
+them count as if no cache held them. (A TPU's compiler keeps logits of this size on the
+chip.)
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ import numpy as np
 import tyro
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks import measure
+from benchmarks.lib import measure, records, tables
 from er_jax import sampling
 from er_jax.costs.timing import neutral_sampling
-from er_jax.figures import text_table
 from er_jax.tools import presets
 from er_jax.types import Sampling
 
@@ -51,7 +51,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def draw(
     logits: jax.Array, ids: jax.Array, position: jax.Array, settings: Sampling
 ) -> tuple[jax.Array, jax.Array]:
-    """Return tokens and log-probabilities `[B]` of logits `[B, V]`, as a round does."""
+    """Draw from logits `[B, V]` as a round does.
+
+    Args:
+      ids, position: int32 `[B]`, which sequence and position the noise is of.
+    Returns:
+      Tokens and their log-probabilities, `[B]`.
+    """
     is_finite = sampling.is_distribution(logits, settings)[..., None]
     logits = jnp.where(is_finite, logits, jnp.zeros((), logits.dtype))
     target = sampling.target_logprobs(logits, settings)
@@ -67,6 +73,7 @@ def timed(function: Any, *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
+# In the text of compiled programs: shapes, and operations that move no bytes.
 SHAPE = re.compile(r"(pred|[su]\d+|bf16|f\d+)\[([\d,]*)\]")
 FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all")
 
@@ -83,8 +90,8 @@ def traffic(text: str, branches: Sequence[int]) -> int:
     """Return the bytes that a compiled program's kernels read and write.
 
     Args:
-      text: of the compiled module. branches: of its conditionals, in order of their
-        appearance from the entry on, which branch is taken.
+      text: of the compiled module. branches: which branch each of its conditionals
+        takes, in the order in which they are met from the entry on.
     """
     computations: dict[str, list[tuple[str, str, str, str]]] = {}
     entry, lines = "", []
@@ -149,7 +156,7 @@ class Args:
 
 
 def measured(args: Args, rows: int) -> dict[str, Any]:
-    """Return seconds of draws on this device, and of the projection beside them."""
+    """Return the seconds of draws on this device, and of the projection."""
     random = np.random.default_rng(0)
     logits = jnp.asarray(random.normal(size=(rows, args.vocab)), jnp.float32)
     ids = jnp.arange(rows, dtype=jnp.int32)
@@ -179,7 +186,11 @@ def measured(args: Args, rows: int) -> dict[str, Any]:
 
 
 def counted(args: Args, device: str, rows: int) -> dict[str, Any]:
-    """Return bytes of draws on a device that is not here, and of a round's passes."""
+    """Return the bytes of draws on a device that is not here, and of a round's passes.
+
+    Raises:
+      ValueError: the device is not a GPU.
+    """
     target = presets.target_of(device)
     if target.kind != "cuda":
         raise ValueError(f"devices holds {device!r}; only GPUs can be counted")
@@ -225,9 +236,7 @@ def counted(args: Args, device: str, rows: int) -> dict[str, Any]:
     }
 
 
-def rows_of(
-    points: Sequence[Mapping[str, Any]],
-) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+def rows_of(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the table."""
     rows: list[tuple[Any, ...]] = []
     for p in points:
@@ -254,16 +263,13 @@ def main(args: Args) -> dict[str, Any]:
     """Measure, count, print, and write the record; return it."""
     if args.quick:
         args = dataclasses.replace(args, vocab=1024, rows=(1, 4))
-    out = measure.results_dir(args.out, args.quick)
-    settings = dataclasses.asdict(args)
-    del settings["out"]
-    record = measure.new_record("sampling", settings)
+    out = records.results_dir(args.out, args.quick)
+    record = records.new_record("sampling", records.settings_of(args))
     record["points"] = [measured(args, rows) for rows in args.rows]
     for device in args.devices:
         record["points"] += [counted(args, device, rows) for rows in args.rows]
-    measure.save(out / "sampling.json", record)
-    header, rows = rows_of(record["points"])
-    print(text_table(rows, header))
+    records.save(out / "sampling.json", record)
+    print(tables.text(rows_of(record["points"])))
     print(f"written: sampling.json in {out.name}", file=sys.stderr)
     return record
 

@@ -1,23 +1,23 @@
-"""What many replicas lose to the last one, on paper.
+"""What many replicas lose while they wait for the last one, in replay.
 
     python -m benchmarks.scaling
 
-Replicas sample apart, each on one GPU; their rollouts are replayed (`er_jax.replay`),
-no device needed. Prompts are dealt in order or the longest first; the last rows are
-left where they are, or shared by four or eight GPUs, each of which then reads a part of
-the weights.
+No device is needed. Replicas sample apart, each on one GPU, and their rollouts are
+replayed (`er_jax.tools.replay`). Prompts are dealt in order or the longest first. The
+last rows stay where they are, or four or eight GPUs share theirs; then each of these
+reads a part of the weights.
 
-*Costs* are the roofline of Qwen2.5-7B in bfloat16 with an int8 draft on the data sheet
+*Costs* are the roofline of Qwen2.5-7B in bfloat16 with an int8 draft by the data sheet
 of an H100, without overheads. GPUs that share read an equal part of the weights each,
-and there are two sums over all of them a layer: a fixed time each, and their bytes.
-Where their number does not divide the heads, as eight does not here, every GPU has all
-of the cache and of the weights of keys and values (`er_jax.sharding` lays them out so).
-Sharing begins with a copy of every device's part of the weights, and the live rows'
-caches are moved.
+and sum over all of them twice a layer; a sum takes a fixed time and the time of its
+bytes. Where their number does not divide the heads, as eight does not here, every GPU
+has the whole cache and the whole weights of keys and values (`er_jax.mesh.layout` lays
+them out so). When sharing begins, every device copies its part of the weights, and the
+live rows' caches are moved.
 
-*Dealing* knows the mean length of each prompt's completions up to a factor (an earlier
-step showed it, of a policy that has moved since). Sharing begins at the best of a few
-moments.
+*Dealing* knows the mean length of each prompt's completions up to a random factor, as
+if from an earlier step with a policy that has changed since. Sharing begins at the best
+of a few moments.
 """
 
 from __future__ import annotations
@@ -33,20 +33,19 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-import er_jax
-from benchmarks import measure
+from benchmarks.lib import records, tables
+from benchmarks.lib.rooflines import CHIP, MODEL, h100_roofline
 from er_jax.costs.roofline import Roofline
-from er_jax.figures import text_table
 from er_jax.mesh.replicas import deal
-from er_jax.tools import presets, replay, traces
-from er_jax.tools.traces import Trace
+from er_jax.tools import presets, replay
+from er_jax.tools.traces import TRACES, Luck, Trace
 from er_jax.types import Program
 
-MODEL, CHIP = "qwen2.5-7b", "h100"
 GAMMAS = (0, 2, 4, 6, 8)
 GROUP = 8
 
-# When to share, as a part of the time that the last of these replicas takes alone.
+# When sharing begins, in parts of the time after which the last of these replicas would
+# be done alone.
 MOMENTS = (0.2, 0.4, 0.6, 0.8, 0.9)
 
 
@@ -55,12 +54,13 @@ class Args:
     """What to replay.
 
     Args:
-      replicas: numbers of them. traces: of `er_jax.replay`. prompts: of each replica,
-        with eight completions each. cap: the longest completion, tokens.
-      keep: chance of a draft. error: standard deviation of the logarithm of expected
-        lengths, for dealing. sum_s: seconds of one sum over the GPUs of a host, beside
-        its bytes. link_bytes_per_s: of one GPU, to the others. together: how many
-        GPUs share, in turn; each divides `replicas`. seed: of all of it.
+      replicas: numbers of replicas. traces: kinds of lengths, of `er_jax.tools.traces`.
+      prompts: of each replica, with eight completions each. cap: tokens of the longest
+        completion. keep: chance that a draft is kept.
+      error: standard deviation of the logarithm of the lengths that dealing knows.
+      sum_s: seconds of one sum over the GPUs of a host, beside the time of its bytes.
+      link_bytes_per_s: from one GPU to the others. together: numbers of GPUs that
+        share; each divides `replicas`. seed: of traces, luck and dealing.
       out: where to write. quick: eight replicas with two prompts.
     """
 
@@ -78,29 +78,9 @@ class Args:
     quick: bool = False
 
 
-def roofline() -> Roofline:
-    """Return the model's costs on one GPU, from its data sheet."""
-    chip, config = presets.CHIPS[CHIP], presets.PRESETS[MODEL]
-    shapes = jax.eval_shape(er_jax.Decoder(config).init, jax.random.key(0))
-    matrices = sum(x.size for x in jax.tree.leaves(shapes) if x.ndim > 1)
-    matrices -= config.vocab_size * config.dim  # a table that is only looked up
-    entry = 2 * config.num_layers * config.num_kv_heads * config.head_size * 2
-    attention = 4 * config.num_layers * config.num_heads * config.head_size
-    return Roofline(
-        target_weights_s=2 * matrices / chip.bytes_per_s,
-        draft_weights_s=matrices / chip.bytes_per_s,
-        cache_s=entry / chip.bytes_per_s,
-        dense_s=2 * matrices / chip.ops_per_s,
-        attention_s=attention / chip.ops_per_s,
-        target_overhead_s=0.0,
-        draft_overhead_s=0.0,
-        verify_overhead_s=0.0,
-    )
-
-
 def part_of_one(size: int) -> Roofline:
-    """Return what each of some GPUs has to do of the model's costs."""
-    alone, config = roofline(), presets.PRESETS[MODEL]
+    """Return the costs of one of `size` GPUs that share the model."""
+    alone, config = h100_roofline(), presets.PRESETS[MODEL]
     heads = 1 if config.num_heads % size else size
     kv_heads = 1 if config.num_kv_heads % size else size
     kv_dim = config.num_kv_heads * config.head_size
@@ -118,18 +98,21 @@ def part_of_one(size: int) -> Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """Costs of the same rounds on several GPUs. each: those of one's part."""
+    """Costs of rounds on several GPUs that share the model.
+
+    size: how many. each: costs of the part of one.
+    """
 
     size: int
     each: Roofline
     args: Args
 
     def round_seconds(self, program: Program) -> float:
-        """The part of one GPU, and the sums of its passes."""
+        """Return the seconds of one GPU's part and of the sums over all."""
         rows, _, gamma, _ = program
         config = presets.PRESETS[MODEL]
         sums = (2 * config.num_layers + 1) * (gamma + 1)
-        # All positions of a round are summed once: gamma drafted, gamma + 1 verified.
+        # A round sums each of its positions once: gamma drafted, gamma + 1 verified.
         positions = rows * (2 * gamma + 1)
         sent = 2 * (self.size - 1) / self.size * config.dim * 4 * positions
         sent *= 2 * config.num_layers + 1
@@ -137,7 +120,10 @@ class Shared:
         return self.each.round_seconds(program) + sums * self.args.sum_s + link_s
 
     def begin_seconds(self, rows: Trace) -> float:
-        """Copy a part of the weights and the draft; move the live rows' caches."""
+        """Return the seconds until these rows can be shared.
+
+        Every GPU copies its part of the weights and the draft, and the caches move.
+        """
         chip = presets.CHIPS[CHIP]
         weights_s = self.each.target_weights_s + self.each.draft_weights_s
         # Every GPU gets its part of all entries.
@@ -155,17 +141,21 @@ def part(trace: Trace, which: Sequence[int]) -> Trace:
 def run(
     trace: Trace, costs: Any, args: Args, seed: int, until_s: float = math.inf
 ) -> replay.Outcome:
-    """Replay one batch with the choice that knows everything but the luck."""
+    """Replay one batch with the oracle, which knows everything but the luck."""
     decider = replay.Oracle(costs, GAMMAS, args.keep)
-    luck = traces.Luck(trace, args.keep, seed)
+    luck = Luck(trace, args.keep, seed)
     return replay.replay(trace, costs, decider, luck, until_s=until_s)
 
 
 def shared_seconds(
     traces: Sequence[Trace], alone: Sequence[float], args: Args, seeds: Sequence[int]
 ) -> float:
-    """Return the seconds of GPUs that share their last rows, from the best moment."""
-    costs, size = roofline(), len(traces)
+    """Return the seconds of GPUs that share their last rows from the best moment on.
+
+    Args:
+      traces: of each GPU. alone: its seconds without sharing. seeds: of its luck.
+    """
+    costs, size = h100_roofline(), len(traces)
     shared = Shared(size, part_of_one(size), args)
     found = [max(alone)]
     for moment in MOMENTS:
@@ -191,9 +181,9 @@ def shared_seconds(
 
 
 def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, Any]:
-    """Replay one number of replicas in all ways."""
+    """Replay one number of replicas with every dealing and every sharing."""
     num_prompts = num_replicas * args.prompts
-    trace = traces.TRACES[kind](num_prompts * GROUP, cap=args.cap, seed=args.seed)
+    trace = TRACES[kind](num_prompts * GROUP, cap=args.cap, seed=args.seed)
     groups = np.arange(len(trace.lengths)).reshape(num_prompts, GROUP)
     random = np.random.default_rng(args.seed + 1)
     known = trace.lengths[groups].mean(axis=1)
@@ -202,13 +192,13 @@ def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, An
         "in order": np.arange(num_prompts).reshape(num_replicas, -1).tolist(),
         "longest first": deal(known.tolist(), num_replicas),
     }
-    costs, ways = roofline(), []
+    costs, ways = h100_roofline(), []
     for dealing, dealt in dealings.items():
-        halves = [
+        traces = [
             part(trace, groups[prompts].reshape(-1).tolist()) for prompts in dealt
         ]
         alone = []
-        for seed, one in enumerate(halves):
+        for seed, one in enumerate(traces):
             alone.append(run(one, costs, args, seed).seconds)
             bar.update()
         found = {"alone": alone}
@@ -219,7 +209,7 @@ def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, An
                 which = slice(first, first + size)
                 seeds = range(first, first + size)
                 found[name].append(
-                    shared_seconds(halves[which], alone[which], args, seeds)
+                    shared_seconds(traces[which], alone[which], args, seeds)
                 )
                 bar.update(size)
         for way, seconds in found.items():
@@ -247,7 +237,7 @@ def point_of(kind: str, num_replicas: int, args: Args, bar: Any) -> dict[str, An
 
 def rows_of(
     points: Sequence[Any],
-) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+) -> tables.Table:
     """Return header and rows of the table."""
     header = (
         "trace", "replicas", "completions", "mean / longest tokens", "dealt",
@@ -276,18 +266,15 @@ def main(args: Args) -> dict[str, Any]:
     if args.quick:
         args = dataclasses.replace(args, replicas=(8,), prompts=2)
     jax.config.update("jax_platforms", "cpu")
-    settings = dataclasses.asdict(args)
-    del settings["out"]
-    record = measure.new_record("scaling", settings)
+    record = records.new_record("scaling", records.settings_of(args))
     total = 2 * (1 + len(args.together)) * sum(args.replicas) * len(args.traces)
     with tqdm(total=total, unit="replica") as bar:
         for kind in args.traces:
             for num_replicas in args.replicas:
                 record["points"].append(point_of(kind, num_replicas, args, bar))
-    header, rows = rows_of(record["points"])
-    print(text_table(rows, header))
-    out = measure.results_dir(args.out, quick=args.quick)
-    measure.save(out / "scaling.json", record)
+    print(tables.text(rows_of(record["points"])))
+    out = records.results_dir(args.out, quick=args.quick)
+    records.save(out / "scaling.json", record)
     return record
 
 

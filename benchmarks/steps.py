@@ -3,25 +3,23 @@
     python -m benchmarks.steps            # everything that is quoted
     python -m benchmarks.steps --quick    # a minute, to see that it runs
 
-Writes `steps.json` and `steps.png`. What a pass is, and which bytes it must read, is in
-`passes`. The speed-up of a round is its tokens, with the acceptance measured in the
-very same rounds, over its cost in autoregressive passes.
+Writes `steps.json` and `steps.png`. `lib/passes.py` says what a pass is,
+`lib/pass_bytes.py` which bytes it must read, and `lib/pass_points.py` what is recorded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
 
-from benchmarks import measure, passes, presets
-from benchmarks.passes import Pass
-from er_jax.figures import text_table
+from benchmarks.lib import measure, pass_points, passes, presets, records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Args:
     """What to measure.
 
     Args:
-      presets: decoders, by their names in benchmarks/presets.py.
+      presets: decoders, by their names in benchmarks/lib/presets.py.
       rows: batch sizes.
       cache_lengths: positions of the cache; attention reads all of them.
       gammas: drafts of a round; verification has one position more.
@@ -68,52 +66,6 @@ class Args:
         )
 
 
-def point(
-    bench: passes.Bench,
-    readings: Mapping[str, Sequence[float]],
-    timed: Sequence[Pass],
-) -> dict[str, Any]:
-    """Return what was measured at one batch shape, ready for the record.
-
-    Args:
-      bench: what ran. readings: label -> seconds per pass. timed: the passes.
-    """
-    target = passes.weight_bytes(bench.params)
-    cache = passes.cache_bytes(bench.policy, bench.rows, bench.cache_length)
-    ar = readings[Pass("ar").label]
-    found = []
-    for pass_ in timed:
-        draft = passes.weight_bytes(bench.draft(pass_)) if pass_.draft else 0
-        must_read = passes.pass_bytes(pass_, target, draft, cache)
-        seconds = measure.spread(readings[pass_.label])
-        entry: dict[str, Any] = {
-            "kind": pass_.kind,
-            "gamma": pass_.gamma,
-            "draft": pass_.draft,
-            "seconds": seconds,
-            "compile_s": bench.compile_s[pass_],
-            "bytes": must_read,
-            "bytes_per_s": must_read / seconds["median"],
-            "cost_ratio": measure.paired_ratio(readings[pass_.label], ar),
-        }
-        if pass_.kind == "round":
-            tokens = bench.tokens_per_round(pass_)
-            entry["tokens_per_round"] = tokens
-            entry["keep_rate"] = bench.keep_rate(pass_)
-            entry["tokens_per_s"] = bench.rows * tokens / seconds["median"]
-            entry["speedup"] = tokens / entry["cost_ratio"]["median"]
-        elif pass_.kind == "ar":
-            entry["tokens_per_s"] = bench.rows / seconds["median"]
-        found.append(entry)
-    return {
-        "rows": bench.rows,
-        "cache_length": bench.cache_length,
-        "target_bytes": target,
-        "cache_bytes": cache,
-        "passes": found,
-    }
-
-
 def measure_points(args: Args) -> Iterator[dict[str, Any]]:
     """Measure every shape of every preset, smallest first."""
     for name in args.presets:
@@ -135,30 +87,9 @@ def measure_points(args: Args) -> Iterator[dict[str, Any]]:
                     "preset": name,
                     "num_params": presets.num_params(params),
                     "dtype": args.dtype,
-                    **point(bench, readings, timed),
+                    **pass_points.point(bench, readings, timed),
                 }
         jax.clear_caches()
-
-
-def lines(points: Sequence[Mapping[str, Any]]) -> str:
-    """Return the points as text."""
-    rows = [
-        (
-            f"{p['preset']} {p['rows']}x{p['cache_length']}",
-            " ".join(str(x) for x in (e["kind"], e["gamma"] or "", e["draft"]) if x),
-            1e3 * e["seconds"]["median"],
-            100 * (e["seconds"]["q3"] - e["seconds"]["q1"]) / e["seconds"]["median"],
-            e["cost_ratio"]["median"],
-            e["bytes"] / 1e6,
-            e["bytes_per_s"] / 1e9,
-            e.get("keep_rate", ""),
-            e.get("speedup", ""),
-        )
-        for p in points
-        for e in p["passes"]
-    ]
-    header = ("shape", "pass", "ms", "IQR %", "/AR", "MB", "GB/s", "kept", "speed-up")
-    return text_table(rows, header)
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
@@ -166,27 +97,18 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     points = record["points"]
     names = list(dict.fromkeys(p["preset"] for p in points))
     lengths = sorted({p["cache_length"] for p in points})
-    picture, axes = measure.figure(3, len(names))
+    picture, axes = records.figure(3, len(names))
     for line, name in zip(axes, names, strict=True):
         for length, style in zip(lengths, ("-", "--", ":", "-."), strict=False):
             chosen = [
                 p for p in points if p["preset"] == name and p["cache_length"] == length
             ]
-            rows = [p["rows"] for p in chosen]
-            for index, entry in enumerate(chosen[0]["passes"] if chosen else ()):
-                kind, gamma = entry["kind"], entry["gamma"]
-                color = f"C{index}"
-                label = f"{kind} {gamma or ''}, length {length}"
-                found = [p["passes"][index] for p in chosen]
-                if kind in ("draft", "verify"):
-                    ratio = [e["cost_ratio"]["median"] for e in found]
-                    line[0].plot(rows, ratio, style, color=color, label=label)
-                if kind == "round":
-                    gain = [e["speedup"] for e in found]
-                    line[1].plot(rows, gain, style, color=color, label=label)
-                if kind in ("ar", "draft"):
-                    rate = [e["bytes_per_s"] / 1e9 for e in found]
-                    line[2].plot(rows, rate, style, color=color, label=label)
+            draw = functools.partial(
+                pass_points.draw, points=chosen, about=f"length {length}", ls=style
+            )
+            draw(line[0], kinds=("draft", "verify"), value=pass_points.cost_ratio)
+            draw(line[1], kinds=("round",), value=lambda e: e["speedup"])
+            draw(line[2], kinds=("ar", "draft"), value=lambda e: e["bytes_per_s"] / 1e9)
         titles = ("pass / AR pass", "round: speed-up over AR", "GB/s that must be read")
         for ax, title in zip(line, titles, strict=True):
             ax.set_xscale("log", base=2)
@@ -194,22 +116,19 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
             ax.legend(fontsize="x-small")
         for ax in line[:2]:
             ax.axhline(1, color="0.6", linewidth=0.8)
-    picture.suptitle(measure.conditions(record), fontsize="small")
-    picture.savefig(path, dpi=110)
+    records.save_figure(picture, record, path)
 
 
 def main(args: Args) -> dict[str, Any]:
     """Measure, print, and write the record after every shape; return it."""
     if args.quick:
         args = args.shortened()
-    out = measure.results_dir(args.out, args.quick)
-    settings = dataclasses.asdict(args)
-    del settings["out"]
-    record = measure.new_record("steps", settings)
+    out = records.results_dir(args.out, args.quick)
+    record = records.new_record("steps", records.settings_of(args))
     for found in measure_points(args):
         record["points"].append(found)
-        measure.save(out / "steps.json", record)
-        print(lines([found]), flush=True)
+        records.save(out / "steps.json", record)
+        print(pass_points.lines([found]), flush=True)
     plot(record, out / "steps.png")
     print(f"written: steps.json and steps.png in {out.name}", file=sys.stderr)
     return record

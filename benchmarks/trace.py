@@ -2,10 +2,10 @@
 
     python -m benchmarks.trace
 
-Samples a preset on this device, warm, with `rollout(..., profile=DIR)`, and reads the
-trace back: every operation of the windows has a name in the compiled program, whose
-text says in which scope it was written. Prints seconds of the device's threads by
-scope, and draws a few rounds.
+Samples a preset on this device, warmed up, with `rollout(..., profile=DIR)`, and reads
+the trace. Every operation of the windows has a name in the compiled program, and the
+program's text says in which scope it was written. Prints the seconds of the device's
+threads by scope, and draws a few rounds.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ import jax
 import tyro
 
 import er_jax
-from benchmarks import measure, presets
-from er_jax.engine import kept
+from benchmarks.lib import presets, records
+from er_jax.engine.kept import engine_for
 from er_jax.figures import new_figure, text_table
 
-FIGURE = measure.ROOT / "docs" / "figures" / "trace.png"
+FIGURE = records.ROOT / "docs" / "figures" / "trace.png"
 
+# Scopes of `er_jax.steps`, and those inside of them.
 SCOPES = ("draft", "verify", "accept", "emit")
 PARTS = ("sample", "cache")
 
 
 class Event(NamedTuple):
-    """One operation: its thread, its scope, when it began and how long it took."""
+    """One operation: thread, scope, when it began, how long it took."""
 
     thread: str
     scope: str
@@ -47,8 +48,8 @@ class Args:
     """What to trace.
 
     Args:
-      preset: decoder, by its name in benchmarks/presets.py. rows: prompts and slots.
-      gamma: drafts per round. tokens: of each completion.
+      preset: decoder, by its name in benchmarks/lib/presets.py.
+      rows: prompts, and slots. gamma: drafts per round. tokens: of each completion.
       span: seconds to draw, from the middle of the trace.
       out: where the picture goes.
     """
@@ -102,7 +103,7 @@ def read(directory: Path, scopes: dict[str, str]) -> list[Event]:
 
 
 def traced(args: Args) -> list[Event]:
-    """Run warm, trace once, and return the operations."""
+    """Warm up, run once with a trace, and return the operations."""
     policy = presets.decoder(args.preset, dtype="float32")
     params = presets.random_params(policy)
     pair = er_jax.attach_draft(params, er_jax.DrafterConfig())
@@ -122,7 +123,7 @@ def traced(args: Args) -> list[Event]:
                 config=config,
                 profile=profile,
             )
-        programs = kept.engine_for(policy, params, "coupled").compiled
+        programs = engine_for(policy, params, "coupled").compiled
         texts = [
             program.call.as_text()  # type: ignore[attr-defined]
             for name, program in programs.items()

@@ -26,7 +26,7 @@ from er_jax.types import Policy
 
 __version__ = "0.1.0"
 
-# Modules are found under their earlier names as well.
+# Modules can also be imported by their earlier names.
 __path__.append(_os.path.join(_os.path.dirname(__file__), "earlier"))
 
 __all__ = [

@@ -1,16 +1,16 @@
 """Which drafts are kept and what is emitted: coupled, token and block acceptance.
 
-All three emit tokens that follow the target exactly, whatever the draft was. No model,
-no loop and no random state here: probabilities and noise come in, counts and tokens go
-out, so that tests can enumerate every outcome.
+All three rules emit tokens that follow the target distribution exactly, whatever the
+draft. The functions take probabilities and noise and return counts and tokens; without
+model, loop or random state, tests can enumerate every outcome.
 
-* coupled: draft and target draw with the same Gumbel noise; a draft is kept while it
-  equals the target's own draw, and the target's draw is what is emitted. Needs no draft
-  probabilities, and the output does not depend on the draft at all.
+* coupled: draft and target draw with the same Gumbel noise. A draft is kept while it
+  equals the target's own draw, and the target's draws are emitted. The rule needs no
+  draft probabilities, and the output does not depend on the draft at all.
 * token: keep draft x with probability min(1, target(x) / draft(x)); after the first
   rejection draw from the normalised positive part of target - draft.
-* block: decide on the whole block at once; keeps at least as many drafts as `token` in
-  expectation.
+* block: decide on the whole block at once; in expectation it keeps at least as many
+  drafts as `token`.
 
 With B rows, G = gamma drafts, V vocabulary. Log-probabilities are those of
 `sampling.target_logprobs` for the target and for the draft.
@@ -45,7 +45,7 @@ def coupled_num_accepted(draft_tokens: jax.Array, draws: jax.Array) -> jax.Array
 
     Args:
       draft_tokens: `[B, G]` int32. draws: `[B, G+1]` int32, the target's noised argmax
-        at each position; what is emitted is `draws[:, : num_accepted + 1]`.
+        at each position; the round emits `draws[:, : num_accepted + 1]`.
     Returns:
       `[B]` int32, 0 .. G.
     """
@@ -62,32 +62,34 @@ def token_accept_probs(
     """Return min(1, target(x) / draft(x)) for each drafted token.
 
     Args:
-      target: `[B, G, V]` or longer in its second axis. draft: `[B, G, V]`.
+      target: `[B, G, V]` or longer along the second axis. draft: `[B, G, V]`.
       draft_tokens: `[B, G]` int32.
     Returns:
       `[B, G]`.
     """
     target = target[:, : draft_tokens.shape[1]]
-    gain = _at_tokens(target, draft_tokens) - _at_tokens(draft, draft_tokens)
-    return jnp.exp(jnp.minimum(gain, jnp.zeros((), gain.dtype)))
+    log_ratio = _at_tokens(target, draft_tokens) - _at_tokens(draft, draft_tokens)
+    return jnp.exp(jnp.minimum(log_ratio, jnp.zeros((), log_ratio.dtype)))
 
 
 def token_num_accepted(accept_probs: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Count drafts kept before the first rejection: `[B, G]`, `[B, G]` -> `[B]`."""
+    """Count the drafts before the first rejection: `[B, G]`, `[B, G]` -> `[B]`."""
     return count_leading(uniforms < accept_probs)
 
 
 def block_accept_probs(
     target: jax.Array, draft: jax.Array, draft_tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return block verification's acceptance chances and prefix weights.
+    """Return block verification's acceptance probabilities and prefix weights.
 
-    The weight of a prefix is w_0 = 1, w_i = min(1, w_(i-1) target(x_i) / draft(x_i)).
-    The chance to stop no earlier than i < G is r_i / (r_i + 1 - w_i), with r_i the mass
-    of the positive part of w_i target - draft after the prefix; at i = G it is w_G.
+    The weights are w_0 = 1, w_i = min(1, w_(i-1) target(x_i) / draft(x_i)). The
+    probability to stop no earlier than at i < G is r_i / (r_i + 1 - w_i), where r_i is
+    the mass of the positive part of w_i target - draft after the prefix; at i = G it is
+    w_G.
 
     Args:
-      target: `[B, G+1, V]`, the last one after all drafts. draft: `[B, G, V]`.
+      target: `[B, G+1, V]`, the last distribution after all drafts.
+      draft: `[B, G, V]`.
       draft_tokens: `[B, G]` int32.
     Returns:
       chances `[B, G]` for prefixes of 1 .. G drafts; weights `[B, G+1]` for 0 .. G.
@@ -106,9 +108,8 @@ def block_accept_probs(
     for i in range(1, num_drafts):
         excess = _positive_part(weight[:, i], target[:, i], draft[:, i])
         mass = jnp.sum(excess, axis=-1)
-        short = one - weight[:, i]
-        # Both vanish only when the prefix is certain: then it is kept.
-        total = mass + short
+        # Both terms vanish only when the prefix is certain; it is then kept.
+        total = mass + (one - weight[:, i])
         chances.append(
             jnp.where(total > 0, mass / jnp.where(total > 0, total, one), one)
         )
@@ -117,7 +118,7 @@ def block_accept_probs(
 
 
 def block_num_accepted(chances: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Return the longest prefix whose own test passed: `[B, G]`, `[B, G]` -> `[B]`."""
+    """Return the longest prefix that passes its own test: `[B, G]` twice -> `[B]`."""
     length = jnp.arange(1, chances.shape[1] + 1, dtype=jnp.int32)
     passed = uniforms < chances
     return jnp.max(jnp.where(passed, length[None], 0), axis=-1)
@@ -133,8 +134,8 @@ def residual_logprobs(
 ) -> jax.Array:
     """Return the distribution of the token after the kept drafts.
 
-    After a rejection the normalised positive part of weight x target - draft; after
-    G kept drafts the target itself (the bonus token).
+    After a rejection it is the normalised positive part of weight x target - draft;
+    after G kept drafts it is the target itself (the bonus token).
 
     Args:
       target: `[B, G+1, V]`. draft: `[B, G, V]`. num_accepted: `[B]` int32.
@@ -149,8 +150,8 @@ def residual_logprobs(
         return own
     proposed = jnp.take_along_axis(draft, jnp.minimum(at, num_drafts - 1), axis=1)[:, 0]
     excess = _positive_part(weight, own, proposed)
-    # A rejection has positive residual mass; rounding can only lose it where draft and
-    # target are equal, and then the target is the right thing to draw from.
+    # A rejection has positive residual mass. Rounding can lose it only where draft and
+    # target are equal, and there the target is the right distribution.
     is_bonus = (num_accepted == num_drafts) | (jnp.sum(excess, axis=-1) <= 0)
     tiny = jnp.asarray(jnp.finfo(excess.dtype).tiny, excess.dtype)
     never = jnp.asarray(NEVER, excess.dtype)
@@ -159,7 +160,7 @@ def residual_logprobs(
 
 
 def expected_accept_prob(target: jax.Array, draft: jax.Array) -> jax.Array:
-    """Return the chance that one draft is kept by the token rule: sum of min.
+    """Return the probability that the token rule keeps one draft: sum of min.
 
     Args:
       target, draft: `[..., V]` log-probabilities after the same prefix.
@@ -170,10 +171,11 @@ def expected_accept_prob(target: jax.Array, draft: jax.Array) -> jax.Array:
 
 
 def expected_coupled_prob(target: jax.Array, draft: jax.Array) -> jax.Array:
-    """Return the chance that two draws with the same Gumbel noise are equal.
+    """Return the probability that two draws with the same Gumbel noise are equal.
 
-    Sum over i of 1 / sum over j of max(target_j / target_i, draft_j / draft_i), over
-    tokens both can draw. Quadratic in V: for tests and studies.
+    It is the sum over i of 1 / sum over j of max(target_j / target_i, draft_j /
+    draft_i), over tokens that both can draw. The cost is quadratic in V: for tests and
+    studies.
 
     Args:
       target, draft: `[..., V]` log-probabilities after the same prefix.
@@ -194,8 +196,8 @@ def expected_tokens(keep_probs: Sequence[float]) -> float:
     """Return the expected tokens of a round: 1 + the sum of leading products.
 
     Args:
-      keep_probs: for each depth, the chance that the draft there is kept given that
-        all before it were; its length is gamma.
+      keep_probs: for each depth, the probability that its draft is kept, given that
+        all drafts before it were; the length is gamma.
     Returns:
       Tokens per round, the extra token included; (1 - a^(G+1)) / (1 - a) for equal a.
     """

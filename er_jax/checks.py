@@ -1,4 +1,4 @@
-"""Checks of a rollout's arguments, before anything is compiled or allocated.
+"""Checks of a rollout's arguments, made before anything is compiled or allocated.
 
 Each raises a `ValueError` that names the argument, its value, the limit and the remedy.
 """
@@ -47,7 +47,7 @@ def check_outside_jit(params: Any, prompts: Any, key: Any = None) -> None:
 def checked_prompts(
     prompts: Sequence[Sequence[int]], vocab_size: int
 ) -> list[np.ndarray]:
-    """Return the prompts as int32 arrays; `ValueError` for one that is none."""
+    """Return the prompts as int32 arrays; refuse any that is not token ids."""
     if len(prompts) == 0:
         raise ValueError("prompts is empty; give at least one prompt")
     if isinstance(prompts, jax.Array) and not prompts.is_fully_addressable:
@@ -67,7 +67,7 @@ def checked_prompts(
 
 
 def checked_arrays(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Return prompts as arrays; refuse what is no flat sequence of integers."""
+    """Return prompts as arrays; refuse any that is not a flat sequence of integers."""
     arrays = [np.asarray(prompt) for prompt in prompts]
     for index, array in enumerate(arrays):
         if array.size == 0:
@@ -84,7 +84,7 @@ def checked_arrays(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
 
 
 def checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:
-    """Return the names of `count` completions; `ValueError` for unfit ones."""
+    """Return the sequence ids of `count` completions, int64; refuse unfit ones."""
     if ids is None:
         return np.arange(count)
     array = np.asarray(ids)
@@ -111,7 +111,7 @@ def checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:
 
 
 def check_result_fits(num_prompts: int, config: RolloutConfig) -> None:
-    """Check that what the call returns fits in the host's memory."""
+    """Check that the arrays of the result fit in the host's memory."""
     width = 4 + 4 + 1  # token, log-probability, mask
     size = num_prompts * config.n * config.max_new_tokens * width
     limit = devices.host_memory_bytes()
@@ -137,7 +137,7 @@ def check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
 def check_length(
     prompts: list[np.ndarray], config: RolloutConfig, max_length: int | None
 ) -> None:
-    """Refuse prompts that leave no room for a completion in the policy's positions."""
+    """Refuse prompts that exceed the policy's context with their completion."""
     if max_length is None:
         return
     for index, prompt in enumerate(prompts):
@@ -151,7 +151,7 @@ def check_length(
 
 
 def check_policy(policy: Any) -> None:
-    """Refuse what is no policy, or cannot name programs."""
+    """Refuse an object that lacks methods of a policy, or cannot be hashed."""
     missing = [
         name
         for name in ("vocab_size", "init_cache", "forward", "logits")
@@ -166,8 +166,9 @@ def check_policy(policy: Any) -> None:
         hash(policy)
     except TypeError as error:
         raise ValueError(
-            f"policy={policy!r} cannot be hashed ({error}), and names compiled "
-            "programs; make it a frozen dataclass that holds no arrays, lists or dicts"
+            f"policy={policy!r} cannot be hashed ({error}), and compiled programs are "
+            "found by its hash; make it a frozen dataclass that holds no arrays, lists "
+            "or dicts"
         ) from error
 
 
@@ -183,7 +184,7 @@ def check_alive(params: Any) -> None:
 
 
 def check_placement(params: Any) -> None:
-    """Check that parameters lie where programs without a mesh run."""
+    """Check that parameters are on the device of programs without a mesh."""
     device = devices.default_device()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not isinstance(leaf, jax.Array) or leaf.devices() == {device}:
@@ -191,20 +192,20 @@ def check_placement(params: Any) -> None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         found = sorted(leaf.devices(), key=lambda d: d.id)
         if len(found) > 1:
-            place = f"is laid out over {len(found)} devices ({leaf.sharding})"
+            location = f"is laid out over {len(found)} devices ({leaf.sharding})"
             remedy = "give mesh=, the mesh they lie on"
         else:
-            place = f"lies on {found[0]}"
-            remedy = "call inside jax.default_device(...) of theirs"
+            location = f"lies on {found[0]}"
+            remedy = "call inside jax.default_device(...) of that device"
         raise ValueError(
-            f"params: {name or 'the array'} {place}, and without a mesh a rollout runs "
-            f"on {device}; move them there with jax.device_put(params, device), or "
-            f"{remedy}"
+            f"params: {name or 'the array'} {location}, and without a mesh a rollout "
+            f"runs on {device}; move them there with jax.device_put(params, device), "
+            f"or {remedy}"
         )
 
 
 def _one_token(policy: Policy, params: Params) -> jax.Array:
-    """Return the logits of one token, `[1, 1, V]`; for tracing with shapes alone."""
+    """Return the logits of one token, `[1, 1, V]`, for abstract evaluation."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     hidden, _ = policy.forward(params, tokens, tokens, policy.init_cache(1, 1))
     return policy.logits(params, hidden)
@@ -213,7 +214,7 @@ def _one_token(policy: Policy, params: Params) -> jax.Array:
 def check_drafting(
     policy: Policy, params: Params | PolicyParams, config: RolloutConfig
 ) -> None:
-    """Trace one token through the draft, before anything is compiled."""
+    """Check, by tracing one token, that the policy runs with its draft."""
     if not isinstance(params, PolicyParams):
         params = jax.eval_shape(lambda p: attach_draft(p, config.drafter), params)
     try:
@@ -227,7 +228,7 @@ def check_drafting(
 
 
 def check_parameters(policy: Policy, params: Params) -> None:
-    """Trace one token through the policy, with shapes alone."""
+    """Check, by tracing one token, that the parameters fit the policy."""
     remedy = "use the parameters that belong to it, as policy.init makes them"
     try:
         logits = jax.eval_shape(functools.partial(_one_token, policy), params)
@@ -248,7 +249,7 @@ def check_parameters(policy: Policy, params: Params) -> None:
 
 
 def check_controller(controller: ControllerProtocol, config: RolloutConfig) -> None:
-    """Refuse a controller of other draft lengths than the config's."""
+    """Refuse a controller whose draft lengths are not those of the config."""
     gammas = parse_control(config.control, config.gammas)
     if controller.gammas != gammas:
         raise ValueError(
@@ -259,7 +260,7 @@ def check_controller(controller: ControllerProtocol, config: RolloutConfig) -> N
 
 
 def check_finite(bad: Sequence[str]) -> None:
-    """Refuse parameters of which some, named here, are not finite."""
+    """Refuse parameters that are not finite; `bad` holds their paths."""
     if bad:
         raise ValueError(
             f"params holds NaN or infinity in {', '.join(bad[:5])}"
@@ -276,8 +277,11 @@ def check_memory(
 ) -> int | None:
     """Refuse a request that does not fit the device.
 
+    Args:
+      engine: that will run it. params: on the engine's devices. request: its sizes.
+      is_drafting: whether a draft is made from parameters without one.
     Returns:
-      Bytes that are left for states, None where the device's memory is unknown.
+      Bytes of a device that are left for states; None where its memory is unknown.
     """
     limit = devices.device_memory_bytes()
     if limit is None:

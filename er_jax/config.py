@@ -1,4 +1,4 @@
-"""How to sample: `RolloutConfig`, and what its `control` allows."""
+"""The settings of a rollout (`RolloutConfig`), and the draft lengths of a control."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
 
     Args:
       control: "best", "paper", "ar" or "fixed:g".
-      gammas: what "best" may choose from.
+      gammas: draft lengths that "best" may choose from.
     Returns:
-      Sorted gammas; those of its ladder, and 0, for "paper".
+      Sorted gammas; for "paper", 0 and the published ladder.
     Raises:
       ValueError: an unknown control, a gamma below 0, or gammas without 0.
     """
     remedy = "use 'best', 'paper', 'ar' or 'fixed:g' with a whole number g >= 0"
     gammas = whole_numbers("gammas", gammas)
     if not isinstance(control, str):
-        raise ValueError(f"control={control!r} is no word; {remedy}")
+        raise ValueError(f"control={control!r} must be a string; {remedy}")
     if control == "ar":
         return (0,)
     if control == "paper":
@@ -49,9 +49,9 @@ def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"gammas={tuple(gammas)!r} must all be at least 0")
     if 0 not in gammas:
         raise ValueError(
-            f"gammas={tuple(gammas)!r} must contain 0, plain decoding, or a batch for "
-            "which speculation loses could not escape it; add 0, or force one length "
-            "with control='fixed:g'"
+            f"gammas={tuple(gammas)!r} must contain 0 (plain decoding), for batches "
+            "that speculation slows down; add 0, or force one length with "
+            "control='fixed:g'"
         )
     return tuple(sorted(set(gammas)))
 
@@ -62,19 +62,21 @@ LOGPROB_KINDS = tuple(kind.name.lower() for kind in LogprobKind)
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How to sample.
+    """The settings of a rollout.
 
-    Only `max_new_tokens`, `max_slots`, `accept`, `drafter` and what `control` makes of
-    `gammas` name programs; everything else may change from call to call for free.
+    Programs are compiled for `max_new_tokens`, `max_slots`, `accept`, `drafter` and the
+    gammas that `control` allows. Changing anything else between calls compiles nothing.
 
     Args:
       max_new_tokens: limit of each completion in tokens, >= 1.
       n: completions per prompt, >= 1.
       temperature: >= 0; 0 is greedy.
       top_k: keep the k most likely tokens; 0 is off.
-      top_p: keep the most likely tokens that hold this mass, in (0, 1]; 1 is off.
-      min_p: drop tokens less likely than this times the most likely, in [0, 1]; 0 off.
-      stop_token_ids: a completion ends with, and includes, the first of these.
+      top_p: keep the most likely tokens up to this probability mass, in (0, 1]; 1 is
+        off.
+      min_p: drop tokens less likely than this times the most likely, in [0, 1]; 0 is
+        off.
+      stop_token_ids: the first of these ends a completion and is part of it.
       pad_id: fills `prompt_ids` and `completion_ids` outside their masks.
       accept: "coupled" (replayable), "token" or "block"; all are exact.
       gammas: draft lengths the controller may choose from; must contain 0.
@@ -82,9 +84,9 @@ class RolloutConfig:
       logprobs: "raw" (the model's own distribution), "temperature" (after temperature,
         before truncation: what RL trainers recompute) or "processed" (what is sampled).
       max_slots: rows decoded at once, >= 1.
-      drafter: how a draft is derived where `params` brings none.
+      drafter: how to derive a draft when `params` has none.
     Raises:
-      ValueError: naming argument, value, limit and remedy.
+      ValueError: a wrong argument; it names the value, the limit and the remedy.
     """
 
     max_new_tokens: int
@@ -113,7 +115,7 @@ class RolloutConfig:
         for name in ("temperature", "top_p", "min_p"):
             object.__setattr__(self, name, _real_number(name, getattr(self, name)))
         for name in ("gammas", "stop_token_ids"):
-            # A tuple of plain numbers can name a program, and be written to a file.
+            # A tuple of Python ints can be hashed and written to a file.
             numbers = whole_numbers(name, getattr(self, name))
             object.__setattr__(self, name, numbers)
         if not isinstance(self.drafter, DrafterConfig):
@@ -150,7 +152,7 @@ class RolloutConfig:
 
 
 def _real_number(name: str, value: Any) -> float:
-    """Return a number as a plain float; `ValueError` for anything else."""
+    """Return a number as a Python float; `ValueError` for anything else."""
     if not is_number(value):
-        raise ValueError(f"{name}={value!r} must be a number, as 0.7 is")
+        raise ValueError(f"{name}={value!r} must be a number such as 0.7")
     return float(value)

@@ -4,11 +4,12 @@ RMSNorm, rotary positions (half rotation, Llama 3's scaling), grouped-query atte
 with optional biases and q/k norm, SwiGLU, optionally tied embeddings. Every weight is
 multiplied with `drafter.dot`, so the same `forward` runs target, draft and trainer.
 
-Layers are separate leaves and unrolled: under a scan, a GPU would first copy each
-layer's weights out of the stack, one more read and write of everything per step.
+Layers are separate leaves and the loop over them is unrolled: under a scan, a GPU would
+first copy each layer's weights out of the stack, one more read and write of all weights
+per step.
 
-Left out: mixture of experts, sliding windows, partial rotary positions, other scalings
-of them, dropout.
+Left out: mixture of experts, sliding windows, partial rotary positions, other rotary
+scalings, dropout.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from er_jax.types import Cache, Params, wide_dtype
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Rotary frequencies stretched for longer contexts, as in Llama 3.1.
+    """Rotary frequencies scaled for longer contexts, as in Llama 3.1.
 
-    Waves longer than original_length / low_freq_factor become `factor` times as long;
-    those shorter than original_length / high_freq_factor stay; between, frequencies are
-    mixed in proportion to the turns that a wave makes within `original_length`.
+    Wavelengths above original_length / low_freq_factor become `factor` times as long;
+    those below original_length / high_freq_factor stay. In between, the two frequencies
+    are mixed linearly in the number of turns within `original_length`.
 
     Args:
       factor: >= 1.
       low_freq_factor: above 0.
-      high_freq_factor: above the other.
-      original_length: positions the model was made for before.
+      high_freq_factor: above `low_freq_factor`.
+      original_length: context length of the model before the scaling, in tokens.
     Raises:
-      ValueError: numbers out of these ranges.
+      ValueError: a number outside its range.
 
     Source: the Llama 3.1 release; "llama3" in Hugging Face configurations.
     """
@@ -64,13 +65,13 @@ class RopeScaling:
             )
 
     def scaled(self, frequency: np.ndarray) -> np.ndarray:
-        """Return the frequencies, radians per position, stretched."""
+        """Return the scaled frequencies, in radians per position."""
         number = frequency.dtype.type
         wave = number(2 * math.pi) / frequency
         turns = number(self.original_length) / wave
         span = number(self.high_freq_factor - self.low_freq_factor)
         kept = np.clip((turns - number(self.low_freq_factor)) / span, 0, 1)
-        # Exactly the frequency, or its part, where it is one of the two.
+        # Exact at both ends, where `kept` is 0 or 1.
         return (1 - kept) * frequency / number(self.factor) + kept * frequency
 
 
@@ -87,14 +88,14 @@ class DecoderConfig:
       head_dim: D, even; None is dim / num_heads.
       hidden_dim: width of the SwiGLU layer.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: how they are stretched; None leaves them.
+      rope_scaling: scaling of these frequencies; None is no scaling.
       norm_eps: added to the mean square in RMSNorm.
       qkv_bias: biases on the q, k and v projections (Qwen2).
       o_bias: bias on the output projection of attention.
       qk_norm: RMSNorm over each head's q and k (Qwen3).
       tied_embeddings: the vocabulary projection is the embedding table.
-      max_length: positions the model was made for; longer rollouts are refused. None
-        is no limit.
+      max_length: context length of the model in tokens; longer rollouts are refused.
+        None is no limit.
       dtype: of parameters, activations and cache: "float32", "bfloat16" or "float64"
         (the last needs jax_enable_x64).
     Raises:
@@ -127,7 +128,7 @@ class DecoderConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be at least 1, or None"
                 )
-        # Also not NaN, and nothing that float32 rounds to zero or infinity.
+        # The bounds also refuse NaN and what float32 rounds to zero or infinity.
         for name, low, high in (("rope_theta", 1, 1e18), ("norm_eps", 1e-30, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(
@@ -165,8 +166,9 @@ class Decoder:
 
     Args:
       config: sizes and switches.
-      source: directory of the checkpoint it came from, None if from none; no part of
-        what the policy is. source_config: text of the config.json there, likewise.
+      source: directory of the checkpoint that the policy was read from, or None.
+      source_config: text of the config.json there, or None. Neither is part of the
+        policy's equality or hash.
     """
 
     config: DecoderConfig
@@ -182,7 +184,7 @@ class Decoder:
 
     @property
     def max_length(self) -> int | None:
-        """Positions the model was made for, None without a limit."""
+        """Context length of the model in tokens; None is no limit."""
         return self.config.max_length
 
     def parameter_dtype(self) -> jnp.dtype:
@@ -246,7 +248,7 @@ class Decoder:
             "final_norm": jnp.ones(c.dim, dtype),
         }
         if c.tied_embeddings:
-            # Small enough for a projection, and the look-up is scaled by nothing.
+            # The projection needs these small weights; the look-up has no scale.
             params["embed"] = TiedEmbedding(table=weight(c.dim, c.vocab_size).T)
         else:
             params["embed"] = jax.random.normal(
@@ -336,10 +338,10 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def _rotation(
     positions: jax.Array, config: DecoderConfig, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, T, 1, D/2]` of the rotary angles, in float32 or wider."""
+    """Return cos and sin `[B, T, 1, D/2]` of the rotary angles, float32 or wider."""
     wide, size = jnp.dtype(wide_dtype(dtype)), config.head_size
-    # On the host, each step rounded once: an angle multiplies an error of its frequency
-    # by the position, and accelerators' powers are approximate.
+    # Frequencies are computed on the host, each step rounded once: the angle multiplies
+    # a frequency's error by the position, and accelerators approximate powers.
     exponent = (np.arange(0, size, 2) / size).astype(wide)
     power = (float(config.rope_theta) ** exponent.astype(np.float64)).astype(wide)
     frequency = 1 / power
@@ -350,7 +352,7 @@ def _rotation(
 
 
 def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn the pairs (i, i + D/2) of `[B, T, heads, D]` by their angles."""
+    """Rotate the pairs (i, i + D/2) of `[B, T, heads, D]` by their angles."""
     cos, sin = rotation
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)

@@ -1,4 +1,4 @@
-"""Where programs without a mesh run, and how much fits there."""
+"""The device of programs without a mesh, bytes of arrays, memory of devices."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def default_device() -> jax.Device:
 
 
 def device_bytes(tree: Any) -> int:
-    """Return the bytes that arrays, or shapes with shardings, take on one device."""
+    """Return the bytes of arrays, or of their shapes and shardings, on one device."""
 
     def size(x: Any) -> int:
-        cut = getattr(x, "sharding", None)
-        shape = x.shape if cut is None else cut.shard_shape(x.shape)
+        sharding = getattr(x, "sharding", None)
+        shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
         entries = math.prod(shape)
         return entries // 2 if x.dtype == jnp.int4 else entries * x.dtype.itemsize
 
@@ -32,7 +32,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def device_memory_bytes() -> int | None:
-    """Return the memory of one device here in bytes, None where it is unknown."""
+    """Return the memory of the default device in bytes, None where it is unknown."""
     device = default_device()
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:

@@ -1,14 +1,15 @@
-"""The drafter: a quantized view of the live policy parameters, and the dot it needs.
+"""The drafter: a quantized view of the live policy parameters, and its dot product.
 
-The draft is a pure function of the policy, a sibling pytree that is never optimised and
-never saved. AQT's quantizer makes the codes (symmetric, absolute maximum, one scale per
-output channel or per group of input channels); the multiplication is ours, because what
-is fast and what stays small differs by platform:
+The draft is a pure function of the policy: a sibling pytree, never optimised and never
+saved. AQT's quantizer makes the codes (symmetric, absolute maximum, one scale per
+output channel or per group of input channels). The multiplication is this module's own,
+because the fast and small form differs by platform:
 
 * TPU, GPU: weight-only. Codes are cast to the activation type *inside* the fused dot
   and the *output* is scaled, so no dequantized weight ever exists.
-* CPU: int8 x int8 -> int32 with one activation scale per token. A weight-only dot there
-  would be widened once outside the decoding loop, and the loop would read floats.
+* CPU: int8 x int8 -> int32 with one activation scale per token. With a weight-only dot
+  the compiler would cast the codes once, outside the decoding loop, and the loop would
+  read floats.
 
 A stale or broken draft costs acceptance, never correctness.
 
@@ -33,7 +34,7 @@ from jax import lax
 
 from er_jax.types import Params, wide_dtype
 
-# On CPU, codes of at least this many entries are the left factor (see `_integer_dot`):
+# On CPU, codes with at least this many entries are the left factor (`_integer_dot`):
 # 768 x 768 is faster that way, 256 x 704 slower.
 CODES_FIRST_SIZE = 2**19
 
@@ -46,12 +47,12 @@ class DrafterConfig:
       bits: 8 or 4, of every quantized weight.
       group_size: input channels that share a scale; None is one scale per output
         channel. Must divide the input size of every quantized weight.
-      act_bits: 8 quantizes activations per token, 16 leaves them alone, "auto" takes 8
-        on CPU and 16 elsewhere.
-      skip: a weight stays as it is when one of these occurs in its path; so do all
-        vectors.
+      act_bits: 8 quantizes activations per token, 16 leaves them alone, "auto" is 8 on
+        CPU and 16 elsewhere.
+      skip: words; a weight whose path contains one of them is not quantized. Vectors
+        never are.
     Raises:
-      ValueError: for any other value.
+      ValueError: any other value.
     """
 
     bits: int = 8
@@ -72,10 +73,10 @@ class DrafterConfig:
             isinstance(word, str) and word for word in self.skip
         ):
             raise ValueError(
-                f"skip={self.skip!r} must be several words, none of them empty, which "
-                "occurs in every path; give a tuple, as skip=('norm',)"
+                f"skip={self.skip!r} must be several words, none of them empty (an "
+                "empty word occurs in every path); give a tuple, as skip=('norm',)"
             )
-        # A list does, as it comes out of a file; a tuple can name a program.
+        # A list, as read from a file, is accepted; a tuple can be hashed.
         object.__setattr__(self, "skip", tuple(self.skip))
         if type(self.act_bits) is float or self.act_bits not in (8, 16, "auto"):
             raise ValueError(
@@ -85,13 +86,13 @@ class DrafterConfig:
 
 @struct.dataclass
 class QuantizedWeight:
-    """An integer weight and its scales; stands where the float weight stood.
+    """An integer weight and its scales, in the place of the float weight.
 
     tensor: AQT's container. Codes int8 or int4, `[out, in]`, or `[in/g, g, out]` with
-      groups of g; scales float32 `[out, 1]`, or `[in/g, 1, out]`.
-    is_grouped: static; whether the second layout is meant. act_bits: static; see
-      `DrafterConfig`.
-    Leading axes, as of stacked layers, stand before all of these.
+      groups of g; scales float32 `[out, 1]`, or `[in/g, 1, out]`. Leading axes, as of
+      stacked layers, come before these.
+    is_grouped: static; whether the layout is the grouped one.
+    act_bits: static; see `DrafterConfig`.
     """
 
     tensor: aqt_tensor.QTensor
@@ -111,9 +112,9 @@ class QuantizedWeight:
 
 @struct.dataclass
 class TiedEmbedding:
-    """An embedding table that is the vocabulary projection as well.
+    """An embedding table that is also the vocabulary projection.
 
-    table: `[V, d]`, looked up, and projected with where `projection` is None.
+    table: `[V, d]`, for look-ups, and for the projection where `projection` is None.
     projection: None in the policy; in a draft the quantized `[d, V]` projection, so
       that drafting reads the small copy while look-ups stay exact.
     """
@@ -129,9 +130,9 @@ class PolicyParams:
     Gradients, optimizer and checkpoints touch `policy` only.
 
     policy: the live parameters.
-    draft: their quantized view with the same structure. Leaves that are not quantized
-      may be None, which means: the policy's own. `attach_draft` makes it so, and no
-      embedding table is kept twice.
+    draft: their quantized view, with the same structure. A leaf that is not quantized
+      may be None and is then the policy's own; `attach_draft` leaves all of these None,
+      so that no embedding table is stored twice.
     """
 
     policy: Params
@@ -139,7 +140,7 @@ class PolicyParams:
 
 
 def is_weight(leaf: Any) -> bool:
-    """Whether a node of a parameter tree stands for one weight; see `jax.tree.map`."""
+    """Whether a node of a parameter tree is one weight: `is_leaf` of `jax.tree.map`."""
     return isinstance(leaf, QuantizedWeight | TiedEmbedding)
 
 
@@ -161,15 +162,15 @@ def _quantize_weight(weight: jax.Array, path: str, config: DrafterConfig) -> Any
         weight = weight.reshape(weight.shape[:axis] + groups + weight.shape[axis + 1 :])
         axis += 1
     else:
-        # Output first: an integer product reads such codes as they lie, on CPU and GPU,
-        # where it would copy `[in, out]` into that order at every call.
+        # Output channels first: an integer product on CPU or GPU reads this layout as
+        # it is, and would copy `[in, out]` into it at every call.
         weight = jnp.swapaxes(weight, axis, axis + 1)
         axis += 1
     quantizer = aqt_quantizer.quantizer_make(
         config.bits, preserve_max_val=True, scale_dtype=jnp.float32
     )
-    # In float32: in bfloat16 the scale, its inverse and the product would all be
-    # rounded before the codes are.
+    # Quantized in float32: bfloat16 would round the scale, its inverse and the product
+    # before the codes are rounded.
     tensor, _ = quantizer.quant(weight.astype(jnp.float32), calibration_axes=(axis,))
     return QuantizedWeight(
         tensor=tensor.astype(jnp.dtype(jnp.float32)),
@@ -211,8 +212,8 @@ def draft_params(params: PolicyParams) -> Params:
 def attach_draft(params: Params, config: DrafterConfig) -> PolicyParams:
     """Derive the draft of `params` and return both as one pytree.
 
-    Pure and jittable: call it at the end of the jitted parameter update and the refresh
-    costs one more pass over the weights. The draft holds the quantized leaves only.
+    Pure and jittable. At the end of the jitted parameter update it costs one more pass
+    over the weights. The draft holds the quantized leaves only.
 
     Args:
       params: the policy's parameters.
@@ -226,31 +227,31 @@ def attach_draft(params: Params, config: DrafterConfig) -> PolicyParams:
 def quantize(params: Params, config: DrafterConfig) -> Params:
     """Return draft parameters: `params` with its weight matrices quantized.
 
-    Every leaf of rank 2 or more whose path holds no word of `config.skip` is quantized
-    over its last-but-one axis, the input of `[..., in, out]`; everything else is
-    returned as it is. Shardings propagate: codes keep their weight's spec.
+    Every leaf of rank 2 or more whose path contains no word of `config.skip` is
+    quantized over its last-but-one axis, the input of `[..., in, out]`. All other
+    leaves are returned as they are. Codes keep the sharding of their weight.
 
     Args:
       params: pytree of floating-point arrays.
       config: bits, groups, activation bits, names to skip.
     Returns:
-      A tree of the same shape with `QuantizedWeight` in the place of quantized arrays;
+      A tree of the same structure with a `QuantizedWeight` for every quantized array;
       usable wherever the policy's parameters are.
     Raises:
       ValueError: a group size that does not divide an input size, or an integer weight.
-    Accuracy: the codes equal round-to-nearest of weight / (absmax / 127) (or / 7 for 4
+    Accuracy: the codes are weight / (absmax / 127) rounded to nearest (absmax / 7 for 4
       bits); tests/test_drafter.py compares bit for bit.
     """
     return draft_params(attach_draft(params, config))
 
 
 def check_draft(params: PolicyParams) -> None:
-    """Check on the host that a draft can stand in for its policy.
+    """Check on the host that a draft has the structure and shapes of its policy.
 
     Args:
-      params: policy and draft, of arrays or of their shapes.
+      params: policy and draft, of arrays or of `jax.ShapeDtypeStruct`.
     Raises:
-      ValueError: another tree or another shape, naming the first such weight.
+      ValueError: another structure or another shape; it names the first such weight.
     """
     remedy = "make the draft with er_jax.attach_draft(params, config)"
     try:
@@ -286,13 +287,13 @@ def check_draft(params: PolicyParams) -> None:
 
 
 def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
-    """Multiply activations by a weight of any kind: the one product policies use.
+    """Multiply activations by a weight of any kind: the one product of a policy.
 
     Args:
       x: `[..., in]`.
       w: an array `[in, out]`, a `QuantizedWeight` of one, or a `TiedEmbedding`.
-      out_dtype: dtype of the result; None is the dtype of `x`. Sums are float32 or
-        wider in any case.
+      out_dtype: dtype of the result; None is the dtype of `x`. Sums are always float32
+        or wider.
     Returns:
       `[..., out]`.
     """
@@ -322,10 +323,10 @@ def _float_dot(x: jax.Array, w: jax.Array, axis: int, out_dtype: Any) -> jax.Arr
 
 
 def _two_rows(product: Any) -> Any:
-    """Run a product of one row as one of two.
+    """Have a product pad a single row to two.
 
-    XLA's CPU backend turns a single row of bfloat16 or int8 into an untuned loop, ten
-    to twenty-five times slower than two rows.
+    XLA's CPU backend compiles a product with a single row of bfloat16 or int8 into an
+    untuned loop, ten to twenty-five times slower than with two rows.
     """
 
     def padded(x: jax.Array, *rest: Any) -> jax.Array:
@@ -366,15 +367,15 @@ def _integer_dot(
     """Multiply in int8 x int8 -> int32 with one activation scale per token.
 
     codes_first: make the codes the left factor. XLA's CPU backend repacks the right
-    one at every call, and large codes are worth sparing; the barrier keeps the
-    transposition from being moved back into the product.
+    factor at every call, which is dear for large codes. The barrier keeps the compiler
+    from moving the transposition back into the product.
     """
     wide = wide_dtype(x.dtype)
     x32 = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
     step = jnp.where(peak == 0, jnp.ones((), jnp.float32), peak) / 127.0
     x8 = jnp.round(x32 / step).astype(jnp.int8)
-    # int4 codes must be widened first: a mixed product becomes int32 x int32.
+    # int4 codes are widened first: a mixed product would become int32 x int32.
     codes, scale = w.codes.astype(jnp.int8), w.scale.astype(wide)
     if not w.is_grouped:
         if codes_first:
@@ -391,7 +392,7 @@ def _integer_dot(
 
 
 def _sum_groups(x: jax.Array, codes: jax.Array, scale: jax.Array, wide: Any) -> Any:
-    """Multiply group by group, `[..., in] x [in/g, g, out]`, and sum scaled groups."""
+    """Multiply `[..., in] x [in/g, g, out]` group by group; sum the scaled products."""
     grouped = x.reshape(x.shape[:-1] + codes.shape[:2])
     dims = (((grouped.ndim - 1,), (1,)), ((grouped.ndim - 2,), (0,)))
     accumulate = jnp.int32 if codes.dtype == jnp.int8 else wide

@@ -1,6 +1,6 @@
-"""Pictures without a display, and tables as text.
+"""Figures without a display, and tables as text.
 
-The one place that knows matplotlib may be missing.
+No other module has to handle a missing matplotlib.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def check_picture(name: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a path that no picture can be saved as, before there is one.
+    """Refuse a path that no picture can be saved to, before one is drawn.
 
     Args:
-      name: of the argument that gives the path.
+      name: the argument that gives the path. path: where to save; the ending is its
+        format.
     Raises:
-      ValueError: a kind of file that matplotlib does not write.
+      ValueError: matplotlib does not write this format.
       ImportError: as `new_figure`.
     """
     kind = Path(path).suffix.removeprefix(".").lower()
@@ -50,7 +51,7 @@ def check_picture(name: str, path: str | os.PathLike[str]) -> None:
 
 
 def text_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Return aligned text, numbers to three digits."""
+    """Return the rows as aligned columns, floats with three significant digits."""
 
     def text(value: Any) -> str:
         if isinstance(value, float):

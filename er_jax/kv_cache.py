@@ -1,14 +1,15 @@
 """The static key/value cache: write, attend, take rows, grow, insert a prefix.
 
-A cache is any pytree whose leaves are `[B, S, ...]`; entry s of a row belongs to the
-token at position s, so a mask is a comparison of two integers and forgetting a rejected
-draft costs nothing. Only `attend` knows what an entry means; the rest moves whole rows.
+A cache is any pytree whose leaves are `[B, S, ...]`. Entry s of a row belongs to the
+token at position s, so the mask is a comparison of two integers, and dropping a
+rejected draft costs nothing. Only `attend` knows what an entry means; the other
+functions move whole rows.
 
-The built-in decoder keeps one `[B, S, K * D]` leaf for keys and one for values per
-layer. Heads stay merged because both minor axes are then long: nothing is padded to a
-tile and no backend has to transpose the cache to batch over heads (see `attend`).
+The built-in decoder has one `[B, S, K * D]` leaf for keys and one for values per layer.
+Heads stay merged so that both minor axes are long: nothing is padded to a tile, and no
+backend has to transpose the cache to batch over heads (see `attend`).
 
-Left out: paging, a ring, quantized entries.
+Left out: paging, ring buffers, quantized entries.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from jax import lax
 
 from er_jax.types import Cache, wide_dtype
 
-# Below this many queries per row and head group, reading the cache decides the cost.
+# Up to this many queries per row, attention is bound by reading the cache.
 MERGED_QUERIES = 16
 
-# On CPU, where something is not finite, at most so many entries are cleaned at once.
+# Entries that the CPU path for non-finite values cleans at a time, at most.
 CAREFUL_ENTRIES = 128
 
-# On CPU, up to this many merged queries per row the keys are the left factor.
+# Up to this many merged queries per row, the keys are the left factor on CPU.
 KEYS_FIRST_QUERIES = 16
 
 
 def write(entries: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Write one entry per position, in place where the caller's buffer allows it.
+    """Write one entry per position, in place where the buffer may be reused.
 
     Args:
-      entries: `[B, S, ...]`. new: `[B, T, ...]`. positions: `[B, T]` int32; anything
-        outside 0 .. S-1 is dropped (-1 marks padding).
+      entries: `[B, S, ...]`. new: `[B, T, ...]`.
+      positions: `[B, T]` int32; those outside 0 .. S-1 are dropped (-1 is padding).
     """
     with jax.named_scope("cache"):
         rows = jnp.arange(entries.shape[0], dtype=positions.dtype)[:, None]
@@ -47,9 +48,9 @@ def write(entries: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array
         # A negative index would wrap around; S is out of bounds and therefore dropped.
         index = jnp.where(positions < 0, size, positions)
         if index.size == 1:
-            # XLA turns a scatter of one update into a conditional slice update, and
-            # then copies the whole buffer around it in every loop. A second, dropped
-            # update keeps it a scatter, done in place.
+            # XLA turns a scatter of one update into a conditional slice update, which
+            # copies the whole buffer in every iteration of a loop. With a second,
+            # dropped update it stays a scatter, done in place.
             index = jnp.concatenate([index, jnp.full_like(index, size)], axis=1)
             new = jnp.concatenate([new, new], axis=1)
         return entries.at[rows, index].set(new.astype(entries.dtype), mode="drop")
@@ -60,21 +61,21 @@ def attend(
 ) -> jax.Array:
     """Grouped-query attention of new tokens over the cache.
 
-    Entry s is visible to a query at position p when s <= p; the softmax is in float32
-    or wider. With few queries per row the K heads are multiplied as one block-diagonal
-    query against the merged cache: K times the (few) multiplications, and the cache is
-    read once, where it lies. Many queries (prefill, training) are bound by arithmetic
-    and take the usual form.
+    Entry s is visible to a query at position p when s <= p. The softmax is in float32
+    or wider. Few queries per row are multiplied, all heads as one block-diagonal query,
+    against the merged cache: K times the (few) multiplications, and one read of the
+    cache without a transposition. Many queries (prefill, training) are bound by
+    arithmetic and take the usual form.
 
-    A query that sees a non-finite entry returns NaN; one that sees none returns what it
-    would if that entry were finite. With few queries on an accelerator the second does
-    not hold, because it would cost another pass over the cache: there a non-finite
-    entry may turn all queries of its row to NaN, and `steps.decode_round` runs such a
-    row again, one token at a time.
+    A query that sees a non-finite entry returns NaN; entries that a query does not see
+    do not change its result. With few queries on an accelerator the latter does not
+    hold, because it would cost another pass over the cache: there a non-finite entry
+    may turn all queries of its row to NaN, and `steps.decode_round` runs such a row
+    again, one token at a time.
 
     Args:
-      query: `[B, T, H, D]`. keys, values: `[B, S, K * D]`. positions: `[B, T]` int32;
-        rows of padding (-1) see nothing and return zeros.
+      query: `[B, T, H, D]`. keys, values: `[B, S, K * D]`.
+      positions: `[B, T]` int32; padding (-1) sees nothing and returns zeros.
     Returns:
       `[B, T, H * D]` in the dtype of `query`.
     """
@@ -83,9 +84,9 @@ def attend(
 
 @contextlib.contextmanager
 def attention(function: Attention) -> Iterator[None]:
-    """Have `attend` be another function while a program is traced.
+    """Replace `attend` by another function while a program is traced.
 
-    For programs whose heads are spread over devices, which a policy need not know.
+    Programs whose heads are sharded over devices use it; the policy need not know.
     """
     token = _attention.set(function)
     try:
@@ -97,7 +98,7 @@ def attention(function: Attention) -> Iterator[None]:
 def attend_whole(
     query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """Attend with all heads in one place; see `attend`."""
+    """Attend with all heads on one device; see `attend`."""
     batch, num_queries, heads, size = query.shape
     length, kv_heads = keys.shape[1], keys.shape[2] // size
     group = heads // kv_heads
@@ -108,7 +109,7 @@ def attend_whole(
     q = (query * scale).reshape(batch, num_queries, kv_heads, group, size)
 
     def weights(scores: jax.Array, mask: jax.Array) -> jax.Array:
-        # A finite floor, so that a row which sees nothing gives numbers and not NaN.
+        # The floor is finite, so that a query which sees nothing gives zeros, not NaN.
         scores = jnp.where(mask, scores, jnp.asarray(-1e30, wide))
         top = lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
         exp = jnp.where(mask, jnp.exp(scores - top), jnp.zeros((), wide))
@@ -126,7 +127,7 @@ def attend_whole(
         out = out.reshape(batch, num_queries, heads * size)
         return _with_nan(out, _sees_bad(visible, is_sound))
 
-    # [.., K, 1, K, 1]: head i's query meets only head i's part of an entry.
+    # [.., K, 1, K, 1]: the query of head i meets only the part of head i in an entry.
     own = jnp.eye(kv_heads, dtype=query.dtype)[None, None, :, None, :, None]
     merged = (q[..., None, :] * own).reshape(
         batch, num_queries * heads, kv_heads * size
@@ -136,7 +137,7 @@ def attend_whole(
         return jnp.einsum("bqf,bsf->bqs", merged, keys, preferred_element_type=wide)
 
     def keys_first(merged: jax.Array, keys: jax.Array) -> jax.Array:
-        # XLA's CPU backend repacks the right factor: better the few queries.
+        # XLA's CPU backend repacks the right factor: the few queries cost less.
         scores = jnp.einsum("bsf,bqf->bsq", keys, merged, preferred_element_type=wide)
         return jnp.swapaxes(lax.optimization_barrier(scores), 1, 2)
 
@@ -149,12 +150,12 @@ def attend_whole(
     def combined(probs: jax.Array, values: jax.Array) -> jax.Array:
         out = jnp.einsum("bqs,bsf->bqf", probs, values)
         out = out.reshape(len(out), num_queries, kv_heads, group, kv_heads, size)
-        # Slices of the diagonal: a product with `own` would read all K parts again.
+        # Slices of the diagonal; a product with `own` would read all K parts again.
         parts = [out[:, :, head, :, head] for head in range(kv_heads)]
         return jnp.stack(parts, axis=2).reshape(len(out), num_queries, heads * size)
 
     def careful(probs: jax.Array, values: jax.Array) -> jax.Array:
-        # Some entries of a row at a time: a copy of all would double their memory.
+        # Cleans some entries of a row at a time; a copy of all would double the memory.
         size_s = max(n for n in range(1, CAREFUL_ENTRIES + 1) if length % n == 0)
 
         def add(
@@ -185,15 +186,15 @@ def attend_whole(
         return _with_nan(out.astype(values.dtype), sees_bad)
 
     def checked(probs: jax.Array, values: jax.Array) -> jax.Array:
-        # Only a CPU branches for free. What leaks is never finite.
-        # Padding sees nothing, and must not look as if it had seen what is not finite.
+        # A CPU branches at no cost. An unseen non-finite entry that leaks into an
+        # output makes it non-finite. Padding has no output and must not look like one.
         is_real = (positions >= 0)[..., None]
         out = combined(probs, values)
         out = jnp.where(is_real, out, jnp.zeros((), out.dtype))
         is_clean = jnp.all(jnp.isfinite(out), axis=(1, 2), keepdims=True)
 
         def mended(probs: jax.Array, values: jax.Array) -> jax.Array:
-            # Other rows stay as they are, to the last bit.
+            # Clean rows stay as they are, to the last bit.
             return jnp.where(is_clean, out, careful(probs, values))
 
         return lax.cond(jnp.all(is_clean), lambda *_: out, mended, probs, values)
@@ -203,14 +204,14 @@ def attend_whole(
 
 def _is_sound(keys: jax.Array, values: jax.Array) -> jax.Array:
     """Whether entries `[B, S, K * D]` are finite in key and value, bool `[B, S]`."""
-    # The largest number is finite if all are; NaN is the largest of any. Flags of all
-    # numbers would have to be written.
+    # The maximum is finite exactly if all numbers are, because it propagates NaN. Flags
+    # per number would have to be written to memory.
     largest = [jnp.max(jnp.abs(entries), axis=-1) for entries in (keys, values)]
     return jnp.isfinite(largest[0]) & jnp.isfinite(largest[1])
 
 
 def _sees_bad(visible: jax.Array, is_sound: jax.Array) -> jax.Array:
-    """Whether queries see (`[B, T, S]`) an entry that is not finite, `[B, T, 1]`."""
+    """Whether a query sees a non-finite entry: `[B, T, S]`, `[B, S]` -> `[B, T, 1]`."""
     return jnp.any(visible & ~is_sound[:, None], axis=-1, keepdims=True)
 
 
@@ -221,7 +222,7 @@ _attention: contextvars.ContextVar[Attention] = contextvars.ContextVar(
 
 
 def _with_nan(out: jax.Array, sees_bad: jax.Array) -> jax.Array:
-    """Return attention `[B, T, H * D]`, NaN where `sees_bad` (`[B, T, 1]`)."""
+    """Return the output `[B, T, H * D]`, NaN where `sees_bad` (`[B, T, 1]`)."""
     return jnp.where(sees_bad, jnp.asarray(jnp.nan, out.dtype), out)
 
 
@@ -231,7 +232,7 @@ def take_rows(cache: Cache, rows: jax.Array) -> Cache:
 
 
 def resize(cache: Cache, length: int) -> Cache:
-    """Grow (with zeros) or shorten every leaf `[B, S, ...]` to `length` positions."""
+    """Shorten every leaf `[B, S, ...]` to `length` positions, or grow it with zeros."""
 
     def leaf_of_length(leaf: jax.Array) -> jax.Array:
         if length <= leaf.shape[1]:
@@ -244,7 +245,7 @@ def resize(cache: Cache, length: int) -> Cache:
 
 
 def copy_row(cache: Cache, source: jax.Array, to: jax.Array, count: jax.Array) -> Cache:
-    """Overwrite row `to` with the first `count` entries of row `source`, zeros behind.
+    """Overwrite row `to` with the first `count` entries of row `source`, then zeros.
 
     Args:
       cache: leaves `[B, S, ...]`. source, to, count: int32 `[]`; `source` may be `to`.
@@ -263,10 +264,10 @@ def copy_row(cache: Cache, source: jax.Array, to: jax.Array, count: jax.Array) -
 def insert_row(
     cache: Cache, prefix: Cache, slot: jax.Array, source: jax.Array
 ) -> Cache:
-    """Overwrite one row with row `source` of a shorter cache, zeros behind it.
+    """Overwrite row `slot` with row `source` of a shorter cache, then zeros.
 
-    The zeros matter: whatever an earlier sequence left behind, a non-finite entry above
-    all, would otherwise be multiplied by the next one's zero attention weights.
+    The zeros matter: attention multiplies unseen entries by zero, and a non-finite
+    entry of an earlier sequence would turn that product to NaN.
 
     Args:
       cache: leaves `[B, S, ...]`. prefix: leaves `[P, T, ...]`, T <= S. slot, source:

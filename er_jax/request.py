@@ -1,7 +1,7 @@
-"""A request in the sizes that programs are compiled for.
+"""Requests: what to sample, in the sizes that programs are compiled for.
 
-Prompts, rows and cache lengths are rounded up to buckets, so that other prompts meet
-the same programs. Left out: whether the arguments are right (`checks`).
+Prompt lengths, rows and cache lengths are rounded up to buckets, so that other prompts
+use the same programs. Left out: checks of the arguments (`checks`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from er_jax.types import NONE, Sampling
 def row_buckets(slots: int, num_shards: int = 1) -> tuple[int, ...]:
     """Return the batch sizes worth compiling: 1, 2, 3, 4, 6, 8, 12, ... and `slots`.
 
-    With several data shards, each with as many rows, so many times that.
+    With several data shards, these are the sizes of one shard times their number.
     """
-    each = slots // num_shards
-    sizes = {each}
+    per_shard = slots // num_shards
+    sizes = {per_shard}
     power = 1
-    while power < each:
+    while power < per_shard:
         sizes |= {power, power * 3 // 2 if power > 1 else power}
         power *= 2
-    return tuple(sorted(num_shards * size for size in sizes if size <= each))
+    return tuple(sorted(num_shards * size for size in sizes if size <= per_shard))
 
 
 def bucket_of(size: int, buckets: Iterable[int]) -> int:
@@ -37,8 +37,8 @@ def bucket_of(size: int, buckets: Iterable[int]) -> int:
     return min(bucket for bucket in buckets if bucket >= size)
 
 
-# Tokens of prompts prefilled at once: enough to be bound by arithmetic, few enough
-# that refilling with one short prompt wastes little. A CPU is bound by it at once.
+# Prompt tokens prefilled at once: enough to be bound by arithmetic, few enough that
+# refilling with one short prompt wastes little. A CPU is so bound with fewer.
 PREFILL_TOKENS = 256
 PREFILL_TOKENS_CPU = 64
 
@@ -46,7 +46,7 @@ MIN_PROMPT_BUCKET = 16
 
 
 def power_of_two(size: int, least: int) -> int:
-    """Return the least power of two that holds `size`, `least` or more."""
+    """Return the least power of two >= `size`, but at least `least`."""
     return max(least, 1 << (size - 1).bit_length())
 
 
@@ -56,11 +56,12 @@ def request_of(
     config: RolloutConfig,
     num_shards: int = 1,
 ) -> Request:
-    """Round sizes up to buckets, so that other prompts meet the same programs.
+    """Return the request of some prompts, with sizes rounded up to buckets.
 
     Args:
-      prompts: int32 `[length]` each. sequence_ids: `[len(prompts) * n]`.
-      config: how to sample. num_shards: parts of the batch that get as many slots each.
+      prompts: int32 `[length]` each. sequence_ids: int `[len(prompts) * n]`.
+      config: settings of the rollout. num_shards: data shards; the slots are divided
+        evenly among them.
     """
     distinct: dict[bytes, int] = {}
     prompt_of = np.repeat(
@@ -68,9 +69,9 @@ def request_of(
     )
     unique = [np.frombuffer(data, np.int32) for data in distinct]
     bucket = power_of_two(max(len(p) for p in prompts), MIN_PROMPT_BUCKET)
-    whole = bucket + config.max_new_tokens
-    step = 64 if whole <= 512 else 128
-    lengths = [-(-whole // step) * step]
+    longest = bucket + config.max_new_tokens
+    step = 64 if longest <= 512 else 128
+    lengths = [-(-longest // step) * step]
     while lengths[-1] // 2 >= max(bucket + 64, 128):
         lengths.append(-(-lengths[-1] // 2 // step) * step)
     is_cpu = jax.default_backend() == "cpu"
@@ -92,11 +93,11 @@ def sampling_of(config: RolloutConfig, key: jax.Array) -> Sampling:
     """Return the traced settings of a config and a key.
 
     Raises:
-      ValueError: it is no random key.
+      ValueError: `key` is not one random key.
     """
     remedy = "give one key, as jax.random.key makes it"
     if not isinstance(key, jax.Array | np.ndarray):
-        raise ValueError(f"key={key!r} is no random key; {remedy}")
+        raise ValueError(f"key={key!r} is not a random key; {remedy}")
     typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and key.dtype != np.uint32:
         raise ValueError(f"key has dtype {key.dtype}, not uint32; {remedy}")
@@ -104,7 +105,7 @@ def sampling_of(config: RolloutConfig, key: jax.Array) -> Sampling:
         raise ValueError(f"key has shape {key.shape}; {remedy}")
     data = np.asarray(jax.random.key_data(key) if typed else key)
     if data.shape != (2,):
-        # Another generator's key: two words drawn from it seed the counter noise.
+        # The key of another generator: two words drawn with it become the noise key.
         data = np.asarray(jax.random.bits(key, (2,), np.uint32))
     stops = list(dict.fromkeys(config.stop_token_ids))
     num_stops = power_of_two(max(len(stops), 1), 8)
@@ -123,13 +124,15 @@ def sampling_of(config: RolloutConfig, key: jax.Array) -> Sampling:
 class Request:
     """What to sample, as host values.
 
-    prompts: the distinct prompts, int32 arrays. prompt_of: int `[N]`, the prompt of
-    each sequence. sequence_ids: int `[N]`. max_new_tokens: limit of each completion.
-    slots: rows of the full batch. cache_lengths: sizes the cache may have, ascending;
-    the last holds any row. prompt_bucket: T, tokens of a prefilled prompt.
+    prompts: the distinct prompts, int32 arrays.
+    prompt_of: int `[N]`, index into `prompts` for each sequence.
+    sequence_ids: int `[N]`. max_new_tokens: limit of each completion in tokens.
+    slots: rows of the full batch.
+    cache_lengths: lengths the cache may have, ascending; the last holds any row.
+    prompt_bucket: T, tokens of a prefilled prompt, padding included.
     chunk: C, prompts prefilled together.
-    state_limit_bytes: what all states together may take of a device; None where its
-    memory is unknown.
+    state_limit_bytes: bytes of a device that all states together may take; None where
+      its memory is unknown.
     """
 
     prompts: Sequence[np.ndarray]
@@ -143,5 +146,5 @@ class Request:
     state_limit_bytes: int | None = None
 
     def limit(self, sequence: int) -> int:
-        """Return the length at which a sequence ends."""
+        """Return the length in tokens at which a sequence ends, prompt included."""
         return len(self.prompts[self.prompt_of[sequence]]) + self.max_new_tokens

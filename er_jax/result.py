@@ -1,4 +1,4 @@
-"""What a rollout returns, and what it raises with the completions finished by then."""
+"""The result of a rollout, and the error that carries the finished completions."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Rollout:
     prompt_ids: int32 `[N, T]`, left-padded. prompt_mask: bool `[N, T]`.
     completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token included.
     completion_mask: bool `[N, max_new_tokens]`, true on sampled tokens.
-    logprobs: float32 `[N, max_new_tokens]`, of the emitted token under the target model
-      by the meaning in the config, 0 where masked.
+    logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
+      under the target, of the kind `config.logprobs`; 0 where masked.
     lengths: int32 `[N]`, sampled tokens.
-    finish_reason: `[N]` words, "stop", "length" or "nonfinite".
-    sequence_ids: int32 `[N]`, the names of the completions for the noise.
+    finish_reason: strings `[N]`, "stop", "length" or "nonfinite".
+    sequence_ids: int32 `[N]`, the ids that select each completion's noise.
     stats: what the rollout did; see `RolloutStats`.
     """
 
@@ -53,7 +53,14 @@ def assemble(
     stats: RolloutStats,
     agreement: Agreement,
 ) -> Rollout:
-    """Lay the completions out; of several processes, each brings those it has."""
+    """Lay completions out as a `Rollout`, the same in every process.
+
+    Args:
+      prompts: int32 `[length]` each. completions: sequence (0 .. N-1) -> completion; of
+        several processes, each gives those it has.
+      sequence_ids: int `[N]`. config: settings of the rollout. stats: passed through.
+      agreement: of the processes.
+    """
     count, width = len(sequence_ids), max(len(p) for p in prompts)
     prompt_ids = np.full((count, width), config.pad_id, np.int32)
     prompt_mask = np.zeros((count, width), bool)
@@ -102,17 +109,19 @@ class Completion:
     finish_reason: str
 
     def copy(self) -> Completion:
-        """Return the same with arrays of its own."""
+        """Return a copy with its own arrays."""
         return dataclasses.replace(
             self, token_ids=self.token_ids.copy(), logprobs=self.logprobs.copy()
         )
 
 
 class RolloutError(RuntimeError):
-    """A rollout failed half-way; `completions` holds what had finished.
+    """A rollout failed; `completions` holds those finished before.
 
-    completions: sequence id -> `Completion`. The cause is the original exception.
-    request: whose completions they are, None of several replicas.
+    The cause (`__cause__`) is the original exception.
+
+    completions: sequence id -> `Completion`.
+    request: the request they belong to; None for several replicas.
     """
 
     request: Request | None = None
@@ -126,14 +135,16 @@ class RolloutError(RuntimeError):
 def keeping(
     completions: Callable[[], Mapping[int, Completion]], request: Request
 ) -> Iterator[None]:
-    """Have whatever ends the block early carry the completions there are by then.
+    """Attach the finished completions to an exception that leaves the block.
 
-    A failure becomes a `RolloutError`, also one of another rollout that a callback
-    made. What is no failure, as Ctrl-C or `sys.exit`, stays what it is and gets an
-    attribute `completions`. Of two such blocks for one request the inner one counts.
+    An `Exception` becomes a `RolloutError`, even one that is the `RolloutError` of
+    another request, from a rollout inside a callback. Ctrl-C, `sys.exit` and the like
+    stay what they are and get an attribute `completions`. Of two nested blocks for one
+    request, the inner one does this.
 
     Args:
-      completions: called then; sequence -> completion. request: names the sequences.
+      completions: called when the block raises; returns sequence -> completion.
+      request: maps sequences to sequence ids.
     """
     try:
         yield

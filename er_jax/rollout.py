@@ -1,11 +1,11 @@
-"""The call users make: `rollout`, and `compile_ahead`.
+"""The public calls: `rollout`, and `compile_ahead`.
 
-Arguments are checked on the host before anything is compiled (`checks`), rounded up to
-buckets (`request`), sampled by the loop (`scheduler`), and laid out as arrays
-(`result`).
+A call checks its arguments on the host before anything is compiled (`checks`), rounds
+their sizes up to buckets (`request`), samples in the scheduler's loop (`scheduler`),
+and lays the completions out as arrays (`result`).
 
-On a mesh the same call samples on all of its devices; of several processes every one
-makes it, with the same arguments, and gets the same result. Left out: text, rewards.
+On a mesh the same call samples on all devices. Every process of the mesh makes it, with
+the same arguments, and gets the same result. Left out: text, rewards.
 """
 
 from __future__ import annotations
@@ -60,42 +60,42 @@ def rollout(
     """Sample n completions of every prompt from the policy.
 
     The tokens follow the policy's distribution after the sampling transform exactly,
-    with speculation or without. With `accept="coupled"` they are a function of
+    with or without speculation. With `accept="coupled"` they are a function of
     (params, prompt, key, sequence id) alone.
 
     Args:
       policy: the model; see `Policy`.
-      params: its parameters, or `PolicyParams` with a draft. Bare parameters get a
-        draft at the start of the call (if `control` can use one).
+      params: its parameters, or `PolicyParams` with a draft. Without one, a draft is
+        derived at the start of the call (if `control` can use it).
       prompts: P sequences of token ids, each at least one token, or an array
-        `[P, length]`; of several processes it may be a global one.
+        `[P, length]`; with several processes, it may be a global array.
       key: a JAX random key, typed or raw; folded with sequence ids and positions, so
         calls that should differ need different keys.
-      config: how to sample.
-      sequence_ids: N distinct integers in 0 .. 2**31-1, the completions' names for the
-        noise; default 0 .. N-1. Giving one again samples that completion again.
+      config: settings of the rollout.
+      sequence_ids: N distinct integers in 0 .. 2**31-1 that select each completion's
+        noise; default 0 .. N-1. The same id samples the same completion again.
       controller: learns costs and acceptance; keep it across calls. None uses one
         that lives as long as the process, per policy, control and drafter. Calls in
         several threads may share one; see `Controller`.
       mesh: devices to run on, with any of the axes data, fsdp and model (see
         `mesh.rules`; `mesh.layout.rollout_mesh` takes other names); None is the default
-        device. Parameters are used as they lie on it. A decoder's are laid out by the
-        rules if they lie elsewhere; every call then moves them. All processes of the
-        mesh call `rollout` with the same arguments.
+        device. Parameters on the mesh are used with the shardings they have; those of a
+        `Decoder` that are elsewhere are sharded by the rules, again in every call. All
+        processes of the mesh call `rollout` with the same arguments.
       on_finish: called with (sequence id, `Completion`) as rows finish, while the
-        device goes on with the others: the place for rewards of single completions. Of
-        several processes, one is called for each completion.
+        device decodes the others; use it for rewards of single completions. With
+        several processes, one of them calls it for each completion.
       progress: show a progress bar.
-      profile: directory for a trace of host and device, for XProf or Perfetto; what
-        the trace itself costs is in the seconds. See docs/profiling.md.
+      profile: directory for a trace of host and device, for XProf or Perfetto; the
+        seconds in `stats` then include the cost of tracing. See docs/profiling.md.
     Returns:
       A `Rollout`.
     Raises:
       ValueError: a wrong argument, before anything is compiled or allocated.
-      RolloutError: a failure on the way, holding the completions finished so far.
-      KeyboardInterrupt: Ctrl-C, with these in an attribute `completions`.
+      RolloutError: anything later failed; it holds the completions finished before.
+      KeyboardInterrupt: Ctrl-C; its attribute `completions` holds them as well.
     Warns:
-      RuntimeWarning: rows ended at a non-finite logit; it names their sequence ids. Or
+      RuntimeWarning: rows ended at a non-finite logit (it names their sequence ids), or
         drafts were kept far less often than expected: a stale or broken draft.
     Example:
       >>> import jax, er_jax
@@ -122,7 +122,7 @@ def rollout(
         with stats.timed("calibration", lambda: engine.compile_s):
             _load_costs(call, params)
         completions: dict[int, Completion] = {}
-        # What fails from here on, a warning made an error among it, loses nothing.
+        # A failure from here on, even a warning raised as an error, loses nothing.
         with keeping(lambda: completions, request):
             with controller.sampling(_setting(config)), profiled(profile):
                 completions = loop.run(
@@ -167,19 +167,19 @@ def compile_ahead(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> list[Program]:
-    """Compile what rollouts of such prompts are likely to need, in parallel.
+    """Compile the programs that rollouts of such prompts will likely need, in parallel.
 
-    Without it every program is compiled when it is first wanted, one after the other.
-    With it all of these are: the full batch at every cache length, smaller batches at
-    the longest; at each, the draft length that is known to be fastest, or plain
-    decoding and a draft of about four where nothing is known yet.
+    A rollout otherwise compiles each program when it first needs it, one after the
+    other. This call compiles the full batch at every cache length and smaller batches
+    at the longest; for each of these, the fastest draft length if it is known,
+    otherwise plain decoding and a draft length near four.
 
     Args:
-      policy, params, prompts, config, controller, mesh: as for `rollout`; of the
-        parameters only shapes are used, and of the prompts only lengths and number.
+      policy, params, prompts, config, controller, mesh: as for `rollout`. Only the
+        shapes of the parameters, and the lengths and number of prompts, are used.
       progress: show a progress bar.
     Returns:
-      The windows that are ready now: rows, cache length, gamma.
+      The programs that are compiled now.
     Raises:
       ValueError: as for `rollout`.
     """
@@ -213,7 +213,7 @@ def compile_ahead(
 def _worth_compiling(
     controller: Controller, rows: int, cache_length: int
 ) -> list[Program]:
-    """Return what to compile ahead for a state of this shape."""
+    """Return the programs to compile ahead for a state of this shape."""
     programs = [Program(rows, cache_length, gamma) for gamma in controller.gammas]
     speeds = {program: controller.speed(program) or 0.0 for program in programs}
     if any(speeds.values()):
@@ -224,10 +224,10 @@ def _worth_compiling(
 
 @contextlib.contextmanager
 def _own_jax_settings() -> Iterator[None]:
-    """Undo settings of the caller's that are not meant for a rollout.
+    """Suspend the caller's transfer guard and `disable_jit` during a rollout.
 
-    Its transfers are few and on purpose, so a guard against others must not stop them;
-    and its programs are compiled ahead, which `disable_jit` would make impossible.
+    A rollout's few transfers are intended, and it compiles its programs ahead of time,
+    which needs jit.
     """
     with jax.transfer_guard("allow"), jax.disable_jit(False):
         yield
@@ -236,22 +236,22 @@ def _own_jax_settings() -> Iterator[None]:
 def profiled(
     directory: str | os.PathLike[str] | None,
 ) -> contextlib.AbstractContextManager[Any]:
-    """Return what writes a trace of a block, or nothing for None."""
+    """Return a context manager that traces its block, or does nothing for None."""
     if directory is None:
         return contextlib.nullcontext()
     return jax.profiler.trace(directory)
 
 
 def _setting(config: RolloutConfig) -> tuple[float, ...]:
-    """Return what acceptance depends on beside the policy."""
+    """Return the sampling settings that acceptance depends on."""
     return config.temperature, config.top_k, config.top_p, config.min_p
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A rollout before anything is compiled: checked arguments, and what they name.
+    """The checked arguments of a rollout, with its request, engine and controller.
 
-    params: as they were given, on the devices of `engine`.
+    params: as given, on the devices of `engine`.
     """
 
     params: Params | PolicyParams
@@ -277,9 +277,9 @@ def _prepare(
     controller: Controller | None,
     mesh: Mesh | None,
 ) -> _Call:
-    """Check the arguments of a rollout and find its engine and controller.
+    """Check the arguments of a rollout; find its engine and controller.
 
-    Parameters that do not lie on the mesh are moved there.
+    Parameters that are not on the mesh are moved there.
     """
     checks.check_policy(policy)
     is_drafting = max(parse_control(config.control, config.gammas)) > 0
@@ -305,8 +305,8 @@ def _prepare(
         checks.check_parameters(policy, call.policy_params)
         if max(controller.gammas):
             checks.check_drafting(policy, params, config)
-    room = checks.check_memory(engine, params, request, is_drafting)
-    request = dataclasses.replace(request, state_limit_bytes=room)
+    limit_bytes = checks.check_memory(engine, params, request, is_drafting)
+    request = dataclasses.replace(request, state_limit_bytes=limit_bytes)
     return dataclasses.replace(call, request=request)
 
 
@@ -316,16 +316,16 @@ def _engine_of(
     config: RolloutConfig,
     mesh: Mesh | None,
 ) -> tuple[Params | PolicyParams, Engine]:
-    """Return parameters as they lie where the rollout runs, and what runs it."""
+    """Return the parameters on the devices of the rollout, and its engine."""
     if mesh is not None:
         mesh = layout.rollout_mesh(mesh)
         params = layout.put_on_mesh(policy, params, mesh)
     else:
         checks.check_placement(params)
-    own = params.policy if isinstance(params, PolicyParams) else params
+    policy_params = params.policy if isinstance(params, PolicyParams) else params
     if mesh is None:
-        return params, engine_for(policy, own, config.accept)
-    return params, mesh_engines_for(policy, config.accept, [(own, mesh)])[0]
+        return params, engine_for(policy, policy_params, config.accept)
+    return params, mesh_engines_for(policy, config.accept, [(policy_params, mesh)])[0]
 
 
 def _topology(engine: Engine, params: PolicyParams, request: Request) -> Topology:
@@ -342,9 +342,9 @@ def mesh_shards(engine: Engine) -> int:
 def _with_draft(
     call: _Call, config: RolloutConfig, stats: RolloutStats
 ) -> PolicyParams:
-    """Return parameters with their draft, derived now where none was given."""
+    """Return the parameters with a draft, derived now if none was given."""
     if isinstance(call.params, PolicyParams):
-        return _unbound(call.params)
+        return _uncommitted_codes(call.params)
     if not max(call.controller.gammas):
         return PolicyParams(policy=call.params, draft=None)
     engine = call.engine
@@ -355,7 +355,7 @@ def _with_draft(
 
 
 def _load_costs(call: _Call, params: PolicyParams) -> None:
-    """Give a controller that may draft, and has timed nothing, what a disk has kept."""
+    """Load saved costs into a controller that may draft and has timed nothing yet."""
     controller = call.controller
     with controller.measuring:
         table = controller.table
@@ -365,11 +365,11 @@ def _load_costs(call: _Call, params: PolicyParams) -> None:
             controller.table = table if found is None else found
 
 
-def _unbound(params: PolicyParams) -> PolicyParams:
-    """Return a draft whose 4-bit codes are bound to no device, on CPU.
+def _uncommitted_codes(params: PolicyParams) -> PolicyParams:
+    """Return the parameters with uncommitted 4-bit codes in the draft, on CPU.
 
-    There compiled programs refuse codes that are, as those of restored parameters are:
-    they ask for a layout that JAX gives no array on a CPU.
+    Compiled CPU programs refuse 4-bit codes that are committed to a device, as restored
+    ones are: they ask for a layout that JAX gives no CPU array.
     """
     if jax.default_backend() != "cpu":
         return params
@@ -382,7 +382,7 @@ def _unbound(params: PolicyParams) -> PolicyParams:
 
 
 def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
-    """Warn the caller of `rollout` of what ought to be looked into."""
+    """Warn the caller of `rollout` of a broken drafter and of non-finite logits."""
     if broken_drafter is not None:
         expected, found = broken_drafter
         warnings.warn(

@@ -1,12 +1,11 @@
 """From logits to a draw: the target distribution, the noise, log-probabilities.
 
-The transform is the same for target and draft: temperature first, then top-k, top-p and
-min-p. All settings are traced scalars (`types.Sampling`). A draw is the argmax of
-log-probability plus Gumbel noise, and the noise is a counter: a pure function of
-(key, sequence id, position, purpose, token). It never depends on slot, row, round or
-gamma, which is what makes rollouts replayable.
+Target and draft use the same transform: temperature, then top-k, top-p and min-p. All
+settings are traced arrays (`types.Sampling`). A draw is the argmax of log-probability
+plus Gumbel noise. The noise is a pure function of (key, sequence id, position, purpose,
+token) and never depends on row, round or gamma; that makes rollouts replayable.
 
-Left out: penalties and logit processors that look at earlier tokens.
+Left out: penalties and logit processors that read earlier tokens.
 
 Source: the Gumbel-max trick (Maddison, Tarlow, Minka 2014, arXiv 1411.0030); top-p,
 Holtzman et al. 2019 (arXiv 1904.09751); min-p, Nguyen et al. 2024 (arXiv 2407.01082).
@@ -24,20 +23,21 @@ from jax import lax
 
 from er_jax.types import LogprobKind, Purpose, Sampling
 
-# Log-probability of a token that cannot be drawn. Finite, so that sums and differences
-# of two of them are numbers; exp of it is exactly 0 in every float type.
+# Log-probability of a token that cannot be drawn. It is finite, so that sums and
+# differences of two of them are too; its exp is exactly 0 in every float type.
 NEVER = -1e30
 
 
 def _below_best(logits: jax.Array) -> jax.Array:
-    """Return the logits less the highest of them, which becomes 0."""
+    """Return the logits minus their maximum, so that the highest is 0."""
     return logits - jnp.max(logits, axis=-1, keepdims=True)
 
 
 def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Return (logits - max) / temperature, with temperature 0 read as 1.
 
-    Taking the maximum off first keeps tiny temperatures finite: others go to -inf.
+    Subtracting the maximum first keeps the largest score finite (0) at any temperature;
+    the others may go to -inf.
     """
     one = jnp.ones((), logits.dtype)
     temperature = sampling.temperature.astype(logits.dtype)
@@ -46,9 +46,9 @@ def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _log_total(scores: jax.Array) -> jax.Array:
-    """Return log sum exp `[..., 1]` of scores of which the highest is 0.
+    """Return log sum exp `[..., 1]` of scores whose maximum is 0.
 
-    Knowing that saves the pass over the vocabulary that would look for it.
+    The known maximum saves a pass over the vocabulary.
     """
     return jnp.log(jnp.sum(jnp.exp(scores), axis=-1, keepdims=True))
 
@@ -57,16 +57,16 @@ def _log_normalized(scores: jax.Array) -> jax.Array:
     return jnp.maximum(scores - _log_total(scores), jnp.asarray(NEVER, scores.dtype))
 
 
-# Bits of a threshold found in one pass over the vocabulary: a CPU is bound by the
-# comparisons, of which one bit takes fewest; other devices by the passes. Seven sums of
-# one array are one kernel on a GPU, fifteen are two.
+# Bits of a threshold that one pass over the vocabulary finds. A CPU is bound by the
+# comparisons, which are fewest with one bit; other devices are bound by the passes. A
+# GPU fuses the seven sums for three bits into one kernel; four bits would take two.
 CPU_BITS, DEVICE_BITS = 1, 3
 
 
 def _keys(scores: jax.Array) -> jax.Array:
-    """Return unsigned integers in the order of the scores, the highest score first.
+    """Return unsigned integers that ascend as the scores descend.
 
-    Scores are at most 0, and the bits of floats from 0 upwards order as integers do.
+    Scores are at most 0, and the bits of non-negative floats order as integers do.
     """
     unsigned = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
     return lax.bitcast_convert_type(jnp.abs(scores), unsigned)
@@ -77,13 +77,16 @@ def _threshold(
 ) -> jax.Array:
     """Return the least key `[..., 1]` such that the tokens up to it are enough; exact.
 
-    Digit by digit from the highest on: fewer passes over the vocabulary than a sort.
+    The search goes digit by digit from the highest, in fewer passes over the vocabulary
+    than a sort.
 
     Args:
-      scores: `[..., V]`. is_enough: of the scores and the last key taken, `[..., 1]`.
+      scores: `[..., V]`.
+      is_enough: takes the scores and the largest key to keep, `[..., 1]`; returns
+        whether the tokens up to that key are enough, bool `[..., 1]`.
     """
-    # Keys and what is summed are made again in every pass: one read of the scores,
-    # where arrays made beforehand would each be read.
+    # Every pass recomputes keys and summands from the scores and so reads one array;
+    # each array made beforehand would be read as well.
     unsigned = _keys(scores[..., :1])
     width = 8 * unsigned.dtype.itemsize
 
@@ -95,8 +98,8 @@ def _threshold(
             one, highest = jnp.ones((), low.dtype), ~jnp.zeros((), low.dtype)
             digit = jnp.zeros_like(low)
             for value in range(1, 1 << digit_bits):
-                # The largest key with a smaller value of this digit. The first digit
-                # has fewer bits where they do not divide the key's.
+                # The largest key with a smaller value of this digit. The first digit is
+                # shorter where `digit_bits` does not divide the key's width.
                 fits = (highest >> shift) >= value
                 last = jnp.where(fits, low + ((one * value) << shift) - one, highest)
                 digit += (~is_enough(scores, last)).astype(low.dtype)
@@ -112,10 +115,10 @@ def _threshold(
 
 
 def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
-    """Apply top-k, then top-p to what is left; both as thresholds on the score.
+    """Apply top-k, then top-p to the remaining tokens, as thresholds on the score.
 
-    Thresholds keep all tokens that tie with the last one kept, so the kept set is a
-    function of the scores and not of a sort's order among equals.
+    A threshold keeps every token that ties with the last one kept, so the kept set is a
+    function of the scores alone, and not of a sort's order among equals.
     """
     top_k = jnp.minimum(sampling.top_k, jnp.int32(scores.shape[-1]))
 
@@ -146,10 +149,11 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def target_logprobs(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Return the log-probabilities that are sampled from: the target of these logits.
+    """Return the log-probabilities that tokens are sampled from.
 
-    Temperature, then top-k, then top-p of the rest, then min-p (relative to the most
-    likely token). What top-k and top-p need is computed only when one of them is on.
+    The transform is temperature, then top-k, then top-p of the rest, then min-p
+    (relative to the most likely token). The thresholds of top-k and top-p are computed
+    only when one of them is on.
 
     Args:
       logits: `[..., V]` float32 or wider; -inf masks a token.
@@ -159,8 +163,8 @@ def target_logprobs(logits: jax.Array, sampling: Sampling) -> jax.Array:
       probability is 0. At temperature 0 the first largest logit has probability 1.
     """
     scores = _temperature_scaled(logits, sampling)
-    is_cut = (sampling.top_k > 0) | (sampling.top_p < 1)
-    scores = lax.cond(is_cut, _truncated, lambda s, _: s, scores, sampling)
+    is_truncated = (sampling.top_k > 0) | (sampling.top_p < 1)
+    scores = lax.cond(is_truncated, _truncated, lambda s, _: s, scores, sampling)
     # Scores are relative to the maximum, so min-p is a threshold at log(min_p).
     floor = jnp.log(sampling.min_p.astype(scores.dtype))
     never = jnp.asarray(NEVER, scores.dtype)
@@ -177,7 +181,7 @@ def target_logprobs(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def is_distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Whether logits `[..., V]` can be sampled, bool `[...]`.
 
-    False where one is NaN or +inf, or all are -inf (which, alone, masks a token).
+    False where one is NaN or +inf, or all are -inf. A single -inf masks its token.
     """
     return jnp.isfinite(_log_total(_temperature_scaled(logits, sampling)))[..., 0]
 
@@ -185,12 +189,13 @@ def is_distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def token_logprobs(
     logits: jax.Array, target: jax.Array, tokens: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """Return the log-probability of given tokens, by the meaning in `sampling`.
+    """Return the log-probability of given tokens, of the kind that `sampling` asks for.
 
     Args:
-      logits: `[..., V]`. target: `[..., V]`, `target_logprobs` of them.
-      tokens: `[...]` int32. sampling: `logprob_kind` picks raw, temperature or
-        processed; temperature 0 counts as 1 for the second.
+      logits: `[..., V]`. target: `[..., V]`, their `target_logprobs`.
+      tokens: `[...]` int32.
+      sampling: `logprob_kind` picks raw, temperature or processed; the temperature kind
+        reads temperature 0 as 1.
     Returns:
       `[...]` float32.
     """
@@ -198,7 +203,7 @@ def token_logprobs(
     def pick(values: jax.Array) -> jax.Array:
         return jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
 
-    # Untruncated scores by either meaning; one normalisation serves both.
+    # Raw and temperature scores are both untruncated: one normalisation serves them.
     is_raw = sampling.logprob_kind == LogprobKind.RAW
     below_best = _below_best(logits)
     scores = jnp.where(is_raw, below_best, _temperature_scaled(logits, sampling))
@@ -215,9 +220,9 @@ def threefry(
 ) -> tuple[jax.Array, jax.Array]:
     """Encrypt two uint32 words with two key words: Threefry-2x32, 20 rounds.
 
-    Written out rather than taken from `jax.random`, so that a token's noise is one
-    fused expression of its counters, and stays the same whatever generator a version
-    of JAX prefers.
+    Written out instead of taken from `jax.random`, so that a token's noise is one fused
+    expression of its counters and stays the same whatever generator a version of JAX
+    prefers.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
@@ -239,7 +244,7 @@ def _stream(
     purpose: Purpose,
     start: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the key words `[...]` of the stream that these counters name."""
+    """Return the key words `[...]` of the noise stream of these counters."""
     position = position.astype(jnp.uint32) * jnp.uint32(len(Purpose)) + purpose
     shape = jnp.broadcast_shapes(sequence_id.shape, position.shape)
     words = (
@@ -254,7 +259,7 @@ def _stream(
 
 
 def _open_unit(bits: jax.Array, dtype: Any) -> jax.Array:
-    """Map words to (0, 1), exact near 0; the largest values are rounded below 1."""
+    """Map uint32 words to (0, 1): exact near 0, the largest rounded to below 1."""
     unit = (bits.astype(dtype) + 0.5) * 2.0**-32
     return jnp.minimum(unit, 1 - 2.0**-24)
 
@@ -269,18 +274,19 @@ def gumbel(
     purpose: Purpose = Purpose.TOKEN,
     start: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the Gumbel noise of a token position: a counter, not a state.
+    """Return the Gumbel noise of a token position, a function of its counters.
 
-    -log(-log(1 - u)) with u exact near 0, so that the upper tail, which decides rare
-    draws, has the full 32 bits of resolution.
+    It is -log(-log(1 - u)) with u exact near 0, so that the upper tail, which decides
+    rare draws, has the full 32 bits of resolution.
 
     Args:
       sampling: its key is folded, never consumed.
       sequence_id: `[...]` int32. position: `[...]` int32, the absolute index of the
         token to be drawn; both broadcast against each other.
       vocab_size: V. dtype: float32 or wider.
-      purpose: which stream. start: an extra counter, for the acceptance rules that
-        look at rejected drafts and may not meet their noise again.
+      purpose: which stream.
+      start: one more counter, for the acceptance rules that look at rejected drafts and
+        must not use their noise again.
     Returns:
       `[..., V]`.
     """
@@ -308,10 +314,10 @@ def uniform(
 def noised_logprobs(
     logits: jax.Array, sampling: Sampling, sequence_id: jax.Array, position: jax.Array
 ) -> jax.Array:
-    """Return target log-probability plus noise; its argmax is the token sampled.
+    """Return target log-probability plus noise; its argmax is the sampled token.
 
-    Two programs of different shape may round a tie of the two largest differently;
-    the gap between them says whether a difference is such a tie.
+    Two programs of different shape may round differently and then disagree where the
+    two largest values nearly tie; the gap between these tells such a tie.
 
     Args:
       logits: `[..., V]`. sampling: settings and key.

@@ -1,6 +1,6 @@
 """What a rollout did: seconds by phase, speculation by gamma, the batch over time.
 
-Left out: judging it. `summary` is for reading, `plot` for looking, the fields for code.
+`RolloutStats.summary` is text for people, `plot` a picture; the fields are for code.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ PHASES = (
 class Moment(NamedTuple):
     """One window of the timeline.
 
-    second: seconds since the rollout began, at the window's start.
-    duration_s: seconds on the device, compilation not counted.
-    live: live rows at its start. num_live_after: and at its end.
-    rows, cache_length, gamma: the program. num_rounds: rounds it ran.
-    shared_rows: whether all devices shared the rows; see `Program`.
+    second: start of the window, in seconds since the rollout began.
+    duration_s: seconds on the device, without compilation.
+    live, num_live_after: live rows at its start and at its end.
+    rows, cache_length, gamma, shared_rows: its `Program`. num_rounds: rounds it ran.
     """
 
     second: float
@@ -54,22 +53,21 @@ class Moment(NamedTuple):
 class RolloutStats:
     """Counts and times of one rollout.
 
-    seconds: phase -> seconds. Phases are check (the pass over the parameters that looks
-      for NaN), draft refresh, calibration, prefill, windows (device time of the
-      decoding loops), moves (compaction and growth), compile, and host (all that is
-      left of the wall time).
-    rounds: gamma -> row-rounds run by live rows.
+    seconds: phase -> seconds. Phases are check (the search for NaN in the parameters),
+      draft refresh, calibration, prefill, windows (device time of the decoding loops),
+      moves (compaction and growth), compile, and host (the rest of the wall time).
+    rounds: gamma -> row-rounds of live rows.
     tokens: gamma -> tokens emitted.
     accepted: gamma -> int64 `[gamma + 1]`, row-rounds by number of drafts kept.
     timeline: windows in order.
-    compiled: (program name, seconds) of everything this call compiled. Where another
-      thread's call was compiling what this one needed, the wait is in the seconds.
-    num_prefilled: distinct prompts run through the prefill.
-    num_cloned: completions started from entries that were still in the batch.
-    switch: why drafts ran or did not; see `control.explain`. Empty for controllers of
-      another kind.
-    replica_s: where replicas sampled side by side (`rollout_replicas`), the wall
-      seconds of each, of all processes; else empty.
+    compiled: (program name, seconds) of everything this call compiled. The phase
+      `compile` also has the time this call waited for another thread's compilation.
+    num_prefilled: distinct prompts prefilled.
+    num_cloned: completions that started from cache entries still in the batch.
+    switch: why drafts ran or did not; see `control.explain`. Empty unless the
+      controller is an `er_jax.Controller`.
+    replica_s: wall seconds of each replica of `rollout_replicas`, in all processes;
+      empty for other rollouts.
     """
 
     seconds: dict[str, float] = dataclasses.field(
@@ -87,7 +85,7 @@ class RolloutStats:
 
     @property
     def idle_share(self) -> float:
-        """Share of the replicas' time that they waited for the last one; 0 of one."""
+        """Share of the replicas' time spent waiting for the slowest; 0 for only one."""
         longest = max(self.replica_s, default=0.0)
         if longest == 0:
             return 0.0
@@ -113,20 +111,19 @@ class RolloutStats:
 
     @contextmanager
     def timed(self, phase: str, compile_s: Callable[[], float]) -> Iterator[None]:
-        """Book the wall time of a block of device work, less its compilation.
+        """Add the wall seconds of a block, without its compilation, to a phase.
 
         Args:
-          phase: one of `PHASES`. compile_s: seconds that this thread has spent on
-            compiling so far, as `Engine.compile_s`: what others compile meanwhile does
-            not lengthen the block.
+          phase: one of `PHASES`. compile_s: returns the seconds that this thread has
+            spent compiling so far, as `Engine.compile_s` does.
         """
         start, compiled = time.perf_counter(), compile_s()
         yield
         seconds = time.perf_counter() - start - (compile_s() - compiled)
-        self.seconds[phase] += max(seconds, 0.0)  # Below 0 by rounding alone.
+        self.seconds[phase] += max(seconds, 0.0)  # Only rounding makes it negative.
 
     def add_window(self, moment: Moment, num_tokens: int, accepted: np.ndarray) -> None:
-        """Book one window: what ran, tokens emitted, histogram of drafts kept."""
+        """Add a window: moment, tokens emitted, histogram `[G + 1]` of drafts kept."""
         gamma = moment.gamma
         self.timeline.append(moment)
         self.seconds["windows"] += moment.duration_s
@@ -137,16 +134,16 @@ class RolloutStats:
 
     @classmethod
     def merged(cls, parts: Sequence[RolloutStats]) -> RolloutStats:
-        """Return what replicas did side by side, here: counts of all of them.
+        """Return the merged stats of replicas that ran side by side in this process.
 
-        Seconds by phase, the timeline and what is said of the switch are those of the
-        one that took longest.
+        Counts are summed. Seconds by phase, the timeline and `switch` are those of the
+        slowest replica.
         """
-        last = max(parts, key=lambda part: part.total_s)
+        slowest = max(parts, key=lambda part: part.total_s)
         whole = cls(
-            seconds=dict(last.seconds),
-            timeline=list(last.timeline),
-            switch=last.switch,
+            seconds=dict(slowest.seconds),
+            timeline=list(slowest.timeline),
+            switch=slowest.switch,
         )
         for part in parts:
             for gamma, histogram in part.accepted.items():
@@ -163,7 +160,8 @@ class RolloutStats:
     def keep_rate(self, gamma: int) -> float:
         """Return drafts kept / drafts proposed at this gamma, NaN where none were.
 
-        Biased low as an acceptance rate: drafts behind a rejection count as proposed.
+        It is lower than the acceptance rate, because drafts after a rejection count as
+        proposed.
         """
         histogram = self.accepted.get(gamma)
         if gamma == 0 or histogram is None or not histogram.sum():
@@ -228,7 +226,7 @@ class RolloutStats:
           ImportError: matplotlib is missing; install the extra `plot`.
         """
         figure = new_figure(8, 3.5)
-        # Only now: where matplotlib is missing, the line above has said what to do.
+        # Imported after `new_figure`, whose error says what to install.
         from matplotlib.patches import Patch
 
         axes = figure.subplots()

@@ -1,24 +1,24 @@
-"""One sequence's way through the device: admission, rounds, moving rows.
+"""The steps of decoding: admission, the round, moving rows to another state.
 
-Pure functions of (policy, params, state): nothing here is compiled, donated or timed.
-A row is admitted with its prompt's entries for all but the last token; every round then
-feeds the last known token, so the first token comes out of an ordinary round and the
-prefill needs no vocabulary projection.
+They are pure functions of (policy, params, state); nothing here is compiled, donated or
+timed. A row is admitted with its prompt's cache entries for all but the last token.
+Every round then feeds the last known token, so the first token comes out of an ordinary
+round, and the prefill needs no vocabulary projection.
 
 A round drafts gamma tokens with the draft parameters (provisional cache entries), runs
 the target once over the last token and all drafts (its own entries overwrite them), and
-emits what the acceptance rule allows. Rejected drafts are forgotten by not advancing
-`length`. gamma = 0 has no draft: it is one autoregressive step.
+emits what the acceptance rule allows. Rejected drafts are dropped by not advancing
+`length`. gamma = 0 drafts nothing: it is one autoregressive step.
 
-A row's positions end at its limit: the last token of a completion is never an input, so
-nothing is fed at `limit - 1` or behind it.
+A row's inputs end before its limit: the last token of a completion is never an input,
+so nothing is fed at position `limit - 1` or later.
 
-Non-finite entries: attention multiplies every entry of a row, those it may not see by
-zero, and zero times NaN is NaN. So the entry of a token that was only drafted can make
-the logits of the tokens before it non-finite. Where that happens beside drafts, the
-same drafts are verified again, one after the other, with nothing behind them
-(`_verify`), and what they leave behind is removed. Drafting anew instead would not be
-exact: whether drafts are given up would depend on what they are.
+Non-finite entries: attention multiplies all entries of a row, those that a query may
+not see by zero, and zero times NaN is NaN. So the entry of a token that was only
+drafted can make the logits of earlier tokens non-finite. A row with such logits and
+drafts is verified again with the same drafts, one position at a time, so that no later
+entry exists yet (`_verify`); afterwards the drafts' entries are cleared. Drafting anew
+instead would not be exact: whether drafts are given up would depend on their tokens.
 
 Left out: the loop over rounds (`engine`), every decision (`scheduler`).
 """
@@ -73,14 +73,14 @@ def admit(
 ) -> DecodeState:
     """Start sequences in free slots: clone or prefill their prompts' entries.
 
-    A prompt whose entries still lie in some row is copied from there. The others are
-    prefilled, each distinct prompt once, in chunks of C prompts; the entries of a chunk
-    are written to every slot that starts from one of its prompts. The numbers of clones
-    and chunks are traced, so one program serves any admission.
+    A prompt whose entries are still in some row is copied from there. Every other
+    distinct prompt is prefilled once, in chunks of C prompts; a chunk's entries are
+    written to every slot that starts from one of its prompts. The numbers of clones and
+    chunks are traced, so one program serves any admission.
 
     Args:
       policy, params: the target.
-      state: rows named in `admission.slot` are overwritten whole.
+      state: all of a row in `admission.slot` is overwritten.
       admission: see `types.Admission`.
     Returns:
       The state with the new rows live.
@@ -112,7 +112,7 @@ def admit(
     cache = lax.fori_loop(0, admission.num_clones, clone, state.cache)
     cache = lax.fori_loop(0, admission.num_chunks, prefill, cache)
 
-    # Unused entries of `slot` are `rows`: out of bounds, dropped.
+    # Unused entries of `slot` are `rows`: out of bounds and therefore dropped.
     slot = admission.slot
     started = (slot < rows) & (slot >= 0)
     start_length = admission.length[admission.prompt]
@@ -139,7 +139,7 @@ def take(state: DecodeState, rows: jax.Array, cache_length: int) -> DecodeState:
 
     Args:
       state: B rows of S positions.
-      rows: int32 `[R]`, which row each new row is; `NONE` makes an empty one.
+      rows: int32 `[R]`, the old row of each new row; `NONE` makes an empty one.
       cache_length: positions of the new state; every live row must fit.
     Returns:
       The state of R rows and `cache_length` positions.
@@ -170,12 +170,13 @@ def decode_round(
 
     Args:
       policy: the model. params: target and draft parameters.
-      state: live rows are advanced by 1 .. gamma + 1 tokens, the others untouched.
+      state: live rows advance by 1 .. gamma + 1 tokens; the others stay.
       settings: traced sampling settings, key and stop ids.
       gamma: drafts per round; 0 is one autoregressive step.
       accept: the acceptance rule.
-      is_any: whether a flag of any row is set, in all rows that run the target's passes
-        together; those of a mesh must agree on how many there are.
+      is_any: reduces flags bool `[B]` to bool `[]`, true if any is set. It covers all
+        rows that run target passes together, because all devices of a mesh must run
+        equally many.
     Returns:
       The new state, and what the round did.
     """
@@ -200,7 +201,7 @@ def decode_round(
         )
         logits = policy.logits(params.policy, hidden)
         is_finite = sampling.is_distribution(logits, settings)
-        # Bad logits are cut off in `_emit`; NaN here would bias the tokens before them.
+        # `_emit` drops tokens of bad logits; NaN here would bias the tokens before.
         usable = jnp.where(is_finite[..., None], logits, jnp.zeros((), logits.dtype))
         with jax.named_scope("sample"):
             target = sampling.target_logprobs(usable, settings)
@@ -238,11 +239,12 @@ def _verify(
 ) -> tuple[jax.Array, kv_cache.Cache, jax.Array]:
     """Run the target over the last token and the drafts of every row.
 
-    All at once; then once more, one position after the other, for rows whose hidden
-    states hold NaN: there a token meets no entry of those behind it.
+    The first turn of the loop runs all positions at once. Rows whose hidden states then
+    hold NaN run again, one position per turn, so that no token meets the entry of a
+    later one.
 
     Returns:
-      hidden `[B, G+1, *]`, the cache, and whether a row was run again, bool `[B]`.
+      hidden `[B, G+1, *]`, the cache, and whether a row ran again, bool `[B]`.
     """
     count = tokens.shape[1]
     if count == 1:
@@ -257,7 +259,7 @@ def _verify(
 
     def run(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         turn, _, hidden, cache, is_bad = carry
-        # Nothing is left of the first turn when the second begins.
+        # Entries of the first turn are cleared before the second.
         again = dataclasses.replace(state, cache=cache)
         cache = _forget_from_last(again, is_bad & (turn == 1))
         is_fed = (turn == 0) | (is_bad[:, None] & (offsets == turn - 1))
@@ -265,10 +267,11 @@ def _verify(
         new, cache = policy.forward(params, tokens, fed, cache)
         is_fed = (fed != NONE).reshape(fed.shape + (1,) * (new.ndim - 2))
         hidden = jnp.where(is_fed | (turn == 0), new, hidden)
-        # What leaks is zero times something, and never infinite.
+        # A leak is zero times a non-finite entry: NaN, never infinity.
         is_nan = jnp.any(jnp.isnan(new) & is_fed, axis=range(1, new.ndim))
         is_bad = jnp.where(turn == 0, is_nan, is_bad)
-        # Asked here and not in the test: on a mesh it is sent, once in most rounds.
+        # Reduced here and not in `goes_on`: on a mesh it is a collective, and most
+        # rounds then run it once.
         return turn + 1, is_any(is_bad), hidden, cache, is_bad
 
     start = (
@@ -280,7 +283,7 @@ def _verify(
 
 
 def _forget_from_last(state: DecodeState, which: jax.Array) -> kv_cache.Cache:
-    """Zero the entries of some rows from their last token on; one by one, rarely."""
+    """Zero the entries of flagged rows from their last token on, row by row."""
 
     def clear(
         carry: tuple[jax.Array, kv_cache.Cache],
@@ -303,7 +306,7 @@ def _draft(
     gamma: int,
     accept: AcceptRule,
 ) -> tuple[kv_cache.Cache, jax.Array, jax.Array | None]:
-    """Propose tokens `[B, G]`; their log-probabilities `[B, G, V]` unless coupled."""
+    """Return the cache, drafts `[B, G]` and, unless coupled, logprobs `[B, G, V]`."""
 
     def propose(
         carry: tuple[kv_cache.Cache, jax.Array], depth: jax.Array
@@ -313,7 +316,7 @@ def _draft(
         hidden, cache = policy.forward(draft, token[:, None], positions, cache)
         logits = policy.logits(draft, hidden)[:, 0]
         with jax.named_scope("sample"):
-            # A broken drafter proposes uniformly; NaN would poison the residual.
+            # A broken draft proposes uniformly; NaN would spoil the residual.
             is_finite = sampling.is_distribution(logits, settings)[..., None]
             logits = jnp.where(is_finite, logits, jnp.zeros((), logits.dtype))
             logprobs = sampling.target_logprobs(logits, settings)
@@ -338,7 +341,7 @@ def _draft(
 def _token_noise(
     state: DecodeState, settings: Sampling, logprobs: jax.Array, position: jax.Array
 ) -> jax.Array:
-    """The noise that draft and target share: a function of sequence and position."""
+    """Return the noise that draft and target share, by sequence id and position."""
     sequence_id = state.sequence_id.reshape((-1,) + (1,) * (position.ndim - 1))
     return sampling.gumbel(
         settings, sequence_id, position, logprobs.shape[-1], logprobs.dtype
@@ -353,7 +356,7 @@ def _accept(
     drafted: jax.Array,
     accept: AcceptRule,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return drafts kept `[B]` and the tokens to emit `[B, G+1]` (the rest is junk)."""
+    """Return kept drafts `[B]`, tokens to emit `[B, G+1]` (invalid past kept + 1)."""
     gamma = drafted.shape[1]
     offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
     if accept == "coupled":
@@ -363,8 +366,8 @@ def _accept(
             draws = jnp.argmax(target + noise, axis=-1).astype(jnp.int32)
         return acceptance.coupled_num_accepted(drafted, draws), draws
 
-    # Both rules look at drafts they then reject, so noise is named by the round's
-    # start as well: the same position in a later round must meet fresh noise.
+    # Both rules look at drafts that they then reject, so the noise is keyed by the
+    # round's start as well: the same position in a later round needs fresh noise.
     start, weight = state.length, jnp.ones(state.rows, target.dtype)
     num_accepted = jnp.zeros(state.rows, jnp.int32)
     if gamma:
@@ -401,7 +404,7 @@ def _emit(
     num_accepted: jax.Array,
     is_finite: jax.Array,
 ) -> tuple[DecodeState, RoundInfo]:
-    """Cut the emitted tokens at stops, limits and bad logits, and advance the rows."""
+    """End the emitted tokens at stops, limits and bad logits, and advance the rows."""
     offsets = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
     is_stop = jnp.any(emitted[..., None] == settings.stop_ids[None, None], axis=-1)
     first_stop = jnp.min(

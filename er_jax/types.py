@@ -1,4 +1,4 @@
-"""The words of the library as types: the policy protocol, every state and info.
+"""The shared types: the policy protocol, the decoding state and what a round reports.
 
 Axis letters, used in every shape comment of the project:
 
@@ -6,11 +6,11 @@ Axis letters, used in every shape comment of the project:
     V vocabulary      L layers                   H heads             K key/value heads
     D head size       N sequences of a request   P distinct prompts  E stop ids
 
-A *row* is a place in the compiled batch, a *slot* the same place seen by the scheduler,
-and *live* a row that is still generating. `-1` (`NONE`) is the only sentinel: an unused
-stop id, a padding position, an empty slot's sequence id.
+A *row* is one index of the compiled batch; the scheduler calls the same index a *slot*.
+A *live* row is still generating. `-1` (`NONE`) is the only sentinel: an unused stop id,
+a padding position, an empty slot's sequence id.
 
-Left out: any behaviour; modules further down compute.
+The types hold data and compute nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Array = Any
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """Return the dtype for sums and probabilities: float32, or float64 if given it."""
+    """Return the dtype of sums and probabilities: float64 for float64, else float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -43,7 +43,7 @@ FINISH_NAMES = ("", "stop", "length", "nonfinite")
 
 
 class Finish(enum.IntEnum):
-    """Why a row ended; the value kept on the device, `FINISH_NAMES` the word."""
+    """Why a row ended: the value on the device; `FINISH_NAMES` has its name."""
 
     RUNNING = 0
     STOP = 1
@@ -52,10 +52,11 @@ class Finish(enum.IntEnum):
 
 
 class LogprobKind(enum.IntEnum):
-    """What the log-probability of a token means; traced, so changing it is free.
+    """The distribution that a token's log-probability is taken from.
 
-    RAW: the model's own distribution. TEMPERATURE: after the temperature, before any
-    truncation. PROCESSED: the distribution that is sampled, truncation included.
+    Traced, so changing it compiles nothing. RAW: the model's own distribution.
+    TEMPERATURE: after the temperature, before any truncation. PROCESSED: the
+    distribution that is sampled, truncation included.
     """
 
     RAW = 0
@@ -64,7 +65,7 @@ class LogprobKind(enum.IntEnum):
 
 
 class Purpose(enum.IntEnum):
-    """What a stream of noise is for; two purposes never share a random number."""
+    """The use of a noise stream; two purposes never share a random number."""
 
     TOKEN = 0
     DRAFT = 1
@@ -79,8 +80,8 @@ class Policy(Protocol):
     Implementations are frozen dataclasses, because a policy is a static argument of the
     compiled programs: it must be hashable and must hold no arrays. Weights are
     multiplied with `er_jax.dot`, which takes an array or a quantized leaf, so that one
-    `forward` serves the target and the draft. A policy that was made for so many
-    positions may say so with an attribute `max_length`; longer rollouts are refused.
+    `forward` serves the target and the draft. A policy with a maximum context length
+    may state it as an attribute `max_length`; longer rollouts are refused.
     """
 
     @property
@@ -100,14 +101,14 @@ class Policy(Protocol):
         Args:
           params: policy parameters, or a draft made from them by `er_jax.quantize`.
           tokens: `[B, T]` int32.
-          positions: `[B, T]` int32, absolute; -1 is padding, for which nothing is
-            written. Positions at or past the cache length are not written either. A
-            rollout feeds none past the last token but one of a completion.
-          cache: leaves `[B, S, ...]`; entry s holds the token at position s.
+          positions: `[B, T]` int32, absolute; -1 is padding. Nothing is written for
+            padding, nor for positions at or past the cache length. A rollout never
+            feeds the last token of a completion.
+          cache: leaves `[B, S, ...]`; entry s belongs to the token at position s.
 
         Returns:
           hidden `[B, T, *]`, and the cache with the new tokens' entries written. A
-          token attends to the entries at positions up to its own.
+          token attends to the entries at its own and earlier positions.
         """
         ...
 
@@ -118,7 +119,7 @@ class Policy(Protocol):
 
 @struct.dataclass
 class Sampling:
-    """Everything about sampling that may change without compiling: traced scalars.
+    """The sampling settings as traced arrays: changing one compiles nothing.
 
     key: uint32 `[2]`, the threefry key data all noise is folded from.
     temperature: float32 `[]`, >= 0; 0 is greedy.
@@ -140,7 +141,7 @@ class Sampling:
 
 @struct.dataclass
 class DecodeState:
-    """The batch being sampled: what the next round needs, and no more.
+    """The batch between two rounds: all that the next round needs.
 
     Between rounds the cache holds the target's entries for positions 0 .. length-2; the
     token at length-1 is known and is the next round's first input.
@@ -181,8 +182,8 @@ class DecodeState:
 class RoundInfo:
     """What one round did.
 
-    num_accepted: int32 `[B]`, drafts kept, 0 .. gamma; the extra token not counted.
-    num_emitted: int32 `[B]`, tokens added to the row after stops and limits.
+    num_accepted: int32 `[B]`, drafts kept, 0 .. gamma, without the extra token.
+    num_emitted: int32 `[B]`, tokens added to the row, up to its stop token and limit.
     is_live: bool `[B]`, the rows that took part.
     """
 
@@ -193,13 +194,14 @@ class RoundInfo:
 
 @struct.dataclass
 class WindowInfo:
-    """What one window did: the only thing that crosses to the host per window.
+    """What one window did: all that the host reads after a window.
 
     live: bool `[B]`; length: int32 `[B]`; finish_reason: int32 `[B]`: as in the state.
     num_rounds: int32 `[]`, rounds run.
-    accepted: int32 `[G + 1]`, how many row-rounds kept exactly k drafts.
-    emitted: int32 `[G + 1]`, how many emitted exactly k + 1 tokens: fewer where a stop
-      or a limit lay inside the drafts. (A bad logit can leave none: counted at k = 0.)
+    accepted: int32 `[G + 1]`, row-rounds that kept exactly k drafts, for each k.
+    emitted: int32 `[G + 1]`, row-rounds that emitted exactly k + 1 tokens. A stop token
+      or a limit inside the drafts lowers k. A row-round that emitted nothing, because
+      of a non-finite logit, counts at k = 0.
     """
 
     live: Array
@@ -214,21 +216,21 @@ class WindowInfo:
 class Admission:
     """Sequences to start, and where their prompts' cache entries come from.
 
-    Where the batch has several parts with rows of their own, each has its part of every
-    array, one after the other, and all numbers of rows and prompts count within the
-    part; only `num_chunks` and `num_clones` are the same for all (the most that any
-    needs).
+    With several data shards, every array is the concatenation of one part per shard,
+    and row and prompt numbers count within the shard. Only `num_chunks` and
+    `num_clones` are common to all shards: the largest that any shard needs.
 
-    Prompts to prefill are laid out in chunks of C that are run one at a time, so that
-    any number of them is one program. Entries of `slot`, and what goes with it, are in
-    this order: rows of the first chunk, the second, ..., clones; then `B` as padding.
+    Prompts to prefill are laid out in chunks of C, run one chunk at a time, so that one
+    program serves any number of prompts. `slot`, `prompt`, `sequence_id` and `limit`
+    list the rows of the first chunk, of the second, ..., then the clones; the unused
+    rest of `slot` is B.
 
     tokens: int32 `[P, T]`, right-padded prompts; P is a multiple of C. Prompts whose
-      entries are cloned stand here too, behind the chunks that are run.
+      entries are cloned follow the chunks to prefill.
     length: int32 `[P]`, tokens of each prompt; 0 for padding.
     num_chunks: int32 `[]`, chunks to prefill.
     slot: int32 `[B]`, rows to start. prompt: int32 `[B]`, the prompt of each, 0 .. P-1.
-    sequence_id, limit: int32 `[B]`, of each.
+    sequence_id, limit: int32 `[B]`, of each row to start.
     first_row, num_rows: int32 `[P / C]`, the part of `slot` that each chunk fills.
     num_clones: int32 `[]`; clone_from, clone_to, clone_length: int32 `[B]`, rows whose
       first `clone_length - 1` entries are copied, in order, before any prefill.
@@ -252,9 +254,9 @@ class Admission:
 class Program(NamedTuple):
     """The name of a compiled window.
 
-    rows: of the batch. cache_length: in tokens. gamma: drafts per round.
-    shared_rows: on a mesh, whether all devices share the rows, each with a smaller part
-      of the weights; else every data shard has rows of its own.
+    rows: compiled batch size. cache_length: in tokens. gamma: drafts per round.
+    shared_rows: whether all devices of a mesh decode the same rows, each with a smaller
+      part of the weights. Otherwise every data shard has its own rows.
     """
 
     rows: int
@@ -264,5 +266,5 @@ class Program(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, bool]:
-        """Rows, cache length, shared rows: what a state must be like, for any gamma."""
+        """Rows, cache length, shared rows: all that the shape of a state depends on."""
         return self.rows, self.cache_length, self.shared_rows

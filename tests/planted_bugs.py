@@ -35,8 +35,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "acceptance ratio upside down",
         "er_jax::token_accept_probs",
-        "gain = _at_tokens(target, draft_tokens) - _at_tokens(draft, draft_tokens)",
-        "gain = _at_tokens(draft, draft_tokens) - _at_tokens(target, draft_tokens)",
+        "_at_tokens(target, draft_tokens) - _at_tokens(draft, draft_tokens)",
+        "_at_tokens(draft, draft_tokens) - _at_tokens(target, draft_tokens)",
         (f"{ENUMERATION}[token-1]",),
     ),
     PlantedBug(
@@ -180,10 +180,10 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "temperature after the truncation",
         "er_jax::target_logprobs",
-        "scores = lax.cond(is_cut, _truncated, lambda s, _: s, scores, sampling)",
+        "scores = lax.cond(is_truncated, _truncated, lambda s, _: s, scores, sampling)",
         """
         cold = logits - jnp.max(logits, axis=-1, keepdims=True)
-        cold = lax.cond(is_cut, _truncated, lambda s, _: s, cold, sampling)
+        cold = lax.cond(is_truncated, _truncated, lambda s, _: s, cold, sampling)
         scores = _temperature_scaled(cold, sampling)
         """,
         ("tests/test_sampling.py::test_truncation_keeps_ties",),
@@ -385,8 +385,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "predictions trusted more the more was measured",
         "er_jax::LatencyTable._round_seconds",
-        "believed = measured + doubt * (predicted - measured)",
-        "believed = predicted + doubt * (measured - predicted)",
+        "believed = measured + uncertainty * (predicted - measured)",
+        "believed = predicted + uncertainty * (measured - predicted)",
         (
             "tests/test_costs.py::test_few_rounds_count_for_little_beside_what_others_say",
         ),
@@ -441,8 +441,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "the published ladder climbs without persistence",
         "er_jax::PaperRule.end_rollout",
-        "self._num_high + 1 if share >= PAPER_RAISE else 0",
-        "self._num_high + 1 if share >= PAPER_RAISE else self._num_high",
+        "self._num_high + 1 if rate >= PAPER_RAISE else 0",
+        "self._num_high + 1 if rate >= PAPER_RAISE else self._num_high",
         ("tests/test_trace_replay.py::test_the_ladder",),
     ),
     PlantedBug(
@@ -522,10 +522,10 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "a square projection read as it lies",
         "er_jax::_read",
-        "turned = out.T if tensor.is_turned else out",
+        "view = out.T if tensor.is_transposed else out",
         """
         is_square = out.shape[0] == out.shape[1]
-        turned = out.T if tensor.is_turned and not is_square else out
+        view = out.T if tensor.is_transposed and not is_square else out
         """,
         ("tests/test_hf.py::test_logits_are_those_of_transformers[llama 2]",),
     ),
@@ -559,23 +559,23 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     # -- meshes
     PlantedBug(
-        "a row that changes its group is given to the one it leaves",
+        "a row that changes its data shard is given to the one it leaves",
         "er_jax::exchange",
-        "is_to = moves.to_group[i] == here",
-        "is_to = moves.from_group[i] == here",
-        ("tests/test_mesh.py::test_rows_move_between_groups[moved]",),
+        "is_to = moves.to_shard[i] == here",
+        "is_to = moves.from_shard[i] == here",
+        ("tests/test_mesh.py::test_rows_move_between_data_shards[moved]",),
     ),
     PlantedBug(
         "every device attends with the first key/value heads",
         "er_jax::_attend_some",
         "first = lax.axis_index(MODEL_AXIS) * heads",
         "first = 0 * lax.axis_index(MODEL_AXIS) * heads",
-        ("tests/test_mesh.py::test_attention_over_cut_heads[8-4-8-1]",),
+        ("tests/test_mesh.py::test_attention_over_sharded_heads[8-4-8-1]",),
     ),
     PlantedBug(
         "slots of a later data shard counted from the first",
         "er_jax::plan_admission",
-        "slot[i], prompt_index[i] = start.row - part.start, start.prompt",
+        "slot[i], prompt_index[i] = start.row - shard_rows.start, start.prompt",
         "slot[i], prompt_index[i] = start.row, start.prompt",
         ("tests/test_mesh.py::test_short_completions_are_those_of_one_device",),
     ),
@@ -585,7 +585,7 @@ BUGS: tuple[PlantedBug, ...] = (
         "(MODEL_AXIS, DATA_AXIS)",
         "(DATA_AXIS, MODEL_AXIS)",
         (
-            "tests/test_mesh.py::test_groups_become_one_without_sending_weights[4x2]",
+            "tests/test_mesh.py::test_data_shards_become_one_without_sending_weights[4x2]",
             "tests/test_sharding.py::test_shared_parts_are_parts_of_what_a_device_holds",
         ),
     ),
@@ -619,7 +619,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "true read as the number 1",
-        "er_jax::_whole",
+        "er_jax::whole_field",
         "type(value) is int and low <= value <= high",
         "isinstance(value, int) and low <= value <= high",
         ("tests/test_hf_damage.py::test_every_field_is_checked[llama-vocab_size]",),

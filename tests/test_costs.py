@@ -75,12 +75,13 @@ def test_the_first_readings_are_averaged_over_their_rounds() -> None:
 
 
 def test_few_rounds_count_for_little_beside_what_others_say() -> None:
-    """Between the reading and the prediction, less a part for the doubt itself."""
+    """Between the reading and the prediction, less a part for the uncertainty."""
     table = known({(4, 256, 0): 2**0.3})
     assert table.round_seconds(AR) == pytest.approx(1.0)
-    for rounds, doubt in ((10, 0.8), (30, 0.2), (10, 0.0), (100, 0.0)):
+    for rounds, uncertainty in ((10, 0.8), (30, 0.2), (10, 0.0), (100, 0.0)):
         table.observe(AR, rounds * 3.0, rounds)
-        expected = (doubt * 1.0 + (1 - doubt) * 3.0) * (1 - 0.2 * doubt)
+        expected = uncertainty * 1.0 + (1 - uncertainty) * 3.0
+        expected *= 1 - 0.2 * uncertainty
         assert table.round_seconds(AR) == pytest.approx(expected)
 
 
@@ -339,7 +340,7 @@ def test_a_table_is_kept_on_disk(tmp_path: Path) -> None:
 
 
 def test_what_was_kept_is_believed_less_than_what_ran(tmp_path: Path) -> None:
-    """Half of the doubt about a program that never ran, whatever its gamma."""
+    """Half the uncertainty of a program that never ran, whatever its gamma."""
     path = tmp_path / "costs.json"
     known({AR: 1e-3, SPECULATIVE: 3e-3}).save(path, ABOUT)
     table = LatencyTable.load(path)

@@ -537,7 +537,7 @@ def test_the_summary_on_the_page_is_that_of_the_pages_example() -> None:
 NUMBERS: list[tuple[str, str, float, float]] = [
     ("plan.md", "6 % of a device are kept free", 0.06, plan.RESERVED_SHARE),
     ("design.md", "Until a program has run 50 positions", 50, table.TRUSTED_POSITIONS),
-    ("design.md", "up to a fifth lower", 1 / 5, table.DOUBT),
+    ("design.md", "up to a fifth lower", 1 / 5, table.UNCERTAINTY_DISCOUNT),
     ("design.md", "moves by three hundredths", 0.03, table.STALE),
     ("design.md", "half a million entries or more", 2**19, drafter.CODES_FIRST_SIZE),
     ("design.md", "ladder 5, 7, 9, 11", 11, config.PAPER_LADDER[-1]),

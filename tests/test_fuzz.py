@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import fuzz, measure
-from benchmarks.reference import Expected, Found, Reference
+from benchmarks import fuzz
+from benchmarks.lib import records, schedules
+from benchmarks.lib.reference import Expected, Found, Reference
 from er_jax import acceptance, kv_cache, request, sampling, steps
 from er_jax.acceptance import ACCEPT_RULES
-from er_jax.engine import kept
+from er_jax.engine.kept import forget_engines
 from tests.toy import Toy, settings, toy_params
 
 SEEDS = range(48)
@@ -33,23 +34,23 @@ SEEDS = range(48)
 def unoptimized() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    kept.forget_engines()
+    forget_engines()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-    kept.forget_engines()
+    forget_engines()
 
 
-def schedules(architecture: str | None = None) -> list[fuzz.Schedule]:
+def made_here(architecture: str | None = None) -> list[schedules.Schedule]:
     """Return those that run here, or the ones of a policy."""
-    made = [fuzz.drawn(seed, fuzz.QUICK_FAMILIES) for seed in SEEDS]
+    made = [schedules.drawn(seed, schedules.QUICK_FAMILIES) for seed in SEEDS]
     return [s for s in made if architecture in (None, s.family.architecture)]
 
 
 def test_schedules_equal_the_reference() -> None:
-    outcomes = fuzz.fuzz(schedules())
+    outcomes = fuzz.fuzz(made_here())
     assert [fuzz.told(o, " --quick") for o in outcomes if o.problems] == []
-    assert {o.schedule.policy for o in outcomes} == set(fuzz.POLICIES)
-    assert {o.schedule.draft for o in outcomes} == set(fuzz.DRAFTS)
+    assert {o.schedule.policy for o in outcomes} == set(schedules.POLICIES)
+    assert {o.schedule.draft for o in outcomes} == set(schedules.DRAFTS)
     assert {o.schedule.family.rule for o in outcomes} == set(ACCEPT_RULES)
     points = fuzz.points_of(outcomes)
     assert fuzz.total(points, "schedules") == len(SEEDS)
@@ -60,15 +61,15 @@ def test_schedules_equal_the_reference() -> None:
         "at the limit",
     ):  # fmt: skip
         assert fuzz.total(points, name) > 0, name
-    for policy in fuzz.POISONED:
+    for policy in schedules.POISONED:
         assert fuzz.total(points, "ended by nonfinite", preset=policy) > 0, policy
 
 
 def test_the_long_run_draws_everything() -> None:
     """Two thousand seeds: every combination that a difference could hide in."""
-    made = [fuzz.drawn(seed) for seed in range(2000)]
+    made = [schedules.drawn(seed) for seed in range(2000)]
     learned = {(s.policy, s.family.architecture, s.family.rule) for s in made}
-    for policy in (fuzz.LEARNED, *fuzz.POISONED):
+    for policy in (schedules.LEARNED, *schedules.POISONED):
         for attention in ("library", "plain"):
             assert {(policy, attention, rule) for rule in ACCEPT_RULES} <= learned
     for name in ("decoder", "toy"):
@@ -77,18 +78,18 @@ def test_the_long_run_draws_everything() -> None:
     assert {s.family.dtype for s in made} == {"float64", "float32"}
     whole = [
         max(map(len, s.prompts)) + s.config["max_new_tokens"]
-        == fuzz.MAX_LENGTH[s.family.size]
+        == schedules.MAX_LENGTH[s.family.size]
         for s in made
     ]
     assert 0.3 < np.mean(whole) < 0.9
     assert all(len(set(s.sequence_ids)) == len(s.sequence_ids) for s in made)
-    assert fuzz.drawn(17) == fuzz.drawn(17)
+    assert schedules.drawn(17) == schedules.drawn(17)
 
 
 @pytest.mark.slow
 def test_a_seed_says_all() -> None:
     """The same windows, compiled before or not, and whatever ran in between."""
-    made = schedules("decoder")
+    made = made_here("decoder")
     (first, *_) = [s for s in made if len(s.config["gammas"]) > 1]
     before = fuzz.run(first)
     for other in made[:3]:
@@ -219,24 +220,24 @@ def test_a_planted_fault_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In schedules that show no difference without it."""
-    kept.forget_engines()  # what they compiled is without the fault
+    forget_engines()  # what they compiled is without the fault
     plant(monkeypatch)
     try:
         found: list[str] = []
-        for schedule in schedules(architecture):
+        for schedule in made_here(architecture):
             found = fuzz.run(schedule).problems
             if found:
                 break
         print(f"seed {schedule.seed}: {found}")
         assert any(words in line for line in found)
     finally:
-        kept.forget_engines()
+        forget_engines()
 
 
 def test_a_difference_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(schedule: fuzz.Schedule) -> fuzz.Outcome:
+    def run(schedule: schedules.Schedule) -> fuzz.Outcome:
         problems = ["completion 0: bad"] if schedule.seed == 5 else []
         outcome = fuzz.Outcome(schedule, problems=problems)
         outcome.counts["differences"] = len(problems)
@@ -248,7 +249,7 @@ def test_a_difference_is_recorded(
     told = capsys.readouterr().out
     assert "python -m benchmarks.fuzz --seed 5 --schedules 1 --quick" in told
     record = json.loads((tmp_path / "fuzz.json").read_text())
-    assert measure.problems(record) == []
+    assert records.problems(record) == []
     (found,) = record["differences"]
     assert found["problems"] == ["completion 0: bad"]
     assert found["schedule"]["seed"] == 5

@@ -437,7 +437,7 @@ def test_switches_that_no_family_has_are_refused(tmp_path: Path) -> None:
 ON_A_MESH = """
 import sys, jax, numpy as np
 import er_jax
-from er_jax import hf
+from er_jax.io import hf_weights as hf
 
 hf.SLICE_BYTES = 3000  # several slices a part
 _, plain = er_jax.load_hf(sys.argv[1])

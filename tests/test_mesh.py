@@ -157,7 +157,7 @@ def test_tokens_are_those_of_one_device(name: str) -> None:
         pytest.param("fsdp 2x2x2", marks=pytest.mark.long),
     ],
 )
-def test_groups_become_one_for_the_last_rows(name: str) -> None:
+def test_data_shards_become_one_for_the_last_rows(name: str) -> None:
     controller = Moving("fixed:4", (0, 4), is_shared=True)
     found = sample(mesh_of(**SHAPES[name]), config_of(), controller)
     assert_same(found, on_one_device())
@@ -221,7 +221,7 @@ def check_window(name: str, gamma: int) -> None:
     assert memory.alias_size_in_bytes == state_bytes, "the state is not given in place"
 
 
-def test_cut_heads_are_not_summed() -> None:
+def test_sharded_heads_are_not_summed() -> None:
     """Left alone, a merged query over cut heads costs a sum of all scores."""
     text, _, _ = window_text("2x4", 0)
     found = {c.kind: c for c in hlo.collectives(text, 0)}
@@ -235,7 +235,7 @@ def test_cut_heads_are_not_summed() -> None:
     # Cut alike; one head each; groups wider than a part; not aligned; not cut at all.
     [(8, 4, 4), (8, 4, 8), (8, 2, 4), (12, 4, 6), (6, 2, 4)],
 )
-def test_attention_over_cut_heads(
+def test_attention_over_sharded_heads(
     heads: int, kv_heads: int, model: int, queries: int
 ) -> None:
     rng = np.random.default_rng(0)
@@ -253,7 +253,7 @@ def test_attention_over_cut_heads(
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["resized", "moved"])
-def test_rows_move_between_groups(moved: bool) -> None:
+def test_rows_move_between_data_shards(moved: bool) -> None:
     """Every entry of a row arrives, whatever group it goes to."""
     mesh = layout.rollout_mesh(mesh_of(data=4, model=2))
     programs = MeshEngine(POLICY, "coupled", mesh)
@@ -286,7 +286,7 @@ def test_rows_move_between_groups(moved: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["4x2", "fsdp 2x2x2"])
-def test_groups_become_one_without_sending_weights(name: str) -> None:
+def test_data_shards_become_one_without_sending_weights(name: str) -> None:
     mesh = layout.rollout_mesh(mesh_of(**SHAPES[name]))
     policy = er_jax.Decoder(dataclasses.replace(CONFIG, num_kv_heads=8))
     programs = MeshEngine(policy, "coupled", mesh)
@@ -330,7 +330,7 @@ def test_a_state_is_the_same_in_data_shards_and_shared() -> None:
 
 
 @pytest.mark.parametrize("is_room", [False, True])
-def test_groups_become_one_where_there_is_memory(is_room: bool) -> None:
+def test_data_shards_become_one_where_there_is_memory(is_room: bool) -> None:
     """A part of the weights is held twice then."""
     mesh = layout.rollout_mesh(mesh_of(data=2, model=4))
     programs = MeshEngine(POLICY, "coupled", mesh)
@@ -400,7 +400,7 @@ def test_wrong_places_are_refused() -> None:
         layout.put_on_mesh(POLICY, half, mesh)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     spread = {**placed, "embed": jax.device_put(placed["embed"], rows)}
-    with pytest.raises(ValueError, match="embed is cut over the axis 'data'"):
+    with pytest.raises(ValueError, match="embed is sharded over the axis 'data'"):
         layout.put_on_mesh(POLICY, spread, mesh)
 
     class Other:

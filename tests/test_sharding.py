@@ -125,7 +125,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
     mesh = mesh_of(model=4)
     with pytest.raises(ValueError, match=r"does not divide embed, of shape \(63, 32\)"):
         rules.param_shardings(params, policy.config, mesh)
-    with pytest.raises(ValueError, match="no rule says how layers/0/other is cut"):
+    with pytest.raises(ValueError, match="no rule says how layers/0/other is sharded"):
         rules.param_spec("layers/0/other", (4, 4), policy.config, mesh)
 
 

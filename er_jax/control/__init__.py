@@ -1,7 +1,8 @@
 """Which program next: draft length, batch size and cache length by measured speed.
 
 `protocol` says what a controller offers, `estimate` how likely drafts are used,
-`controller` chooses, `paper` is the published rule.
+`controller` chooses programs, `paper` is the published rule, `explain` says in words
+what a choice rests on.
 """
 
 from er_jax.config import DEFAULT_GAMMAS, parse_control

@@ -1,9 +1,9 @@
-"""Rent or buy: the time lost without a program, against what its compilation takes.
+"""Rent or buy: the time lost without a program, against its compile time.
 
 For every program that is not compiled, the time lost by running the fastest compiled
-one instead is added up, and the program is compiled when its sum reaches the price.
-Nothing is known of drafts at first: they are taken to be `UNKNOWN_SPEED_UP` times as
-fast, until one row was measured with drafts and without.
+one instead is added up; the program is compiled when the sum reaches its compile time.
+At first nothing is known of drafts. They are assumed to be `UNKNOWN_SPEED_UP` times as
+fast as plain decoding, until one row is measured with and without drafts.
 
 Source: Karlin et al. 1988 ("Competitive snoopy caching").
 """
@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from er_jax.types import Program
 
-# What drafts are taken to gain before any were timed: a sixth of the time without them
-# is lost. Then finding out costs at most a sixth of what has been spent so far.
-# `benchmarks.cold` holds the first calls against an oracle.
+# Assumed speed-up of drafts before any were timed: a sixth of plain decoding is lost.
+# Measuring drafts then costs at most a sixth of the time spent so far.
+# `benchmarks.cold` compares first calls with an oracle.
 UNKNOWN_SPEED_UP = 1.2
 
 Speeds = Callable[[Sequence[Program]], Mapping[Program, float]]
@@ -26,10 +26,10 @@ Speeds = Callable[[Sequence[Program]], Mapping[Program, float]]
 
 @dataclasses.dataclass
 class Accounts:
-    """Seconds lost by not having compiled what would have been faster.
+    """Seconds lost because faster programs were not compiled.
 
-    lost_s: by program. plain_s: seconds of plain decoding by rows, cache length and
-      shared rows, while nothing is known of drafts.
+    lost_s: by program that is not compiled. plain_s: seconds of plain decoding by
+      `Program.shape`, while nothing is known of drafts.
     """
 
     lost_s: dict[Program, float] = dataclasses.field(default_factory=dict)
@@ -40,11 +40,11 @@ class Accounts:
     def book(
         self, ran: Program, seconds: float, wanted: Sequence[Program], speeds: Speeds
     ) -> None:
-        """Book a window's seconds for programs that would have been faster.
+        """Book what each faster program would have saved of a window's seconds.
 
         Args:
-          ran: the window's program. seconds: that it took. wanted: the others; they
-            had a speed when they were chosen, and what has one keeps one.
+          ran: the window's program. seconds: of the window. wanted: the faster
+            programs; the speeds of all are known.
         """
         if not wanted:
             return
@@ -54,7 +54,7 @@ class Accounts:
             self.lost_s[other] = self.lost_s.get(other, 0.0) + lost_s
 
     def book_plain(self, ran: Program, seconds: float) -> None:
-        """Book a window of plain decoding, until something is known of drafts."""
+        """Book a window of plain decoding while nothing is known of drafts."""
         self.plain_s[ran.shape] = self.plain_s.get(ran.shape, 0.0) + seconds
 
     def paid(
@@ -63,7 +63,7 @@ class Accounts:
         patience: float,
         compile_s: Callable[[Program], float],
     ) -> list[Program]:
-        """Return the programs whose loss has reached `patience` times their price."""
+        """Return those that have lost `patience` times their compile time."""
         return [
             program
             for program in wanted
@@ -71,11 +71,11 @@ class Accounts:
         ]
 
     def is_look_paid(self, price_s: float) -> bool:
-        """Whether plain decoding has lost what it takes to find out about drafts."""
+        """Whether plain decoding has, by assumption, lost the price of measuring."""
         return sum(self.plain_s.values()) * (1 - 1 / UNKNOWN_SPEED_UP) >= price_s
 
     def book_look(self, gammas: Sequence[int], speeds: Speeds) -> None:
-        """Book all plain decoding so far, now that it is known what drafts cost."""
+        """Book the time that plain decoding has lost, now that drafts were measured."""
         plain_s, self.plain_s = self.plain_s, {}
         for (rows, length, shared), seconds in plain_s.items():
             programs = [Program(rows, length, gamma, shared) for gamma in gammas]
@@ -87,14 +87,15 @@ class Accounts:
                     self.lost_s[program] = lost_s
 
     def settle(self, bought: Program, before: Program, speeds: Speeds) -> None:
-        """Take off the others' accounts what a program that is compiled now saves.
+        """Subtract what a newly compiled program saves from the other accounts.
 
-        The same seconds were booked for all programs that would have been faster. Where
-        another is no larger, what is left is what it gains beside the new one; where it
-        has more rows or positions, the seconds in which the new one could not have run.
+        The same seconds were booked for every program that would have been faster. A
+        program that is no larger keeps the part that it would save beside the new one.
+        One with more rows or positions keeps the seconds in which the new one could not
+        have run.
 
         Args:
-          bought: the program. before: the fastest one that was compiled before.
+          bought: the new program. before: the fastest compiled one before.
         """
         bought_s = self.lost_s.pop(bought, 0.0)
         found = speeds([bought, before, *self.lost_s])

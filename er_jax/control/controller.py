@@ -1,15 +1,17 @@
 """Which program next: draft length, batch size and cache length by measured speed.
 
-Three ideas. *Acceptance* is estimated per depth and sampling setting from the histogram
-of each window; what contradicts the estimate far enough replaces it at once.
-*Speed* of a program is expected tokens per round over its seconds per round; gamma = 0
-is one of the choices, so switching speculation off is nothing special. *Rent or buy*
-decides about compiling: for every program that is not compiled, the time lost by
-running the best compiled one instead is added up, and the program is compiled when its
-sum reaches what its compilation takes. Nothing is known of drafts at first: they are
-taken to be `UNKNOWN_SPEED_UP` times as fast, and when so much has been lost as it takes
-to find out, one row is measured with drafts and without (`first_look`). Where one row
-gains nothing, no batch does, and no program that drafts is compiled after that.
+The controller rests on three ideas. *Acceptance* is estimated per depth and sampling
+setting from the histograms of windows; a histogram that contradicts the estimate far
+enough replaces it at once. The *speed* of a program is its expected tokens per round
+over its seconds per round. gamma = 0 is one of the choices, so turning drafts off needs
+no rule of its own. *Rent or buy* decides what to compile: for every program that is not
+compiled, the time lost by running the fastest compiled one instead is added up, and the
+program is compiled when the sum reaches its compile time.
+
+At first nothing is known of drafts, and they are assumed to be `UNKNOWN_SPEED_UP` times
+as fast as plain decoding. When the time lost by that assumption reaches the price of a
+measurement, one row is measured with and without drafts (`first_look`). If one row
+gains nothing, no batch does, and no drafting program is compiled from then on.
 
 A controller is a host object, kept across RL steps. Rollouts in several threads may
 share one (`rollouts`). Left out: estimates of acceptance (`estimate`), the accounts
@@ -34,11 +36,7 @@ from er_jax.control.probes import (
     drafts_lose,
     find_probe,
 )
-from er_jax.control.rollouts import (
-    NO_SETTING,
-    SETTING_NAMES,
-    Rollouts,
-)
+from er_jax.control.rollouts import NO_SETTING, Rollouts
 from er_jax.costs.passes import Kind
 from er_jax.costs.record import (
     checked_list,
@@ -49,26 +47,27 @@ from er_jax.costs.record import (
     listed_programs,
 )
 from er_jax.costs.roofline import Roofline
-from er_jax.costs.table import DOUBT, LatencyTable, OwnLock
+from er_jax.costs.table import UNCERTAINTY_DISCOUNT, LatencyTable, OwnLock
 from er_jax.types import Program
 
-# A change of gamma alone moves nothing, and need only gain more than rounding.
+# A change of gamma alone moves no rows; its gain need only exceed rounding.
 GAMMA_HYSTERESIS = 0.005
 
 
 class Controller:
     """Chooses programs by expected tokens per second; learns from every window.
 
-    Rollouts in several threads may share one. Costs, acceptance and the time lost are
-    learnt together, under a lock; setting, probes and what is said of a broken drafter
-    are of each thread's own rollout. With "paper" they share the rule's one switch too.
+    Rollouts in several threads may share a controller. They share costs, acceptance and
+    lost time, under a lock; setting, probes and the verdict on the drafter belong to
+    each rollout. With "paper" they also share the rule's one switch. The methods of
+    `ControllerProtocol` are documented there.
 
     Args:
       control: "best", "paper" (see `PaperRule`), "ar" or "fixed:g"; all but the first
         leave only batch size and cache length to choose by speed.
       gammas: draft lengths "best" may use; must contain 0.
-      patience: compile a better program when the time lost without it exceeds this many
-        times its compilation. 0 compiles at once.
+      patience: compile a faster program when the time lost without it reaches this many
+        times its compile time; 0 compiles at once.
     Raises:
       ValueError: as `parse_control`, or a negative patience.
     """
@@ -87,14 +86,14 @@ class Controller:
         self.patience = patience
         self.table = LatencyTable()
         self.measuring = OwnLock()
-        """Held while first costs are measured: once, and nothing beside it."""
+        """Held while first costs are read or measured, by one thread at a time."""
         self._lock = OwnLock()
         self._rollouts = Rollouts(max(self.gammas))
         self._live_shares = LiveShares()
         self._accounts = Accounts()
         self._plain_s = self._probed_s = 0.0
         self.least_rows = 1
-        """Of the smallest batch: one row, or one for each data shard."""
+        """Rows of the smallest batch: 1, or one per data shard."""
         self._rule = PaperRule(_TableRoofline(self)) if control == "paper" else None
 
     def __repr__(self) -> str:
@@ -102,42 +101,25 @@ class Controller:
 
     def summary(self) -> str:
         """Return what was learnt of programs and drafts, as text for people."""
-        lines = [f"{self!r}: {len(self.table.seconds)} programs timed"]
+        timed = f"{self!r}: {len(self.table.seconds)} programs timed"
         with self._lock:
-            estimates = list(self._rollouts.used.items())
-        for setting, estimate in estimates:
-            if not estimate.tested.any():
-                continue
-            depth = int(np.flatnonzero(estimate.tested)[-1]) + 1
-            pairs = zip(
-                100 * estimate.keep_probs(depth),
-                100 * estimate.keep_errors(depth),
-                strict=True,
-            )
-            named = zip(SETTING_NAMES, setting, strict=False)
-            label = ", ".join(f"{name} {value:g}" for name, value in named)
-            lines.append(
-                f"{label or 'drafts'}: used at each depth, if all before were: "
-                + ", ".join(f"{chance:.1f} ± {error:.1f}" for chance, error in pairs)
-                + " %"
-            )
-        return "\n".join(lines)
+            return "\n".join([timed, *self._rollouts.described()])
 
     @property
     def acceptance(self) -> AcceptanceEstimate:
-        """Chances that drafts are used, at the setting of this rollout."""
+        """Estimate of drafts used, at the setting of this thread's rollout."""
         return self._rollouts.current.used
 
     @property
     def broken_drafter(self) -> tuple[float, float] | None:
-        """Shares of drafts (expected, found) that said so in this rollout, if any."""
+        """Acceptance rates (expected, found) that show one in this rollout."""
         return self._rollouts.current.broken
 
     def start_rollout(self, setting: Sequence[float] = NO_SETTING) -> None:
         """Begin a rollout of this thread; see `Rollouts.start`.
 
         Args:
-          setting: what acceptance depends on beside the policy, as `SETTING_NAMES`.
+          setting: (temperature, top-k, top-p, min-p).
         """
         with self._lock:
             self._start_rule()
@@ -150,10 +132,10 @@ class Controller:
 
     @contextlib.contextmanager
     def sampling(self, setting: Sequence[float] = NO_SETTING) -> Iterator[None]:
-        """Be in a rollout from its first choice to its last window.
+        """Return the context of one rollout; see `ControllerProtocol.sampling`.
 
-        As `start_rollout`, and others know when it is over. One inside of another, from
-        a callback of it for instance, leaves that one as it was.
+        A rollout may be nested in another of the same thread, in a callback for
+        instance; the outer one then goes on as before.
         """
         with self._lock:
             self._start_rule()
@@ -169,7 +151,7 @@ class Controller:
         return self._speeds([program])[program] or None
 
     def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
-        """Return the speed of each, 0 where it is unknown."""
+        """Return the speed of each program, 0 where it is unknown."""
         gammas = {program.gamma for program in programs}
         tokens = {gamma: self.acceptance.tokens_per_round(gamma) for gamma in gammas}
         speeds = {}
@@ -190,16 +172,9 @@ class Controller:
         live: int = 0,
         length: float = 0.0,
     ) -> Program:
-        """Return the program to run next.
+        """Return the program to run next: the current one unless another is faster.
 
-        Args:
-          options: the programs that could run now; the last is the one to fall back on
-            and may be compiled without asking.
-          current: the program that ran last, kept unless another is clearly faster.
-          compile_s: seconds a program must be compiled for first; 0 if it is ready.
-          live: rows that generate. length: their mean tokens; for "paper".
-        Returns:
-          One of `options`.
+        Only "paper" uses `live` and `length`. See `ControllerProtocol.choose`.
         """
         with self._lock:
             return self._choose(options, current, compile_s, live, length)
@@ -217,15 +192,15 @@ class Controller:
             gamma = self._rule.choose(live, length)
             options = [p for p in options if p.gamma == gamma] or options
         speeds = self._speeds(options)
-        # Reversed, so that the fall-back wins while nothing is known.
+        # Reversed, so that the fallback wins while nothing is known.
         ready = [p for p in reversed(options) if not compile_s(p)] or [options[-1]]
         for program in ready:
             if program not in self.table.seconds:
-                # Compiled, by another controller say, and never timed: cheap to try.
+                # Compiled but never timed (another controller ran it): cheap to try.
                 if program.gamma and not self.knows_drafts:
                     plain = speeds.get(program._replace(gamma=0), 0.0)
                     speeds[program] = UNKNOWN_SPEED_UP * plain
-                speeds[program] /= 1 - DOUBT
+                speeds[program] /= 1 - UNCERTAINTY_DISCOUNT
         best_ready = max(ready, key=speeds.__getitem__)
         worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
         own.wanted = [p for p in options if speeds[p] > worthwhile]
@@ -233,7 +208,7 @@ class Controller:
             own.wanted = [p for p in own.wanted if not p.gamma]
         paid = self._accounts.paid(own.wanted, self.patience, compile_s)
         own.is_probing = False
-        # The published rule never draws back, and has no use for probes.
+        # The published rule never turns drafts off, so it needs no probes.
         may_probe = self._rule is None
         if paid:
             own.wanted = []
@@ -257,16 +232,11 @@ class Controller:
     def first_look(
         self, rows: int, cache_length: int, compile_s: Callable[[Program], float]
     ) -> tuple[Program, ...]:
-        """Return programs to measure before anything else is known of drafts, or none.
+        """Return programs to measure, or none; see `ControllerProtocol.first_look`.
 
-        One row, where decoding is bound by memory most, without drafts and with about
-        four. It is due when the time lost without drafts, were they
-        `UNKNOWN_SPEED_UP` times as fast, reaches what it takes to compile them; for
-        "paper", whose rule has to be told what passes cost, at once.
-
-        Args:
-          rows: of the smallest batch. cache_length: of the longest cache.
-          compile_s: as in `choose`.
+        They decode one row, where decoding is most bound by memory, without drafts and
+        with about four. They are due when the assumed loss of plain decoding reaches
+        their compile time; for "paper", which needs the costs of passes, at once.
         """
         with self._lock:
             self.least_rows = rows
@@ -274,25 +244,23 @@ class Controller:
             if not drafting or self.knows_drafts:
                 return ()
             middle = min(drafting, key=lambda gamma: abs(gamma - 4))
-            pair = tuple(Program(rows, cache_length, gamma) for gamma in (0, middle))
-            # A window that drafts holds two models' passes, and none was compiled.
-            price_s = compile_s(pair[0]) + 2 * compile_s(pair[1])
+            plain = Program(rows, cache_length, 0)
+            drafted = plain._replace(gamma=middle)
+            # A drafting window has passes of two models: twice the compile time.
+            price_s = compile_s(plain) + 2 * compile_s(drafted)
             is_paid = self._accounts.is_look_paid(self.patience * price_s)
-            return pair if is_paid or self._rule is not None else ()
+            is_due = is_paid or self._rule is not None
+            return (plain, drafted) if is_due else ()
 
     @property
     def knows_drafts(self) -> bool:
-        """Whether costs of drafting were ever measured, here or elsewhere."""
+        """Whether costs of drafts were ever measured, in this process or before."""
         return self.table.passes is not None or any(p.gamma for p in self.table.seconds)
 
     def observe_first_look(
         self, seconds: Mapping[Program, float], num_rounds: int
     ) -> None:
-        """Learn what one row costs; the time lost so far is booked by it.
-
-        Args:
-          seconds: of a round of each program. num_rounds: that each is worth.
-        """
+        """Learn what one row costs, and book the time lost so far accordingly."""
         with self._lock:
             for program, round_s in seconds.items():
                 self.table.observe(program, round_s * num_rounds, num_rounds)
@@ -310,45 +278,28 @@ class Controller:
         accepted: np.ndarray | None = None,
         live: int = 0,
     ) -> None:
-        """Learn from a window, and book the time lost against programs not compiled.
+        """Learn from a window, and book the time lost without faster programs.
 
-        Args:
-          program: what ran. num_rounds: its rounds; 0 where the seconds are no measure.
-          emitted: histogram `[G + 1]` of row-rounds by tokens emitted, from 1 upwards.
-          seconds: the window's time on the device, compilation not counted.
-          accepted: histogram `[G + 1]` of row-rounds by drafts kept, used or not; None
-            is `emitted`.
-          live: rows that were live at its beginning; 0 if that is not known.
+        See `ControllerProtocol.observe`.
         """
         accepted = emitted if accepted is None else accepted
         with self._lock:
-            self._observe(program, num_rounds, emitted, seconds, accepted, live)
-
-    def _observe(
-        self,
-        program: Program,
-        num_rounds: int,
-        emitted: np.ndarray,
-        seconds: float,
-        accepted: np.ndarray,
-        live: int,
-    ) -> None:
-        own = self._rollouts.current
-        if program.gamma == 0:
-            self._plain_s += seconds
-            if not self.knows_drafts:
-                self._accounts.book_plain(program, seconds)
-        elif own.is_probing:
-            self._probed_s += seconds
-        if live:
-            self._live_shares.observe(
-                program.rows, program.gamma, live, num_rounds, int(emitted.sum())
-            )
-        self.table.observe(program, seconds, num_rounds)
-        if self._rule is not None and program.gamma:
-            self._rule.observe(accepted)
-        own.observe(accepted, emitted)
-        self._accounts.book(program, seconds, own.wanted, self._speeds)
+            own = self._rollouts.current
+            if program.gamma == 0:
+                self._plain_s += seconds
+                if not self.knows_drafts:
+                    self._accounts.book_plain(program, seconds)
+            elif own.is_probing:
+                self._probed_s += seconds
+            if live:
+                self._live_shares.observe(
+                    program.rows, program.gamma, live, num_rounds, int(emitted.sum())
+                )
+            self.table.observe(program, seconds, num_rounds)
+            if self._rule is not None and program.gamma:
+                self._rule.observe(accepted)
+            own.observe(accepted, emitted)
+            self._accounts.book(program, seconds, own.wanted, self._speeds)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was learnt as JSON-ready values."""
@@ -369,11 +320,11 @@ class Controller:
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another controller of the same kind had learnt.
+        """Replace what was learnt by the state of another controller of this kind.
 
         Raises:
           ValueError: the state is of another control or other gammas, or not what
-            `state_dict` returns; it names what is wrong. Nothing is taken over then.
+            `state_dict` returns; it names what is wrong. Nothing is replaced then.
         """
         check_names("state", state, self.state_dict())
         mine = (self.control, list(self.gammas))
@@ -401,16 +352,16 @@ class Controller:
                 self._rule.load_state_dict(state["rule"])
             self.table, self._live_shares = table, live_shares
             self._plain_s, self._probed_s = plain_s, probed_s
-            # Plain decoding is booked anew: processes that are told one state have to
-            # decide alike.
+            # Seconds of plain decoding are dropped, so that processes with the same
+            # state decide alike.
             self._accounts = Accounts(lost_s)
-            # What runs goes on being known as such.
+            # Running rollouts stay registered.
             rollouts.running = self._rollouts.running
             self._rollouts = rollouts
 
 
 class _TableRoofline:
-    """The roofline of what a controller's table has measured, fitted when asked."""
+    """A roofline fitted to the readings of a controller's table, when first needed."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller

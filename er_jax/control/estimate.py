@@ -1,7 +1,7 @@
-"""How likely drafts are used: per depth, forgetting, noticing a change.
+"""How likely drafts are used: per depth, forgetting old evidence, detecting changes.
 
 Source: the expected tokens of a round, Leviathan et al. 2023 (arXiv 2211.17192),
-equation 1, here with a chance per depth.
+equation 1, here with a probability per depth.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import numpy as np
 from er_jax.acceptance import expected_tokens
 from er_jax.costs.record import checked_list, checked_real, checked_whole
 
-# Belief before anything was drafted: int8 drafts of trained policies are kept at well
-# over nine in ten; the weight is small enough that a few dozen rounds outvote it.
+# The prior: int8 drafts of trained policies have acceptance rates well over 0.9. Its
+# weight in rounds is small enough for a few dozen rounds to outweigh it.
 PRIOR_KEEP = 0.95
 PRIOR_ROUNDS = 20.0
 
-# Evidence is forgotten at these rates, because the policy moves: half is left after
-# about fourteen thousand row-rounds that drafted, and this share after every rollout.
+# Evidence is forgotten, because the policy changes: this share is left after every
+# rollout, and half after about fourteen thousand row-rounds that drafted.
 KEEP_PER_ROLLOUT = 0.8
 FORGET_PER_ROUND = 5e-5
 
-# A histogram of so many drafts, this many standard deviations from the belief, replaces
-# it. Windows differ by some DRIFT for reasons of their own, the text they are at say.
+# A histogram of CHANGE_DRAFTS drafts or more that is CHANGE_DEVIATIONS standard
+# deviations from the estimate replaces it. Rates of windows differ by about DRIFT
+# without any change, because of their text for instance.
 CHANGE_DEVIATIONS = 6.0
 CHANGE_DRAFTS = 16
 DRIFT = 0.05
@@ -34,12 +35,13 @@ DRIFT = 0.05
 
 @dataclasses.dataclass
 class AcceptanceEstimate:
-    """Chance that the draft at each depth is used, given that all before it were.
+    """Probability that the draft at each depth is used, given that all before it were.
 
-    Used is kept and emitted: a draft behind a stop or a limit counts as lost like one
-    that is rejected, so short completions make long drafts worth less.
+    A draft is used if it is kept and emitted. One behind a stop or a limit counts like
+    a rejected one, so short completions make long drafts worth less.
 
-    tested, kept: decayed counts of row-rounds that reached a depth and used its draft.
+    tested: decayed counts of row-rounds that reached each depth. kept: of those that
+      also used its draft.
     """
 
     tested: np.ndarray
@@ -47,7 +49,7 @@ class AcceptanceEstimate:
 
     @classmethod
     def empty(cls, depth: int) -> AcceptanceEstimate:
-        """Return an estimate that knows only the prior, for drafts up to `depth`."""
+        """Return the prior estimate for drafts up to `depth`."""
         return cls(tested=np.zeros(depth), kept=np.zeros(depth))
 
     def observe(self, used: np.ndarray) -> None:
@@ -62,17 +64,17 @@ class AcceptanceEstimate:
         self.kept[:depth] += at_least[1 : depth + 1]
 
     def decay(self, share: float) -> None:
-        """Let evidence weigh this share of what it did."""
+        """Multiply the weight of all evidence by `share`."""
         self.tested *= share
         self.kept *= share
 
     def forget(self) -> None:
-        """Let all evidence so far weigh no more than a prior."""
+        """Reduce the weight of all evidence to that of the prior, at most."""
         most = float(self.tested.max(initial=0.0))
         self.decay(min(1.0, PRIOR_ROUNDS / max(most, 1e-9)))
 
     def contradiction(self, used: np.ndarray) -> tuple[float, float] | None:
-        """Return the shares of drafts (expected, found) if a histogram contradicts.
+        """Return acceptance rates (expected, found) if a histogram contradicts.
 
         Args:
           used: `[G + 1]`, as in `observe`, and not yet observed.
@@ -91,12 +93,12 @@ class AcceptanceEstimate:
         return expected / total, found / total
 
     def keep_errors(self, gamma: int) -> np.ndarray:
-        """Return the standard deviations of `keep_probs`, as of beta distributions."""
+        """Return standard deviations of `keep_probs`, those of beta distributions."""
         chance = self.keep_probs(gamma)
         return np.sqrt(chance * (1 - chance) / (self.tested[:gamma] + PRIOR_ROUNDS + 1))
 
     def keep_probs(self, gamma: int) -> np.ndarray:
-        """Return the chances at depths 1 .. gamma, each drawn to the pooled one."""
+        """Return the probabilities at depths 1 .. gamma, shrunk to the pooled one."""
         prior_kept, prior_tested = PRIOR_KEEP * PRIOR_ROUNDS, PRIOR_ROUNDS
         pooled = (self.kept.sum() + prior_kept) / (self.tested.sum() + prior_tested)
         kept = self.kept[:gamma] + pooled * PRIOR_ROUNDS
@@ -108,12 +110,12 @@ class AcceptanceEstimate:
 
 
 def checked_counts(name: str, counts: Any, depth: int) -> AcceptanceEstimate:
-    """Return an estimate from the two lists of a file; `ValueError` for others."""
+    """Return an estimate from the two lists in a file; `ValueError` for bad ones."""
     tested, kept = (
         np.array([checked_real(name, x) for x in checked_list(name, values, depth)])
         for values in counts
     )
-    # Both decay alike, each with roundings of its own.
+    # Both decay alike but are rounded separately.
     if (kept > tested * (1 + 1e-9)).any():
         raise ValueError(f"{name} kept more drafts than it tested: {counts}")
     return AcceptanceEstimate(tested=tested, kept=kept)
@@ -122,12 +124,12 @@ def checked_counts(name: str, counts: Any, depth: int) -> AcceptanceEstimate:
 class LiveShares:
     """The share of a window's rounds that its rows are live for, by rows and gamma.
 
-    Rows that end idle until the window does. Long drafts make few rounds, and rows that
-    would end together end rounds apart.
+    A row that has ended idles until the window ends. With long drafts there are few
+    rounds, and rows of equal length may end several rounds apart.
     """
 
     def __init__(self) -> None:
-        # Row-rounds of live rows, and of rows live at the beginning.
+        # Row-rounds of live rows, and of all rows that were live at the start.
         self.counts: dict[tuple[int, int], tuple[float, float]] = {}
 
     def observe(
@@ -136,8 +138,8 @@ class LiveShares:
         """Take in a window.
 
         Args:
-          rows, gamma: of its program. live: rows that were live at its beginning.
-          num_rounds: of the window. row_rounds: that live rows took part in.
+          rows, gamma: of its program. live: rows that were live at its start.
+          num_rounds: of the window. row_rounds: of live rows.
         """
         keep = math.exp(-FORGET_PER_ROUND * row_rounds)
         alive, in_all = self.counts.get((rows, gamma), (0.0, 0.0))
@@ -147,7 +149,7 @@ class LiveShares:
         )
 
     def share(self, rows: int, gamma: int) -> float:
-        """Return the share to expect, 1 where nothing is known."""
+        """Return the expected share, 1 where nothing is known."""
         alive, in_all = self.counts.get((rows, gamma), (0.0, 0.0))
         return (alive + PRIOR_ROUNDS) / (in_all + PRIOR_ROUNDS)
 
@@ -160,7 +162,7 @@ class LiveShares:
 
     @classmethod
     def of_state(cls, name: str, values: Any) -> LiveShares:
-        """Return what `state` made a list of; `ValueError` for anything else."""
+        """Return the shares that `state` listed; `ValueError` for anything else."""
         found = cls()
         for i, row in enumerate(checked_list(name, values)):
             rows, gamma, *counts = checked_list(f"{name}[{i}]", row, 4)

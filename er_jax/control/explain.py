@@ -1,4 +1,4 @@
-"""Why drafts ran or did not: what the switch is based on, as text for people."""
+"""Why drafts ran or did not, as text for people."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from er_jax.control.controller import Controller
 from er_jax.types import Program
 
-# So many numbers of rows are shown; of more, the fewest, the most and some between.
+# Batch sizes to show at most; of more, the smallest, the largest and some between.
 MAX_SIZES = 4
 
 
 def explain(controller: Controller, ran: Sequence[Program]) -> str:
-    """Say what a controller's choice between drafts and plain decoding rests on.
+    """Explain a controller's choice between drafts and plain decoding.
 
     Args:
-      controller: that chose. ran: the programs of a rollout's windows, in order.
+      controller: made the choices. ran: the programs of a rollout's windows, in order.
     Returns:
-      Lines: how often it drafted; what a round costs in plain steps; how many drafts
-      are used; the speed-up predicted from these at the numbers of rows that ran.
+      Lines: the share of windows with drafts; the cost of a round in plain steps; the
+      share of drafts that is used; the predicted speed-up at the batch sizes that ran.
     """
     drafting = [gamma for gamma in controller.gammas if gamma]
     if not drafting or not ran:
@@ -54,7 +54,7 @@ def _rows(rows: int) -> str:
 
 
 def _sizes(controller: Controller, ran: Sequence[Program]) -> list[tuple[int, int]]:
-    """Return rows and cache length of programs that ran and whose cost is known."""
+    """Return (rows, cache length) of programs that ran and have a known cost."""
     lengths = {p.rows: p.cache_length for p in ran if not p.shared_rows}
     lengths.setdefault(controller.least_rows, max(p.cache_length for p in ran))
     known = [
@@ -71,7 +71,7 @@ def _sizes(controller: Controller, ran: Sequence[Program]) -> list[tuple[int, in
 def _round_costs(
     controller: Controller, sizes: Sequence[tuple[int, int]], gamma: int
 ) -> str:
-    """Say what drafts and their verification cost in plain steps."""
+    """Return the line about costs of rounds with drafts, in plain steps."""
     table, found = controller.table, []
     for rows, length in sizes:
         plain_s = table.round_seconds(Program(rows, length, 0))
@@ -84,7 +84,7 @@ def _round_costs(
 
 
 def _used(controller: Controller, gamma: int) -> str:
-    """Say how many of the drafts are used, and how that is known."""
+    """Return the line about how many drafts are used, and how that is known."""
     estimate = controller.acceptance
     tokens = estimate.tokens_per_round(gamma)
     tested = float(estimate.tested[:gamma].sum())
@@ -98,9 +98,9 @@ def _used(controller: Controller, gamma: int) -> str:
 
 def _best(controller: Controller, plain: Program) -> tuple[int, float]:
     """Return the fastest draft length and its speed over plain decoding."""
-    own = controller.speed(plain) or 1.0
+    plain_speed = controller.speed(plain) or 1.0
     speeds = {
-        gamma: (controller.speed(plain._replace(gamma=gamma)) or 0.0) / own
+        gamma: (controller.speed(plain._replace(gamma=gamma)) or 0.0) / plain_speed
         for gamma in controller.gammas
         if gamma
     }

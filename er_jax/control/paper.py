@@ -1,4 +1,4 @@
-"""The published switch and draft length, kept as they are: the baseline to beat.
+"""The published rule for switch and draft length, unchanged, as a baseline.
 
 Source: EfficientRollout (arXiv 2606.18967) and its published code.
 """
@@ -28,23 +28,23 @@ PAPER_PERSISTENCE = 2
 
 
 class PaperRule:
-    """The published switch and draft length, as a baseline.
+    """The published rule for switch and draft length, as a baseline.
 
-    Plain decoding until the batch has once held more than `PAPER_RAMP_ROWS` rows and a
-    round is then predicted to be `PAPER_SPEED_UP` times as fast; from there on drafts,
-    to the end of the rollout. The prediction takes the tokens per round of the rollout
-    before. The draft length is one of a ladder for a whole rollout: a step up after
-    `PAPER_PERSISTENCE` rollouts in a row that kept at least `PAPER_RAISE` of their
-    drafts, a step down after as many that kept at most `PAPER_LOWER`. The cost model
-    has no part in that.
+    A rollout decodes plainly until the batch has held more than `PAPER_RAMP_ROWS` rows
+    and a round with drafts is predicted to be `PAPER_SPEED_UP` times as fast; it then
+    drafts to its end. The prediction uses the tokens per round of the rollout before.
+    The draft length comes from a ladder and holds for a whole rollout. It goes a rung
+    up after `PAPER_PERSISTENCE` rollouts in a row with an acceptance rate of at least
+    `PAPER_RAISE`, and down after as many with at most `PAPER_LOWER`; the cost model has
+    no part in that.
 
     Args:
-      costs: prices passes; the published rule uses a roofline.
-      gamma: draft length to begin with, one of the ladder; held if `is_adaptive` is
-        False.
+      costs: predicts seconds of passes; the published rule uses a roofline.
+      gamma: first draft length, one of the ladder; constant if `is_adaptive` is False.
+      is_adaptive: whether the draft length follows the ladder.
 
-    Source: EfficientRollout (arXiv 2606.18967) and its published code. Kept as it is
-    there: the tokens per round after a change of length are those of the old one.
+    Source: EfficientRollout (arXiv 2606.18967) and its published code. As there, after
+    a change of draft length the tokens per round are those of the old length.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class PaperRule:
         self.start_rollout()
 
     def start_rollout(self) -> None:
-        """Begin a rollout: speculation off, nothing counted."""
+        """Begin a rollout: drafts off, all counts 0."""
         self.is_on = False
         self._has_ramped = False
         self._num_rounds = self._num_kept = 0
 
     def choose(self, live: int, length: float) -> int:
-        """Return the draft length of the next round, 0 while speculation is off.
+        """Return the draft length of the next round, 0 while drafts are off.
 
         Args:
-          live: rows that generate. length: their mean tokens, prompt included.
+          live: rows that generate. length: their mean length, prompt included.
         """
         self._has_ramped |= live > PAPER_RAMP_ROWS
         if not self.is_on and self._has_ramped:
@@ -88,15 +88,15 @@ class PaperRule:
         self._num_kept += int(kept @ np.arange(len(kept)))
 
     def end_rollout(self) -> None:
-        """Learn from the rollout for the next one."""
+        """Set the draft length and tokens per round for the next rollout."""
         if not self._num_rounds:
             return
         self.tokens_per_round = 1 + self._num_kept / self._num_rounds
         if not self.is_adaptive:
             return
-        share = self._num_kept / (self._num_rounds * self.gamma)
-        self._num_high = self._num_high + 1 if share >= PAPER_RAISE else 0
-        self._num_low = self._num_low + 1 if share <= PAPER_LOWER else 0
+        rate = self._num_kept / (self._num_rounds * self.gamma)
+        self._num_high = self._num_high + 1 if rate >= PAPER_RAISE else 0
+        self._num_low = self._num_low + 1 if rate <= PAPER_LOWER else 0
         rung = PAPER_LADDER.index(self.gamma)
         if self._num_high >= PAPER_PERSISTENCE:
             rung = min(rung + 1, len(PAPER_LADDER) - 1)
@@ -108,7 +108,7 @@ class PaperRule:
         self.gamma = PAPER_LADDER[rung]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is kept from rollout to rollout as JSON-ready values."""
+        """Return what carries over between rollouts as JSON-ready values."""
         return {
             "gamma": int(self.gamma),
             "tokens_per_round": float(self.tokens_per_round),
@@ -117,11 +117,11 @@ class PaperRule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another rule had learnt, between rollouts.
+        """Replace the state, between rollouts, by that of another rule.
 
         Raises:
-          ValueError: not what `state_dict` returns; it names what is wrong. Nothing is
-            taken over then.
+          ValueError: not what `state_dict` returns; it names what is wrong. The state
+            is then unchanged.
         """
         check_names("rule", state, self.state_dict())
         gamma = checked_whole("rule's gamma", state["gamma"], least=1)
@@ -142,7 +142,7 @@ class PaperRule:
 
 
 def check_names(name: str, state: Any, known: dict[str, Any]) -> None:
-    """Check that a state has just the names it is known to have."""
+    """Check that a state has exactly the known names."""
     if not isinstance(state, dict):
         raise ValueError(f"{name} is a {type(state).__name__}, and must be a dict")
     for key in known.keys() ^ state.keys():

@@ -1,4 +1,4 @@
-"""Whether drafts would pay, where none run: ruled out, or worth a try."""
+"""Whether drafts would pay while none run: ruled out, or worth a probe."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from er_jax.control.estimate import PRIOR_KEEP, AcceptanceEstimate
 from er_jax.costs.table import LatencyTable
 from er_jax.types import Program
 
-# A change of program must promise this much, so that noise does not move the batch.
+# Least gain in speed for a change of program, so that noise does not move the batch.
 HYSTERESIS = 0.03
 
-# While nothing is drafted nothing is learnt of drafts: this share of the seconds of
-# plain decoding may be spent on finding out.
+# Plain decoding teaches nothing about drafts: this share of its seconds may be spent on
+# probes, each of PROBE_ROUNDS rounds.
 PROBE_SHARE = 0.01
 PROBE_ROUNDS = 16
 
@@ -26,14 +26,14 @@ def drafts_lose(
     gammas: Sequence[int],
     least_rows: int,
 ) -> bool:
-    """Whether one row was measured, and gains nothing by any draft that is kept.
+    """Whether one row was measured and no draft length makes it faster.
 
-    Kept as often as they are known to be, or as those of a good drafter. A survey has
-    measured more than one row, and is believed.
+    Drafts count as used at the estimated rates, or those of a good drafter if higher.
+    With costs from a survey the answer is False: it measured more than one row.
 
     Args:
-      table: what rounds cost. acceptance: how likely drafts are used. gammas: draft
-        lengths to choose from. least_rows: of the smallest batch.
+      table: costs of rounds. acceptance: how likely drafts are used. gammas: draft
+        lengths to choose from. least_rows: rows of the smallest batch.
     """
     one_row = [
         program
@@ -62,14 +62,15 @@ def find_probe(
     ready: Sequence[Program],
     earned_s: float,
 ) -> Program | None:
-    """Return what to run instead of plain decoding, to see if drafts would pay.
+    """Return a program to run instead of plain decoding, to see if drafts would pay.
 
-    The shortest draft at the same rows and cache length that would be faster if drafts
-    were kept as a good drafter's are, once the time for it has been earned.
+    It has the shortest drafts, at the same rows and cache length, that would be faster
+    if they were used as often as a good drafter's. None if there is none, or if the
+    time for it has not been earned yet.
 
     Args:
-      table, acceptance: as in `drafts_lose`. plain: would run otherwise. ready: the
-        programs that are compiled. earned_s: seconds that may be spent.
+      table, acceptance: as in `drafts_lose`. plain: the program that would run.
+      ready: the compiled programs. earned_s: seconds that may be spent.
     """
     plain_s = table.round_seconds(plain)
     for program in sorted(p for p in ready if p.gamma and p.shape == plain.shape):
@@ -84,6 +85,6 @@ def find_probe(
 
 
 def hoped_tokens(acceptance: AcceptanceEstimate, gamma: int) -> float:
-    """Return the tokens of a round whose drafts are kept as a good drafter's are."""
-    chances = np.maximum(acceptance.keep_probs(gamma), PRIOR_KEEP)
-    return expected_tokens(list(chances))
+    """Return expected tokens of a round at estimated rates, or a good drafter's."""
+    probs = np.maximum(acceptance.keep_probs(gamma), PRIOR_KEEP)
+    return expected_tokens(list(probs))

@@ -1,7 +1,7 @@
-"""What the library asks of a controller, whichever rule it follows.
+"""The protocol of a controller: what the library calls, whichever rule it follows.
 
-`controller.Controller` is the one that users get; a class derived from it may replace
-`choose` alone. An object that is none does as well if it has these members.
+`controller.Controller` is the default. A subclass of it may replace `choose` alone; any
+other object with these members serves as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from er_jax.types import Program
 class ControllerProtocol(Protocol):
     """Chooses the next program of a batch, and learns from every window.
 
-    table: what rounds cost. Where it is empty, what was kept on disk takes its place.
+    table: costs of rounds. Costs saved on disk replace an empty one.
     """
 
     table: LatencyTable
@@ -28,20 +28,20 @@ class ControllerProtocol(Protocol):
     def gammas(self) -> tuple[int, ...]:
         """The draft lengths it chooses from.
 
-        As `config.parse_control` makes them of a config's `control` and `gammas`; a
-        call with others is refused.
+        They are those of `config.parse_control` for the config of a call; a call with
+        others is refused.
         """
 
     @property
     def measuring(self) -> AbstractContextManager[Any]:
-        """Held while first costs are read or measured."""
+        """A lock, held while first costs are read or measured."""
 
     @property
     def broken_drafter(self) -> tuple[float, float] | None:
-        """Shares of drafts (expected, found) to warn of after a call, if any."""
+        """Acceptance rates (expected, found) to warn of after a call, or None."""
 
     def sampling(self, setting: Sequence[float] = ()) -> AbstractContextManager[Any]:
-        """Be in a rollout, from its first choice to its last window.
+        """Return the context of one rollout, from its first choice to its last window.
 
         Args:
           setting: (temperature, top-k, top-p, min-p).
@@ -52,20 +52,21 @@ class ControllerProtocol(Protocol):
     ) -> tuple[Program, ...]:
         """Return programs to measure before anything else is chosen, or none.
 
-        Asked of controllers with two gammas or more.
+        It is called on controllers with two gammas or more.
 
         Args:
-          rows: of the smallest batch. cache_length: of the longest cache. compile_s:
-            seconds a program must be compiled for first; 0 if it is ready.
+          rows: of the smallest batch. cache_length: of the longest cache.
+          compile_s: returns the expected compile seconds of a program; 0 if it is
+            ready.
         """
 
     def observe_first_look(
         self, seconds: Mapping[Program, float], num_rounds: int
     ) -> None:
-        """Learn what `first_look` asked for.
+        """Learn the costs that `first_look` asked for.
 
         Args:
-          seconds: of a round of each program. num_rounds: that each is worth.
+          seconds: of a round of each program. num_rounds: rounds that each counts for.
         """
 
     def choose(
@@ -80,11 +81,11 @@ class ControllerProtocol(Protocol):
         """Return the program to run next.
 
         Args:
-          options: the programs that could run now; the last is the one to fall back on
-            and may be compiled without asking.
+          options: the programs that can run now; the last is the fallback, which may
+            be chosen although it is not compiled.
           current: the program that ran last; None at the beginning.
           compile_s: as in `first_look`.
-          live: rows that generate. length: their mean tokens, prompt included.
+          live: rows that generate. length: their mean length, prompt included.
         Returns:
           One of `options`.
         """
@@ -101,26 +102,27 @@ class ControllerProtocol(Protocol):
         """Learn from a window.
 
         Args:
-          program: what ran. num_rounds: its rounds; 0 where the seconds are no measure.
+          program: that ran. num_rounds: its rounds; 0 if the seconds are not a
+            measurement.
           emitted: histogram `[G + 1]` of row-rounds by tokens emitted, from 1 upwards.
-          seconds: the window's time on the device, compilation not counted.
-          accepted: histogram `[G + 1]` of row-rounds by drafts kept, used or not; None
-            is `emitted`.
-          live: rows that were live at its beginning; 0 if that is not known.
+          seconds: the window's time on the device, without compilation.
+          accepted: histogram `[G + 1]` of row-rounds by drafts kept, emitted or not;
+            None is `emitted`.
+          live: rows that were live at its start; 0 if unknown.
         """
 
     def speed(self, program: Program) -> float | None:
         """Return expected tokens per second of each live row; None if unknown.
 
-        Asked by `er_jax.compile_ahead` alone.
+        Only `er_jax.compile_ahead` calls it.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that was learnt, ready for JSON.
+        """Return all that was learnt as JSON-ready values.
 
-        This and `load_state_dict` are asked by `er_jax.rollout_replicas` over several
+        It and `load_state_dict` are called by `er_jax.rollout_replicas` with several
         processes, and by checkpoints of training.
         """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another controller of the same kind had learnt."""
+        """Replace what was learnt by the state of another controller of this kind."""

@@ -1,7 +1,7 @@
-"""What belongs to a rollout: its sampling setting, and what is known of its drafts.
+"""Records of rollouts: sampling setting, acceptance estimates, soundness of drafts.
 
-Rollouts in several threads may share a controller. Estimates are by sampling setting
-and shared; probes, and what is said of a broken drafter, are of each thread's rollout.
+Rollouts in several threads may share a controller. They share the estimates of their
+sampling setting; probes and the verdict on the drafter belong to one rollout.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from er_jax.control.estimate import (
 from er_jax.costs.record import checked_list, checked_real
 from er_jax.types import Program
 
-# What a sampling setting says, and the one of those who name none.
+# The values of a sampling setting, and the setting of callers that name none.
 SETTING_NAMES = ("temperature", "top_k", "top_p", "min_p")
 Setting: TypeAlias = tuple[float, ...]
 NO_SETTING: Setting = ()
 
-# Acceptance is remembered for so many sampling settings, those that were used last: a
-# temperature that is lowered a little in every step makes as many as there are steps.
+# Acceptance is remembered for the last MAX_SETTINGS sampling settings: a temperature
+# that is lowered in every step makes a new one every time.
 MAX_SETTINGS = 16
 
-# Kept at less than this share of what was expected, drafts are of a broken drafter.
+# A drafter is broken if its acceptance rate is below this share of the expected one.
 DEAD_SHARE = 0.5
 
 
 @dataclasses.dataclass(eq=False)
 class RolloutRecord:
-    """What belongs to one rollout; its estimates are of its setting, and shared.
+    """The record of one rollout; its estimates are those of its setting, and shared.
 
-    used: drafts used, as the choice needs them. kept: drafts kept, which say whether
-      the drafter is sound. broken: shares of drafts (expected, found) that said it is
-      not. is_probing: whether drafts run only to see if they would pay. wanted:
-      programs for which lost time is booked.
+    used: estimate of drafts used, for the choice of programs. kept: estimate of drafts
+      kept, which tells whether the drafter is sound. broken: acceptance rates
+      (expected, found) that showed a broken drafter, or None. is_probing: whether
+      drafts run only to see if they would pay. wanted: programs for which lost time is
+      booked.
     """
 
     setting: Setting
@@ -53,18 +54,18 @@ class RolloutRecord:
 
     def observe(self, accepted: np.ndarray, emitted: np.ndarray) -> None:
         """Take in a window's histograms of drafts kept and of tokens emitted."""
-        shares = self.kept.contradiction(accepted)
-        if shares is not None:
+        rates = self.kept.contradiction(accepted)
+        if rates is not None:
             self.kept.forget()
             self.used.forget()
-            if shares[1] < DEAD_SHARE * shares[0]:
-                self.broken = shares
+            if rates[1] < DEAD_SHARE * rates[0]:
+                self.broken = rates
         self.kept.observe(accepted)
         self.used.observe(emitted)
 
 
 class _OfThread(threading.local):
-    """The rollout that a thread is in or was in last; of copies there is none."""
+    """The current or last rollout of each thread; a copy has none."""
 
     rollout: RolloutRecord | None = None
 
@@ -73,20 +74,20 @@ class _OfThread(threading.local):
 
 
 class _Running(set[RolloutRecord]):
-    """The rollouts under way; in copies there are none."""
+    """The running rollouts; a copy has none."""
 
     def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
         return _Running, ()
 
 
 class Rollouts:
-    """The rollouts of a controller, and what is known of drafts by sampling setting.
+    """The rollouts of a controller, and acceptance estimates by sampling setting.
 
     Args:
-      depth: of the longest draft.
+      depth: the longest draft length.
     Attributes:
       used, kept: estimates by setting, the latest last; see `RolloutRecord`.
-      running: the rollouts under way.
+      running: the running rollouts.
     """
 
     def __init__(self, depth: int) -> None:
@@ -102,15 +103,16 @@ class Rollouts:
 
     @property
     def current(self) -> RolloutRecord:
-        """This thread's rollout; of one that has begun none, the latest."""
+        """This thread's rollout; if it has begun none, the latest of any thread."""
         return self._own.rollout or self._latest
 
     def start(self, setting: Sequence[float]) -> RolloutRecord:
         """Begin a rollout of this thread.
 
-        What is known of acceptance weighs less from here on, because the policy moves
-        between rollouts; not if others of this setting are under way, which sample from
-        the same one. A setting never met begins with what is known of the last one.
+        Evidence about its setting loses weight, because the policy changes between
+        rollouts. It keeps its weight if other rollouts of the setting are running,
+        because they sample from the same policy. A new setting begins with the estimate
+        of the last one, at the weight of a prior.
         """
         setting = tuple(float(value) for value in setting)
         last = self.current
@@ -130,7 +132,7 @@ class Rollouts:
         return own
 
     def enter(self, setting: Sequence[float]) -> tuple[RolloutRecord, Any]:
-        """Begin a rollout that `leave` ends; return it, and what to give back there."""
+        """Begin a rollout that `leave` ends; return it, and an argument for `leave`."""
         outer = self._own.rollout
         is_inner = outer in self.running
         own = self.start(setting)
@@ -138,14 +140,35 @@ class Rollouts:
         return own, (outer, is_inner)
 
     def leave(self, own: RolloutRecord, before: Any) -> None:
-        """End a rollout; one inside of another leaves that one as it was."""
+        """End a rollout; if it is nested, the outer one is current again."""
         outer, is_inner = before
         self.running.discard(own)
         if is_inner:
             self._own.rollout = outer
 
+    def described(self) -> list[str]:
+        """Return the estimates as text, a line for each setting with any evidence."""
+        lines = []
+        for setting, estimate in self.used.items():
+            if not estimate.tested.any():
+                continue
+            depth = int(np.flatnonzero(estimate.tested)[-1]) + 1
+            percents = zip(
+                100 * estimate.keep_probs(depth),
+                100 * estimate.keep_errors(depth),
+                strict=True,
+            )
+            named = zip(SETTING_NAMES, setting, strict=False)
+            label = ", ".join(f"{name} {value:g}" for name, value in named)
+            lines.append(
+                f"{label or 'drafts'}: used at each depth, if all before were: "
+                + ", ".join(f"{prob:.1f} ± {error:.1f}" for prob, error in percents)
+                + " %"
+            )
+        return lines
+
     def state(self) -> dict[str, Any]:
-        """Return what is known by setting, ready for JSON."""
+        """Return the estimates of all settings as JSON-ready values."""
         return {
             "setting": list(next(reversed(self.used))),
             "acceptance": _listed(self.used),
@@ -154,7 +177,7 @@ class Rollouts:
 
     @classmethod
     def of_state(cls, state: dict[str, Any], depth: int) -> Rollouts:
-        """Return what `state` described; `ValueError` for anything else."""
+        """Return the rollouts that `state` described; `ValueError` for others."""
         found = cls(depth)
         setting = _checked_setting("setting", state["setting"])
         for name in ("acceptance", "drafters"):
@@ -184,7 +207,7 @@ def _listed(estimates: dict[Setting, AcceptanceEstimate]) -> list[Any]:
 
 
 def _checked(name: str, values: Any, depth: int) -> dict[Setting, AcceptanceEstimate]:
-    """Return what `_listed` made a list of; `ValueError` for anything else."""
+    """Return the estimates that `_listed` listed; `ValueError` for anything else."""
     found = {}
     for i, row in enumerate(checked_list(name, values)):
         setting, *counts = checked_list(f"{name}[{i}]", row, 3)

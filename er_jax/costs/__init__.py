@@ -1,4 +1,4 @@
-"""What rounds cost: `table` of whole rounds, `passes` and `roofline` of single passes,
+"""Costs of rounds: `table` of whole rounds, `passes` and `roofline` of single passes,
 `timing` on this device, `record` and `store` on disk.
 """
 

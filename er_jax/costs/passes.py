@@ -1,14 +1,11 @@
-"""What single passes cost, from timed ones: a surface per kind, and the roofline.
+"""Costs of single passes, fitted to timed ones: a surface for each kind and gamma.
 
 A pass is a target pass (one autoregressive step), a draft pass or a verification. A
-`Surface` is fitted to the readings of one kind and gamma over rows and length, and
-`PassCosts` holds one for each. `Roofline` is the published model in three equations,
-fitted to the same readings.
+`Surface` over rows and length is fitted to the readings of one kind and gamma, and
+`PassCosts` holds one for each.
 
-Plain Python floats on the host. Left out: whole rounds that ran (`costs`), where
-readings come from (`calibrate`, `sweep`).
-
-Source: the three equations, EfficientRollout (arXiv 2606.18967), section 3.
+Plain Python floats on the host. Left out: the published cost model (`roofline`), whole
+rounds that ran (`table`), the origin of readings (`tools.survey`, `tools.sweep`).
 """
 
 from __future__ import annotations
@@ -30,18 +27,19 @@ from er_jax.costs.record import (
 )
 from er_jax.types import Program
 
-# How seconds grow with rows and cache length where nothing says so: between free
-# (bound by weights) and proportional (bound by arithmetic or by the cache).
+# Assumed growth of seconds with rows and cache length where none was measured: between
+# constant (bound by weights) and proportional (bound by arithmetic or by the cache).
 ROWS_EXPONENT = 0.5
 LENGTH_EXPONENT = 0.3
 
 
 Kind = Literal["target", "draft", "verify", "round"]
 
+# Most readings in a file of costs.
 MAX_READINGS = 2000
 
-# What a kink in the cost of a position, from one number of rows to the next, weighs
-# against errors of fit: enough that few readings do not make a surface of their noise.
+# Weight of a kink in the cost of a position, at a number of rows, against errors of
+# fit: enough that a surface does not follow the noise of few readings.
 KINK_WEIGHT = 0.1
 
 
@@ -53,13 +51,13 @@ class Cell(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One timed pass, or round.
+    """One timed pass or round.
 
     kind: "target" (an autoregressive step), "draft" (one draft pass), "verify" (one
       target pass over gamma + 1 positions) or "round" (gamma drafts and a verification
       together). rows: of the batch. length: positions read per row. gamma: of the round
       it belongs to; 0 for "target".
-    seconds: of one. weight: 1, or less where it is in doubt.
+    seconds: of one pass or round. weight: 1, or less for an uncertain reading.
     """
 
     kind: Kind
@@ -71,7 +69,7 @@ class Reading(NamedTuple):
 
 
 class PassPredictor(Protocol):
-    """What prices single passes: `PassCosts` and `Roofline`."""
+    """Predicts the seconds of single passes; `PassCosts` and `Roofline` do."""
 
     def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
         """Return the seconds of one pass."""
@@ -90,13 +88,13 @@ def seconds_of_passes(costs: PassPredictor, program: Program) -> float:
 class Surface:
     """Seconds of one kind of pass over rows and length.
 
-    Linear in length (weights once, and every entry of the cache once) and at most in
-    proportion to it, piecewise linear in rows, and never falling in either as far as
-    rows were measured.
+    They are linear in length (weights and every cache entry are read once) and at most
+    proportional to it, piecewise linear in rows, and never falling in either within the
+    measured rows.
 
     rows: numbers of rows that were measured, ascending.
-    shortest, longest: lengths at which `low` and `high` hold.
-    low, high: seconds at those, for each of `rows`.
+    shortest, longest: the lengths of `low` and `high`.
+    low, high: seconds at these lengths, for each of `rows`.
     """
 
     rows: tuple[int, ...]
@@ -109,9 +107,9 @@ class Surface:
     def fit(cls, readings: Sequence[Reading]) -> Surface:
         """Fit a surface by least absolute relative deviations.
 
-        A linear program: errors and kinks are paid for, order is a constraint. Absolute
-        deviations, because a reading of a shared machine is wrong by a lot or not at
-        all.
+        It is a linear program: errors and kinks are the objective, and monotonicity is
+        a constraint. Deviations are absolute, because a reading on a shared machine is
+        wrong by a lot or not at all.
 
         Args:
           readings: at least one, all of one kind and gamma.
@@ -123,10 +121,10 @@ class Surface:
         longest = max(reading.length for reading in readings)
         count, num_rows = len(readings), len(rows)
         num_kinks = max(num_rows - 2, 0)
-        # Unknowns: low and high of every row, then what is too little and too much of
-        # every reading, then of every kink.
+        # Unknowns: low and high at every number of rows; then the deviation below and
+        # above of every reading, and of every kink.
         num_unknowns = 2 * (num_rows + count + num_kinks)
-        usual = float(np.median([reading.seconds for reading in readings]))
+        median_s = float(np.median([reading.seconds for reading in readings]))
 
         equal = np.zeros((count + num_kinks, num_unknowns))
         wanted = np.zeros(count + num_kinks)
@@ -140,8 +138,8 @@ class Surface:
             before, here, after = rows[i : i + 3]
             share = (here - before) / (after - before)
             for at, factor in ((i, share - 1), (i + 1, 1.0), (i + 2, -share)):
-                equal[count + i, at] = -factor / usual
-                equal[count + i, num_rows + at] = factor / usual
+                equal[count + i, at] = -factor / median_s
+                equal[count + i, num_rows + at] = factor / median_s
         first = 2 * num_rows
         for i in range(count + num_kinks):
             equal[i, first + 2 * i] = 1
@@ -155,8 +153,8 @@ class Surface:
             ascending[2 * i + 1, [num_rows + i, num_rows + i + 1]] = 1, -1
         for i in range(num_rows):
             ascending[2 * num_rows - 2 + i, [i, num_rows + i]] = 1, -1
-            # And at most in proportion: where rows were measured at one length only,
-            # nothing else keeps the other one from costing nothing.
+            # At most proportional to length: where rows were measured at one length,
+            # nothing else keeps the seconds at the other from being 0.
             least = shortest / longest
             ascending[3 * num_rows - 2 + i, [i, num_rows + i]] = -1, least
         found = optimize.linprog(
@@ -185,19 +183,19 @@ class Surface:
     def seconds(self, rows: int, length: int) -> float:
         """Return the seconds of a pass.
 
-        Outside of what was measured: fewer rows cost what the fewest do; more rows go
-        on as the last two do, between free and proportional; lengths go on linearly.
-        Where only one number of rows, or one length, was measured, `ROWS_EXPONENT` and
-        `LENGTH_EXPONENT` say how seconds grow.
+        Beyond the measurements, fewer rows cost as much as the fewest; more rows are
+        extrapolated from the last two, between constant and proportional; lengths are
+        extrapolated linearly. Where only one number of rows, or one length, was
+        measured, seconds grow with `ROWS_EXPONENT`, or `LENGTH_EXPONENT`.
         """
         if self.shortest == self.longest:
             seconds = self._at_rows(self.low, rows)
             return seconds * (length / self.longest) ** LENGTH_EXPONENT
         low, high = np.array(self.low), np.array(self.high)
         share = (length - self.shortest) / (self.longest - self.shortest)
-        # Even an empty cache needs the weights: below, at most in proportion.
+        # The weights are read at any length, so seconds fall at most in proportion.
         least = low * min(length / self.shortest, 1.0)
-        # Slopes may differ, so lines that cross outside must be put in order again.
+        # Lines of different slopes may cross outside; they are put in order again.
         at_length = np.maximum.accumulate(np.maximum(low + share * (high - low), least))
         return self._at_rows(tuple(at_length.tolist()), rows)
 
@@ -215,37 +213,37 @@ class PassCosts:
     """Seconds of single passes, from readings over a grid.
 
     Args:
-      readings: of any kinds, shapes and gammas; a target reading at least.
+      readings: of any kinds, shapes and gammas; at least one of a target pass.
     Raises:
       ValueError: no target reading, or readings that no surface can be fitted to.
     """
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         self.readings = tuple(readings)
-        groups: dict[tuple[Kind, int], list[Reading]] = {}
+        by_kind: dict[tuple[Kind, int], list[Reading]] = {}
         for reading in self.readings:
-            groups.setdefault((reading.kind, reading.gamma), []).append(reading)
-        if ("target", 0) not in groups:
+            by_kind.setdefault((reading.kind, reading.gamma), []).append(reading)
+        if ("target", 0) not in by_kind:
             raise ValueError(
                 "readings hold no target pass at gamma 0, without which nothing can be "
                 "compared; time an autoregressive step as well"
             )
-        self.surfaces = {name: Surface.fit(group) for name, group in groups.items()}
+        self.surfaces = {name: Surface.fit(own) for name, own in by_kind.items()}
 
     def gammas(self, kind: Kind) -> list[int]:
         """Return the gammas at which a kind was measured, ascending."""
         return sorted(gamma for name, gamma in self.surfaces if name == kind)
 
     def pass_seconds(self, kind: Kind, rows: int, length: int, gamma: int = 0) -> float:
-        """Return the seconds of one pass, or of a round that was measured as one.
+        """Return the seconds of one pass, or of a round that was timed as a whole.
 
-        Between measured gammas it is linear, a verification of one position being a
-        target pass; beyond them it goes on as the last two do, and a draft pass costs
-        what the nearest does. For rounds see `_round_pass`.
+        Verifications are interpolated between measured gammas, with a target pass at
+        gamma 0, and extrapolated from the last two. A draft pass beyond the measured
+        gammas costs as much as at the nearest. For rounds see `_round_pass`.
 
         Args:
           kind: of pass. rows: of the batch. length: positions read per row.
-          gamma: of the round, for all but target passes.
+          gamma: of the round; unused for target passes.
         Raises:
           ValueError: this kind was not measured.
         """
@@ -261,35 +259,36 @@ class PassCosts:
         seconds = [self.surfaces[kind, g].seconds(rows, length) for g in known]
         if kind == "verify":
             target = self.surfaces["target", 0].seconds(rows, length)
-            # More positions never cost less, whatever the noise of the readings.
+            # More positions never cost less, whatever noise the readings have.
             rising = np.maximum.accumulate([target, *seconds]).tolist()
             return _on_line(dict(zip([0, *known], rising, strict=True)), gamma)
         return float(np.interp(gamma, known, seconds))
 
     def _round_pass(self, rows: int, length: int, gamma: int) -> float:
-        """Return the seconds of a round that was measured as one.
+        """Return the seconds of a round that was timed as a whole.
 
-        Gammas that were measured as often as any have surfaces. Of the others it is
-        known what part of a round's seconds beyond a target pass they take, beside one
-        of those: a few readings tell that well, and nothing of how rounds grow. Gammas
-        without readings are on the line of those parts; where only one gamma has any,
-        on the line to a target pass. No round is cheaper than that.
+        Gammas that were timed at the most cells have surfaces. Of another timed gamma
+        only one number is used: the ratio of its excess over a target pass to that of
+        the first gamma with a surface. Few readings tell that ratio well, but not how
+        rounds grow. The excess at a gamma without readings is interpolated between the
+        others, or between one other and 0 at gamma 0. No round is cheaper than a target
+        pass.
         """
         target = self.surfaces["target", 0].seconds(rows, length)
-        whole, parts = self._rounds
-        seconds = {g: self.surfaces["round", g].seconds(rows, length) for g in whole}
+        full, ratios = self._rounds
+        seconds = {g: self.surfaces["round", g].seconds(rows, length) for g in full}
         if gamma in seconds:
             return seconds[gamma]
-        beyond = max(seconds[whole[0]] - target, 0.0)
-        known = {g: seconds[g] - target for g in whole}
-        known |= {g: part * beyond for g, part in parts.items()}
+        excess = max(seconds[full[0]] - target, 0.0)
+        known = {g: seconds[g] - target for g in full}
+        known |= {g: ratio * excess for g, ratio in ratios.items()}
         if len(known) == 1:
             known[0] = 0.0
         return target + max(_on_line(known, gamma), 0.0)
 
     @functools.cached_property
     def _rounds(self) -> tuple[list[int], dict[int, float]]:
-        """Return the gammas measured most often, and the parts that others take."""
+        """Return the gammas timed at the most cells, and ratios for the others."""
         found: dict[int, dict[Cell, float]] = {}
         for reading in self.readings:
             if reading.kind in ("round", "target"):
@@ -297,29 +296,29 @@ class PassCosts:
                 found.setdefault(reading.gamma, {})[cell] = reading.seconds
         targets = found.pop(0)
         most = max(map(len, found.values()))
-        whole = [gamma for gamma in sorted(found) if len(found[gamma]) == most]
-        parts = {}
-        for gamma in found.keys() - set(whole):
-            beyond = []
+        full = [gamma for gamma in sorted(found) if len(found[gamma]) == most]
+        ratios = {}
+        for gamma in found.keys() - set(full):
+            own_ratios = []
             for cell, seconds in found[gamma].items():
                 target = targets.get(cell, self.pass_seconds("target", *cell))
-                surface = self.surfaces["round", whole[0]]
-                other = found[whole[0]].get(cell, surface.seconds(*cell)) - target
-                if other > 0:
-                    beyond.append((seconds - target) / other)
-            # Where nothing tells, in proportion.
-            parts[gamma] = float(np.median(beyond or [gamma / whole[0]]))
-        return whole, parts
+                surface = self.surfaces["round", full[0]]
+                excess = found[full[0]].get(cell, surface.seconds(*cell)) - target
+                if excess > 0:
+                    own_ratios.append((seconds - target) / excess)
+            # Without any ratio, in proportion to gamma.
+            ratios[gamma] = float(np.median(own_ratios or [gamma / full[0]]))
+        return full, ratios
 
     def has_rounds(self, gamma: int) -> bool:
-        """Whether enough was measured to say what a round of this gamma takes."""
+        """Whether enough was timed to predict a round of this gamma."""
         passes = self.gammas("draft") and self.gammas("verify")
         return gamma == 0 or bool(self.gammas("round") or passes)
 
     def round_seconds(self, program: Program) -> float:
         """Return the seconds of a whole round, drafts and verification.
 
-        Of rounds that were measured as such, if any were; else of their passes.
+        They come from rounds timed as a whole, if there are any, else from passes.
         """
         if program.gamma and self.gammas("round"):
             return self.pass_seconds("round", *program[:3])
@@ -327,20 +326,20 @@ class PassCosts:
 
 
 def _on_line(points: Mapping[int, float], x: int) -> float:
-    """Interpolate two points or more, and go on beyond as the nearest two do."""
-    at = sorted(points)
-    if at[0] <= x <= at[-1]:
-        return float(np.interp(x, at, [points[place] for place in at]))
-    near, next_ = (at[0], at[1]) if x < at[0] else (at[-1], at[-2])
+    """Interpolate between two points or more; extrapolate from the nearest two."""
+    xs = sorted(points)
+    if xs[0] <= x <= xs[-1]:
+        return float(np.interp(x, xs, [points[known] for known in xs]))
+    near, next_ = (xs[0], xs[1]) if x < xs[0] else (xs[-1], xs[-2])
     slope = (points[near] - points[next_]) / (near - next_)
     return points[near] + slope * (x - near)
 
 
 def checked_pass_costs(name: str, value: Any) -> PassCosts | None:
-    """Return costs of passes from the readings of a file, None of an empty list.
+    """Return costs of passes from the readings of a file; None for an empty list.
 
     Raises:
-      ValueError: as `checked_whole`; or no costs of passes can be made of them.
+      ValueError: as `checked_whole` and `PassCosts`.
     """
     rows = checked_list(name, value)
     if not rows:

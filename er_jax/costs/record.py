@@ -1,7 +1,7 @@
-"""Files of costs: written whole, and checked field by field when they are read.
+"""Files of costs: written atomically, checked field by field when they are read.
 
-Every check raises a `ValueError` that names the field, what it holds and what it must
-be. Left out: what the numbers mean (`passes`, `table`), where files are kept (`store`).
+Every check raises a `ValueError` that names the field, its value and what it must be.
+Left out: the meaning of the numbers (`passes`, `table`), the place of files (`store`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Number = TypeVar("Number", int, float)
 
 
 def listed_programs(values: Mapping[Program, float]) -> list[list[Any]]:
-    """Return (program, number) as JSON-ready rows, whatever types they came in."""
+    """Return rows of program fields and number, as JSON-ready Python values."""
     return [
         [
             int(p.rows),
@@ -38,12 +38,12 @@ def listed_programs(values: Mapping[Program, float]) -> list[list[Any]]:
 def checked_programs(
     name: str, value: Any, checked: Callable[[str, Any], Number]
 ) -> dict[Program, Number]:
-    """Return what `listed_programs` made a list of.
+    """Return the numbers by program that `listed_programs` listed.
 
     Args:
-      name: of the list in its file. checked: for the number of each program.
+      name: of the list in its file. value: the list. checked: checks each number.
     Raises:
-      ValueError: it is no such list; see `pass_costs.checked_whole`.
+      ValueError: as `checked_whole`.
     """
     found: dict[Program, Number] = {}
     for i, row in enumerate(checked_list(name, value)):
@@ -54,12 +54,10 @@ def checked_programs(
     return found
 
 
-# A record of costs is at most so large, and holds at most so many readings of passes:
-# whatever is larger was not written by `save_record`. No pass takes less or more than
-# these seconds.
+# Largest file of costs; `save_record` wrote nothing that is larger.
 MAX_RECORD_BYTES = 1 << 24
 
-
+# Bounds of the seconds of a pass or round.
 LEAST_SECONDS, MOST_SECONDS = 1e-9, 1e6
 
 
@@ -67,7 +65,7 @@ def checked_whole(name: str, value: Any, *, least: int = 0, most: int = MOST) ->
     """Return a number of a file as an int.
 
     Raises:
-      ValueError: it is no whole number, or outside of its limits; `name` is in it.
+      ValueError: not a whole number from `least` to `most`; the message has `name`.
     """
     if not is_whole(value, least, most):
         raise ValueError(
@@ -80,7 +78,7 @@ def checked_whole(name: str, value: Any, *, least: int = 0, most: int = MOST) ->
 def checked_real(
     name: str, value: Any, *, least: float = 0.0, most: float = math.inf
 ) -> float:
-    """Return a finite number of a file as a float; errors as of `checked_whole`."""
+    """Return a finite number of a file as a float; errors as in `checked_whole`."""
     if (
         not is_number(value)
         or not least <= value <= most
@@ -95,12 +93,12 @@ def checked_real(
 
 
 def checked_seconds(name: str, value: Any) -> float:
-    """Return the seconds of a pass or round; errors as of `checked_whole`."""
+    """Return the seconds of a pass or round; errors as in `checked_whole`."""
     return checked_real(name, value, least=LEAST_SECONDS, most=MOST_SECONDS)
 
 
 def checked_list(name: str, value: Any, length: int | None = None) -> list[Any]:
-    """Return a list of a file, of this length if one is given; errors alike."""
+    """Return a list of a file, of the given length; errors as in `checked_whole`."""
     is_list = isinstance(value, list | tuple)
     if not is_list or (length is not None and len(value) != length):
         of = "" if length is None else f" of {length}"
@@ -109,7 +107,7 @@ def checked_list(name: str, value: Any, length: int | None = None) -> list[Any]:
 
 
 def checked_program(name: str, value: Any) -> Program:
-    """Return a program: rows, cache length, gamma, shared rows or not; errors alike."""
+    """Return the program with these fields; errors as in `checked_whole`."""
     fields = checked_list(name, value)
     if len(fields) not in (3, 4) or not isinstance(fields[-1], bool | int):
         raise ValueError(
@@ -131,14 +129,14 @@ def checked_program(name: str, value: Any) -> Program:
 
 
 def shortened(value: Any) -> str:
-    """Return a value as text of at most 80 characters."""
+    """Return the repr of a value, shortened to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @contextlib.contextmanager
 def damaged(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Have a `ValueError` of what is wrong in a file name the file."""
+    """Add the name of the file to a `ValueError` about its contents."""
     try:
         yield
     except ValueError as error:
@@ -152,18 +150,18 @@ def save_record(
 
     Args:
       path: the file; its directory is made. kind: of costs, "roofline" for instance.
-      about: what they hold for: device, versions, policy, ...
+      about: conditions of the costs: device, versions, policy, ...
       values: JSON-ready.
     """
     record = {"kind": kind, "about": dict(about), "values": values}
-    # Renamed into place: a reader never meets half a file. Of a name that no other
-    # thread or process writes to.
-    whole = Path(path)
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    part = whole.with_name(f"{whole.name}.{os.getpid()}-{threading.get_ident()}.part")
+    # Written under a name of this thread alone, then renamed into place, so that no
+    # reader meets half a file.
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    part = final.with_name(f"{final.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        part.replace(whole)
+        part.replace(final)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -172,12 +170,12 @@ def save_record(
 def load_record(
     path: str | os.PathLike[str], kind: str, about: Mapping[str, str] | None
 ) -> Any:
-    """Read the values that `save_record` wrote.
+    """Return the values that `save_record` wrote.
 
     Args:
-      path: the file. kind: of costs. about: what it must hold for; None takes anything.
+      path: the file. kind: of costs. about: conditions it must have; None takes any.
     Raises:
-      ValueError: no such record, or of another device, version or policy.
+      ValueError: not such a record, or one of another device, version or policy.
       OSError: the file cannot be read.
     """
     size = Path(path).stat().st_size
@@ -190,7 +188,7 @@ def load_record(
         record = json.loads(Path(path).read_text("utf-8"))
         found, values = dict(record["about"]), record["values"]
         found_kind = record["kind"]
-    # Deeply nested brackets, too, are no costs.
+    # Deeply nested brackets raise RecursionError.
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no costs; measure them again") from error
     if found_kind != kind:

@@ -21,15 +21,15 @@ from er_jax.types import Program
 class Roofline:
     """The published cost model: a pass is bound by bytes or by arithmetic.
 
-    All of it in seconds, so that no device and no model needs to be known: bytes over
-    bandwidth and operations over throughput appear as their quotients. With B rows of S
-    positions and n positions per row (1, or gamma + 1 in a verification):
+    Its parameters are seconds (bytes over bandwidth, operations over throughput), so
+    neither device nor model needs to be known. With B rows of S positions and n
+    positions per row (1, or gamma + 1 in a verification):
 
         pass = max(weights + cache B S, n B (dense + attention S)) + overhead B
 
-    target_weights_s, draft_weights_s: reading the weights once.
-    cache_s: reading one position of one row. dense_s: one position's products with the
-      weights. attention_s: one position's attention to another one.
+    target_weights_s, draft_weights_s: to read the weights once.
+    cache_s: to read one position of one row. dense_s: for the products of one position
+      with the weights. attention_s: for the attention of one position to another.
     target_overhead_s, draft_overhead_s, verify_overhead_s: per row and pass.
     """
 
@@ -44,12 +44,12 @@ class Roofline:
 
     @classmethod
     def fit(cls, readings: Sequence[Reading]) -> Roofline:
-        """Fit to readings by relative error, outliers counted less.
+        """Fit to readings by relative errors, with less weight on outliers.
 
         Starting points and bounds come from the readings themselves.
 
         Args:
-          readings: target passes, and drafts and verifications or rounds.
+          readings: target passes, and either drafts and verifications or rounds.
         """
         from scipy import optimize
 
@@ -60,7 +60,7 @@ class Roofline:
         seconds = np.array([reading.seconds for reading in readings])
         weight = np.sqrt([reading.weight for reading in readings])
         is_target, is_draft = kinds == "target", kinds == "draft"
-        # How many draft passes a reading holds, and whether it holds a target's.
+        # Draft passes in a reading, and the positions of its target pass.
         num_drafts = np.select([is_draft, kinds == "round"], [1.0, gamma], 0.0)
         positions = np.where(is_target | is_draft, 1.0, gamma + 1)
 
@@ -87,7 +87,7 @@ class Roofline:
 
         bounds = (np.full(8, np.log(least) - 20), np.full(8, np.log(seconds.max()) + 1))
         best = None
-        # The larger of two is not smooth; several starts find the right side of it.
+        # The maximum of two terms is not smooth; several starts find the right side.
         for dense_factor, overhead_factor in itertools.product((0.3, 1.0), (0.1, 1.0)):
             factors = np.array([1, 1, 1, dense_factor, 1] + [overhead_factor] * 3)
             found = optimize.least_squares(
@@ -120,14 +120,14 @@ class Roofline:
         return seconds_of_passes(self, program)
 
     def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
-        """Write the model as JSON, with what it holds for; see `save_record`."""
+        """Write the model as JSON, with its conditions; see `save_record`."""
         save_record(path, "roofline", about, dataclasses.asdict(self))
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
     ) -> Roofline:
-        """Read what `save` wrote; errors as in `load_record`."""
+        """Return the model that `save` wrote; errors as in `load_record`."""
         values = load_record(path, "roofline", about)
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict) or sorted(values) != sorted(names):

@@ -1,7 +1,7 @@
 """Costs kept on disk between processes, one file for each device, policy and draft.
 
-A file is named by what its seconds hold for. Files used longest ago are dropped. Left
-out: the format (`record`), measuring (`timing`).
+A file is named by the conditions of its costs. The least recently used files are
+deleted. Left out: the format (`record`), measuring (`timing`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from er_jax.engine.engine import Engine
 from er_jax.engine.programs import signature
 from er_jax.types import Cache, Policy
 
-# Names the directory in which costs are kept between processes; nothing keeps none.
+# The environment variable that names the directory of costs; empty, none are kept.
 CACHE_VARIABLE = "ER_JAX_CACHE"
 
-# So many files are kept there, those that were used last, and the text of a policy in
-# one is cut at so many characters. A file that was not finished after so many seconds
-# is of a process that was killed.
+# Files to keep, the most recently used; characters of a policy's text in a file; age in
+# seconds from which an unfinished file counts as left by a killed process.
 MAX_FILES = 128
 MAX_DESCRIPTION = 1000
 ABANDONED_S = 3600.0
@@ -39,8 +38,8 @@ OUR_FILES = re.compile(r"costs-[0-9a-f]{16}\.json(\.[\w.-]+\.part)?")
 
 
 def conditions(engine: Engine, params: PolicyParams) -> dict[str, str]:
-    """Return what measured costs hold for: device, versions, policy, draft."""
-    # Not above: the package imports this module before it knows its version.
+    """Return the conditions of measured costs: device, versions, policy, draft."""
+    # Imported here: the package imports this module before it sets its version.
     from er_jax import __version__
 
     device = jax.devices()[0]
@@ -61,12 +60,12 @@ def conditions(engine: Engine, params: PolicyParams) -> dict[str, str]:
 
 
 def _position(policy: Policy) -> Cache:
-    """Return the shapes of a policy's cache, for one position of one row."""
+    """Return the shapes of a policy's cache for one position of one row."""
     return jax.eval_shape(lambda: policy.init_cache(1, 1))
 
 
 def _described(policy: Policy) -> str:
-    """Return what a policy is, the same in every process; of a long text the start."""
+    """Return a policy as text, the same in every process; a long one is shortened."""
     kind = type(policy)
     text = f"{kind.__module__}.{kind.__qualname__}: {_text(policy)}"
     if len(text) <= MAX_DESCRIPTION:
@@ -75,7 +74,7 @@ def _described(policy: Policy) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value's text without addresses, which are others in every process."""
+    """Return the repr of a value without addresses, which differ between processes."""
     return re.sub(r"\bat 0x[0-9a-fA-F]+", "at an address", repr(value))
 
 
@@ -84,21 +83,21 @@ def _digest(value: Any) -> str:
 
 
 def cache_directory() -> Path | None:
-    """Return where costs are kept between processes.
+    """Return the directory of costs kept between processes.
 
-    In the directory named by `ER_JAX_CACHE`, else in the user's cache directory; None
-    where that variable is set to nothing.
+    It is the one named by `ER_JAX_CACHE`, by default one in the user's cache directory;
+    None if the variable is empty.
     """
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    place = os.environ.get(CACHE_VARIABLE, str(Path(caches, "er_jax")))
-    return Path(place) if place else None
+    directory = os.environ.get(CACHE_VARIABLE, str(Path(caches, "er_jax")))
+    return Path(directory) if directory else None
 
 
 def cache_path(about: Mapping[str, str]) -> Path | None:
-    """Return the file for costs of such a device and policy, None if none are kept.
+    """Return the file for costs under these conditions, None if none are kept.
 
-    Versions are not part of its name, so what an older one measured is found, refused
-    and replaced.
+    Its name does not depend on versions, so costs of an older version are found,
+    refused and replaced.
     """
     directory = cache_directory()
     named = [about[name] for name in about if name not in ("jax", "er_jax")]
@@ -106,14 +105,14 @@ def cache_path(about: Mapping[str, str]) -> Path | None:
 
 
 def load_costs(engine: Engine, params: PolicyParams) -> LatencyTable | None:
-    """Return the costs kept on disk; of several processes, on the leader's disk.
+    """Return the costs kept on disk; with several processes, on the leader's disk.
 
     Args:
-      engine, params: what they must hold for.
+      engine, params: their conditions are those that the costs must have.
     Returns:
       The costs, None if there are none.
     Warns:
-      RuntimeWarning: what was kept is of other versions or damaged; measured again.
+      RuntimeWarning: the costs are damaged or of other versions, and are not used.
     """
     found = text = None
     if engine.agreement.is_leader:
@@ -125,11 +124,11 @@ def load_costs(engine: Engine, params: PolicyParams) -> LatencyTable | None:
             except (ValueError, OSError) as error:
                 warnings.warn(f"kept costs are not used: {error}", RuntimeWarning, 4)
             with contextlib.suppress(OSError):
-                os.utime(path)  # It was used: others are dropped before it.
+                os.utime(path)  # Marks the file as used.
     text = engine.agreement.broadcast_text(text)
     if text is None or not engine.agreement.is_spread:
         return found
-    # All of them from one text: the file may have been replaced meanwhile.
+    # Every process reads this one text: the file may have been replaced meanwhile.
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "costs.json")
         copy.write_text(text, "utf-8")
@@ -139,15 +138,14 @@ def load_costs(engine: Engine, params: PolicyParams) -> LatencyTable | None:
 def save_costs(engine: Engine, params: PolicyParams, table: LatencyTable) -> None:
     """Keep costs on disk for the next process, if they have changed enough.
 
-    Of the files kept there, those that were not used for longest are dropped; see
-    `MAX_FILES`.
+    The least recently used files beyond `MAX_FILES` are deleted.
 
     Args:
-      engine, params: what they hold for. table: the costs.
+      engine, params: the conditions of the costs. table: the costs.
     Warns:
       RuntimeWarning: they cannot be written.
     """
-    # Asked after every rollout: what names the file is only found if there is one.
+    # Called after every rollout, so the conditions are found only if they are needed.
     if cache_directory() is None or not engine.agreement.is_leader:
         return
     if not table.is_dirty:
@@ -168,19 +166,19 @@ def save_costs(engine: Engine, params: PolicyParams, table: LatencyTable) -> Non
 
 
 def _prune(latest: Path) -> None:
-    """Drop the costs that were used longest ago, and what was never finished.
+    """Delete the least recently used costs, and abandoned unfinished files.
 
-    Only files whose names are ours; two processes may do so at once.
+    Only files with names of this module are touched; two processes may do so at once.
     """
     used_s: dict[Path, float] = {}
     for path in latest.parent.iterdir():
         if path != latest and OUR_FILES.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 used_s[path] = path.stat().st_mtime
-    whole = [path for path in used_s if path.suffix == ".json"]
-    whole.sort(key=used_s.__getitem__, reverse=True)
-    parts = used_s.keys() - set(whole)
-    old = [path for path in parts if used_s[path] < time.time() - ABANDONED_S]
-    for path in [*whole[MAX_FILES - 1 :], *old]:
+    finished = [path for path in used_s if path.suffix == ".json"]
+    finished.sort(key=used_s.__getitem__, reverse=True)
+    unfinished = used_s.keys() - set(finished)
+    abandoned = [p for p in unfinished if used_s[p] < time.time() - ABANDONED_S]
+    for path in [*finished[MAX_FILES - 1 :], *abandoned]:
         with contextlib.suppress(OSError):
             path.unlink()

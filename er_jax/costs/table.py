@@ -1,13 +1,14 @@
-"""What a round costs: measured seconds per program, and a guess for the others.
+"""Costs of rounds: measured seconds per program, and predictions for the others.
 
-Plain Python floats on the host. A program that never ran is predicted: from what its
-passes cost, where single passes were timed (`pass_costs`); else from the programs that
-did run, by power laws in rows and cache length and by what drafts and verifications
-cost in autoregressive steps. One that ran for long is taken as measured. One that ran
-for few rounds gets the benefit of the doubt, because a first window may be slow for
-reasons of its own, and a program that looks slow would never get a second. So what
-looks better than it is gets measured and then seen through, and what looks worse than
-it is, too.
+Plain Python floats on the host. A program that never ran is predicted from the costs of
+its passes, where single passes were timed (`passes`). Otherwise it is predicted from
+the programs that did run, by power laws in rows and cache length and by the costs of
+drafts and verifications in autoregressive steps.
+
+A program that ran for long is taken as measured. One that ran for few rounds is taken
+to be faster than measured, because a first window may be slow by chance, and a program
+that looks slow would not run again. Either error is so corrected by the next windows: a
+program that looks too fast runs and is measured, and so does one that looks too slow.
 """
 
 from __future__ import annotations
@@ -37,46 +38,46 @@ from er_jax.costs.record import (
 )
 from er_jax.types import Program
 
-# A round of rows that all devices share, in rounds of rows in data shards, where none
-# was measured: weights are read by parts, two or more, and sums are sent.
+# Assumed seconds of a round with shared rows, relative to the same rows in data shards,
+# where none was measured: a device reads half the weights or less, and sums are sent.
 SHARED_ROWS_SHARE = 0.5
 
-# A draft pass in AR steps, where none was measured: int8 weights against 16-bit ones.
+# Assumed seconds of a draft pass, relative to an autoregressive step, where none was
+# measured: int8 weights against 16-bit ones.
 DRAFT_SHARE = 0.5
 
-# After windows of so many seconds e ** -1 is left of what was known of their program:
-# in seconds, as windows and stalls are, whatever a round takes.
+# Time constant of a program's average: after windows of this many seconds, 1 / e of the
+# old value is left. It counts seconds, not rounds, because stalls last seconds.
 MEMORY_S = 1.0
 
-# A program that is well known and takes this many times what it did, or this part of
-# it, has not changed: the machine has, for all programs. Each window moves the slowdown
-# of the machine by a share, until readings are as expected again. All programs are
-# slowed down alike, so a wrong slowdown makes no choice between them wrong. A part of
-# the change is taken for the program's own.
+# Where a trusted program becomes DRIFT_RATIO times slower or faster, the machine has
+# changed, for all programs. Each window then moves the slowdown by SLOWDOWN_SHARE of
+# the change (in logarithms), until readings are within SETTLED_RATIO. The slowdown is
+# the same for all programs, so a wrong one does not change the choice between them.
+# OWN_SHARE of the change counts as the program's own.
 DRIFT_RATIO, SETTLED_RATIO = 1.25, 1.05
 SLOWDOWN_SHARE = 0.5
 OWN_SHARE = 0.2
 
-# Predictions stand until a measured program has moved by more than this share: dozens
-# are asked for before every window, and they are no better than that.
+# Predictions are kept until a measured program has changed by more than this share:
+# dozens are needed before every window, and they are no more exact than that.
 STALE = 0.03
 
-# Measured for so many positions (rounds times gamma + 1), a program is no longer
-# predicted; until then it may be faster than it seems by up to this share.
+# A program that ran for this many positions (rounds times gamma + 1) is trusted: taken
+# as measured. Before that, its uncertainty makes it faster by up to this share.
 TRUSTED_POSITIONS = 50
-DOUBT = 0.2
+UNCERTAINTY_DISCOUNT = 0.2
 
-# A file holds at most so many programs: no rollout has so many, and each is looked at
-# for every prediction.
+# Most programs in a file: no rollout has so many, and every prediction looks at all.
 MAX_PROGRAMS = 10_000
 
-# What a file says of a program is worth so many positions: half of what is trusted, for
-# the machine may have been busy then, and a program that looks slow is never run.
+# Positions that a program from a file counts for: half of the trusted number, because
+# the machine may have been busy, and a program that looks slow is never run.
 SAVED_POSITIONS = 25
 
 
 class OwnLock:
-    """A lock for `with`, which a thread may take again; copies of its owner get others.
+    """A re-entrant lock for `with`; a deep copy or pickle of its owner has a new one.
 
     Shallow copies share it, as they share what it guards.
     """
@@ -96,16 +97,16 @@ class OwnLock:
 
 @dataclasses.dataclass
 class LatencyTable:
-    """Seconds per round of each program, from windows that really ran.
+    """Seconds per round of each program, from windows that ran.
 
-    Threads may call the methods of one table side by side.
+    Several threads may call the methods of one table at once.
 
-    seconds: program -> seconds per round at slowdown 1: the mean over rounds, later an
-      exponential average.
-    rounds: program -> rounds behind it; one without an entry is trusted.
-    passes: what single passes cost; None where none were timed.
-    slowdown: how many times as long as usual everything takes now, on a machine that is
-      throttled or shared.
+    seconds: program -> seconds per round at slowdown 1: at first the mean over rounds,
+      later an exponential average.
+    rounds: program -> rounds measured; a program without an entry is trusted.
+    passes: costs of single passes; None where none were timed.
+    slowdown: ratio of all seconds now to the usual ones, on a machine that is throttled
+      or shared.
     """
 
     seconds: dict[Program, float] = dataclasses.field(default_factory=dict)
@@ -135,10 +136,10 @@ class LatencyTable:
     )
 
     def observe(self, program: Program, seconds: float, num_rounds: int) -> None:
-        """Take in a window: `seconds` in total over `num_rounds` rounds.
+        """Take in a window of `seconds` in total over `num_rounds` rounds.
 
-        A single stall must not outweigh the rest, so a reading counts as at most twice
-        what was known; a lasting change still gets through within a few windows.
+        A reading counts as at most twice the known seconds, so that a single stall does
+        not outweigh the rest; a lasting change still shows within a few windows.
         """
         if num_rounds < 1:
             return
@@ -152,7 +153,7 @@ class LatencyTable:
             self.seconds[program], self.rounds[program] = reading, num_rounds
             self._kept_rounds = 0
             return
-        # Of the seconds that were to be expected: a stall does not weigh by its length.
+        # Weighted by expected seconds, so that a stall does not weigh by its length.
         weight = 1 - math.exp(-num_rounds * known * self.slowdown / MEMORY_S)
         is_trusted = self._uncertainty(program) <= 0
         if program in self.rounds:
@@ -160,8 +161,8 @@ class LatencyTable:
             weight = max(weight, num_rounds / self.rounds[program])
         reading = min(reading, 2 * known)
         if is_trusted:
-            usual = SETTLED_RATIO if self._is_changing else DRIFT_RATIO
-            self._is_changing = not 1 / usual <= reading / known <= usual
+            limit = SETTLED_RATIO if self._is_changing else DRIFT_RATIO
+            self._is_changing = not 1 / limit <= reading / known <= limit
         if is_trusted and self._is_changing:
             self.slowdown *= (reading / known) ** SLOWDOWN_SHARE
             weight *= OWN_SHARE
@@ -172,7 +173,7 @@ class LatencyTable:
             self._forget_predictions()
 
     def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
-        """Write all readings as JSON, with what they hold for; see `save_record`."""
+        """Write all readings as JSON, with their conditions; see `save_record`."""
         passes = self.passes
         with self._lock:
             values = {
@@ -187,13 +188,15 @@ class LatencyTable:
     def load(
         cls, path: str | os.PathLike[str], about: Mapping[str, str] | None = None
     ) -> LatencyTable:
-        """Read what `save` wrote. Programs are trusted less than if they had run here.
+        """Return the table that `save` wrote.
+
+        Its programs are trusted less than programs that ran in this process.
 
         Args:
-          path: the file. about: what it must hold for; None takes anything.
+          path: the file. about: conditions it must have; None takes any.
         Raises:
-          ValueError: no latency table, or of another device, version or policy; or one
-            that is damaged: it names the file and what is wrong in it.
+          ValueError: not a latency table, or of another device, version or policy, or
+            damaged; it names the file and what is wrong in it.
           OSError: the file cannot be read.
         """
         values = load_record(path, "latency table", about)
@@ -213,12 +216,12 @@ class LatencyTable:
 
     @property
     def is_dirty(self) -> bool:
-        """Whether a program was timed since it was saved, or twice the rounds."""
+        """Whether, since it was saved, a program was added or rounds have doubled."""
         with self._lock:
             return sum(self.rounds.values()) > 2 * self._kept_rounds
 
     def readings(self) -> list[Reading]:
-        """Return all that was measured, passes and whole rounds, of separate groups."""
+        """Return all measurements, passes and rounds, but those of shared rows."""
         found = [] if self.passes is None else list(self.passes.readings)
         with self._lock:
             measured = list(self.seconds.items())
@@ -238,36 +241,36 @@ class LatencyTable:
         if measured is None:
             predicted = self._predicted(program)
             return None if predicted is None else predicted * self.slowdown
-        doubt = self._uncertainty(program)
-        if doubt <= 0:
+        uncertainty = self._uncertainty(program)
+        if uncertainty <= 0:
             return measured * self.slowdown
         predicted = min(measured, self._predicted(program) or measured)
-        believed = measured + doubt * (predicted - measured)
-        return believed * (1 - DOUBT * doubt) * self.slowdown
+        believed = measured + uncertainty * (predicted - measured)
+        return believed * (1 - UNCERTAINTY_DISCOUNT * uncertainty) * self.slowdown
 
     def _uncertainty(self, program: Program) -> float:
-        """Return how little a measured program is known: 1 not at all, 0 well."""
+        """Return the uncertainty of a measured program: 1 at first, <= 0 if trusted."""
         rounds = self.rounds.get(program, TRUSTED_POSITIONS)
         return 1 - rounds * (program.gamma + 1) / TRUSTED_POSITIONS
 
     def _predicted(self, program: Program) -> float | None:
-        """Return what the other programs say of this one, remembered for a while."""
+        """Return the prediction of a program, kept until programs have changed."""
         self._neighbours()
         if program not in self._predictions:
             self._predictions[program] = self._prediction(program)
         return self._predictions[program]
 
     def _prediction(self, program: Program) -> float | None:
-        """Work out what passes or the other programs say of this one.
+        """Predict a program from passes, or from the other programs.
 
-        Of passes, in proportion to what the nearest program that ran took beside what
-        its passes say: a slower machine than the one they were timed on shows there.
+        From passes: their sum, times the ratio of measured to summed seconds of the
+        nearest program that ran, which shows a slower machine than that of the passes.
 
-        Of programs: a speculative round costs a step, as gamma = 0 does, and for its
-        drafts what they cost in the nearest round that ran, in proportion to `_extra`.
+        From programs: a round with drafts costs a step (gamma = 0), plus the costs of
+        drafts in the nearest round that ran, in proportion to `_extra`.
 
-        Of shared rows: a share of what the same program takes in data shards, the share
-        of the nearest program of shared rows that ran.
+        With shared rows: the seconds of the same program in data shards, times the
+        ratio of these two for the nearest program with shared rows that ran.
         """
         if program.shared_rows:
             apart = self._apart(program)
@@ -291,8 +294,8 @@ class LatencyTable:
         if step is None or nearest is None:
             return self._curve(program)
         nearest_step = self._step(nearest) or 0.0
-        dearer = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
-        return step + max(dearer, 0.0) * self._extra(program)
+        ratio = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
+        return step + max(ratio, 0.0) * self._extra(program)
 
     def _apart(self, program: Program) -> float | None:
         """Return the seconds of a program's round with rows in data shards."""
@@ -300,11 +303,11 @@ class LatencyTable:
         return self.seconds.get(program) or self._predicted(program)
 
     def _extra(self, program: Program) -> float:
-        """Return what drafts and their verification should add to a step.
+        """Return the expected seconds that drafts and verification add to a step.
 
-        gamma drafts at a share of a step each, and a verification that costs what a
-        step of rows x (gamma + 1) rows does: next to nothing more where steps are bound
-        by weights, all of it where they are bound by arithmetic.
+        gamma drafts cost a share of a step each. The verification costs as much as a
+        step of rows x (gamma + 1) rows: little more than a step where steps are bound
+        by weights, gamma + 1 steps where they are bound by arithmetic.
         """
         gamma = program.gamma
         step = self._step(program) or 0.0
@@ -313,7 +316,7 @@ class LatencyTable:
         return gamma * DRAFT_SHARE * step + verification - step
 
     def _step(self, program: Program) -> float | None:
-        """Return the seconds of its AR step, remembered as long as predictions are."""
+        """Return the seconds of its autoregressive step, kept like predictions."""
         program = program._replace(gamma=0)
         if program not in self._steps:
             known = self.seconds.get(program)
@@ -321,7 +324,7 @@ class LatencyTable:
         return self._steps[program]
 
     def _curve(self, program: Program) -> float | None:
-        """Interpolate the other programs of its gamma, log-log in rows."""
+        """Interpolate the other programs of its gamma by power laws in rows."""
         line = self._neighbours().line(program)
         if not line:
             return None
@@ -330,7 +333,7 @@ class LatencyTable:
         return _power_law(points, program.rows) * ratio**LENGTH_EXPONENT
 
     def _neighbours(self) -> _Neighbours:
-        """Return who lies near whom among the measured, which are never taken out."""
+        """Return the neighbours among measured programs, which are never removed."""
         if len(self._found.measured) != len(self.seconds):
             self._found = _Neighbours(tuple(self.seconds))
             self._forget_predictions()
@@ -343,10 +346,10 @@ class LatencyTable:
 
 
 class _Neighbours:
-    """Which measured programs a program is predicted from; remembered once found.
+    """The measured programs that a program is predicted from, remembered once found.
 
-    Dozens of programs are asked for before every window, and the answer depends on what
-    was measured, not on the seconds.
+    Dozens of predictions are needed before every window. The neighbours depend on which
+    programs were measured, not on their seconds.
     """
 
     def __init__(self, measured: tuple[Program, ...]) -> None:
@@ -377,7 +380,7 @@ class _Neighbours:
 
 
 def _distance(one: Program, other: Program) -> float:
-    """How much two programs differ: cache length most, then rows, then gamma."""
+    """Return how far programs differ: in cache length most, then rows, then gamma."""
     return (
         abs(math.log2(one.cache_length / other.cache_length))
         + 0.25 * abs(math.log2(one.rows / other.rows))
@@ -386,7 +389,7 @@ def _distance(one: Program, other: Program) -> float:
 
 
 def _power_law(line: list[tuple[int, float]], rows: int) -> float:
-    """Interpolate (rows, seconds) points by straight lines in logarithms."""
+    """Interpolate (rows, seconds) points linearly in logarithms."""
     if len(line) == 1:
         at, seconds = line[0]
         return seconds * (rows / at) ** ROWS_EXPONENT

@@ -1,7 +1,7 @@
 """Timing the engine's own windows on this device.
 
-Left out: what is done with the seconds (`table`, `control`), files (`store`), which
-programs are worth timing ahead of a run (`tools.survey`).
+Left out: the use of the seconds (`table`, `control`), files (`store`), the choice of
+programs to time ahead of a run (`tools.survey`).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from er_jax.types import (
     Sampling,
 )
 
-# Seconds of rounds behind one reading, and readings per program; the least is taken,
+# Seconds of rounds in one reading, and readings per program; the least of them counts,
 # because other work on the machine only ever adds time.
 READING_S = 0.03
 NUM_READINGS = 3
 
-# Seconds that a first rollout may be held up for, compilation not counted.
+# Seconds that measurements may delay a first rollout by, without compilation.
 FIRST_BUDGET_S = 20.0
 
 
 def neutral_sampling(num_stop_ids: int = 8) -> Sampling:
-    """Return settings that never stop or cut anything: plain sampling, key 0.
+    """Return settings of plain sampling: key 0, no truncation, no stop tokens.
 
-    Their number of stop ids names programs; all of them are unused.
+    Programs are compiled for a number of stop ids; these are all unused.
     """
     return Sampling(
         key=np.zeros(2, np.uint32),
@@ -57,22 +57,22 @@ def measure_round(
     *,
     budget_s: float = math.inf,
 ) -> float:
-    """Time one program on a batch of junk and return seconds per round.
+    """Return the seconds per round of a program, timed on meaningless rows.
 
     Args:
-      engine, params: what to time. program: rows, cache length, gamma; compiled if it
-        is not yet, which is not counted.
+      engine, params: to run it with. program: compiled first if necessary, which does
+        not count.
       settings: traced sampling settings; None is `neutral_sampling`.
-      budget_s: no reading is begun after so many seconds, but for the first.
+      budget_s: seconds after which no further reading begins; one always does.
     """
     if settings is None:
         settings = neutral_sampling()
     state = engine.allocate(program.rows, program.cache_length)
     reach = engine.rounds_per_test * (program.gamma + 1)
-    # No further than the policy has positions, whatever the cache has room for.
+    # No further than the policy's context, even if the cache is longer.
     most = getattr(engine.policy, "max_length", None) or program.cache_length
     limit = min(program.cache_length, most)
-    room = max(limit - 1 - reach, reach) // (program.gamma + 1)
+    most_rounds = max(limit - 1 - reach, reach) // (program.gamma + 1)
 
     def run(state: DecodeState, num_rounds: int) -> tuple[DecodeState, float, float]:
         rows = program.rows
@@ -91,11 +91,11 @@ def measure_round(
         (seconds,) = engine.agreement.broadcast_from_leader([seconds]).tolist()
         return state, seconds, seconds / max(int(info.num_rounds), 1)
 
-    # The first run touches memory for the first time: it only says how long to read.
+    # The first run touches memory for the first time; it only sets how long to read.
     state, spent_s, round_s = run(state, 1)
     readings: list[float] = []
     while not readings or (len(readings) < NUM_READINGS and spent_s < budget_s):
-        num_rounds = min(max(int(READING_S / round_s), 1), room)
+        num_rounds = min(max(int(READING_S / round_s), 1), most_rounds)
         state, seconds, round_s = run(state, num_rounds)
         readings.append(round_s)
         spent_s += seconds
@@ -111,16 +111,16 @@ def measure_rounds(
     num_stop_ids: int = 8,
     budget_s: float = FIRST_BUDGET_S,
 ) -> tuple[dict[Program, float], int]:
-    """Time several programs of a rollout that waits for them.
+    """Time several programs, while their rollout waits.
 
     Args:
-      engine, params: what to time. programs: which.
-      num_stop_ids: of the rollout, which then runs the very programs that are compiled.
-      budget_s: seconds after which no reading is begun, compilation not counted; one of
-        each program there always is.
+      engine, params: to run them with. programs: to time.
+      num_stop_ids: of the rollout, so that it runs the programs compiled here.
+      budget_s: seconds after which no further reading begins, without compilation;
+        every program gets one.
     Returns:
-      Seconds per round of each; the rounds that each is worth, for `LatencyTable`: the
-      least of several readings stands.
+      Seconds per round of each; the rounds that each counts for in `LatencyTable`,
+      enough to be trusted, because the least of several readings is.
     """
     each_s, settings = budget_s / len(programs), neutral_sampling(num_stop_ids)
     seconds = {

@@ -1,6 +1,6 @@
-"""Compiled programs and running them: the only rooms with `jax.jit` and donation.
+"""Compiled programs, and running them; only here and in `mesh` is anything jitted.
 
-`protocol` says what an engine offers, `windows` holds all that is jitted, `programs`
+`protocol` says what an engine offers, `windows` has the jitted functions, `programs`
 the executables, `engine` the engine of one device, `kept` the engines between calls.
 """
 

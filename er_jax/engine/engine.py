@@ -1,12 +1,12 @@
 """The engine of one device: its compiled programs, and running them.
 
-Programs are compiled ahead of time and kept, so that compile time is known apart from
-run time and the host can ask what is compiled before it decides.
+Programs are compiled ahead of time and kept, so that compile time is measured apart
+from run time, and the host can ask what is compiled before it decides.
 
-Threads may call the methods of one engine side by side: each program is compiled once,
-and whoever wants it meanwhile waits.
+Several threads may call the methods of one engine at once. Each program is compiled by
+one thread, and the others that need it wait.
 
-Left out: which program to run (`control`), when (`scheduler`).
+Left out: which program to run (`control`), when to run it (`scheduler`).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from er_jax.types import (
 def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
     """Requantize the policy into the buffers of its old draft.
 
-    For callers whose update is not one jit of its own; inside a jit that donates the
-    old parameters, `attach_draft` does the same.
+    For callers whose parameter update is not jitted as a whole. Inside a jit that
+    donates the old parameters, `attach_draft` has the same effect.
 
     Args:
       params: policy and old draft; the draft is donated and must not be used again.
@@ -72,7 +72,7 @@ def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
 
 
 class RunningWindow:
-    """A window the device was told to run; the host is free until it calls `wait`.
+    """A dispatched window; the host is free until it calls `wait`.
 
     buffers: the tokens and log-probabilities after it, as `run_window` returns them.
     """
@@ -81,34 +81,33 @@ class RunningWindow:
         self._info = info
         self.buffers = buffers
         self._start_s = start_s
-        self._told_s = time.perf_counter()
-        # Where dispatch itself waits, its end is the window's.
+        self._dispatched_s = time.perf_counter()
+        # Where dispatch is synchronous, it ends with the window.
         self._is_sync = info.num_rounds.is_ready()
 
     def wait(self) -> tuple[WindowInfo, float, bool]:
         """Wait for the window.
 
         Returns:
-          The info as NumPy arrays; the seconds the window took, compilation not
-          counted; whether those were measured. They were not where the window was over
-          before it was waited for: then they are only what it took to start it and to
-          fetch the info. Several processes measure each for itself.
+          The info as NumPy arrays; the window's seconds, without compilation; whether
+          these are a measurement. They are none if the window was over before `wait`:
+          they then cover only its dispatch and the fetch of the info. Every process
+          measures its own seconds.
         """
-        asked_s = time.perf_counter()
+        waited_s = time.perf_counter()
         was_over = self._info.num_rounds.is_ready()
         info = jax.device_get(self._info)
         seconds = time.perf_counter() - self._start_s
         if was_over:
-            seconds -= asked_s - self._told_s
+            seconds -= waited_s - self._dispatched_s
         return info, seconds, self._is_sync or not was_over
 
 
 class Engine:
     """The compiled programs of one policy and one acceptance rule, on one device.
 
-    Holds executables only: parameters and states are arguments, so an engine lives
-    across parameter updates. `compiled` maps a program's name to its executable in the
-    order of compilation.
+    It holds executables only. Parameters and states are arguments, so one engine serves
+    across parameter updates.
 
     Args:
       policy: the model. accept: the acceptance rule.
@@ -120,10 +119,11 @@ class Engine:
         self.layout: Layout = ONE_DEVICE
         self.agreement: Agreement = OneProcess()
         self._executables = ExecutableCache()
-        self._prefix = ""  # Of programs' names, where engines share executables.
+        # Begins the names of programs, to tell engines apart that share executables.
+        self._prefix = ""
         self._draft_kinds: dict[Hashable, str] = {}
         self.defaults: dict[Hashable, Any] = {}
-        """Objects callers keep per engine, such as the controller of unnamed calls."""
+        """Objects that callers keep per engine, such as the default controller."""
 
     @property
     def compiled(self) -> dict[tuple[Any, ...], CompiledProgram]:
@@ -132,31 +132,31 @@ class Engine:
 
     @property
     def compile_s(self) -> float:
-        """Seconds this thread has spent compiling, or waiting for one that does."""
+        """Seconds this thread has spent compiling, or waiting for another that did."""
         return self._executables.own.seconds
 
     @property
     def compiled_here(self) -> list[tuple[tuple[Any, ...], float]]:
-        """Name and seconds of all that this thread has compiled, in order."""
+        """Name and seconds of every program this thread has compiled, in order."""
         return self._executables.own.compiled
 
     @property
     def rounds_per_test(self) -> int:
-        """Rounds between exit tests: each reads a number back on an accelerator."""
+        """Rounds between exit tests; on an accelerator, each reads a number back."""
         return 1 if jax.default_backend() == "cpu" else 4
 
     @functools.cached_property
     def position_bytes(self) -> float:
-        """Bytes of one position of one row: cache, token, log-probability."""
+        """Bytes of one position of one row: cache entry, token, log-probability."""
         state = jax.eval_shape(lambda: steps.empty_state(self.policy, 1, 1))
         return device_bytes((state.cache, state.tokens, state.logprobs))
 
     def signature(self, tree: Any) -> Hashable:
-        """Return a hashable description of a pytree of arrays as they lie here."""
+        """Return a hashable description of arrays: structure, shapes, dtypes."""
         return signature(tree)
 
     def _abstract_same(self, tree: Any) -> Any:
-        """Return shapes of what comes from the host and is the same for all rows."""
+        """Return abstract values of host arrays that are the same for all rows."""
         return abstract(tree)
 
     def _abstract_params(self, params: Any) -> Any:
@@ -171,11 +171,11 @@ class Engine:
     def _program(
         self, name: tuple[Any, ...], function: Any, lower: Callable[[Any], Any]
     ) -> CompiledProgram:
-        """Return a program, compiled first if it is not there.
+        """Return a program, compiled first if necessary.
 
         Raises:
-          RuntimeError: it cannot be compiled in another process. What fails here is
-            raised as it is. Either way it is there in no process.
+          RuntimeError: its compilation failed in another process. A failure in this
+            process is raised unchanged. After either, no process has the program.
         """
 
         def make() -> tuple[CompiledProgram, float]:
@@ -186,15 +186,15 @@ class Engine:
                 failure = error
             finally:
                 # JAX keeps what it compiles for a function as long as the function
-                # lives; here programs are to live as long as their engine.
+                # lives; programs should live as long as their engine.
                 function.clear_cache()
             seconds = time.perf_counter() - start
-            # Others would wait in this program for one that does not have it.
+            # A process with the program would wait in it for one without.
             (leading_s,), failure = self.agreement.sync_or_raise([seconds], failure)
             if call is None or failure is not None:
                 assert failure is not None
                 raise failure
-            # What decides is the same in all processes; what is told is each one's own.
+            # Decisions use the leader's seconds, reports those of this process.
             return CompiledProgram(call, seconds), float(leading_s)
 
         key = self._key(*name)
@@ -232,11 +232,11 @@ class Engine:
         return program.call(*arguments)
 
     def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
-        """Whether a state of a size (rows, length) can be given another right now."""
+        """Whether the move between states of two sizes (rows, length) is compiled."""
         return old == new or self._key("take", *old, *new) in self.compiled
 
     def take(self, state: DecodeState, rows: np.ndarray, length: int) -> DecodeState:
-        """Move rows (`NONE` for an empty one) to a state of another size."""
+        """Move rows (`NONE` for an empty one) to a state of `length` positions."""
         rows = np.asarray(rows, np.int32)
         program = self._program(
             ("take", state.rows, state.cache_length, len(rows), length),
@@ -246,7 +246,7 @@ class Engine:
         return program.call(state, rows)
 
     def draft_kind(self, draft: Params) -> str:
-        """Return a short name for all drafts of these shapes and dtypes."""
+        """Return a short name shared by all drafts of these shapes and dtypes."""
         name = self.signature(draft)
         with self._executables.lock:
             number = len(self._draft_kinds)
@@ -255,20 +255,20 @@ class Engine:
     def _window_name(
         self, program: Program, draft_kind: str | None, num_stop_ids: int
     ) -> tuple[Any, ...]:
-        # AR programs are the same whatever the draft is, or if there is none.
+        # Plain decoding is one program for all drafts, and without one.
         kind = draft_kind if program.gamma else None
         sizes = (program.rows, program.cache_length, program.gamma)
         return ("window", *sizes, num_stop_ids, kind)
 
     def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
-        """Whether this window is compiled for such drafts and so many stop ids."""
+        """Whether a window is compiled for a kind of draft and a number of stop ids."""
         name = self._window_name(program, draft_kind, num_stop_ids)
         return self._key(*name) in self.compiled
 
     def expected_compile_s(self, kind: str) -> float:
-        """Return the seconds one more program of a kind should take to compile."""
+        """Return the expected seconds to compile one more program of a kind."""
         slowest_s = self._executables.slowest_s
-        # A move of rows is a small part of a window.
+        # A move of rows compiles in a small part of a window's time.
         first_s = 0.1 * slowest_s["window"] if "window" in slowest_s else 1.0
         return slowest_s.get(self._prefix + kind, slowest_s.get(kind, first_s))
 
@@ -283,15 +283,15 @@ class Engine:
         max_rounds: int,
         draft_kind: str | None = None,
     ) -> tuple[DecodeState, RunningWindow]:
-        """Run one window, and do not wait for it.
+        """Start one window without waiting for it.
 
         Args:
           params: target and draft. state: donated. settings: traced sampling settings.
           gamma: drafts per round. exit_live, max_rounds: see `run_window`.
-          draft_kind: of `params.draft`, for callers of many windows, who need to find
-            it only once.
+          draft_kind: kind of `params.draft`, so that callers of many windows find it
+            only once; None finds it.
         Returns:
-          The state after the window, and what is to be waited for.
+          The state after the window, and the running window.
         """
         if gamma == 0:
             params = PolicyParams(policy=params.policy, draft=None)
@@ -336,9 +336,9 @@ class Engine:
 
         Args:
           params: target and draft, or their shapes. settings: traced sampling settings.
-          programs: which. progress: show a progress bar.
+          programs: the windows. progress: show a progress bar.
         """
-        # The setting of a `with` block holds for its own thread only.
+        # 64-bit mode may be set for the calling thread only.
         is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
         def compile_one(program: Program) -> None:
@@ -351,7 +351,7 @@ class Engine:
                 zero = np.int32(0)
                 self._window((used, state, settings, zero, zero), gamma, None)
 
-        # Processes must compile in the same order: they agree on what it took.
+        # Processes compile in the same order, because they synchronise after each.
         threads = 1 if self.agreement.is_spread else os.cpu_count()
         with (
             concurrent.futures.ThreadPoolExecutor(threads) as pool,
@@ -363,19 +363,19 @@ class Engine:
     def fetch_rows(
         self, buffers: TokenBuffers, rows: np.ndarray
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Return tokens and log-probabilities `[S]` of rows, to be copied and not kept.
+        """Return tokens and log-probabilities, `[S]` each, of some rows.
 
-        They may be the device's own buffers, and hold on to all the rows.
+        They may be views of the device's buffers of all rows: copy what is to be kept.
         """
         tokens, logprobs = jax.device_get(buffers)
         return {int(row): (tokens[row], logprobs[row]) for row in rows}
 
     def _attach_function(self, params: Params, config: DrafterConfig) -> Any:
-        """Return the jitted function that derives a draft of such parameters."""
+        """Return the jitted function that derives the draft of these parameters."""
         return run_attach
 
     def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
-        """Derive the draft of bare policy parameters."""
+        """Return policy parameters with a newly derived draft."""
         program = self._program(
             ("attach", config),
             self._attach_function(params, config),

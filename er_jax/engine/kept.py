@@ -15,58 +15,57 @@ from er_jax.types import Params, Policy
 
 Kind = TypeVar("Kind", bound=Engine)
 
-# Calls whose engines are kept; those that one call needs together count as one, however
-# many they are.
+# Calls whose engines are kept; the engines of one call count as one.
 MAX_ENGINES = 16
 
 _kept: list[dict[Hashable, Engine]] = []
-"""By name, together what one call needs; the least recently used first."""
+"""The engines of each call by name; the least recently used call first."""
 
 _living: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictionary()
-"""All that somebody still holds: kept ones, and those of calls that have not ended."""
+"""All engines still in use: the kept ones, and those of running calls."""
 
 _lock = threading.Lock()
 
 
 def engine_for(policy: Policy, params: Params, accept: AcceptRule) -> Engine:
-    """Return the engine of this policy, these parameter shapes and this rule.
+    """Return the engine of a policy, parameter shapes and acceptance rule.
 
-    On the default device. Engines are kept, least recently used first out, so that
-    calls of `rollout` share programs without the caller holding anything.
+    It runs on the default device. Engines are kept (the least recently used is dropped
+    first), so that calls of `rollout` share programs and the caller holds nothing.
     """
     name = (policy, signature(params), accept, default_device())
     return kept_engines({name: lambda: Engine(policy, accept)})[0]
 
 
 def kept_engines(wanted: Mapping[Hashable, Callable[[], Kind]]) -> list[Kind]:
-    """Return the engines that one call needs; they are kept and dropped together.
+    """Return the engines of one call; they are kept and dropped together.
 
     Args:
-      wanted: name -> what makes that engine, if it is not there.
+      wanted: name -> function that makes the engine if it does not exist.
     """
     with _lock:
-        own: dict[Hashable, Any] = {
+        engines: dict[Hashable, Any] = {
             name: _living.get(name) or make() for name, make in wanted.items()
         }
-        _living.update(own)
-        latest = next((calls for calls in _kept if own.keys() <= calls.keys()), None)
+        _living.update(engines)
+        latest = next((call for call in _kept if engines.keys() <= call.keys()), None)
         if latest is None:
-            latest = own
-            for calls in _kept:
-                for name in own.keys() & calls.keys():
-                    del calls[name]
-        _kept[:] = [calls for calls in _kept if calls and calls is not latest]
+            latest = engines
+            for call in _kept:
+                for name in engines.keys() & call.keys():
+                    del call[name]
+        _kept[:] = [call for call in _kept if call and call is not latest]
         _kept.append(latest)
         del _kept[:-MAX_ENGINES]
-        return list(own.values())  # in the order of `wanted`
+        return list(engines.values())  # in the order of `wanted`
 
 
 def forget_engines() -> None:
     """Drop all kept engines with their programs and controllers.
 
-    For processes that go through many models or shapes: on CPU some hundred compiled
-    programs use up the memory mappings that Linux allows a process. A call that another
-    thread is in goes on with its own, which ends with it.
+    For processes that use many models or shapes: on CPU, some hundred compiled programs
+    use up the memory mappings that Linux allows a process. Calls that run in other
+    threads keep their engines until they end.
     """
     with _lock:
         _kept.clear()

@@ -1,4 +1,4 @@
-"""Executables: compiled once each, by whichever thread wants one first."""
+"""Executables, each compiled once by the first thread that needs it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import numpy as np
 
 @dataclasses.dataclass
 class CompiledProgram:
-    """An executable, and what its compilation took here."""
+    """An executable, and the seconds that this process took to compile it."""
 
     call: Callable[..., Any]
     compile_s: float
 
 
 class ThreadCosts(threading.local):
-    """What compilation has cost one thread.
+    """The costs of compilation in one thread.
 
-    seconds: of compiling, and of waiting for others that did. compiled: name and
-      seconds of all that this thread compiled, in order.
+    seconds: spent compiling, and waiting for other threads that compiled.
+    compiled: name and seconds of every program this thread compiled, in order.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,13 @@ class ThreadCosts(threading.local):
 
 
 class ExecutableCache:
-    """What an engine has compiled, and how long that took."""
+    """The executables of an engine, shared by threads.
+
+    compiled: executables by name, in the order of compilation.
+    slowest_s: expected seconds to compile one more program, by kind.
+    own: costs of the calling thread.
+    lock: guards the dictionaries.
+    """
 
     def __init__(self) -> None:
         self.compiled: dict[tuple[Any, ...], CompiledProgram] = {}
@@ -45,14 +51,14 @@ class ExecutableCache:
     def program(
         self, key: tuple[Any, ...], make: Callable[[], tuple[CompiledProgram, float]]
     ) -> CompiledProgram:
-        """Return an executable, made first if it is not there.
+        """Return an executable, compiled first if necessary.
 
-        A thread that asks while another makes it waits; if that one fails it makes it
-        itself. Other programs are made meanwhile.
+        A thread that asks while another compiles it waits; if that compilation fails,
+        it compiles the program itself. Other programs can be compiled at the same time.
 
         Args:
-          key: its name. make: returns it, and the seconds that the next one of its
-            kind is expected to take.
+          key: its name. make: compiles it; returns the executable, and the seconds that
+            the next program of its kind is expected to take.
         """
         start = time.perf_counter()
         with self.lock:
@@ -74,7 +80,7 @@ class ExecutableCache:
 
 
 def abstract(tree: Any, shardings: Any = None) -> Any:
-    """Return shapes and dtypes, with the sharding given for each leaf, if any is."""
+    """Return shapes and dtypes, with a sharding for each leaf if they are given."""
 
     def leaf(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)

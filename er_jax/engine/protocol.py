@@ -1,9 +1,9 @@
-"""What an engine offers, and what it asks of the devices and processes it runs on.
+"""The protocols of an engine, of its layout on devices, of agreement among processes.
 
-Three protocols. `EngineProtocol` is all that the scheduler and the timing of costs use:
-`engine.Engine` implements it, and so do the engine of a mesh and the simulated ones of
-tests and benchmarks. `Layout` says how the arrays of a program lie, and `Agreement` how
-processes come to the same decisions; `OneDevice` and `OneProcess` are the trivial ones.
+`EngineProtocol` is all that the scheduler and the timing of costs use; `engine.Engine`
+implements it, and so do the engine of a mesh and the simulated engines of tests and
+benchmarks. `Layout` says how the arrays of a program lie on devices, and `Agreement`
+how processes come to the same decisions; `OneDevice` and `OneProcess` are trivial.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ from er_jax.types import (
 # Tokens int32 `[B, S]` and log-probabilities float32 `[B, S]` after a window.
 TokenBuffers: TypeAlias = tuple[jax.Array, jax.Array]
 
-# Marks of a program's arguments and results: arrays whose first axis is rows of the
-# batch, and arrays that are the same for all rows.
+# Marks for arguments and results of a program: arrays whose first axis is the rows of
+# the batch, and arrays that are the same for all rows.
 ROWS, SAME = "rows", "same"
 
 
 class Layout(Protocol):
-    """How the arrays of a program lie; hashable, because it names the program."""
+    """How a program's arrays lie on devices; hashable, as a static argument."""
 
     @property
     def name(self) -> str:
-        """For people and files: devices along each axis."""
+        """The number of devices along each axis, as text for people and files."""
 
     def over_rows(self, function: Any, in_marks: Any, out_marks: Any) -> Any:
-        """Return a function that is run on the rows of each data shard apart.
+        """Return a function that runs `function` on the rows of each data shard.
 
         Args:
-          function: of pytrees. in_marks: `ROWS` or `SAME` for each argument or each of
-            its leaves. out_marks: the same of its results.
+          function: takes and returns pytrees. in_marks: `ROWS` or `SAME` for each
+            argument, or for each of its leaves. out_marks: likewise for its results.
         """
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """Return the sum over all data shards; inside `over_rows`."""
+        """Return the sum over all data shards, called inside `over_rows`."""
 
     def is_any(self, rows: jax.Array) -> jax.Array:
-        """Return whether a row `[B]` is true that this shard has to wait for."""
+        """Whether a flag `[B]` is set, here or in a shard that this one waits for."""
 
     def all_rows(self, rows: jax.Array) -> jax.Array:
-        """Return `[k, B]` of the rows of all data shards; inside `over_rows`."""
+        """Return `[k, B]` with rows of all data shards, called inside `over_rows`."""
 
     def lay_out(self, state: DecodeState, policy: Policy) -> DecodeState:
-        """Have the compiler lay out a state as it lies between programs."""
+        """Constrain a state to the layout that it has between programs."""
 
     def replicate(self, tree: Any) -> Any:
-        """Have the compiler put the same on every device."""
+        """Constrain arrays to be the same on every device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
-    """The layout of a single device, which has nothing to lay out."""
+    """The layout of a single device: every method returns its argument."""
 
     name = "one device"
 
@@ -97,12 +97,12 @@ class OneDevice:
 
 
 class Agreement(Protocol):
-    """How processes that run the same rollout come to the same decisions.
+    """How the processes of one rollout come to the same decisions.
 
     All of them must call the same methods in the same order.
 
-    is_spread: whether there are several. is_leader: whether what is measured here
-      counts.
+    is_spread: whether there are several processes.
+    is_leader: whether the measurements of this one count.
     """
 
     is_spread: bool
@@ -111,27 +111,28 @@ class Agreement(Protocol):
     def sync_or_raise(
         self, values: Any, failure: Exception | None = None
     ) -> tuple[np.ndarray, Exception | None]:
-        """Return the leader's numbers, and what every process is to raise.
+        """Return the leader's numbers, and the failure that this process must raise.
 
         Args:
-          values: as many in all processes; of several, float32 holds them.
-          failure: what has failed in this process, if anything.
+          values: numbers, equally many in all processes; several processes send them
+            as float32.
+          failure: of this process, if any.
         Returns:
-          The leader's values; the failure here, or an error that says that there is one
-          in another process, or None if all is well in every process.
+          The leader's values; and the failure of this process, or an error that names
+          another process's failure, or None if no process has failed.
         """
 
     def broadcast_from_leader(self, values: Any) -> np.ndarray:
         """Return the leader's numbers, in every process."""
 
     def broadcast_text(self, text: str | None) -> str | None:
-        """Return the leader's text, in every process; None if it has none."""
+        """Return the leader's text, in every process; None if that is None."""
 
     def sum(self, own: np.ndarray) -> np.ndarray:
-        """Return the sum of the processes' arrays, in every process.
+        """Return the sum of all processes' arrays, in every process.
 
         Args:
-          own: int32 or float32, of one shape in all processes.
+          own: this process's array, int32 or float32, of one shape in all processes.
         """
 
 
@@ -143,7 +144,7 @@ class OneProcess:
     def sync_or_raise(
         self, values: Any, failure: Exception | None = None
     ) -> tuple[np.ndarray, Exception | None]:
-        """Return both as they are."""
+        """Return both unchanged, the values as an array."""
         return np.asarray(values, np.float64), failure
 
     def broadcast_from_leader(self, values: Any) -> np.ndarray:
@@ -160,7 +161,7 @@ class OneProcess:
 
 
 class WindowHandle(Protocol):
-    """A window that the device was told to run.
+    """A dispatched window.
 
     buffers: tokens and log-probabilities after it; see `windows.run_window`.
     """
@@ -171,8 +172,8 @@ class WindowHandle(Protocol):
         """Wait for the window.
 
         Returns:
-          The info as NumPy arrays; the seconds the window took, compilation not
-          counted; whether those were measured.
+          The info as NumPy arrays; the window's seconds, without compilation; whether
+          these are a measurement.
         """
 
 
@@ -185,22 +186,23 @@ class EngineProtocol(Protocol):
 
     @property
     def agreement(self) -> Agreement:
-        """How the processes that run it agree."""
+        """How its processes agree."""
 
     @property
     def rounds_per_test(self) -> int:
-        """Rounds between two tests of a window for its end."""
+        """Rounds between two exit tests of a window."""
 
     @property
     def position_bytes(self) -> float:
-        """Bytes of one position of one row.
+        """Bytes of one position of one row on one device.
 
-        Such that times all rows and their positions it is what a device holds.
+        A device holds this times the rows and positions of the whole batch; on a mesh
+        it is therefore a fraction of a position's size.
         """
 
     @property
     def compile_s(self) -> float:
-        """Seconds that this thread has spent on compiling."""
+        """Seconds this thread has spent compiling."""
 
     def allocate(self, rows: int, cache_length: int) -> Any:
         """Return a state of `rows` empty slots of `cache_length` positions."""
@@ -209,19 +211,19 @@ class EngineProtocol(Protocol):
         """Start sequences in free slots. Donates `state`."""
 
     def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
-        """Whether a state of a size (rows, length) can be given another right now."""
+        """Whether the move between states of two sizes (rows, length) is compiled."""
 
     def take(self, state: Any, rows: np.ndarray, length: int) -> Any:
-        """Move rows (`NONE` for an empty one) to a state of another size."""
+        """Move rows (`NONE` for an empty one) to a state of `length` positions."""
 
     def draft_kind(self, draft: Params) -> str:
-        """Return a short name for all drafts of these shapes and dtypes."""
+        """Return a short name shared by all drafts of these shapes and dtypes."""
 
     def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
-        """Whether this window is compiled for such drafts and so many stop ids."""
+        """Whether a window is compiled for a kind of draft and a number of stop ids."""
 
     def expected_compile_s(self, kind: str) -> float:
-        """Return the seconds one more program of a kind should take to compile."""
+        """Return the expected seconds to compile one more program of a kind."""
 
     def start_window(
         self,
@@ -234,9 +236,9 @@ class EngineProtocol(Protocol):
         max_rounds: int,
         draft_kind: str | None = None,
     ) -> tuple[Any, WindowHandle]:
-        """Run one window, and do not wait for it; see `engine.Engine`."""
+        """Start one window without waiting for it; see `engine.Engine`."""
 
     def fetch_rows(
         self, buffers: Any, rows: np.ndarray
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Return tokens and log-probabilities `[S]` of rows after a window."""
+        """Return tokens and log-probabilities, `[S]` each, of rows after a window."""

@@ -1,11 +1,11 @@
-"""All that is jitted: windows of rounds, admission, moves, drafts.
+"""The jitted functions: windows of rounds, admission, moves, drafts.
 
-A window is a compiled loop of rounds that ends when the host has something to decide:
-few enough rows are live, a round count is reached, or a row would outgrow the cache.
-Sampling settings, stop ids, limits and keys are traced. The state is donated and
-aliased; what comes back to the host is one `WindowInfo`.
+A window is a compiled loop of rounds. It ends when the host has something to decide:
+few enough rows are live, a number of rounds is reached, or a row would outgrow the
+cache. Sampling settings, stop ids, limits and keys are traced. The state is donated and
+aliased; one `WindowInfo` goes back to the host.
 
-The functions are compiled ahead of time by `engine.Engine`.
+`engine.Engine` compiles the functions ahead of time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from er_jax.types import (
 
 ONE_DEVICE = OneDevice()
 
-# A window's state, its rounds so far, and `[2, G + 1]` counts of row-rounds.
+# A window's state, its rounds so far, and counts of row-rounds, `[2, G + 1]`.
 Carry: TypeAlias = tuple[DecodeState, jax.Array, jax.Array]
 
 
@@ -54,19 +54,19 @@ def run_window(
     rounds_per_test: int,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
-    """Run rounds until `exit_live` or fewer rows are live; at least none, at most max.
+    """Run rounds until at most `exit_live` rows are live, `max_rounds` at most.
 
     Args:
       policy, params, state, settings: as in `steps.decode_round`.
       exit_live: int32 `[]`. max_rounds: int32 `[]`.
       gamma, accept: static, as in `steps.decode_round`.
       rounds_per_test: static; rounds between two exit tests. A test reads one number
-        back (from all devices); up to this many rounds minus one run idle at the end.
-      layout: static; how the arrays lie.
+        back (on a mesh, a sum over devices); up to `rounds_per_test - 1` rounds run
+        idle at the end.
+      layout: static; how the arrays lie on devices.
     Returns:
-      The state; what the host needs to know; copies of the state's tokens and
-      log-probabilities, for rows that ended: they may be fetched while the next window
-      runs on the state.
+      The state; the window's info; copies of the state's tokens and log-probabilities,
+      from which rows that ended can be fetched while the next window runs.
     Effects: donates `state`.
     """
     window = functools.partial(
@@ -95,7 +95,7 @@ def _window(
     rounds_per_test: int,
     layout: Layout,
 ) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
-    """Run the rounds of one data shard; arguments as for `run_window`."""
+    """Run the rounds of one data shard; arguments as in `run_window`."""
     reach = rounds_per_test * (gamma + 1)
 
     def goes_on(carry: Carry) -> jax.Array:
@@ -181,7 +181,7 @@ def run_allocation(
 
 
 def derive_draft(params: Params, *, config: DrafterConfig) -> Params:
-    """Derive the draft alone (the policy would be copied if it were returned)."""
+    """Return the draft alone; a jitted function would copy a returned policy."""
     return drafter.attach_draft(params, config).draft
 
 
@@ -193,7 +193,7 @@ run_attach = jax.jit(derive_draft, static_argnames=("config",))
 )
 def run_refresh(params: Params, old: Params, *, config: DrafterConfig) -> Params:
     """Derive the draft into the buffers of the old one. Donates `old`."""
-    del old  # Unused on purpose: kept as an argument so that its buffers are reused.
+    del old  # An argument only so that its buffers are reused.
     return drafter.attach_draft(params, config).draft
 
 

@@ -1,1 +1,1 @@
-"""One file per framework; each imports its own, and the library none."""
+"""One module per framework, which imports it; the library imports none of them."""

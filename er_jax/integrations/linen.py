@@ -1,15 +1,15 @@
-"""Flax Linen modules as policies, as they are: no layer has to know `er_jax.dot`.
+"""Flax Linen modules as policies; their layers need not know `er_jax.dot`.
 
-The module is written against the protocol's cache: it has
+A module has to offer
 
     __call__(tokens, positions, cache) -> hidden, cache
     logits(hidden) -> logits
     init_cache(rows, length) -> cache
 
 as `types.Policy` describes them, and may use `kv_cache.write` and `kv_cache.attend`.
-Its `nn.Dense` layers get a drafter: while the draft runs, their calls are intercepted
-and multiply with the quantized kernel, which is never widened. Any other layer that
-meets a quantized parameter is refused by name.
+Its `nn.Dense` layers can draft: in a draft pass their calls are intercepted, and
+multiply with the quantized kernel, which is never dequantized. Any other layer with a
+quantized parameter is refused by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LinenPolicy:
     """A `Policy` made of a Linen module.
 
     Args:
-      module: see above. vocab_size: V. max_length: positions it was made for.
+      module: see above. vocab_size: V. max_length: its context length in tokens.
     Example: docs/any-policy.md.
     """
 
@@ -41,12 +41,12 @@ class LinenPolicy:
     def init(self, key: jax.Array) -> Params:
         """Return random parameters, the module's collection "params"."""
 
-        def whole(module: Any, tokens: jax.Array) -> jax.Array:
+        def one_token(module: Any, tokens: jax.Array) -> jax.Array:
             hidden, _ = module(tokens, tokens, module.init_cache(1, 1))
             return module.logits(hidden)
 
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return nn.init(whole, self.module)(key, tokens)["params"]
+        return nn.init(one_token, self.module)(key, tokens)["params"]
 
     def init_cache(self, rows: int, length: int) -> Cache:
         """Return the module's empty cache."""
@@ -69,7 +69,7 @@ class LinenPolicy:
 def _quantized_layers(
     call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
-    """Compute layers with a quantized kernel here, and let the others do it."""
+    """Compute layers that have a quantized kernel; call the others as they are."""
     module = context.module
     own = module.variables.get("params", {}) if module.scope is not None else {}
     names = [name for name, leaf in own.items() if isinstance(leaf, QuantizedWeight)]

@@ -1,14 +1,14 @@
-"""Flax NNX modules as policies, as they are: no layer has to know `er_jax.dot`.
+"""Flax NNX modules as policies; their layers need not know `er_jax.dot`.
 
-The module is written against the protocol's cache: it has
+A module has to offer
 
     __call__(tokens, positions, cache) -> hidden, cache
     logits(hidden) -> logits
     init_cache(rows, length) -> cache
 
 as `types.Policy` describes them, and may use `kv_cache.write` and `kv_cache.attend`.
-Its `nnx.Linear` layers get a drafter: in the draft they are layers that multiply with
-the quantized kernel, which is never widened. Any other layer that would get a quantized
+Its `nnx.Linear` layers can draft: in a draft pass they are layers that multiply with
+the quantized kernel, which is never dequantized. Any other layer with a quantized
 parameter is refused by name.
 """
 
@@ -38,12 +38,12 @@ class _QuantizedLinear(nnx.Linear):
 
 @dataclasses.dataclass(frozen=True)
 class NnxPolicy:
-    """A `Policy` made of an NNX module; `of` makes one, with its parameters.
+    """A `Policy` made of an NNX module; `of` makes it, together with its parameters.
 
     Args:
       graphdef: the module without its parameters.
       entry: its cache for one position of one row: tree, (shape, dtype) of leaves.
-      vocab_size: V. max_length: positions it was made for.
+      vocab_size: V. max_length: its context length in tokens.
     Example: docs/any-policy.md.
     """
 
@@ -59,25 +59,25 @@ class NnxPolicy:
         """Split a module into policy and parameters, nested dicts of arrays.
 
         Args:
-          module: an `nnx.Module`; see above. vocab_size, max_length: as of the policy.
+          module: an `nnx.Module`; see above. vocab_size, max_length: of the policy.
         Raises:
-          ValueError: it holds state beside its parameters, such as a random stream.
+          ValueError: it has state beside its parameters, such as a random stream.
         """
-        parts: Any = nnx.split(module, nnx.Param, ...)
-        graphdef, params, rest = parts
+        found: Any = nnx.split(module, nnx.Param, ...)
+        graphdef, params, rest = found
         others = nnx.to_flat_state(rest)
         if others:
             name = "/".join(map(str, others[0][0]))
             raise ValueError(
                 f"module holds state beside its parameters, {name} first; make it "
-                "without (dropout and batch statistics have no place in a rollout)"
+                "without (a rollout has no use for dropout and batch statistics)"
             )
         leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: module.init_cache(1, 1)))
         entry = (tree, tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves))
         return cls(graphdef, entry, vocab_size, max_length), nnx.to_pure_dict(params)
 
     def module(self, params: Params) -> Any:
-        """Return the module with these parameters, or with a draft's.
+        """Return the module with these parameters, or with those of a draft.
 
         Raises:
           ValueError: a layer that cannot multiply with its quantized parameter.

@@ -1,1 +1,1 @@
-"""Checkpoints and text: Hugging Face configurations, weights and tokenizers."""
+"""Hugging Face checkpoints: configurations, weights and tokenizers."""

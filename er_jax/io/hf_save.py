@@ -1,7 +1,7 @@
 """Saving a `Decoder` as a Hugging Face checkpoint that `transformers` loads.
 
-Nothing is needed of the checkpoint that was loaded. What is written becomes loadable in
-one step at the end: what can be loaded is whole.
+A save does not need the checkpoint that was loaded. It becomes loadable in one step at
+its end, so that every checkpoint that can be loaded is complete.
 """
 
 from __future__ import annotations
@@ -23,16 +23,12 @@ from safetensors.numpy import save_file
 
 from er_jax.decoder import Decoder
 from er_jax.drafter import TiedEmbedding
-from er_jax.io.hf_config import (
-    CONFIG,
-    decoder_config,
-    is_file,
-    new_fields,
-)
+from er_jax.io.hf_config import CONFIG, decoder_config, new_fields
 from er_jax.io.hf_weights import DTYPES, INDEX, WEIGHTS, Tensor, tensors_of
+from er_jax.io.json_fields import is_file
 from er_jax.types import Params
 
-# Files of a checkpoint beside configuration and weights that a trained one needs too.
+# Files beside configuration and weights, copied from the checkpoint that was loaded.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -46,8 +42,7 @@ COMPANIONS = (
     "chat_template.json",
 )
 
-
-# What a save writes beside these and the configuration.
+# Names of the files with weights that a save writes.
 WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 SHARD_BYTES = 4 << 30
 
@@ -55,20 +50,20 @@ SHARD_BYTES = 4 << 30
 def save_hf(directory: str | os.PathLike[str], policy: Decoder, params: Params) -> None:
     """Save parameters as a checkpoint that `transformers` loads.
 
-    The configuration is that of the checkpoint that the policy was loaded from, which
-    it keeps; else it is written anew. Tokenizer and generation settings are copied
-    from there as far as they still can be read.
+    The configuration is that of the checkpoint that the policy was loaded from, or a
+    new one. Tokenizer and generation settings are copied from there, if they can still
+    be read.
 
     Args:
-      directory: must not exist, or be empty. Until all is written, no configuration is
-        there and nothing can be loaded; what a killed save left is removed.
-      policy: the policy. params: its parameters, bare: no draft.
+      directory: must not exist, or be empty. Until the save is complete it has no
+        configuration and cannot be loaded; leftovers of a killed save are removed.
+      policy: the policy. params: its parameters, without a draft.
     Raises:
       ValueError: the directory holds something; the parameters are not the policy's; or
         no supported architecture has this policy's switches.
       OSError: it cannot be written; nothing of it is left.
     """
-    # A link is followed: renaming would replace it, not what it points to.
+    # Links are resolved, because renaming would replace the link, not its target.
     target = Path(os.path.realpath(directory))
     _check_free(target, directory)
     tensors = list(tensors_of(policy.config))
@@ -95,7 +90,7 @@ def save_hf(directory: str | os.PathLike[str], policy: Decoder, params: Params) 
 def _disassembled(
     params: Params, tensors: Sequence[Tensor]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield names and leaves, having checked that all are there and fit."""
+    """Yield the name and leaf of every tensor, after checking that they fit."""
     remedy = "give the policy's own parameters, without a draft"
     leaves = jax.tree.leaves(params)
     if len(leaves) != len(tensors):
@@ -148,7 +143,7 @@ def _write_tensors(
         for tensor in shard:
             array = np.asarray(arrays[tensor.name])
             found[tensor.name] = np.ascontiguousarray(
-                array.T if tensor.is_turned else array
+                array.T if tensor.is_transposed else array
             )
             weight_map[tensor.name] = file
             total += array.nbytes
@@ -159,34 +154,34 @@ def _write_tensors(
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer and settings, without what is gone or cannot be read."""
+    """Copy tokenizer and settings; skip files that are missing or unreadable."""
     for name in COMPANIONS:
         try:
             if not is_file(source / name):
                 continue
             data = (source / name).read_bytes()
-        except (OSError, ValueError):  # no reason to lose what was trained
+        except (OSError, ValueError):  # must not fail the save of trained weights
             continue
         (directory / name).write_bytes(data)
 
 
 def _is_part(target: Path, name: str) -> bool:
-    """Tell whether a name is that of a directory in which a save to `target` writes."""
+    """Whether a directory of this name is an unfinished save to `target`."""
     return bool(re.fullmatch(rf"\.{re.escape(target.name)}\.\w+\.part", name))
 
 
 def _new_part(target: Path) -> Path:
-    """Name a directory to write in: within `target` if that is there, else beside it.
+    """Return a new path for an unfinished save: inside `target` if that exists.
 
-    One that is there stays the same: it may be a mount, or somebody's working
-    directory. One that is not appears by renaming.
+    An existing `target` stays the same directory: it may be a mount, or somebody's
+    working directory. Otherwise the save is beside it, and is renamed to `target`.
     """
     home = target if target.is_dir() else target.parent
     return home / f".{target.name}.{secrets.token_hex(4)}.part"
 
 
 def _check_free(target: Path, given: str | os.PathLike[str]) -> None:
-    """Refuse a target that holds more than what killed saves left there."""
+    """Refuse a target with anything in it but leftovers of killed saves."""
     if target.is_dir():
         names = {file.name for file in target.iterdir()}
         parts = {name for name in names if _is_part(target, name)}
@@ -201,10 +196,11 @@ def _check_free(target: Path, given: str | os.PathLike[str]) -> None:
 
 
 def _half_moved(target: Path) -> set[str]:
-    """Return the files that a save left which was killed while it moved them there.
+    """Return the files in `target` of a save that was killed while it moved them.
 
-    Weights go first and the configuration last (`_finish`), which tells them from
-    files that were put beside a save that was killed before.
+    A save moves weights first and the configuration last (`_finish`). Files without
+    weights, with a configuration, or without an unfinished save beside them were put
+    there by somebody else.
     """
     names = {file.name for file in target.iterdir()}
     weights = {name for name in names if WEIGHT_FILE.fullmatch(name)}
@@ -214,29 +210,29 @@ def _half_moved(target: Path) -> set[str]:
 
 
 def _begun(target: Path) -> Path:
-    """Make a directory to write in, having removed what killed saves left."""
+    """Make the directory of an unfinished save; remove leftovers of killed ones."""
     part = _new_part(target)
     part.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
-        # Weights last: while they are there, the others are known to be a save's.
+        # Weights last: they show that the other files are leftovers too.
         for name in sorted(_half_moved(target), key=_order, reverse=True):
             (target / name).unlink()
     for left in list(part.parent.iterdir()):
         if _is_part(target, left.name):
-            # Renamed first: another process that writes there fails; it does not mix.
-            with contextlib.suppress(OSError):  # another's, say; it may stay
+            # Renamed first, so that a process that still writes there fails.
+            with contextlib.suppress(OSError):  # not permitted, say: it may stay
                 shutil.rmtree(left.rename(_new_part(target)), ignore_errors=True)
     part.mkdir()
     return part
 
 
 def _order(name: str) -> int:
-    """Weights, then what is copied, then the configuration, which makes it loadable."""
+    """Return the rank of a file: weights, copied files, then the configuration."""
     return 0 if WEIGHT_FILE.fullmatch(name) else 1 + (name == CONFIG)
 
 
 def _finish(part: Path, target: Path) -> None:
-    """Put what was written where it belongs, all of it or nothing."""
+    """Move the files of a save to `target`, all of them or none."""
     if part.parent != target:
         part.rename(target)
         return
@@ -253,7 +249,7 @@ def _finish(part: Path, target: Path) -> None:
 
 
 def _fields_of(policy: Decoder) -> dict[str, Any]:
-    """Return the configuration to save: the source's own where it still holds."""
+    """Return the configuration to save: that of the source if it still holds."""
     config = policy.config
     if policy.source_config is not None:
         fields = json.loads(policy.source_config)

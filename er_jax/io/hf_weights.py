@@ -1,12 +1,12 @@
-"""Hugging Face checkpoints: loaded as a `Decoder`, and a `Decoder` saved as one.
+"""Loading a Hugging Face checkpoint as a `Decoder` and its parameters.
 
-Llama 2 and 3, Mistral without a sliding window, Qwen2, Qwen2.5 and Qwen3 (dense), from
-single or sharded safetensors. `hf_config` reads and writes their configuration.
+Supported are Llama 2 and 3, Mistral without a sliding window, Qwen2, Qwen2.5 and Qwen3
+(dense), from single or sharded safetensors.
 
-*Loading* checks names, shapes and types of all tensors before it reads any, then reads
-them one by one, in slices, straight into arrays of the wanted type: beside the result
-there is never more than one tensor. *Saving* needs nothing of the checkpoint that was
-loaded, and is done in one step at the end: what can be loaded is whole.
+The names, shapes and types of all tensors are checked before any is read. Tensors are
+then read one by one, in slices, straight into arrays of the wanted type, so that memory
+holds the result and at most one tensor more. Left out: configurations (`hf_config`),
+saving (`hf_save`).
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from tqdm import tqdm
 
 from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.drafter import TiedEmbedding
-from er_jax.io.hf_config import (
-    CONFIG,
+from er_jax.io.hf_config import CONFIG, decoder_config
+from er_jax.io.json_fields import (
     OBJECT,
     checked,
-    decoder_config,
     is_file,
+    printable,
     read_json,
     refusal,
-    said,
     shown,
 )
 from er_jax.mesh.rules import param_spec
@@ -50,10 +49,10 @@ INDEX = f"{WEIGHTS}.index.json"
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-INDEX_FIELDS = {"weight_map": dataclasses.replace(OBJECT, is_null_unsaid=False)}
+INDEX_FIELDS = {"weight_map": dataclasses.replace(OBJECT, is_null_missing=False)}
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# Bytes read, turned and converted at once.
+# Bytes that are read, transposed and converted at a time.
 SLICE_BYTES = 4 << 20
 
 
@@ -62,7 +61,7 @@ def policy_of(directory: str | os.PathLike[str], dtype: Any = None) -> Decoder:
     file = Path(directory) / CONFIG
     fields = read_json(file)
     config = decoder_config(fields, _dtype_name(dtype), file)
-    # Whatever becomes of directory and working directory, it can be saved.
+    # Kept for `save_hf`, whatever happens to the directory and the working directory.
     source = os.path.abspath(directory)
     return Decoder(config, source=source, source_config=json.dumps(fields))
 
@@ -93,17 +92,17 @@ def load_hf(
       directory: with config.json and safetensors, as `save_pretrained` writes it.
       dtype: of parameters, activations and cache: float32, bfloat16 or float64, as a
         name or a dtype; None is that of the checkpoint (float32 for one in float16).
-      mesh: devices to cut the parameters over, by the rules of `sharding`; None puts
-        them on the default device.
-      progress: show a progress bar of the bytes.
+      mesh: devices to shard the parameters over, by `mesh.rules`; None puts them on the
+        default device.
+      progress: show a progress bar of the parameters.
     Returns:
       The policy, which keeps configuration and directory for `save_hf`, and its
       parameters.
     Raises:
-      ValueError: no such checkpoint; an architecture, or a field or its value, that is
-        not supported; a damaged file, or an index that names files elsewhere; tensors
-        that are missing, left over, or of another shape or type; a mesh that does not
-        divide them.
+      ValueError: no such checkpoint; an architecture, field or value that is not
+        supported; a damaged file, or an index that names files elsewhere; tensors that
+        are missing, unknown, or of another shape or type; a mesh that does not divide
+        them.
     """
     path = Path(directory)
     policy = policy_of(directory, dtype)
@@ -113,43 +112,43 @@ def load_hf(
     leaves: dict[tuple[str | int, ...], jax.Array] = {}
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_opened(path / file)) for file in files}
-        place = _placed(path, handles, files, tensors, config)
+        file_of = _file_of_each(path, handles, files, tensors, config)
         total = sum(math.prod(tensor.shape) for tensor in tensors.values())
         bar = stack.enter_context(
             tqdm(total=total, unit="param", unit_scale=True, disable=not progress)
         )
         for name, tensor in tensors.items():
-            read = functools.partial(_read, handles[place[name]], tensor, target)
+            read = functools.partial(_read, handles[file_of[name]], tensor, target)
             if mesh is None:
                 leaves[tensor.path] = jax.device_put(read())
             else:
-                leaves[tensor.path] = _cut(read, tensor, config, mesh)
+                leaves[tensor.path] = _read_sharded(read, tensor, config, mesh)
             bar.update(math.prod(tensor.shape))
     return policy, _assembled(leaves, config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint and the leaf of `Params` that it is.
+    """A tensor of a checkpoint, and the leaf of `Params` that it becomes.
 
     name: in the checkpoint. path: of the leaf. shape: in the checkpoint; a matrix is
-    `[out, in]` there, and `[in, out]` here if `is_turned`.
+    `[out, in]` there, and `[in, out]` in the leaf if `is_transposed`.
     """
 
     name: str
     path: tuple[str | int, ...]
     shape: tuple[int, ...]
-    is_turned: bool = False
+    is_transposed: bool = False
 
     @property
     def leaf(self) -> str:
-        """The path with slashes, for people and rules."""
+        """The path joined by slashes, for messages and sharding rules."""
         return "/".join(map(str, self.path))
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
-        """The leaf's shape."""
-        return self.shape[::-1] if self.is_turned else self.shape
+        """The shape of the leaf."""
+        return self.shape[::-1] if self.is_transposed else self.shape
 
 
 def tensors_of(c: DecoderConfig) -> Iterator[Tensor]:
@@ -171,46 +170,46 @@ def tensors_of(c: DecoderConfig) -> Iterator[Tensor]:
         prefix, at = f"model.layers.{i}", ("layers", i)
         yield Tensor(f"{prefix}.input_layernorm.weight", (*at, "attn_norm"), (c.dim,))
         for name, shape in attention.items():
-            whole = f"{prefix}.self_attn.{name}"
-            yield Tensor(f"{whole}.weight", (*at, name), shape, is_turned=True)
+            theirs = f"{prefix}.self_attn.{name}"
+            yield Tensor(f"{theirs}.weight", (*at, name), shape, is_transposed=True)
             if c.o_bias if name == "o_proj" else c.qkv_bias:
                 bias = (*at, f"{name[0]}_bias")
-                yield Tensor(f"{whole}.bias", bias, shape[:1])
+                yield Tensor(f"{theirs}.bias", bias, shape[:1])
         if c.qk_norm:
             for name in ("q_norm", "k_norm"):
-                whole = f"{prefix}.self_attn.{name}.weight"
-                yield Tensor(whole, (*at, name), (c.head_size,))
-        whole = f"{prefix}.post_attention_layernorm.weight"
-        yield Tensor(whole, (*at, "mlp_norm"), (c.dim,))
+                theirs = f"{prefix}.self_attn.{name}.weight"
+                yield Tensor(theirs, (*at, name), (c.head_size,))
+        theirs = f"{prefix}.post_attention_layernorm.weight"
+        yield Tensor(theirs, (*at, "mlp_norm"), (c.dim,))
         for name, shape in feed_forward.items():
-            whole = f"{prefix}.mlp.{name}.weight"
-            yield Tensor(whole, (*at, name), shape, is_turned=True)
+            theirs = f"{prefix}.mlp.{name}.weight"
+            yield Tensor(theirs, (*at, name), shape, is_transposed=True)
     yield Tensor("model.norm.weight", ("final_norm",), (c.dim,))
     if not c.tied_embeddings:
         shape = (c.vocab_size, c.dim)
-        yield Tensor(HEAD, ("lm_head",), shape, is_turned=True)
+        yield Tensor(HEAD, ("lm_head",), shape, is_transposed=True)
 
 
 def _files(path: Path) -> list[str]:
-    """Return the names of the files with weights, all of which are in the directory."""
-    # Where both are there, as in `transformers`.
+    """Return the names of the files with weights, after checking that they exist."""
+    # A single file goes before an index, as in `transformers`.
     if is_file(path / WEIGHTS):
         return [WEIGHTS]
     index = path / INDEX
     if is_file(index):
-        placed = checked(read_json(index), INDEX_FIELDS, index)["weight_map"]
-        for tensor, name in placed.items():
+        weight_map = checked(read_json(index), INDEX_FIELDS, index)["weight_map"]
+        for tensor, name in weight_map.items():
             if not _is_plain(name):
                 words = "a plain file name in the same directory"
                 raise refusal(index, f"weight_map[{shown(tensor)}]", name, words)
-        files = sorted(set(placed.values()))
+        files = sorted(set(weight_map.values()))
         if not files:
             raise ValueError(f"{index} names no files in weight_map; copy it again")
         missing = [name for name in files if not is_file(path / name)]
         if missing:
             raise ValueError(
                 f"{path} lacks {len(missing)} of {len(files)} shards, "
-                f"{said(missing[0])} first; copy them again"
+                f"{printable(missing[0])} first; copy them again"
             )
         return files
     others = sorted(file.name for file in path.glob("*.bin"))
@@ -221,9 +220,9 @@ def _files(path: Path) -> list[str]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Tell whether something names a file right here, on any system.
+    """Whether a value is the name of a file in the same directory, on any system.
 
-    Of the name only: in the Hugging Face cache it is a link to a file elsewhere.
+    Only the name is checked: in the Hugging Face cache, it is a link to another place.
     """
     is_name = isinstance(name, str) and name not in ("", ".", "..")
     return is_name and not any(mark in name for mark in "/\\:\0")
@@ -242,53 +241,52 @@ def _opened(path: Path) -> Iterator[Any]:
         yield handle
 
 
-def _placed(
+def _file_of_each(
     path: Path,
     handles: Mapping[str, Any],
     files: Sequence[str],
     tensors: Mapping[str, Tensor],
     config: DecoderConfig,
 ) -> dict[str, str]:
-    """Return the file of every tensor, having checked names, shapes and types."""
-    place: dict[str, str] = {}
+    """Return the file of every tensor, after checking names, shapes and types."""
+    file_of: dict[str, str] = {}
     for file in files:
         for name in handles[file].keys():
-            if name in place:
+            if name in file_of:
                 raise ValueError(
-                    f"{path}: {said(name)} is in {place[name]} and in {file}; remove "
-                    "the file that is another checkpoint's"
+                    f"{path}: {printable(name)} is in {file_of[name]} and in {file}; "
+                    "remove the file of another checkpoint"
                 )
-            place[name] = file
-    missing = [name for name in tensors if name not in place]
+            file_of[name] = file
+    missing = [name for name in tensors if name not in file_of]
     if missing:
         raise ValueError(
             f"{path} lacks {len(missing)} of {len(tensors)} tensors, {missing[0]} "
-            "first; copy the checkpoint again, or its configuration is another's"
+            "first; copy the checkpoint again, or its own configuration"
         )
 
     def is_known(name: str) -> bool:
-        # Older checkpoints keep the frequencies, which follow from theta.
+        # Older checkpoints hold the rotary frequencies, which follow from theta.
         if name.endswith("rotary_emb.inv_freq"):
             return config.rope_scaling is None
         return name in tensors
 
     known = dict(tensors)
-    if config.tied_embeddings and HEAD in place:
+    if config.tied_embeddings and HEAD in file_of:
         known[HEAD] = dataclasses.replace(tensors[TABLE], name=HEAD)
-    extra = [name for name in place if not is_known(name) and name not in known]
+    extra = [name for name in file_of if not is_known(name) and name not in known]
     if extra:
         raise ValueError(
-            f"{path} holds {len(extra)} tensors that the model its configuration "
-            f"describes does not have, {said(min(extra))} first; its configuration is "
-            "another's"
+            f"{path} holds {len(extra)} tensors that the model of its configuration "
+            f"does not have, {printable(min(extra))} first; copy its own configuration"
         )
     for name, tensor in known.items():
-        found = handles[place[name]].get_slice(name)
+        found = handles[file_of[name]].get_slice(name)
         shape = tuple(found.get_shape())
         if shape != tensor.shape:
             raise ValueError(
                 f"{path}: {name} has shape {shape}, and by the configuration it has "
-                f"{tensor.shape}; one of them is another checkpoint's"
+                f"{tensor.shape}; copy both from the same checkpoint"
             )
         if found.get_dtype() not in DTYPES:
             raise ValueError(
@@ -296,15 +294,15 @@ def _placed(
                 f"{', '.join(DTYPES.values())} can be loaded"
             )
     if HEAD in known and HEAD not in tensors:
-        _check_tied(path, handles, place)
-    return place
+        _check_tied(path, handles, file_of)
+    return file_of
 
 
 def _check_tied(
-    path: Path, handles: Mapping[str, Any], place: Mapping[str, str]
+    path: Path, handles: Mapping[str, Any], file_of: Mapping[str, str]
 ) -> None:
-    """Refuse a projection that is not the embedding it should be tied to."""
-    head, table = (handles[place[name]].get_slice(name) for name in (HEAD, TABLE))
+    """Refuse a projection that differs from the embedding it is tied to."""
+    head, table = (handles[file_of[name]].get_slice(name) for name in (HEAD, TABLE))
     shape = table.get_shape()
     rows = max(1, SLICE_BYTES // (8 * shape[1]))
     is_same = all(
@@ -326,9 +324,9 @@ Index = tuple[slice, ...]
 def _read(
     handle: Any, tensor: Tensor, dtype: np.dtype, index: Index | None = None
 ) -> np.ndarray:
-    """Return a tensor as its leaf, or a part of it, read and turned slice by slice.
+    """Return a tensor as its leaf, or a part of that, read slice by slice.
 
-    index: of the leaf; None is all of it.
+    index: part of the leaf; None is all of it.
     """
     found = handle.get_slice(tensor.name)
     size = tensor.leaf_shape
@@ -338,30 +336,32 @@ def _read(
     if out.ndim == 1:
         out[:] = found[bounds[0][0] : bounds[0][1]]
         return out
-    turned = out.T if tensor.is_turned else out
-    (first, last, _), (left, right, _) = bounds[::-1] if tensor.is_turned else bounds
+    view = out.T if tensor.is_transposed else out
+    (first, last, _), (left, right, _) = (
+        bounds[::-1] if tensor.is_transposed else bounds
+    )
     rows = max(1, SLICE_BYTES // (8 * tensor.shape[1]))
     for start in range(first, last, rows):
         part = found[start : min(start + rows, last), left:right]
-        turned[start - first : start - first + len(part)] = part
+        view[start - first : start - first + len(part)] = part
     return out
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Allocate an array that JAX takes over on a CPU; others it copies."""
+    """Allocate an array so aligned that JAX uses it on a CPU without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
     buffer = np.empty(num_bytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def _cut(
+def _read_sharded(
     read: Callable[[Index], np.ndarray],
     tensor: Tensor,
     config: DecoderConfig,
     mesh: Mesh,
 ) -> jax.Array:
-    """Read a tensor onto a mesh; every part of it once."""
+    """Read a tensor onto a mesh, each distinct part once."""
     spec = param_spec(tensor.leaf, tensor.leaf_shape, config, mesh)
     parts: dict[str, np.ndarray] = {}
 

@@ -1,6 +1,6 @@
-"""Text in, text out: tokenizer, chat template and end tokens of a checkpoint.
+"""Text to token ids and back: tokenizer, chat template, end tokens of a checkpoint.
 
-Needs the extra `hf`. Left out: any model.
+Needs the extra `hf`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from er_jax.io.hf_config import is_file, read_json, refusal
 from er_jax.io.hf_save import COMPANIONS
+from er_jax.io.json_fields import is_file, read_json, refusal
 
 Message = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTokenizer:
-    """A checkpoint's tokenizer as rollouts need it.
+    """The tokenizer of a checkpoint, as rollouts need it.
 
-    tokenizer: of `transformers`. stop_token_ids: where completions end, from the
-    generation settings. vocab_size: ids that it knows; a model may have more.
+    tokenizer: of `transformers`. stop_token_ids: end tokens of completions.
     """
 
     tokenizer: Any
@@ -30,22 +29,22 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids, added tokens included."""
+        """The number of ids, added tokens included; the model may have more."""
         return len(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, with nothing added to it."""
+        """Return the ids of a text, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Return what a rollout is given.
+        """Return the ids of a rollout's prompt.
 
         Args:
-          prompt: what a user says, or a whole conversation of {"role", "content"}. It
-            is put into the chat template, up to where the model answers; a checkpoint
-            without a template takes text only, and as it is.
+          prompt: a user's message, or a conversation of {"role", "content"}. The chat
+            template formats it, up to the start of the model's answer; without a
+            template, a text is encoded as it is.
         Raises:
-          ValueError: a conversation, and no template.
+          ValueError: a conversation without a template.
         """
         if self.tokenizer.chat_template is None:
             if not isinstance(prompt, str):
@@ -62,7 +61,7 @@ class TextTokenizer:
         return self.encode(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of ids, without special tokens."""
+        """Return the text of ids; special tokens are dropped."""
         ids = [int(token) for token in tokens]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -71,12 +70,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> TextTokenizer:
     """Load the tokenizer of a checkpoint.
 
     Args:
-      directory: with the tokenizer's files. Completions end where
-        generation_config.json says, else config.json, else the tokenizer itself.
+      directory: with the tokenizer's files. The end tokens come from
+        generation_config.json, else from config.json, else from the tokenizer.
     Raises:
       ImportError: the extra `hf` is not installed.
-      ValueError: no tokenizer there, or damaged files; or nothing says where
-        completions end, or something that is no token id.
+      ValueError: no tokenizer, or damaged files; or no end token, or one that is not a
+        token id.
     """
     try:
         from transformers import AutoTokenizer
@@ -93,11 +92,11 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> TextTokenizer:
         )
     stops = _stops(path)
     try:
-        # False, or it would ask on the terminal whether to run a checkpoint's code.
+        # With trust_remote_code unset, it would ask on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    # Damaged files end in whatever their reader meets first.
+    # A damaged file can raise any exception of its reader.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
@@ -115,13 +114,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> TextTokenizer:
 
 
 def _stops(path: Path) -> tuple[int, ...]:
-    """Return the end tokens that a checkpoint's settings name; none if they do not."""
+    """Return the end tokens that a checkpoint's settings name, if any."""
     for file in (path / "generation_config.json", path / "config.json"):
         found = read_json(file).get("eos_token_id") if is_file(file) else None
         if found is None:
             continue
         ids = found if isinstance(found, list) else [found]
-        # By type: true is no id.
+        # Compared by type, because isinstance would take true for a number.
         if not ids or any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             words = "a token id, or a list of them,"
             raise refusal(file, "eos_token_id", found, words)

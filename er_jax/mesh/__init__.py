@@ -1,8 +1,8 @@
-"""Many devices: where arrays lie (`rules`, `layout`), the engine over them (`engine`,
-`moves`, `attention`), a batch on them (`topology`), several processes (`processes`,
-`prompts`), and rollouts that sample apart (`replicas`).
+"""Several devices: sharding rules (`rules`, `layout`), the engine on a mesh (`engine`,
+`moves`, `attention`), a batch on it (`topology`), several processes (`processes`,
+`prompts`), and independent replicas (`replicas`).
 
-Whoever reads for one device needs none of this.
+Code for one device needs none of this.
 """
 
 from er_jax.mesh.layout import rollout_mesh

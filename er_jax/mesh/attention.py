@@ -1,7 +1,7 @@
 """Attention over a cache whose heads are sharded over `model`.
 
-Every device takes its part of the heads. Left to the compiler, the merged product of
-`kv_cache.attend` would be split within heads, and its scores summed over the axis.
+Every device attends with its own heads. The compiler alone would split the merged
+product of `kv_cache.attend` within heads, and sum the scores over the axis.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from er_jax.mesh.rules import MODEL_AXIS
 def attend_by_heads(
     query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """Attend with the heads spread over the devices of `model`; see `kv_cache.attend`.
+    """Attend with the heads sharded over `model`; see `kv_cache.attend`.
 
-    For the programs of `MeshLayout.over_rows`, whose rows are an axis by hand.
+    It runs inside `MeshLayout.over_rows`, which has mapped the program over `data`.
     """
     parts = jax.sharding.get_abstract_mesh().shape[MODEL_AXIS]
     if parts == 1:
@@ -31,10 +31,10 @@ def attend_by_heads(
     kv_heads = keys.shape[2] // size
     split, replicated = PartitionSpec(None, None, MODEL_AXIS), PartitionSpec()
     if heads % parts:
-        # No device could have whole heads of its own: all of them do the same.
+        # The heads cannot be divided: every device computes all of them.
         function, queries, entries = attend_whole, replicated, replicated
     elif kv_heads % parts:
-        # All key/value heads lie on every device, which uses those of its queries.
+        # Key/value heads are replicated; a device uses those of its query heads.
         function = functools.partial(_attend_some, group=heads // kv_heads)
         queries, entries = split, replicated
     else:
@@ -56,13 +56,14 @@ def _attend_some(
     *,
     group: int,
 ) -> jax.Array:
-    """Attend with this device's part of the query heads, over all key/value heads.
+    """Attend with this device's query heads and replicated key/value heads.
 
-    The heads that are needed are picked out of the cache, which is read once more.
+    The key/value heads of its queries are picked from the cache first, which costs one
+    more read. group: query heads per key/value head.
     """
     batch, length, _ = keys.shape
     heads, size = query.shape[2:]
-    # Where groups and parts are not aligned, every query head gets a copy of its own.
+    # If the query heads do not align with key/value heads, each gets its own copy.
     is_aligned = heads % group == 0 or group % heads == 0
     count = max(heads // group, 1) if is_aligned else heads
     first = lax.axis_index(MODEL_AXIS) * heads

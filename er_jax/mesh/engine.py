@@ -1,12 +1,12 @@
 """The engine of a mesh: the same programs, with rows in data shards.
 
-The devices that share one copy of the weights hold a *data shard*: rows of their own.
-Each data shard runs the same program on its rows (`MeshLayout.over_rows`) and hears of
-the others only in the exit test, in what the host is told, and in moves of rows. Inside
-of a data shard the compiler splits the program as the parameters are sharded.
+A *data shard* is the rows of the devices that share one copy of the weights. Every data
+shard runs the same program on its rows (`MeshLayout.over_rows`); data shards
+communicate only in exit tests, in the info for the host, and in moves of rows. Within a
+data shard, the compiler partitions the program by the shardings of the parameters.
 
-For few rows all devices share the rows: `MeshEngine.for_shared_rows` has the programs
-of that. Where the mesh spans processes, all of them must call the same methods in the
+For few rows, all devices can share the rows: `MeshEngine.for_shared_rows` has those
+programs. Where the mesh spans processes, all of them must call the same methods in the
 same order, so threads must not share an engine there.
 """
 
@@ -68,20 +68,20 @@ def run_take_over(
 
 
 def _same(tree: Any) -> Any:
-    """Return arrays as they are; for programs that only lay them out anew."""
+    """Return arrays unchanged: the function of programs that only reshard."""
     return tree
 
 
 class MeshEngine(Engine):
     """The compiled programs of one policy and one acceptance rule, on a mesh.
 
-    Parameters and drafts must lie on it (`layout.put_on_mesh`); what comes from the
-    host is the same in all processes.
+    Parameters and drafts must be on the mesh (`layout.put_on_mesh`); host arrays must
+    be the same in all processes.
 
     Args:
-      policy: the model. accept: the acceptance rule. mesh: of `layout.rollout_mesh`.
-      owner: the engine whose devices share the rows in this one; programs are kept
-        there, under names of their own.
+      policy: the model. accept: the acceptance rule. mesh: from `layout.rollout_mesh`.
+      owner: None, or the engine that this one is the `for_shared_rows` of; it keeps the
+        executables of both.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class MeshEngine(Engine):
         self.layout = MeshLayout(mesh)
         self.agreement = Processes(mesh)
         self.num_shards = mesh.shape[DATA_AXIS]
-        """Data shards; they divide all numbers of rows."""
+        """The number of data shards, which divides every number of rows."""
         self._for_shared_rows: MeshEngine | None = None
         if owner is not None:
             self._executables, self._prefix = owner._executables, "shared rows: "
 
     @property
     def for_shared_rows(self) -> MeshEngine:
-        """The engine of the same devices, all of which share the rows."""
+        """The engine of the same devices for shared rows."""
         with self._executables.lock:
             if self._for_shared_rows is None:
                 mesh = shared_rows_mesh(self.mesh)
@@ -115,9 +115,9 @@ class MeshEngine(Engine):
 
     @functools.cached_property
     def position_bytes(self) -> float:
-        """Bytes of one position of one row on each device, divided by the data shards.
+        """Bytes of one position of one row on a device, over the number of data shards.
 
-        Times all rows and their positions it is what a device holds.
+        A device holds this times the rows and positions of the whole batch.
         """
         shape = (self.num_shards, 1)
         state = jax.eval_shape(lambda: steps.empty_state(self.policy, *shape))
@@ -126,7 +126,7 @@ class MeshEngine(Engine):
         return device_bytes(sized) / self.num_shards
 
     def signature(self, tree: Any) -> Hashable:
-        """Return a hashable description of a pytree of arrays as they lie here."""
+        """Return a hashable description of arrays, shardings included."""
         return mesh_signature(tree, self.mesh)
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding:
@@ -151,7 +151,7 @@ class MeshEngine(Engine):
         return abstract(admission, shardings)
 
     def take(self, state: DecodeState, rows: np.ndarray, length: int) -> DecodeState:
-        """Move rows (`NONE` for an empty one) to a state of another size."""
+        """Move rows (`NONE` for an empty one) to a state of `length` positions."""
         rows = np.asarray(rows, np.int32)
         local, moved = moves.plan_moves(rows, state.rows, self.num_shards)
         program = self._program(
@@ -171,16 +171,16 @@ class MeshEngine(Engine):
     def fetch_rows(
         self, buffers: TokenBuffers, rows: np.ndarray
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Return tokens and log-probabilities `[S]` of rows, to be copied and not kept.
+        """Return tokens and log-probabilities, `[S]` each, of some rows; see `Engine`.
 
-        Of several processes each gets the rows that it is the first to hold.
+        Several processes get different rows; see `processes.fetch_rows`.
         """
         if buffers[0].is_fully_addressable:
             return super().fetch_rows(buffers, rows)
         return fetch_rows(buffers, rows)
 
     def _attach_function(self, params: Params, config: DrafterConfig) -> Any:
-        # Laid out as the weights are: a compiler's choice might be another.
+        # Sharded like the weights; the compiler might choose another sharding.
         shaped = self._abstract_params(params)
         shardings = jax.tree.map(lambda x: x.sharding, shaped)
         draft = jax.eval_shape(functools.partial(derive_draft, config=config), shaped)
@@ -191,19 +191,16 @@ class MeshEngine(Engine):
         )
 
     def shared_rows_params(self, params: PolicyParams) -> Any:
-        """Return the shapes of parameters with their shardings in `for_shared_rows`.
+        """Return the shapes of parameters with shardings for `for_shared_rows`.
 
-        None where there is no such thing; see `layout.shared_rows_shardings`.
+        None if they have no such sharding; see `layout.shared_rows_shardings`.
         """
         mesh = self.for_shared_rows.mesh
         shardings = shared_rows_shardings(self.policy, params, mesh)
         return None if shardings is None else abstract(params, shardings)
 
     def params_to_shared_rows(self, params: PolicyParams) -> PolicyParams:
-        """Return parameters for `for_shared_rows`.
-
-        Every device keeps a part of what it holds.
-        """
+        """Return parameters for `for_shared_rows`; no weights are sent."""
         shapes = self.shared_rows_params(params)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         kind = None if params.draft is None else self.draft_kind(params.draft)
@@ -211,23 +208,23 @@ class MeshEngine(Engine):
         return self._resharded(name, params, self._abstract_params(params), shardings)
 
     def has_move(self, is_to_shared: bool, rows: int, length: int) -> bool:
-        """Whether a state of this size can be moved now, in this direction."""
+        """Whether the move of such a state to or from shared rows is compiled."""
         return (self.move_name(is_to_shared), rows, length) in self.compiled
 
     @staticmethod
     def move_name(is_to_shared: bool) -> str:
-        """Return the kind of such a move, as in the names of programs."""
+        """Return the kind of such a move, as it begins the names of programs."""
         return "to shared rows" if is_to_shared else "to data shards"
 
     def to_shared_rows(self, state: DecodeState) -> DecodeState:
-        """Return a state for `for_shared_rows`: all rows everywhere, of some heads."""
+        """Return a state for `for_shared_rows`: all rows, some heads on each device."""
         mesh = self.for_shared_rows.mesh
         shardings = state_shardings(state, self.policy, mesh)
         name = (self.move_name(True), state.rows, state.cache_length)
         return self._resharded(name, state, self._abstract_state(state), shardings)
 
     def to_data_shards(self, state: DecodeState) -> DecodeState:
-        """Return a state of `for_shared_rows` as this engine has it."""
+        """Return a state of `for_shared_rows` as a state of this engine."""
         here, shared = (
             state_shardings(state, self.policy, mesh)
             for mesh in (self.mesh, self.for_shared_rows.mesh)
@@ -244,7 +241,7 @@ class MeshEngine(Engine):
     def _resharded(
         self, name: tuple[Any, ...], tree: Any, shapes: Any, shardings: Any
     ) -> Any:
-        """Return arrays for `for_shared_rows`, laid out anew by one program."""
+        """Return arrays for `for_shared_rows`, resharded by one program."""
         program = self._program(
             name,
             jax.jit(_same, out_shardings=self._as_sharded(shardings)),
@@ -253,31 +250,33 @@ class MeshEngine(Engine):
         return jax.tree.map(relabelled, program.call(tree), shardings)
 
     def _as_sharded(self, shardings: Any) -> Any:
-        """Return shardings of `for_shared_rows`, named by this engine's mesh."""
+        """Return shardings of `for_shared_rows` with the axes of this engine's mesh."""
         return jax.tree.map(lambda s: as_sharded(s, self.mesh), shardings)
 
 
 def mesh_signature(tree: Any, mesh: Mesh) -> Hashable:
-    """Return a hashable description of a pytree, shardings included."""
+    """Return a hashable description of arrays, shardings included."""
     leaves, structure = jax.tree.flatten(tree)
     described = [(x.shape, x.dtype, on_mesh(x.sharding, mesh)) for x in leaves]
     return structure, tuple(described)
 
 
 def mesh_engines_for(
-    policy: Policy, accept: AcceptRule, places: Sequence[tuple[Params, Mesh]]
+    policy: Policy,
+    accept: AcceptRule,
+    params_and_meshes: Sequence[tuple[Params, Mesh]],
 ) -> list[MeshEngine]:
-    """Return an engine for each of several meshes; they are kept and dropped together.
+    """Return the engines of one call; they are kept and dropped together.
 
     Args:
       policy, accept: as for `engine.kept.engine_for`.
-      places: parameters and mesh of each; what a single call needs.
+      params_and_meshes: policy parameters and mesh of each engine.
     """
     return kept_engines(
         {
             (policy, mesh_signature(params, mesh), accept, mesh): functools.partial(
                 MeshEngine, policy, accept, mesh
             )
-            for params, mesh in places
+            for params, mesh in params_and_meshes
         }
     )

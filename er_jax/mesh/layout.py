@@ -1,9 +1,9 @@
-"""Meshes of rollouts, and how parameters get there.
+"""Meshes of rollouts, and the shardings of parameters on them.
 
-Rollouts follow the sharding that parameters have (`put_on_mesh`). Their programs know a
-mesh by the names `AXES` only (`rollout_mesh`). For few rows all devices share the rows
-(`shared_rows_mesh`): every device keeps a part of the weights it holds, and nothing of
-them is sent. Left out: anything that compiles.
+A rollout uses parameters with the shardings that they have (`put_on_mesh`). Its
+programs know a mesh with the axes `AXES` only (`rollout_mesh`). For few rows, all
+devices can share the rows (`shared_rows_mesh`): every device then keeps a part of the
+weights that it holds, and no weights are sent. Left out: compilation.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def rollout_mesh(mesh: Mesh, axes: MeshAxes | None = None) -> Mesh:
     """Return the same devices, in the same order, as a mesh with the axes `AXES`.
 
     Args:
-      mesh: any of the axes, in any order. axes: what they are called there.
+      mesh: with any of the axes, in any order. axes: their names in `mesh`.
     Returns:
-      The mesh that rollouts use; axes that were missing have one device.
+      The mesh that rollouts use; axes that `mesh` lacks have size 1.
     Raises:
-      ValueError: it is no mesh, or has an axis of another name.
+      ValueError: `mesh` is not a mesh, or has an axis of another name.
     """
     if not isinstance(mesh, Mesh):
         raise ValueError(
@@ -66,39 +66,40 @@ def rollout_mesh(mesh: Mesh, axes: MeshAxes | None = None) -> Mesh:
     )
 
 
-def on_mesh(cut: Any, mesh: Mesh) -> NamedSharding | None:
-    """Return a sharding in the words of a rollout's mesh; None if it lies elsewhere.
+def on_mesh(sharding: Any, mesh: Mesh) -> NamedSharding | None:
+    """Return a sharding with the axes of a rollout's mesh; None if it is on another.
 
-    Axes correspond by their order; those of one device do not count.
+    Axes are matched in their order, without those of size 1.
     """
-    if not isinstance(cut, NamedSharding):
+    if not isinstance(sharding, NamedSharding):
         return None
-    own = cut.mesh
-    if isinstance(own, AbstractMesh) or own.devices.size != mesh.devices.size:
+    old = sharding.mesh
+    if isinstance(old, AbstractMesh) or old.devices.size != mesh.devices.size:
         return None
-    theirs = [name for name in own.axis_names if own.shape[name] > 1]
-    ours = [name for name in mesh.axis_names if mesh.shape[name] > 1]
-    sizes = [own.shape[name] for name in theirs], [mesh.shape[name] for name in ours]
-    if sizes[0] != sizes[1] or list(own.devices.flat) != list(mesh.devices.flat):
+    old_names = [name for name in old.axis_names if old.shape[name] > 1]
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    if [old.shape[name] for name in old_names] != [mesh.shape[name] for name in names]:
         return None
-    named = dict(zip(theirs, ours, strict=True))
+    if list(old.devices.flat) != list(mesh.devices.flat):
+        return None
+    renamed = dict(zip(old_names, names, strict=True))
 
     def entry(axes: Any) -> Any:
         several = axes if isinstance(axes, tuple) else (axes,)
-        kept = tuple(named[axis] for axis in several if axis in named)
+        kept = tuple(renamed[axis] for axis in several if axis in renamed)
         return kept if len(kept) > 1 else kept[0] if kept else None
 
-    return NamedSharding(mesh, PartitionSpec(*(entry(axes) for axes in cut.spec)))
+    return NamedSharding(mesh, PartitionSpec(*(entry(axes) for axes in sharding.spec)))
 
 
 def shared_rows_mesh(mesh: Mesh) -> Mesh:
-    """Return the mesh of the same devices on which all of them share the rows.
+    """Return the mesh on which all of the same devices share the rows.
 
-    What `model` splits into parts, it splits into smaller ones: the devices that held
-    the same part come one after the other.
+    Its axis `model` has the devices of `model` and `data`. Those that held the same
+    part of a weight are adjacent, so that each of them gets a smaller part of it.
 
     Args:
-      mesh: of `rollout_mesh`.
+      mesh: from `rollout_mesh`.
     """
     fsdp = AXES[1]
     order = [mesh.axis_names.index(name) for name in (fsdp, MODEL_AXIS, DATA_AXIS)]
@@ -111,9 +112,10 @@ def shared_rows_mesh(mesh: Mesh) -> Mesh:
 
 
 def as_sharded(sharding: NamedSharding, mesh: Mesh) -> NamedSharding:
-    """Return a sharding of `shared_rows_mesh(mesh)`, named by `mesh`: the same places.
+    """Return a sharding of `shared_rows_mesh(mesh)` with the axes of `mesh`.
 
-    One program can then take what lies in data shards and return what all share.
+    Both put the same parts on the same devices. With it, one program can take arrays in
+    data shards and return arrays for shared rows.
     """
     named = {DATA_AXIS: None, MODEL_AXIS: (MODEL_AXIS, DATA_AXIS)}
     return NamedSharding(mesh, PartitionSpec(*(named.get(a, a) for a in sharding.spec)))
@@ -124,11 +126,12 @@ def relabelled(
     sharding: NamedSharding,
     devices: Collection[jax.Device] | None = None,
 ) -> jax.Array:
-    """Return an array under another name of the places where it lies; nothing moves.
+    """Return an array with another sharding of the same parts; nothing is copied.
 
     Args:
-      array: on devices of this process among others. sharding: its other name.
-      devices: whose parts are taken; None is all.
+      array: with parts on devices of this process. sharding: the new one, which has the
+        same parts on the same devices.
+      devices: those whose parts to take; None is all.
     """
     parts = [
         shard.data
@@ -139,23 +142,23 @@ def relabelled(
 
 
 def shared_rows_shardings(policy: Policy, params: PolicyParams, mesh: Mesh) -> Any:
-    """Return where parameters lie when all devices share the rows.
+    """Return the shardings of parameters when all devices share the rows.
 
     Args:
-      policy: theirs. params: policy and draft, or their shapes; no draft is None.
-      mesh: of `shared_rows_mesh`.
+      policy: of the parameters. params: policy and draft (or None), or their shapes.
+      mesh: from `shared_rows_mesh`.
     Returns:
-      Shardings on that mesh; None where there are no rules for the policy, or some
-      dimension is not divided into so many parts.
+      Shardings on that mesh; None if there are no rules for the policy, or an axis does
+      not divide a dimension.
     """
     if not isinstance(policy, Decoder):
         return None
     try:
-        own: Any = param_shardings(params.policy, policy.config, mesh)
+        policy_shardings: Any = param_shardings(params.policy, policy.config, mesh)
         draft = None
         if params.draft is not None:
-            draft = draft_shardings(params.draft, own)
-        found = PolicyParams(policy=own, draft=draft)
+            draft = draft_shardings(params.draft, policy_shardings)
+        found = PolicyParams(policy=policy_shardings, draft=draft)
         jax.tree.map(lambda x, sharding: sharding.shard_shape(x.shape), params, found)
     except ValueError:
         return None
@@ -163,32 +166,33 @@ def shared_rows_shardings(policy: Policy, params: PolicyParams, mesh: Mesh) -> A
 
 
 def put_on_mesh(policy: Policy, params: Any, mesh: Mesh) -> Any:
-    """Return parameters as they are if they lie on the mesh, else laid out on it.
+    """Return parameters on the mesh: as they are, or sharded by the rules.
 
     Args:
-      policy: theirs. params: the policy's, or `PolicyParams`; arrays or their shapes.
-      mesh: of `rollout_mesh`.
+      policy: of the parameters. params: the policy's, or `PolicyParams`; arrays or
+        their shapes. They are returned as they are if they are on the mesh.
+      mesh: from `rollout_mesh`.
     Raises:
-      ValueError: some lie on the mesh and some elsewhere, weights are cut over `data`,
-        or they lie elsewhere and no rules say how this policy is cut.
+      ValueError: some are on the mesh and some are not, a weight is sharded over
+        `data`, or none is on the mesh and there are no rules for this policy.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    cuts = [on_mesh(getattr(leaf, "sharding", None), mesh) for _, leaf in leaves]
+    found = [on_mesh(getattr(leaf, "sharding", None), mesh) for _, leaf in leaves]
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
     ]
-    if all(cut is not None for cut in cuts):
-        for name, cut in zip(names, cuts, strict=True):
-            axes = jax.tree.leaves(tuple(cut.spec))  # type: ignore[union-attr]
+    if all(sharding is not None for sharding in found):
+        for name, sharding in zip(names, found, strict=True):
+            axes = jax.tree.leaves(tuple(sharding.spec))  # type: ignore[union-attr]
             if DATA_AXIS in axes:
                 raise ValueError(
-                    f"params: {name} is cut over the axis {DATA_AXIS!r}, over which "
-                    "rows are spread, and would be gathered in every step; lay it out "
-                    "over the other axes, or call that axis 'fsdp'"
+                    f"params: {name} is sharded over the axis {DATA_AXIS!r}, the axis "
+                    "of rows, and would be gathered in every step; shard it over the "
+                    "other axes, or call that axis 'fsdp'"
                 )
         return params
-    if any(cut is not None for cut in cuts):
-        name = names[[cut is None for cut in cuts].index(True)]
+    if any(sharding is not None for sharding in found):
+        name = names[[sharding is None for sharding in found].index(True)]
         raise ValueError(
             f"params: {name} does not lie on the mesh, and others do; put all of them "
             "there with jax.device_put (a draft: er_jax.attach_draft inside jax.jit)"
@@ -199,38 +203,38 @@ def put_on_mesh(policy: Policy, params: Any, mesh: Mesh) -> Any:
             "rules say how they should; put them there with jax.device_put and "
             "shardings of your own"
         )
-    bare = params.policy if isinstance(params, PolicyParams) else params
-    where: Any = param_shardings(bare, policy.config, mesh)
+    policy_params = params.policy if isinstance(params, PolicyParams) else params
+    shardings: Any = param_shardings(policy_params, policy.config, mesh)
     if isinstance(params, PolicyParams):
-        draft = draft_shardings(params.draft, where)
-        where = PolicyParams(policy=where, draft=draft)
-    return jax.tree.map(jax.device_put, params, where)
+        draft = draft_shardings(params.draft, shardings)
+        shardings = PolicyParams(policy=shardings, draft=draft)
+    return jax.tree.map(jax.device_put, params, shardings)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
     """How the arrays of a program lie on a mesh; see `engine.protocol.Layout`.
 
-    mesh: of `rollout_mesh`.
+    mesh: from `rollout_mesh`.
     """
 
     mesh: Mesh
 
     @property
     def name(self) -> str:
-        """Devices along each axis."""
+        """The number of devices along each axis, as text."""
         return str(dict(self.mesh.shape))
 
     @property
     def num_shards(self) -> int:
-        """Data shards: places along `data`."""
+        """The number of data shards: the size of the axis `data`."""
         return self.mesh.shape[DATA_AXIS]
 
     def over_rows(self, function: Any, in_marks: Any, out_marks: Any) -> Any:
         """Return a function that every data shard runs on its own rows.
 
-        Rows are an axis by hand, and the other axes are the compiler's; but attention
-        is told which heads are a device's.
+        It is mapped over `data` explicitly and partitioned over the other axes by the
+        compiler, except for attention, which is mapped over heads.
         """
 
         def spec(mark: str) -> PartitionSpec:
@@ -254,9 +258,9 @@ class MeshLayout:
         return lax.psum(x, DATA_AXIS)
 
     def is_any(self, rows: jax.Array) -> jax.Array:
-        """Return whether a row is true that this shard has to wait for.
+        """Whether a flag is set, here or in a shard that this one waits for.
 
-        Where devices send to each other within a pass, all data shards must run as
+        Where devices send to each other within a pass, all data shards must run equally
         many passes.
         """
         found = jnp.any(rows)
@@ -265,15 +269,15 @@ class MeshLayout:
         return self.sum(found.astype(jnp.int32)) > 0
 
     def all_rows(self, rows: jax.Array) -> jax.Array:
-        """Return `[k, B]` of the rows of all data shards."""
+        """Return `[k, B]` with the rows of all data shards."""
         return lax.all_gather(rows, DATA_AXIS, axis=1, tiled=True)
 
     def lay_out(self, state: DecodeState, policy: Policy) -> DecodeState:
-        """Have the compiler lay out a state by the rules."""
+        """Constrain a state to the shardings of the rules."""
         shardings = state_shardings(state, policy, self.mesh)
         return lax.with_sharding_constraint(state, shardings)
 
     def replicate(self, tree: Any) -> Any:
-        """Have the compiler put the same on every device."""
+        """Constrain arrays to be the same on every device."""
         sharding = NamedSharding(self.mesh, PartitionSpec())
         return lax.with_sharding_constraint(tree, sharding)

@@ -1,4 +1,4 @@
-"""Rows that go from one data shard to another when a state is given another size."""
+"""Moves of rows between data shards, when a state changes its size."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from er_jax.types import NONE, Array, DecodeState
 
 @struct.dataclass
 class Moves:
-    """Rows that change their group of devices when a state is given another size.
+    """Rows that change their data shard when a state changes its size.
 
-    count: int32 `[]`, moves to make; the rest of the arrays is padding.
-    from_group, from_row: int32 `[M]`, where each row lies, counted within its group.
-    to_group, to_row: int32 `[M]`, where it is to lie in the new state.
+    count: int32 `[]`, the number of moves; the rest of the arrays is padding.
+    from_shard, from_row: int32 `[M]`, data shard and row (within it) in the old state.
+    to_shard, to_row: int32 `[M]`, data shard and row (within it) in the new state.
     """
 
     count: Array
-    from_group: Array
+    from_shard: Array
     from_row: Array
-    to_group: Array
+    to_shard: Array
     to_row: Array
 
 
 def plan_moves(
-    rows: np.ndarray, old_rows: int, num_groups: int
+    rows: np.ndarray, old_rows: int, num_shards: int
 ) -> tuple[np.ndarray, Moves]:
-    """Tell apart the rows that stay in their group of devices and those that do not.
+    """Separate the rows that stay in their data shard from those that move.
 
     Args:
-      rows: int `[R]`, which old row each new one is, of all groups; `NONE` for none.
-      old_rows: rows before. num_groups: groups, each with as many rows.
+      rows: int `[R]`, the old row of each new row, over all shards; `NONE` for an empty
+        one.
+      old_rows: rows of the old state. num_shards: data shards, with equally many rows.
     Returns:
-      int32 `[R]`, for each new row the old one counted within its group, `NONE` where
-      there is none or it comes from another group; and the moves between groups.
+      int32 `[R]`, the old row (within its shard) of each new row, `NONE` where it is
+      empty or comes from another shard; and the moves between shards.
     """
-    old_each, new_each = old_rows // num_groups, len(rows) // num_groups
+    old_each, new_each = old_rows // num_shards, len(rows) // num_shards
     to = np.arange(len(rows))
-    group, is_some = rows // old_each, rows != NONE
-    is_moved = is_some & (group != to // new_each)
+    shard, is_some = rows // old_each, rows != NONE
+    is_moved = is_some & (shard != to // new_each)
     local = np.where(is_some & ~is_moved, rows % old_each, NONE)
     moved = np.flatnonzero(is_moved)
 
@@ -52,9 +53,9 @@ def plan_moves(
 
     return local.astype(np.int32), Moves(
         count=np.int32(len(moved)),
-        from_group=padded(group[moved]),
+        from_shard=padded(shard[moved]),
         from_row=padded(rows[moved] % old_each),
-        to_group=padded(moved // new_each),
+        to_shard=padded(moved // new_each),
         to_row=padded(moved % new_each),
     )
 
@@ -62,20 +63,20 @@ def plan_moves(
 def exchange(
     old: DecodeState, new: DecodeState, moves: Moves, axis: str
 ) -> DecodeState:
-    """Copy rows of other groups of devices into a state; runs in all groups at once.
+    """Copy rows of other data shards into a state; all shards run it together.
 
-    One row after the other, by a sum to which every other group adds zeros: few rows
-    change their group, and no more memory is needed than one takes.
+    Rows are sent one at a time, by a sum to which every other shard adds zeros: few
+    rows move, and the memory is that of one row.
 
     Args:
-      old: this group's state before `take`. new: its state after it. moves: of all
-        groups. axis: of the mesh, over which the groups are spread.
+      old: this shard's state before `take`. new: its state after it. moves: of all
+        shards. axis: the mesh axis of the data shards.
     """
     here = lax.axis_index(axis)
 
     def move(i: jax.Array, new: DecodeState) -> DecodeState:
-        is_from = moves.from_group[i] == here
-        is_to = moves.to_group[i] == here
+        is_from = moves.from_shard[i] == here
+        is_to = moves.to_shard[i] == here
 
         def leaf(old: jax.Array, new: jax.Array) -> jax.Array:
             row = lax.dynamic_slice_in_dim(old, moves.from_row[i], 1, axis=0)

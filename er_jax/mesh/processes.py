@@ -1,9 +1,8 @@
-"""How several processes come to the same decisions: the one mechanism for all of them.
+"""The agreement of several processes: small reductions over their devices.
 
-What was timed is one process's, the leader's, sent to the others before it may decide
-anything. A failure of one is raised in all of them, so that none waits for ever. Every
-method is one small reduction over the devices; all processes must call the same
-methods in the same order.
+The leader's measurements are sent to all processes before any decision depends on them.
+A failure of one process is raised in all, so that none waits forever. All processes
+must call the same methods in the same order.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from er_jax.engine.protocol import TokenBuffers
 
-# Bytes are sent in blocks of so many, so that few programs are compiled.
+# Bytes are padded to a multiple of this many, so that few programs are compiled.
 BLOCK_BYTES = 1 << 14
 
 
@@ -44,10 +43,10 @@ class Processes:
     def sync_or_raise(
         self, values: Any, failure: Exception | None = None
     ) -> tuple[np.ndarray, Exception | None]:
-        """Return the leader's numbers, and what every process is to raise."""
+        """Return the leader's numbers, and the failure that this process must raise."""
         if not self.is_spread:
             return np.asarray(values, np.float64), failure
-        # The process that has failed, counted from 1; of several the last.
+        # The process that has failed, counted from 1; the last one if several have.
         failed = 0 if failure is None else 1 + jax.process_index()
         own = np.append(np.asarray(values, np.float32), np.float32(failed))
         found = self._reduce(_first_and_any, [own] * len(self._devices))
@@ -84,17 +83,17 @@ class Processes:
         return None if found is None else found.decode()
 
     def sum(self, own: np.ndarray) -> np.ndarray:
-        """Return the sum of the processes' arrays, in every process."""
+        """Return the sum of all processes' arrays, in every process."""
         if not self.is_spread:
             return own
         here = [d.process_index == jax.process_index() for d in self._devices]
-        # One of the devices here brings the array, the others bring zeros.
+        # One device of this process has the array, its others have zeros.
         parts = [np.zeros_like(own)] * len(here)
         parts[here.index(True)] = own
         return self._reduce(_add, parts)
 
     def _reduce(self, function: Any, parts: list[np.ndarray]) -> np.ndarray:
-        """Reduce `[devices, ...]`, of which every device holds its own part."""
+        """Return `function` of `[devices, ...]`; parts: the array of each device."""
         every = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
 
         def part(index: Any) -> np.ndarray:
@@ -115,17 +114,17 @@ def _add(parts: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def _reduction(function: Any, mesh: Mesh) -> Any:
-    """Return the jitted reduction, whose result every device holds."""
+    """Return the jitted reduction, with its result on every device."""
     return jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def fetch_rows(
     buffers: TokenBuffers, rows: np.ndarray
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Return tokens and log-probabilities `[S]` of the rows that this process brings.
+    """Return tokens and log-probabilities, `[S]` each, of this process's rows.
 
-    Each process brings the rows that it is the first to hold; every row is one's. They
-    may be the devices' own buffers, to be copied and not kept.
+    Every row is returned by the first process that holds it. The arrays may be views of
+    the device's buffers: copy what is to be kept.
     """
     tokens = buffers[0]
     first: dict[int, int] = {}

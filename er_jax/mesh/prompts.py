@@ -1,4 +1,4 @@
-"""Prompts that every process has its own of, brought together."""
+"""The prompts of all processes, gathered in every process."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from er_jax.types import NONE
 def gather_prompts(
     prompts: Sequence[Sequence[int]], n: int = 1
 ) -> tuple[list[list[int]], slice]:
-    """Bring together prompts that every process has its own of; all must call.
+    """Gather the prompts of all processes; every process must call it.
 
         everything, rows = er_jax.gather_prompts(prompts, config.n)
         out = er_jax.rollout(policy, params, everything, ..., mesh=mesh)
         own = out.completion_ids[rows]
 
     Args:
-      prompts: token ids, those of this process; none is allowed. n: completions of
-        each, as in the config.
+      prompts: token ids, those of this process; may be empty. n: completions of each,
+        as in the config.
     Returns:
-      The prompts of all processes, in order of processes, the same in each; and the
+      The prompts of all processes in their order, the same in every process; and the
       rows of this process's completions in a `Rollout` of them.
     Raises:
-      ValueError: a prompt is empty or no flat sequence of integers, in any process.
+      ValueError: in any process, a prompt is empty or not a flat sequence of integers.
     """
     failure: ValueError | None = None
     try:
         arrays = checked_arrays(prompts)
     except ValueError as error:
-        # Raised when the others know: they would wait for this one.
+        # Raised after the exchange below, or the others would wait for this process.
         failure, arrays = error, []
     lengths = np.array([len(array) for array in arrays], np.int32)
     tokens = np.concatenate([np.zeros(0, np.int32), *arrays])
-    # No vocabulary is so large; `rollout` names the prompt.
+    # Clipped ids are in no vocabulary: `rollout` refuses them and names the prompt.
     tokens = np.clip(tokens, NONE, np.iinfo(np.int32).max).astype(np.int32)
     processes = Processes.of_all()
 
@@ -56,9 +56,9 @@ def gather_prompts(
             f"prompts of process {bad[0]} cannot be sampled; its own error says why"
         )
     sizes = sizes[:, :2]
-    room = sizes.max(axis=0)
-    lengths = np.pad(lengths, (0, room[0] - len(lengths)))
-    tokens = np.pad(tokens, (0, room[1] - len(tokens)))
+    largest = sizes.max(axis=0)
+    lengths = np.pad(lengths, (0, largest[0] - len(lengths)))
+    tokens = np.pad(tokens, (0, largest[1] - len(tokens)))
     everything: list[list[int]] = []
     for (count, _), of_one, flat in zip(
         sizes, gather(lengths), gather(tokens), strict=True

@@ -1,18 +1,17 @@
-"""Rollouts by replicas: groups of devices that sample apart and meet at the end.
+"""Rollouts by replicas: sets of devices that sample independently of each other.
 
-A mesh has a replica for every place on its axis `data`, or for several of them, the
-devices of a host for instance. Each has a scheduler of its own (a thread here) and its
-share of the prompts; no collective crosses replicas until the results are gathered,
-once. Tokens are the same as with any other division of work, because they depend on
-sequence ids alone.
+A replica has one or several indices of the mesh's axis `data`, such as the devices of
+one host. It has its own scheduler (in a thread of its process) and its own prompts, and
+no collective crosses replicas until the results are gathered at the end. The division
+of work does not change the tokens, which depend on sequence ids alone.
 
-What is lost is the time that replicas wait for the last one. Prompts are dealt so that
-expected work is even: the longest first, each to the replica with least, the n
-completions of a prompt together. `ExpectedLengths` remembers what earlier steps showed.
+The cost is the time that replicas wait for the slowest. Prompts are dealt to even out
+expected work: the longest first, each to the replica with the least work so far, the n
+completions of a prompt together. `ExpectedLengths` remembers lengths of earlier steps.
 
 Left out: moving sequences between replicas (one rollout over the whole mesh does that).
 
-Source: the rule of dealing, Graham 1969, "Bounds on multiprocessing timing anomalies".
+Source: the dealing rule, Graham 1969, "Bounds on multiprocessing timing anomalies".
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ def deal(costs: Sequence[float], num_replicas: int) -> list[list[int]]:
     Args:
       costs: expected work of each task, in any unit, >= 0. num_replicas: >= 1.
     Returns:
-      For each replica its tasks, ascending. Of equals the lower number goes first.
+      The tasks of each replica, ascending. Ties go to the lower number.
     """
     loads = np.zeros(num_replicas)
     counts = np.zeros(num_replicas, int)
     dealt: list[list[int]] = [[] for _ in range(num_replicas)]
     for task in np.argsort(-np.asarray(costs, float), kind="stable").tolist():
-        # Tasks that cost nothing are spread as well.
+        # Counting tasks spreads also those that cost nothing.
         replica = min(range(num_replicas), key=lambda r: (loads[r], counts[r], r))
         loads[replica] += costs[task]
         counts[replica] += 1
@@ -66,10 +65,11 @@ def deal(costs: Sequence[float], num_replicas: int) -> list[list[int]]:
 
 @dataclasses.dataclass
 class ExpectedLengths:
-    """How long the completions of a prompt were in earlier steps; keep it across them.
+    """Lengths of the completions of prompts in earlier steps; keep it across steps.
 
     Args:
-      forget: share of what was known that a new observation replaces, in (0, 1].
+      forget: weight of a new observation, in (0, 1]; 1 keeps the last step only.
+      known: prompt, as bytes of its ids -> mean tokens of its completions.
     """
 
     forget: float = 0.5
@@ -83,9 +83,9 @@ class ExpectedLengths:
             )
 
     def of(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return expected tokens of a completion `[P]`; of unknown prompts the mean."""
-        usual = float(np.mean(list(self.known.values()))) if self.known else 1.0
-        return np.array([self.known.get(_name(p), usual) for p in prompts])
+        """Return expected tokens `[P]`; for unknown prompts, the mean of known ones."""
+        mean = float(np.mean(list(self.known.values()))) if self.known else 1.0
+        return np.array([self.known.get(_name(p), mean) for p in prompts])
 
     def observe(self, prompts: Sequence[Sequence[int]], out: Rollout) -> None:
         """Learn from a rollout of these prompts."""
@@ -104,7 +104,7 @@ def replica_meshes(mesh: Mesh, count: int) -> list[Mesh]:
     """Return the mesh of every replica.
 
     Args:
-      mesh: of `layout.rollout_mesh`. count: of replicas; divides its axis data.
+      mesh: from `layout.rollout_mesh`. count: of replicas; divides its axis data.
     """
     axis = mesh.axis_names.index(DATA_AXIS)
     return [
@@ -113,19 +113,20 @@ def replica_meshes(mesh: Mesh, count: int) -> list[Mesh]:
     ]
 
 
-def replica_params(params: Any, mesh: Mesh, own: Mesh) -> Any:
-    """Return the parameters as one replica has them, without copying anything.
+def replica_params(params: Any, mesh: Mesh, replica_mesh: Mesh) -> Any:
+    """Return the parameters on the mesh of one replica; nothing is copied.
 
     Args:
-      params: arrays that lie on `mesh`. mesh: of `layout.rollout_mesh`.
-      own: one of `replica_meshes`, with a device of this process.
+      params: arrays on `mesh`. mesh: from `layout.rollout_mesh`.
+      replica_mesh: one of `replica_meshes`, with a device of this process.
     """
-    devices = set(own.devices.flat)
+    devices = set(replica_mesh.devices.flat)
 
     def leaf(x: jax.Array) -> jax.Array:
         sharding = layout.on_mesh(x.sharding, mesh)
         assert sharding is not None
-        return layout.relabelled(x, NamedSharding(own, sharding.spec), devices)
+        own = NamedSharding(replica_mesh, sharding.spec)
+        return layout.relabelled(x, own, devices)
 
     return jax.tree.map(leaf, params)
 
@@ -134,15 +135,15 @@ def _policy_params(params: Params | PolicyParams) -> Params:
     return params.policy if isinstance(params, PolicyParams) else params
 
 
-def _is_here(part: Mesh) -> bool:
-    """Whether a device of a replica is of this process."""
+def _is_here(replica_mesh: Mesh) -> bool:
+    """Whether this process has a device of a replica."""
     here = jax.process_index()
-    return any(device.process_index == here for device in part.devices.flat)
+    return any(device.process_index == here for device in replica_mesh.devices.flat)
 
 
-def _brings_results(part: Mesh) -> bool:
-    """Whether this is the process, of those that share a replica, that brings them."""
-    return part.devices.flat[0].process_index == jax.process_index()
+def _returns_results(replica_mesh: Mesh) -> bool:
+    """Whether this process returns the results of a replica: only its first does."""
+    return replica_mesh.devices.flat[0].process_index == jax.process_index()
 
 
 def _checked_lengths(lengths: Sequence[float] | None, num_prompts: int) -> np.ndarray:
@@ -156,20 +157,20 @@ def _checked_lengths(lengths: Sequence[float] | None, num_prompts: int) -> np.nd
     return costs
 
 
-def _check_shared(parts: Sequence[Mesh]) -> None:
+def _check_shared(meshes: Sequence[Mesh]) -> None:
     """Check that the replicas of every process can share a controller.
 
-    They learn in the order in which their windows end. Where a replica spans processes
-    these must decide alike, and that order is another in each.
+    A shared controller learns in the order in which windows end. A replica that spans
+    processes must decide alike in each, but that order differs between processes.
 
     Args:
-      parts: the mesh of every replica, so that all processes find the same.
+      meshes: the mesh of every replica, so that all processes find the same.
     """
     processes = [
-        {device.process_index for device in part.devices.flat} for part in parts
+        {device.process_index for device in mesh.devices.flat} for mesh in meshes
     ]
     for replica, own in enumerate(processes):
-        for other in range(len(parts)):
+        for other in range(len(meshes)):
             shared = own & processes[other]
             if len(own) > 1 and other != replica and shared:
                 raise ValueError(
@@ -200,28 +201,29 @@ def rollout_replicas(
 
     Args:
       policy, params, prompts, key, config, sequence_ids: as for `rollout`, the same in
-        all processes; `config.max_slots` is of each replica.
+        all processes; every replica has `config.max_slots` rows.
       mesh: as for `rollout`.
       num_replicas: divides the mesh's axis data; each replica is a rollout over its
-        part of the mesh. None is one for every place on that axis.
-      expected_lengths: `[P]`, tokens that completions of each prompt are expected to
-        have, such as `ExpectedLengths.of(prompts)`; None takes all for equal.
-      controller: one for all replicas, which are alike: what one learns of costs and
-        acceptance, the others know. Keep it across calls. Of several processes each
-        has what the first one learnt when the call returns. None uses one for each
-        replica, which lives as long as the process.
+        part of the mesh. None is one replica for every index of that axis.
+      expected_lengths: `[P]`, expected tokens of a completion of each prompt, such as
+        `ExpectedLengths.of(prompts)`; None expects equal lengths.
+      controller: one shared by all replicas, which have the same costs and acceptance;
+        keep it across calls. When the call returns, every process has what the first
+        process learnt. None uses one for each replica, which lives as long as the
+        process.
       on_finish: called with (sequence id, `Completion`) as rows finish, by one thread
         at a time, in one process for each completion.
-      progress: show a progress bar of the sequences sampled here.
-      profile: directory for a trace of this process, all replicas here in it; as for
+      progress: show a progress bar of the sequences of this process.
+      profile: directory for a trace of this process with all its replicas; as for
         `rollout`.
     Returns:
-      The whole `Rollout`, in every process. `stats` has the counts of the replicas
-      here, `stats.replica_s` the seconds of all, `stats.idle_share` what was lost.
+      The whole `Rollout`, in every process. `stats` has the counts of this process's
+      replicas, `stats.replica_s` the seconds of all, `stats.idle_share` the share of
+      time spent waiting.
     Raises:
-      ValueError: a wrong argument. RolloutError: a replica failed; it carries what all
-        replicas here have finished. KeyboardInterrupt: Ctrl-C, with the same in an
-        attribute `completions`.
+      ValueError: a wrong argument. RolloutError: a replica failed; it carries the
+        completions finished by this process's replicas. KeyboardInterrupt: Ctrl-C; its
+        attribute `completions` holds the same.
     """
     checks.check_outside_jit(params, prompts, key)
     checks.check_policy(policy)
@@ -235,20 +237,20 @@ def rollout_replicas(
     if num_replicas < 1 or size % num_replicas:
         raise ValueError(
             f"num_replicas={num_replicas} must divide the mesh's axis data of {size}; "
-            "use None for one at every place"
+            "use None for one replica per index"
         )
-    parts = replica_meshes(whole_mesh, num_replicas)
+    meshes = replica_meshes(whole_mesh, num_replicas)
     if controller is not None:
-        _check_shared(parts)
-    own = {replica: part for replica, part in enumerate(parts) if _is_here(part)}
+        _check_shared(meshes)
+    own = {replica: part for replica, part in enumerate(meshes) if _is_here(part)}
     params = layout.put_on_mesh(policy, params, whole_mesh)
-    # Here and not in threads: of one array, JAX 0.10 may hand two threads that ask for
-    # its shards at once some of them twice or not at all.
+    # Done here and not in threads: if two threads ask for the shards of one array at
+    # once, JAX 0.10 may return some twice and others not at all.
     own_params = {
         replica: replica_params(params, whole_mesh, part)
         for replica, part in own.items()
     }
-    # Held to the end of the call, so that none is dropped before its thread asks.
+    # Held to the end of the call, so that none is dropped before its thread needs it.
     engine, *_held = mesh_engines_for(
         policy,
         config.accept,
@@ -258,8 +260,8 @@ def rollout_replicas(
         ],
     )
     agreement = engine.agreement
-    # Processes meet now, while they are together: the first meeting of their devices
-    # may have a time limit, and they come to the last one when they are done.
+    # The first collective may have a time limit, so it runs now, while all processes
+    # are here; they reach the last one at different times.
     agreement.broadcast_from_leader([0.0])
 
     dealt = deal(costs.tolist(), num_replicas)
@@ -290,7 +292,7 @@ def rollout_replicas(
     ):
         found = _side_by_side(list(own), sample, on_finish, bar)
     completions = found.completions(own, ids)
-    # A replica that failed elsewhere would be waited for without end.
+    # Otherwise processes would wait forever for one whose replica failed.
     _, failure = agreement.sync_or_raise([], found.failure)
     if failure is not None:
         error = found.error(failure, completions, ids)
@@ -298,14 +300,14 @@ def rollout_replicas(
             raise error from failure
         raise error
     if controller is not None and agreement.is_spread:
-        # Replicas of other processes have met other windows.
+        # Controllers of other processes have learnt from other windows.
         learnt = agreement.broadcast_text(json.dumps(controller.state_dict()))
         assert learnt is not None, "the leading process has a text"
         controller.load_state_dict(json.loads(learnt))
     stats = found.stats(own)
     seconds = np.zeros(num_replicas, np.float32)
     for replica in found.outs:
-        if _brings_results(own[replica]):
+        if _returns_results(own[replica]):
             seconds[replica] = found.seconds[replica]
     stats.replica_s = agreement.sum(seconds).tolist()
     return assemble(arrays, completions, ids, config, stats, agreement)
@@ -313,10 +315,11 @@ def rollout_replicas(
 
 @dataclasses.dataclass
 class _Found:
-    """What the replicas of this process came to.
+    """The outcomes of this process's replicas.
 
-    outs: by replica, of those that sampled something to the end. seconds: by replica.
-    errors: of the others. stop: what ended all of them early, if it was no failure.
+    outs: results by replica, of those that finished with prompts. seconds: by replica.
+    errors: by replica, of those that failed. stop: an exception that ended all of them
+    and is not a failure, such as Ctrl-C.
     """
 
     outs: dict[int, Rollout] = dataclasses.field(default_factory=dict)
@@ -326,7 +329,7 @@ class _Found:
 
     @property
     def failure(self) -> Exception | None:
-        """What the other processes are told of."""
+        """The failure to report to the other processes, or None."""
         if self.stop is not None:
             return RuntimeError(f"the rollout was ended by {self.stop!r}")
         errors = (self.errors[replica] for replica in sorted(self.errors))
@@ -335,14 +338,14 @@ class _Found:
     def completions(
         self, own: Mapping[int, Mesh], ids: np.ndarray
     ) -> dict[int, Completion]:
-        """Return what this process brings, by sequence; of failed replicas, too."""
+        """Return this process's completions by sequence, those of failures included."""
         sequence_of = {int(name): sequence for sequence, name in enumerate(ids)}
         found: dict[int, Completion] = {}
         for error in self.errors.values():
             done: dict[int, Completion] = getattr(error, "completions", {})
             found |= {sequence_of[name]: c for name, c in done.items()}
         for replica, out in self.outs.items():
-            if not _brings_results(own[replica]):
+            if not _returns_results(own[replica]):
                 continue
             for row, length in enumerate(out.lengths):
                 found[sequence_of[int(out.sequence_ids[row])]] = Completion(
@@ -353,14 +356,14 @@ class _Found:
         return found
 
     def stats(self, own: Mapping[int, Mesh]) -> RolloutStats:
-        """Return the counts of the replicas whose results this process brings."""
-        parts = [o.stats for i, o in self.outs.items() if _brings_results(own[i])]
+        """Return the stats of the replicas whose results this process returns."""
+        parts = [o.stats for i, o in self.outs.items() if _returns_results(own[i])]
         return RolloutStats.merged(parts) if parts else RolloutStats()
 
     def error(
         self, failure: Exception, completions: Mapping[int, Completion], ids: np.ndarray
     ) -> BaseException:
-        """Return what to raise for a failure, with the completions finished so far."""
+        """Return the exception to raise for a failure, with finished completions."""
         named = {int(ids[sequence]): c for sequence, c in completions.items()}
         if self.stop is not None:
             self.stop.completions = named  # type: ignore[attr-defined]
@@ -385,11 +388,12 @@ def _side_by_side(
     """Sample with all replicas of this process at once, a thread for each.
 
     Args:
-      replicas: numbers. sample: samples with one; None where it has no prompts.
+      replicas: their numbers. sample: samples with one; returns None if it has no
+        prompts.
       on_finish: as for `rollout_replicas`, called by one thread at a time.
       bar: shows progress.
     """
-    # The setting of a `with` block holds for its own thread only.
+    # 64-bit mode may be set for the calling thread only.
     is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     lock, interrupted = threading.Lock(), threading.Event()
     found = _Found()
@@ -419,10 +423,10 @@ def _side_by_side(
         try:
             concurrent.futures.wait(running)
         except KeyboardInterrupt as error:
-            # The main thread's alone: the others end with their next completion.
+            # Only the main thread gets it; the others end with their next completion.
             interrupted.set()
             found.stop = error
-    if found.stop is None:  # Or was a callback's, of a replica?
+    if found.stop is None:  # A callback in a replica's thread may have raised one.
         errors = found.errors.values()
         found.stop = next((e for e in errors if not isinstance(e, Exception)), None)
     return found

@@ -1,13 +1,14 @@
-"""Where arrays lie on a mesh: from the names of parameters to `PartitionSpec`s.
+"""The sharding rules: from names of parameters to `PartitionSpec`s.
 
-A mesh may have any of three axes. Rows of the state are spread over `data`. Weights are
-sharded over `model` along heads and features, so that a layer needs one sum over the
-axis behind attention and one behind the feed-forward part; and over `fsdp` along the
-other side, for training. A quantized weight lies as the weight it was made from.
+A mesh may have any of three axes. Rows of the state are sharded over `data`. Weights
+are sharded over `model` along heads and features, so that a layer needs one sum over
+that axis after attention and one after the feed-forward part, and over `fsdp` along the
+other dimension, for training. A quantized weight is sharded like the weight it was made
+from.
 
-Nothing is replicated in silence: a dimension that an axis does not divide is refused.
-There is one exception, because models have few of them: key/value heads that `model`
-does not divide lie whole on every device of the axis, and so does their cache.
+A dimension that its axis does not divide is refused, not replicated. The only exception
+is key/value heads, of which models have few: if `model` does not divide them, they are
+replicated over it, and so is their cache.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from er_jax.types import Params, Policy
 AnyMesh = Mesh | AbstractMesh
 
 
-# Axes of a rollout's mesh: rows, and heads and features.
+# Axes of a rollout's mesh: for rows, and for heads and features.
 DATA_AXIS, MODEL_AXIS = "data", "model"
 AXES = (DATA_AXIS, "fsdp", MODEL_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """What the axes of a mesh are called; a mesh may lack any of them.
+    """The names of a mesh's axes; a mesh may lack any of them.
 
-    data: rows. fsdp: weights, for training. model: heads and features.
+    data: of rows. fsdp: of weights, for training. model: of heads and features.
     """
 
     data: str = DATA_AXIS
@@ -43,7 +44,8 @@ class MeshAxes:
     model: str = MODEL_AXIS
 
 
-# By the last part of a parameter's path: the axis of each dimension, by field name.
+# Pattern of the last part of a parameter's path -> axis of each dimension, as the name
+# of a field of `MeshAxes`.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(q|k|v|gate|up)_proj|lm_head", ("fsdp", "model")),
     (r"(o|down)_proj", ("model", "fsdp")),
@@ -62,27 +64,27 @@ def param_spec(
     mesh: AnyMesh,
     axes: MeshAxes | None = None,
 ) -> PartitionSpec:
-    """Return how a parameter of the built-in decoder is cut.
+    """Return the partition of a parameter of the built-in decoder.
 
     Args:
-      path: with its parts between slashes, such as "layers/0/q_proj".
+      path: its parts joined by slashes, such as "layers/0/q_proj".
       shape: as in `Params`, matrices `[in, out]`.
-      config: the decoder's. mesh: the mesh. axes: names of its axes.
+      config: of the decoder. mesh: the mesh. axes: names of its axes.
     Raises:
       ValueError: no rule for this path, or an axis does not divide a dimension.
     """
     axes = axes or MeshAxes()
     name = path.split("/")[-1]
-    rule = next((dims for made, dims in RULES if re.fullmatch(made, name)), None)
+    rule = next((dims for words, dims in RULES if re.fullmatch(words, name)), None)
     if rule is None:
         raise ValueError(
-            f"no rule says how {path} is cut over a mesh; give its sharding, or load "
-            "it without a mesh"
+            f"no rule says how {path} is sharded over a mesh; give its sharding, or "
+            "load it without a mesh"
         )
     entries: list[str | None] = []
     for size, field in zip(shape, rule, strict=False):
         axis = getattr(axes, field)
-        is_whole = KV_WEIGHTS.fullmatch(name) and not cuts_kv(config, mesh, axes)
+        is_whole = KV_WEIGHTS.fullmatch(name) and not shards_kv(config, mesh, axes)
         if axis not in mesh.shape or (field == "model" and is_whole):
             entries.append(None)
             continue
@@ -95,18 +97,18 @@ def param_spec(
     return PartitionSpec(*entries)
 
 
-def cuts_kv(config: DecoderConfig, mesh: Any, axes: MeshAxes) -> bool:
-    """Whether key/value heads are cut over the mesh, or lie whole on every device."""
+def shards_kv(config: DecoderConfig, mesh: Any, axes: MeshAxes) -> bool:
+    """Whether key/value heads are sharded over the mesh, and not replicated."""
     return config.num_kv_heads % mesh.shape.get(axes.model, 1) == 0
 
 
 def param_shardings(
     params: Params, config: DecoderConfig, mesh: AnyMesh, axes: MeshAxes | None = None
 ) -> Params:
-    """Return the sharding of every leaf of the decoder's parameters, or their shapes.
+    """Return the sharding of every leaf of a decoder's parameters, or of their shapes.
 
     Raises:
-      ValueError: as for `param_spec`.
+      ValueError: as `param_spec`.
     """
 
     def leaf(path: tuple[Any, ...], x: Any) -> NamedSharding:
@@ -117,35 +119,34 @@ def param_shardings(
 
 
 def draft_shardings(draft: Params, params: Params) -> Params:
-    """Return the sharding of every leaf of a draft: that of the weight it is made from.
+    """Return the sharding of every leaf of a draft: that of the weight it came from.
 
     Args:
-      draft: as `attach_draft` makes it, or its shapes.
-      params: shardings of the policy, as `param_shardings` returns them.
+      draft: from `attach_draft`, or its shapes.
+      params: shardings of the policy, from `param_shardings`.
     """
 
-    def quantized(weight: QuantizedWeight, cut: NamedSharding) -> Any:
-        ins, outs = (*cut.spec, None, None)[:2]
+    def quantized(weight: QuantizedWeight, sharding: NamedSharding) -> Any:
+        ins, outs = (*sharding.spec, None, None)[:2]
         codes = (ins, None, outs) if weight.is_grouped else (outs, ins)
         scale = (ins, None, outs) if weight.is_grouped else (outs, None)
 
         def leaf(x: Any) -> NamedSharding:
             spec = codes if x.shape == weight.codes.shape else scale
-            return NamedSharding(cut.mesh, PartitionSpec(*spec))
+            return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
         return jax.tree.map(leaf, weight)
 
-    def of_parent(cut: Any, leaf: Any) -> Any:
+    def of_parent(sharding: Any, leaf: Any) -> Any:
         if leaf is None:
             return None
         if isinstance(leaf, TiedEmbedding):
-            turned = NamedSharding(
-                cut.table.mesh, PartitionSpec(*(*cut.table.spec, None, None)[1::-1])
-            )
+            table = sharding.table
+            spec = PartitionSpec(*(*table.spec, None, None)[1::-1])
             return leaf.replace(  # type: ignore[attr-defined]
-                projection=quantized(leaf.projection, turned)
+                projection=quantized(leaf.projection, NamedSharding(table.mesh, spec))
             )
-        return quantized(leaf, cut)
+        return quantized(leaf, sharding)
 
     return jax.tree.map(of_parent, params, draft, is_leaf=is_weight)
 
@@ -155,8 +156,8 @@ def state_shardings(
 ) -> Any:
     """Return the sharding of every leaf of a `DecodeState`, or of its shapes.
 
-    Rows lie over `data`. The cache of a `Decoder` has its heads over `model` where that
-    divides them; the cache of another policy is cut by rows only.
+    Rows are sharded over `data`, and the heads of a `Decoder`'s cache over `model` if
+    that divides them. The cache of another policy is sharded by rows only.
 
     Raises:
       ValueError: `data` does not divide the rows.
@@ -169,7 +170,7 @@ def state_shardings(
             f"rows={state.rows} are not divided by the mesh's axis {rows!r} of "
             f"{mesh.shape[rows]} devices; use a multiple of it"
         )
-    if not isinstance(policy, Decoder) or not cuts_kv(policy.config, mesh, axes):
+    if not isinstance(policy, Decoder) or not shards_kv(policy.config, mesh, axes):
         heads = None
 
     def leaf(x: Any) -> NamedSharding:

@@ -1,5 +1,5 @@
-"""The host side of a rollout: `loop` on one screen, the `batch`, who starts where
-(`admission`), which programs may run (`options`), and the devices below (`topology`).
+"""The host side of a rollout: the `loop`, its `batch`, the rows where sequences start
+(`admission`), the programs that can run (`options`), and the devices (`topology`).
 """
 
 from er_jax.request import Request

@@ -1,8 +1,8 @@
-"""Which sequence starts in which row: pure NumPy, no device.
+"""Which sequence starts in which row, in NumPy on the host.
 
 `Rows` is the host's record of the batch. `plan_admission` assigns free rows: a prompt
-whose entries lie in the batch is cloned, any other is prefilled once and copied to all
-of its sequences.
+whose cache entries are still in the batch is cloned; any other is prefilled once and
+copied to all of its sequences.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Rows:
     """The host's record of the rows of a batch.
 
     sequence: int `[rows]`, the sequence in each slot, `NONE` when free.
-    resident: int `[rows]`, the prompt whose entries lie in each slot, `NONE` if none.
+    resident: int `[rows]`, the prompt whose entries are in each slot, `NONE` if none.
     length, limit: int `[rows]`, as in the state.
     """
 
@@ -32,7 +32,7 @@ class Rows:
 
     @classmethod
     def empty(cls, count: int) -> Rows:
-        """Return so many free rows."""
+        """Return `count` free rows."""
         return cls(
             sequence=np.full(count, NONE),
             resident=np.full(count, NONE),
@@ -50,21 +50,25 @@ class Rows:
 
     @property
     def num_live(self) -> int:
-        """How many rows still generate."""
+        """The number of rows that still generate."""
         return int(self.is_live.sum())
 
     @property
     def mean_length(self) -> float:
-        """Mean tokens of the live rows, prompt included."""
+        """Mean length of the live rows in tokens, prompt included."""
         return float(self.length @ self.is_live) / max(self.num_live, 1)
 
     def needed_length(self, reach: int) -> int:
-        """Return the positions that live rows need to grow by `reach` tokens each."""
+        """Return the cache length with which live rows can grow by `reach` tokens."""
         needed = np.minimum(self.length + reach, self.limit)
         return max(int((needed * self.is_live).max()), 1)
 
     def moved(self, index: np.ndarray) -> Rows:
-        """Return the rows in another order: `index` says which, `NONE` a free one."""
+        """Return the rows after a move.
+
+        Args:
+          index: int, the old row of each new row, `NONE` for a free one.
+        """
 
         def take(values: np.ndarray, empty: int) -> np.ndarray:
             return np.where(index >= 0, values[np.maximum(index, 0)], empty)
@@ -79,7 +83,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A sequence that starts. row: where; prompt: which of the admission's prompts."""
+    """A sequence to start, in `row` of the batch, from `prompt` of the admission."""
 
     sequence: int
     row: int
@@ -92,31 +96,31 @@ def plan_admission(
     cache_length: int,
     starting: list[int],
     free: list[int],
-    part: slice,
+    shard_rows: slice,
 ) -> tuple[Admission, int]:
-    """Assign free rows of a part of the batch: clones first, then prefills.
+    """Assign free rows of one data shard to sequences: clones first, then prefills.
 
     Args:
-      request: the sequences. rows: the whole batch; what starts is noted there.
+      request: the sequences. rows: the whole batch; updated with what starts.
       cache_length: of the state. starting: sequences. free: at least as many rows,
-        ascending. part: rows of the part, within which the admission counts.
+        ascending. shard_rows: rows of the shard; the admission counts from its first.
     Returns:
-      What the device is told; how many prompts it prefills.
+      The admission; the number of prompts that it prefills.
     """
-    places = Places(rows.resident, part, free)
+    free_rows = FreeRows(rows.resident, shard_rows, free)
     clones: list[tuple[int, int, int]] = []  # sequence, from, to
     fresh: dict[int, list[int]] = {}
     for sequence in starting:
         prompt = int(request.prompt_of[sequence])
-        source = places.holder(prompt)
+        source = free_rows.holder(prompt)
         if source is None:
             fresh.setdefault(prompt, []).append(sequence)
         else:
-            clones.append((sequence, source, places.take(prompt)))
-    # A clone may have overwritten the last copy of a prompt that a later one was
-    # promised; clones run in this order, so what was found was there.
+            clones.append((sequence, source, free_rows.take(prompt)))
+    # A clone may overwrite the last copy of a prompt that an earlier clone reads. They
+    # run in this order, before any prefill, so every source is intact when it is read.
 
-    count, chunk = part.stop - part.start, request.chunk
+    count, chunk = shard_rows.stop - shard_rows.start, request.chunk
     num_prompts = -(-count // chunk) * chunk
     starts: list[Start] = []
     index_of = {prompt: index for index, prompt in enumerate(fresh)}
@@ -125,7 +129,7 @@ def plan_admission(
         if index % chunk == 0:
             first_row[index // chunk] = len(starts)
         for sequence in fresh[prompt]:
-            starts.append(Start(sequence, places.take(prompt), index))
+            starts.append(Start(sequence, free_rows.take(prompt), index))
             num_rows[index // chunk] += 1
     for sequence, _, row in clones:
         prompt = int(request.prompt_of[sequence])
@@ -146,14 +150,15 @@ def plan_admission(
     slot, prompt_index, sequence_id, limit = np.zeros((4, count), np.int32)
     slot[:], sequence_id[:] = count, NONE
     for i, start in enumerate(starts):
-        slot[i], prompt_index[i] = start.row - part.start, start.prompt
+        slot[i], prompt_index[i] = start.row - shard_rows.start, start.prompt
         sequence_id[i] = request.sequence_ids[start.sequence]
         limit[i] = rows.limit[start.row]
     clone_from, clone_to, clone_length = np.zeros((3, count), np.int32)
-    # Where another part has more clones, this one copies a row onto itself.
+    # Where another shard has more clones, this one copies a row onto itself.
     clone_length[:] = cache_length + 1
     for i, (_, source, row) in enumerate(clones):
-        clone_from[i], clone_to[i] = source - part.start, row - part.start
+        clone_from[i] = source - shard_rows.start
+        clone_to[i] = row - shard_rows.start
         clone_length[i] = rows.length[row]
     admission = Admission(
         tokens=tokens,
@@ -173,42 +178,44 @@ def plan_admission(
     return admission, len(fresh)
 
 
-class Places:
-    """Which rows of a part of the batch hold which prompt, and which of them are free.
+class FreeRows:
+    """The free rows of a data shard, and the rows of it that hold a prompt.
 
-    Every answer takes the same time however many rows there are: lists are used up from
-    their ends, and what is no longer true of a row is dropped when it is met.
+    A call takes the same time however many rows there are: lists are used up from their
+    ends, and outdated entries are dropped when they are met.
 
     Args:
       resident: int `[rows]`, the prompt in each row of the batch; kept up to date.
-      part: rows of the part. free: its free rows, ascending.
+      shard_rows: rows of the shard. free: its free rows, ascending.
     """
 
-    def __init__(self, resident: np.ndarray, part: slice, free: list[int]) -> None:
+    def __init__(
+        self, resident: np.ndarray, shard_rows: slice, free: list[int]
+    ) -> None:
         self._resident = resident
         self._free = free[::-1]
         self._is_free = set(free)
         self._holders: dict[int, list[int]] = collections.defaultdict(list)
         self._free_holders: dict[int, list[int]] = collections.defaultdict(list)
-        for row, prompt in enumerate(resident[part].tolist(), part.start):
+        for row, prompt in enumerate(resident[shard_rows].tolist(), shard_rows.start):
             self._holders[prompt].append(row)
         for row in self._free:
             self._free_holders[int(resident[row])].append(row)
 
     def holder(self, prompt: int) -> int | None:
-        """Return a row that holds a prompt, None if there is none."""
+        """Return a row that holds a prompt, None if no row does."""
         rows = self._holders[prompt]
         while rows and self._resident[rows[-1]] != prompt:
             rows.pop()
         return rows[-1] if rows else None
 
     def take(self, prompt: int) -> int:
-        """Take a free row for a prompt, if possible one that holds it already."""
-        own = self._free_holders[prompt] or self._free
-        while own[-1] not in self._is_free:
-            own.pop()
-            own = own or self._free
-        row = own.pop()
+        """Take a free row for a prompt, one that already holds it if possible."""
+        rows = self._free_holders[prompt] or self._free
+        while rows[-1] not in self._is_free:
+            rows.pop()
+            rows = rows or self._free
+        row = rows.pop()
         self._is_free.remove(row)
         if self._resident[row] != prompt:
             self._resident[row] = prompt

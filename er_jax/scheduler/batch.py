@@ -1,10 +1,10 @@
 """The batch on the device, and the windows that run on it.
 
-A window is started and not waited for: while it runs, what ended in the one before is
-fetched and delivered. `end_window` and `collect` can be called again after an
-interruption.
+Starting a window does not wait for it: while it runs, the completions of the window
+before are fetched and delivered. `end_window` and `collect` can be called again after
+an interruption.
 
-Left out: the order of all this (`loop`), which program may run (`options`), where a
+Left out: the order of these calls (`loop`), which programs can run (`options`), where a
 sequence starts (`admission`).
 """
 
@@ -31,27 +31,27 @@ from er_jax.scheduler.topology import Shape, Topology
 from er_jax.stats import Moment, RolloutStats
 from er_jax.types import FINISH_NAMES, NONE, Admission, Program, Sampling, WindowInfo
 
-# A window is at most about this long, so that progress shows and decisions are fresh.
+# Longest duration of a window, about, so that progress shows and decisions stay fresh.
 WINDOW_S = 0.25
 
 
 MIN_ROUNDS, MAX_ROUNDS = 16, 4096
 
 
-# The first window that drafts, after one that did not, is a trial of so many
-# row-rounds: enough to tell a broken draft from a good one, and little is lost by it.
+# The first window that drafts, after one that did not, is a trial of this many
+# row-rounds: enough to tell a broken draft from a good one, at little cost.
 TRIAL_ROW_ROUNDS = 64
 
-# Slots are refilled when this share of them is free: a prefill is shared by the rows
-# it fills, and an idle row costs only its share of a step.
+# Slots are refilled when one in this many is free: one prefill serves all rows that it
+# fills, and an idle row costs only its share of a step.
 REFILL_SHARE = 8
 
 
 class InFlightWindow(NamedTuple):
-    """A window that the device runs.
+    """A window that is running on the device.
 
-    second: when it began. has_run: whether its program had run before. num_live: live
-    rows at its start.
+    second: its start, in seconds since the rollout began. has_run: whether its program
+    had run before. num_live: live rows at its start.
     """
 
     window: WindowHandle
@@ -62,10 +62,10 @@ class InFlightWindow(NamedTuple):
 
 
 class FinishedWindow(NamedTuple):
-    """A window that is over, and whose completions are not fetched yet.
+    """A window that is over, with completions still to be fetched.
 
     buffers: tokens and log-probabilities after it. moment: its entry of the timeline.
-    sequence, length: int `[rows]`, as they were before it.
+    sequence, length: int `[rows]`, sequence and length of each row before it.
     """
 
     info: WindowInfo
@@ -79,11 +79,12 @@ class Batch:
     """The rows of a rollout: their state on the device, and the host's record of them.
 
     Args:
-      topology: the devices. request: the sequences. stats: filled in. settings: of
-        sampling, traced.
+      topology: the devices. request: the sequences. stats: filled in. settings: traced
+        sampling settings.
     Attributes:
-      rows: the host's record. queue: sequences that wait for a row. completions: by
-        sequence, what has finished. program: what ran last; None at the beginning.
+      rows: the host's record. queue: sequences that wait for a row. completions:
+        sequence -> completion of those that finished. program: the program that ran
+        last; None at the beginning.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Batch:
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        """Wait for device work on the state, and book its time."""
+        """Time device work on the state, waiting until it is done."""
         with self.stats.timed(phase, lambda: self.topology.engine.compile_s):
             yield
             jax.block_until_ready(self.state.length)
@@ -124,7 +125,7 @@ class Batch:
     def is_decision_due(self) -> bool:
         """Whether another program may be better now, or the last one cannot go on.
 
-        While sequences wait, windows end for refills and little else changes.
+        While sequences wait, windows end to refill rows, and little else changes.
         """
         assert self.program is not None
         if not self.queue or self._is_trial or self._decided_ago_s >= WINDOW_S:
@@ -134,7 +135,7 @@ class Batch:
         return needed > self.program.cache_length
 
     def is_refill_due(self) -> bool:
-        """Whether enough slots are free, and there is something to put in them."""
+        """Whether enough slots are free, and sequences wait for them."""
         free = len(self.rows) - self.num_live
         wanted = min(len(self.queue), max(1, self.request.slots // REFILL_SHARE))
         return bool(self.queue) and (free >= wanted or self.num_live == 0)
@@ -145,9 +146,9 @@ class Batch:
         count = min(len(free), len(self.queue))
         starting = [self.queue.popleft() for _ in range(count)]
 
-        def plan(starting: list[int], free: list[int], part: slice) -> Admission:
+        def plan(starting: list[int], free: list[int], shard_rows: slice) -> Admission:
             admission, num_prefilled = plan_admission(
-                self.request, self.rows, self._shape[1], starting, free, part
+                self.request, self.rows, self._shape[1], starting, free, shard_rows
             )
             self.stats.num_prefilled += num_prefilled
             self.stats.num_cloned += int(admission.num_clones)
@@ -165,17 +166,17 @@ class Batch:
             self.state = engine.admit(params, self.state, admission)
 
     def options(self, gammas: Sequence[int]) -> list[Program]:
-        """Return the programs that can run the live rows now, the safest one last."""
+        """Return the programs that can run now; see `Options.programs`."""
         return self._options.programs(self.rows, self._shape, bool(self.queue), gammas)
 
     def compile_s(self, program: Program) -> float:
-        """Return the seconds until this batch can run a program; 0 if it is ready."""
+        """Return the compile seconds until this batch can run a program; 0 if ready."""
         return self._options.compile_s(program, self._shape, self.num_live)
 
     def look(self, controller: ControllerProtocol) -> None:
-        """Have the controller find out what drafts cost, if it is time for that."""
+        """Measure the programs that the controller asks for, if it asks for any."""
         if len(controller.gammas) < 2:
-            return  # There is nothing to decide.
+            return  # It has nothing to choose.
         longest = self.request.cache_lengths[-1]
         least = self.topology.row_buckets(False)[0]
         with controller.measuring:
@@ -214,11 +215,11 @@ class Batch:
         return max(smaller, default=0)
 
     def start_window(self, program: Program, round_s: float | None) -> None:
-        """Have the device run a window.
+        """Start a window on the device.
 
         Args:
-          program: of the state's own shape. round_s: seconds a round should take; None
-            if nothing is known.
+          program: its shape is that of the state. round_s: expected seconds of a round;
+            None if unknown.
         """
         has_run = self._options.is_compiled(program)
         max_rounds = 64 if round_s is None else int(WINDOW_S / round_s)
@@ -245,14 +246,15 @@ class Batch:
     def end_window(
         self, controller: ControllerProtocol, failure: Exception | None = None
     ) -> None:
-        """Wait for the window that runs, if any, and free the rows that ended.
+        """Wait for the running window, if any, and free the rows that ended.
 
-        What need not be known for the next window is left to `collect`.
+        `collect` does the rest, which the next window does not depend on.
 
         Args:
           controller: learns from the window.
-          failure: of something else meanwhile. It is raised when the window is over, in
-            all processes: those without it would wait for this one in the next window.
+          failure: an exception of this process while the window ran. It is raised after
+            the window, in all processes, because the others would wait for this one in
+            the next window.
         """
         if self._in_flight is None:
             return
@@ -280,11 +282,11 @@ class Batch:
         rows = dataclasses.replace(
             self.rows, sequence=sequence, length=info.length.astype(int)
         )
-        # Together and at last: whatever interrupts before can wait for it once more.
+        # Assigned together, last: after an interruption, it can be waited for again.
         self._finished, self._in_flight, self.rows = finished, None, rows
         self._decided_ago_s += seconds
-        # A program's first run touches memory and packs weights for the first time: a
-        # part of its compilation, and no measure of its rounds.
+        # A program's first run touches memory and packs weights for the first time, so
+        # its seconds do not measure its rounds.
         is_measured &= has_run
         controller.observe(
             program,
@@ -298,10 +300,10 @@ class Batch:
             raise failure
 
     def collect(self) -> list[int]:
-        """Book the last window, and fetch what ended in it; return those sequences.
+        """Record the last window, fetch its completions and return their sequences.
 
-        Completions come from the window's own copies, so it makes no difference what
-        has been started on the state since.
+        Completions come from the window's own copies of the tokens, so the next window
+        may already run on the state.
         """
         if self._finished is None:
             return []
@@ -313,13 +315,13 @@ class Batch:
         for slot, (tokens, logprobs) in found.items():
             sequence = int(sequences[slot])
             prompt = self.request.prompts[self.request.prompt_of[sequence]]
-            part = slice(len(prompt), int(info.length[slot]))
+            sampled = slice(len(prompt), int(info.length[slot]))
             self.completions[sequence] = Completion(
-                token_ids=np.array(tokens[part]),
-                logprobs=np.array(logprobs[part]),
+                token_ids=np.array(tokens[sampled]),
+                logprobs=np.array(logprobs[sampled]),
                 finish_reason=FINISH_NAMES[int(info.finish_reason[slot])],
             )
         num_tokens = int((info.length - length_before)[was_live].sum())
         self.stats.add_window(moment, num_tokens, info.accepted)
-        self._finished = None  # Only now: an interrupted fetch can be made again.
+        self._finished = None  # Last, so that an interrupted fetch can be repeated.
         return [int(sequences[slot]) for slot in found]

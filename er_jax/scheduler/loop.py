@@ -1,14 +1,14 @@
-"""The loop over windows: the whole policy of a rollout on one screen.
+"""The loop over windows: all decisions of a rollout.
 
-It decides with host integers only; the device is asked once per window.
+It decides with host integers only, and reads from the device once per window.
 
 * Refill: free slots take the next sequences while there are any.
-* Shape: the controller picks rows, cache length and gamma among the programs that could
+* Shape: the controller picks rows, cache length and gamma among the programs that can
   run now. Rows shrink only when no sequence waits.
-* A window ends where one of these could change. While it runs, what ended in the one
-  before is delivered.
+* A window ends where one of these could change. While it runs, the completions of the
+  window before are delivered.
 
-Left out: time, acceptance, compile costs (`control`); shapes of requests (`request`).
+Left out: time, acceptance, compile costs (`control`); sizes of requests (`request`).
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def run(
 ) -> dict[int, Completion]:
     """Sample every sequence of the request and return the completions.
 
-    Of several processes on one mesh, each returns those whose rows it held at last, and
-    all of them decide alike: from the state, which they share, and from measurements of
-    one of them (`engine.protocol.Agreement`).
+    Of several processes on one mesh, each returns the completions whose rows were last
+    on its devices. All processes decide alike, because they share the state and use the
+    measurements of one of them (`engine.protocol.Agreement`).
 
     Args:
-      topology: engine and parameters, and how a batch may lie on the devices.
-      request: the sequences. settings: of sampling, traced.
-      controller: decides on programs and learns from windows.
+      topology: engine and parameters, and the layouts of a batch on the devices.
+      request: the sequences. settings: traced sampling settings.
+      controller: chooses programs and learns from windows.
       stats: filled in. on_finish: called with (sequence id, completion) as rows end.
       progress: show a progress bar of finished sequences.
     Returns:
       Sequence (0 .. N-1) -> completion.
     Raises:
-      RolloutError: anything failed on the way; it carries the finished completions.
-      KeyboardInterrupt: with the same in an attribute `completions`; see `keeping`.
+      RolloutError: anything failed; it carries the finished completions.
+      KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
     batch = Batch(topology, request, stats, settings)
 
@@ -65,15 +65,15 @@ def run(
                 continue
             try:
                 sequence_id = int(request.sequence_ids[sequence])
-                # A copy: what is done to it must not change the result.
+                # A copy, so that the callback cannot change the result.
                 on_finish(sequence_id, batch.completions[sequence].copy())
             except Exception as error:
                 return error
         return None
 
     def finished() -> dict[int, Completion]:
-        # A window may be over and not yet collected, and another under way. Where the
-        # device itself has failed, there is nothing more to fetch.
+        # One window may be over and not yet collected, and another may be running. If
+        # the device itself has failed, nothing more can be fetched.
         with contextlib.suppress(Exception):
             batch.collect()
         with contextlib.suppress(Exception):
@@ -102,7 +102,7 @@ def run(
                 batch.move_to(program)
             with jax.profiler.StepTraceAnnotation("window", **program._asdict()):
                 batch.start_window(program, controller.table.round_seconds(program))
-                # What ended in the one before is delivered while this one runs.
+                # While this window runs, completions of the one before are delivered.
                 failure = deliver(batch.collect())
                 if progress:
                     bar.set_postfix_str(

@@ -1,4 +1,4 @@
-"""Which programs can run the batch now, and what each has to be compiled for."""
+"""The programs that can run the batch now, and the compilation that each needs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Options:
     """The programs that a rollout's batch may run.
 
     Args:
-      topology: what the batch may lie on. request: its sizes. num_stop_ids: E, as in
-        the sampling settings.
+      topology: the devices. request: its sizes. num_stop_ids: E, of the sampling
+        settings.
     """
 
     def __init__(self, topology: Topology, request: Request, num_stop_ids: int) -> None:
@@ -25,7 +25,7 @@ class Options:
         self._compiled: set[Program] = set()
 
     def reach(self, shape: Shape, gamma: int) -> int:
-        """Return the tokens by which a row may grow before a window can end."""
+        """Return the most tokens that a row can grow by before a window can end."""
         return self._topology.engine_of(shape[2]).rounds_per_test * (gamma + 1)
 
     def programs(
@@ -33,10 +33,11 @@ class Options:
     ) -> list[Program]:
         """Return the programs that can run the live rows now, the safest one last.
 
-        With sequences waiting, the batch keeps all its slots. A batch of fewer rows is
-        not made larger for a program that would have to be compiled, but for the last.
-        A cache is shortened only if the live rows leave a quarter of it free, so that
-        it is not grown at once.
+        The last has the shortest drafts, the most rows and the longest cache. While
+        sequences wait, the batch keeps all its slots. A smaller batch grows only to
+        programs that are compiled, or to all slots. The cache is shortened only if the
+        live rows leave a quarter of the new one free, so that it does not grow again at
+        once.
 
         Args:
           rows: the batch. shape: of its state. is_waiting: whether sequences wait for
@@ -69,17 +70,19 @@ class Options:
         return found
 
     def _fits(self, old: Shape, new: Shape, rows: Rows) -> bool:
-        """Whether there is memory to move to a shape, and to grow again from it."""
+        """Whether memory allows to move to a shape, and to grow again from it."""
         limit = self._request.state_limit_bytes
         if limit is None or new == old:
             return True
         topology = self._topology
-        room = limit - topology.weight_bytes(new[2])
+        free_bytes = limit - topology.weight_bytes(new[2])
         longest = (new[0], self._request.cache_lengths[-1], new[2])
         stops = [old, *topology.route(old, new, rows.num_live), longest]
-        # During a move both states are there.
-        pairs = itertools.pairwise(stops)
-        return all(sum(map(topology.state_bytes, {*pair})) <= room for pair in pairs)
+        # During a move both states exist.
+        return all(
+            sum(map(topology.state_bytes, {*move})) <= free_bytes
+            for move in itertools.pairwise(stops)
+        )
 
     def is_compiled(self, program: Program) -> bool:
         """Whether a program's window is compiled."""
@@ -91,18 +94,18 @@ class Options:
             )
             if not engine.has_window(program, kind, self._num_stop_ids):
                 return False
-            self._compiled.add(program)  # and stays so: asked some hundred times
+            self._compiled.add(program)  # It stays compiled, and is asked for often.
         return True
 
     def window_compile_s(self, program: Program) -> float:
-        """Return the seconds that its window has to be compiled for, 0 if it is."""
+        """Return the expected seconds to compile its window, 0 if it is compiled."""
         if self.is_compiled(program):
             return 0.0
         engine = self._topology.engine_of(program.shared_rows)
         return engine.expected_compile_s("window")
 
     def compile_s(self, program: Program, shape: Shape, num_live: int) -> float:
-        """Return the seconds until a batch can run a program; 0 if it is ready.
+        """Return the expected compile seconds until a batch can run a program.
 
         Args:
           program: to run. shape: of the batch's state. num_live: its live rows.

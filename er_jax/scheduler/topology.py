@@ -1,7 +1,7 @@
-"""What the loop asks of the devices a batch lies on: shapes, routes, bytes, row places.
+"""The shapes of a batch on its devices, the moves between them, and their bytes.
 
-`OneDevice` is the answer of a single device: every shape is reached by one move of
-rows. The other one, with rows in data shards, implements the same protocol elsewhere.
+`OneDevice` is the topology of a single device, where one move of rows leads to any
+shape. `mesh.topology` implements the same protocol for rows in data shards.
 """
 
 from __future__ import annotations
@@ -16,88 +16,88 @@ from er_jax.engine.protocol import EngineProtocol
 from er_jax.request import Request, row_buckets
 from er_jax.types import NONE, Admission
 
-# Rows, cache length, shared rows: all of a `Program` that a state must be made for.
+# Rows, cache length, shared rows: all of a `Program` that a state's shape depends on.
 Shape: TypeAlias = tuple[int, int, bool]
 
-# Plans the start of sequences in free rows of one part of the batch:
-# (sequences, free rows, rows of the part) -> what the device is told.
-PlanPart: TypeAlias = Callable[[list[int], list[int], slice], Admission]
+# Plans the start of sequences in free rows of one data shard:
+# (sequences, free rows, rows of the shard) -> the admission of the shard.
+PlanShard: TypeAlias = Callable[[list[int], list[int], slice], Admission]
 
 
 class Topology(Protocol):
-    """How a batch may lie on devices, and what it takes to lie otherwise."""
+    """The shapes that a batch can have on its devices, and the moves between them."""
 
     @property
     def engine(self) -> EngineProtocol:
-        """What measures costs, and whose processes agree."""
+        """The engine that costs are measured with, and whose processes agree."""
 
     @property
     def sharings(self) -> tuple[bool, ...]:
         """The values that `Program.shared_rows` may have."""
 
     def engine_of(self, shared_rows: bool) -> EngineProtocol:
-        """Return what runs a state that lies so."""
+        """Return the engine of states with or without shared rows."""
 
     def params_of(self, shared_rows: bool) -> PolicyParams:
-        """Return its parameters."""
+        """Return the parameters on that engine."""
 
     def draft_kind(self, shared_rows: bool) -> str:
-        """Return the name of its drafts; see `EngineProtocol.draft_kind`."""
+        """Return the kind of their draft; see `EngineProtocol.draft_kind`."""
 
     def row_buckets(self, shared_rows: bool) -> tuple[int, ...]:
-        """Return the numbers of rows a batch may have, ascending."""
+        """Return the numbers of rows that a batch can have, ascending."""
 
     def route(self, old: Shape, new: Shape, num_live: int) -> Sequence[Shape]:
-        """Return the shapes that a state takes one after the other to become another.
+        """Return the successive shapes of a state on the way from one to another.
 
         Args:
-          old, new: shapes. num_live: rows that generate, and are to be kept.
+          old, new: shapes. num_live: rows that generate, and must be kept.
         Returns:
-          Shapes behind `old`, the last of which is `new`; none if they are equal.
+          The shapes after `old`, the last of them `new`; none if they are equal.
         """
 
     def move_compile_s(self, old: Shape, new: Shape) -> float:
-        """Return the seconds that one move of a route is compiled for, 0 if it is."""
+        """Return the expected seconds to compile a move, 0 if it is compiled."""
 
     def move(self, state: Any, old: Shape, new: Shape, index: np.ndarray) -> Any:
-        """Make one move of a route.
+        """Return the state after one move of a route.
 
         Args:
-          state: of shape `old`. index: as `rows_after` returns it.
+          state: of shape `old`. index: from `rows_after`.
         """
 
     def rows_after(self, keep: np.ndarray, old: Shape, new: Shape) -> np.ndarray:
-        """Return which old row each new row is after a move, `NONE` for none.
+        """Return the old row of each new row after a move, `NONE` for an empty one.
 
         Args:
-          keep: int, rows to keep, ascending; no more than there will be.
+          keep: int, rows to keep, ascending; no more than the new shape has.
         """
 
     def state_bytes(self, shape: Shape) -> float:
-        """Return what a device holds of a state."""
+        """Return the bytes of a state on one device."""
 
     def weight_bytes(self, shared_rows: bool) -> int:
-        """Return what a device holds of weights that are laid out a second time."""
+        """Return the bytes on one device of weights laid out a second time."""
 
     def admission(
         self,
-        plan: PlanPart,
+        plan: PlanShard,
         starting: list[int],
         free: np.ndarray,
         resident: np.ndarray,
         prompt_of: np.ndarray,
     ) -> Admission:
-        """Have sequences start in free rows.
+        """Return the admission that starts sequences in free rows.
 
         Args:
-          plan: plans a part of the batch. starting: sequences, no more than free rows.
+          plan: plans one data shard. starting: sequences, no more than free rows.
           free: int, free rows, ascending. resident: int `[rows]`, the prompt in each
             row. prompt_of: int `[N]`, the prompt of each sequence.
         """
 
 
 def packed(keep: np.ndarray, num_rows: int) -> np.ndarray:
-    """Return which old row each new row is: those to keep, then `NONE`."""
+    """Return the old row of each new row: those to keep, then `NONE`."""
     index = np.full(num_rows, NONE)
     index[: len(keep)] = keep
     return index
@@ -107,7 +107,7 @@ class OneDevice:
     """The topology of one device.
 
     Args:
-      engine: what runs the batch. params: target and draft. request: its sizes.
+      engine: of the device. params: target and draft. request: its sizes.
     """
 
     sharings: tuple[bool, ...] = (False,)
@@ -129,45 +129,45 @@ class OneDevice:
         return self._params
 
     def draft_kind(self, shared_rows: bool) -> str:
-        """Return the name of the drafts."""
+        """Return the kind of the draft."""
         return self._draft_kind
 
     def row_buckets(self, shared_rows: bool) -> tuple[int, ...]:
-        """Return the numbers of rows a batch may have."""
+        """Return the numbers of rows that the batch can have, ascending."""
         return self._row_buckets
 
     def route(self, old: Shape, new: Shape, num_live: int) -> Sequence[Shape]:
-        """Return the new shape, if it is another."""
+        """Return the new shape, unless it is the old one."""
         return [] if old == new else [new]
 
     def move_compile_s(self, old: Shape, new: Shape) -> float:
-        """Return the seconds that the move is compiled for, 0 if it is."""
+        """Return the expected seconds to compile the move, 0 if it is compiled."""
         is_ready = self.engine.has_take(old[:2], new[:2])
         return 0.0 if is_ready else self.engine.expected_compile_s("take")
 
     def move(self, state: Any, old: Shape, new: Shape, index: np.ndarray) -> Any:
-        """Give the state another size."""
+        """Return the state in its new size."""
         return self.engine.take(state, index, new[1])
 
     def rows_after(self, keep: np.ndarray, old: Shape, new: Shape) -> np.ndarray:
-        """Return the rows to keep, first."""
+        """Return the rows to keep, then `NONE`."""
         return packed(keep, new[0])
 
     def state_bytes(self, shape: Shape) -> float:
-        """Return what the device holds of a state."""
+        """Return the bytes of a state."""
         return shape[0] * shape[1] * self.engine.position_bytes
 
     def weight_bytes(self, shared_rows: bool) -> int:
-        """Return 0: nothing is laid out twice."""
+        """Return 0: no weights are laid out twice."""
         return 0
 
     def admission(
         self,
-        plan: PlanPart,
+        plan: PlanShard,
         starting: list[int],
         free: np.ndarray,
         resident: np.ndarray,
         prompt_of: np.ndarray,
     ) -> Admission:
-        """Have sequences start in the free rows."""
+        """Return the admission that starts sequences in free rows."""
         return plan(starting, free.tolist(), slice(0, len(resident)))

@@ -1,6 +1,6 @@
-"""The decoders that are measured: shapes of real families, random parameters.
+"""Decoders that are measured: shapes of real families, with random parameters.
 
-Left out: trained policies, which `rollout --policy` loads.
+Left out: trained policies (`trained`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PRESETS: dict[str, DecoderConfig] = {
         num_kv_heads=2,
         hidden_dim=128,
     ),
-    # What `python -m train.grpo` trains, a little wider: fits in a core's cache.
+    # A little wider than what `python -m train.grpo` trains; fits in a core's cache.
     "3M": DecoderConfig(
         vocab_size=512,
         dim=256,
@@ -33,7 +33,7 @@ PRESETS: dict[str, DecoderConfig] = {
         num_kv_heads=2,
         hidden_dim=704,
     ),
-    # Fits in no core's cache: decoding has to fetch the weights for every token.
+    # Does not fit in a core's cache: every token's weights come from memory.
     "90M": DecoderConfig(
         vocab_size=8192,
         dim=768,
@@ -68,7 +68,11 @@ DRAFTERS: dict[str, DrafterConfig] = {
 def decoder(
     name: str, *, dtype: str | None = None, num_layers: int | None = None
 ) -> Decoder:
-    """Return a preset's decoder, in another precision or of another depth if asked."""
+    """Return a preset's decoder, in another precision or of another depth if given.
+
+    Raises:
+      ValueError: there is no preset of this name.
+    """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
     config = PRESETS[name]
@@ -82,7 +86,11 @@ def decoder(
 
 
 def drafter(name: str) -> DrafterConfig:
-    """Return how the draft of this name is made."""
+    """Return how the draft of this name is quantized.
+
+    Raises:
+      ValueError: there is no draft of this name.
+    """
     if name not in DRAFTERS:
         raise ValueError(f"draft {name!r} is unknown; use one of {', '.join(DRAFTERS)}")
     return DRAFTERS[name]
@@ -99,9 +107,9 @@ def _draft_of(params: Any, *, config: DrafterConfig) -> Any:
 
 
 def drafts(params: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the drafts of a decoder's parameters, shared leaves left out.
+    """Return the drafts of a decoder's parameters by name, shared leaves left out.
 
-    Layer by layer: all layers are alike and share one small program.
+    They are made layer by layer: layers are alike, so one small program serves all.
     """
     found = {}
     for name in names:

@@ -1,17 +1,19 @@
-"""One pass over the weights at a time, and the bytes it must read.
+"""One pass over the weights, compiled as a loop and timed.
 
-Four kinds. *ar*: a round of gamma 0, the engine's own window. *draft*: one token by the
-draft. *verify*: the target over gamma + 1 positions. *round*: the engine's window at
-this gamma, gamma drafts and one verification with all bookkeeping. Each is timed as a
-compiled loop, never as a single dispatch; a loop's carry feeds each pass with the
-tokens of the one before, so that nothing in it is the same every time and could be
-moved out.
+There are four kinds of passes:
 
-Bytes are what a program with static shapes cannot avoid: every weight it multiplies
-with once, by its codes and scales, and every cache entry of every row once. The
-embedding table is looked up, not read; activations and logits are left out.
+* *ar*: a round without drafts, in the engine's own window.
+* *draft*: one token by the draft.
+* *verify*: the target over gamma + 1 positions.
+* *round*: gamma drafts and one verification with all their bookkeeping, in the engine's
+  own window.
 
-Left out: prefill, refill, moves (`rollout` measures those where they happen).
+Each runs many times within one compiled loop, so the time of a dispatch does not count.
+Every pass is fed with the tokens of the pass before. So no part of it is the same in
+every turn, and the compiler can move nothing out of the loop.
+
+Left out: prefill, refill and moves of rows. `benchmarks.rollout` measures them within
+whole rollouts.
 """
 
 from __future__ import annotations
@@ -28,23 +30,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from er_jax import (
-    PolicyParams,
-    QuantizedWeight,
-    TiedEmbedding,
-    acceptance,
-    drafter,
-    sampling,
-)
-from er_jax.costs import timing
-from er_jax.engine import engine, windows
+from er_jax import PolicyParams, acceptance, drafter, sampling
+from er_jax.costs.timing import neutral_sampling
+from er_jax.engine import windows
+from er_jax.engine.engine import Engine
 from er_jax.types import DecodeState, Params, Policy, Sampling
 
 Kind = Literal["ar", "draft", "verify", "round"]
 
 
 class Pass(NamedTuple):
-    """What is timed: the kind, its gamma, and which draft ("" where none is read)."""
+    """A pass: its kind, gamma, and the name of its draft ("" if it reads none)."""
 
     kind: Kind
     gamma: int = 0
@@ -52,64 +48,23 @@ class Pass(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The pass in a few letters."""
+        """A short name of the pass."""
         gamma = str(self.gamma) if self.kind in ("verify", "round") else ""
         return " ".join(word for word in (self.kind, gamma, self.draft) if word)
 
 
 def passes_of(gammas: Sequence[int], drafts: Sequence[str]) -> list[Pass]:
-    """Return AR, each draft, and verification and round at each gamma."""
+    """Return passes of all kinds.
+
+    Args:
+      gammas: of verifications and rounds. drafts: names, of draft passes and rounds.
+    """
     return [
         Pass("ar"),
         *(Pass("draft", 0, draft) for draft in drafts),
         *(Pass("verify", gamma) for gamma in gammas),
         *(Pass("round", gamma, draft) for draft in drafts for gamma in gammas),
     ]
-
-
-def weight_bytes(params: Params) -> int:
-    """Return the bytes of weights that one pass multiplies with.
-
-    Args:
-      params: of a policy or a draft, arrays or shapes. A table below a key with "embed"
-        in it is looked up and not counted, unless it is the projection as well.
-    """
-
-    def is_weight(leaf: Any) -> bool:
-        return isinstance(leaf, QuantizedWeight | TiedEmbedding)
-
-    def size(leaf: Any) -> int:
-        if isinstance(leaf, QuantizedWeight):
-            bits = jnp.iinfo(leaf.codes.dtype).bits
-            return -(-leaf.codes.size * bits // 8) + size(leaf.scale)
-        return leaf.size * leaf.dtype.itemsize
-
-    total = 0
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
-    for path, leaf in leaves:
-        if isinstance(leaf, TiedEmbedding):
-            total += size(leaf.table if leaf.projection is None else leaf.projection)
-        elif "embed" not in jax.tree_util.keystr(path):
-            total += size(leaf)
-    return total
-
-
-def cache_bytes(policy: Policy, rows: int, cache_length: int) -> int:
-    """Return the bytes of a cache."""
-    cache = jax.eval_shape(lambda: policy.init_cache(rows, cache_length))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-
-
-def pass_bytes(pass_: Pass, target: int, draft: int, cache: int) -> int:
-    """Return the bytes a pass must read.
-
-    Args:
-      pass_: what runs. target, draft: bytes of weights. cache: bytes of the cache.
-    """
-    if pass_.kind == "draft":
-        return draft + cache
-    drafts = pass_.gamma if pass_.kind == "round" else 0
-    return target + cache + drafts * (draft + cache)
 
 
 @functools.partial(jax.jit, static_argnames=("policy",), donate_argnames=("state",))
@@ -124,8 +79,8 @@ def draft_loop(
 
     Args:
       policy, draft: the model and the draft's parameters.
-      state: gives cache, sequence ids and the first position. settings: of sampling.
-      num_passes: int32 `[]`.
+      state: where cache, sequence ids and the first position come from.
+      settings: of sampling. num_passes: int32 `[]`.
     Returns:
       The state with its new cache, and the last tokens `[B, 1]`.
     """
@@ -165,7 +120,8 @@ def verify_loop(
       state, settings, num_passes: as in `draft_loop`.
       gamma: drafts to verify; the pass has gamma + 1 positions.
     Returns:
-      The state with its new cache, and sums that keep every part of a pass alive.
+      The state with its new cache, and sums `[B, gamma + 1]` of all that a pass
+      computes, so that the compiler leaves out no part of it.
     """
 
     def one_pass(_: Any, carry: Any) -> Any:
@@ -195,20 +151,20 @@ def _start(state: DecodeState, gamma: int) -> jax.Array:
 
 
 def _next_positions(positions: jax.Array, step: int, state: DecodeState) -> jax.Array:
-    """Advance, and begin again where the cache ends."""
+    """Advance positions; rows that would leave the cache begin again at 0."""
     moved = positions + step
     fits = jnp.all(moved < state.cache_length, axis=-1, keepdims=True)
     return jnp.where(fits, moved, positions - positions[:, :1])
 
 
 class Bench:
-    """The passes of one decoder at one batch shape: compiled, then timed at will.
+    """The passes of one decoder at one batch shape: `compile`, `warm_up`, then `read`.
 
     Args:
       policy: the model. params: the target's parameters.
-      drafts: name -> draft parameters as `attach_draft` makes them.
+      drafts: name -> draft parameters, as `attach_draft` makes them.
       rows, cache_length: the shape of the batch.
-      settings: of sampling; None samples plainly.
+      settings: of sampling; None for the whole distribution at temperature 1.
     """
 
     def __init__(
@@ -222,8 +178,8 @@ class Bench:
     ) -> None:
         self.policy, self.params, self.drafts = policy, params, dict(drafts)
         self.rows, self.cache_length = rows, cache_length
-        self.settings = settings or timing.neutral_sampling()
-        self.rounds_per_test = engine.Engine(policy, "coupled").rounds_per_test
+        self.settings = settings or neutral_sampling()
+        self.rounds_per_test = Engine(policy, "coupled").rounds_per_test
         self.compile_s: dict[Pass, float] = {}
         self.accepted: dict[Pass, np.ndarray] = {}
         self._calls: dict[Pass, Any] = {}
@@ -263,14 +219,14 @@ class Bench:
         )
 
     def build(self, pass_: Pass) -> None:
-        """Compile a pass, if it is not yet; `compile_s` says how long it took."""
+        """Compile a pass unless it is compiled; `compile_s` has its seconds."""
         if pass_ not in self._calls:
             start = time.perf_counter()
             self._calls[pass_] = self._lower(pass_).compile()
             self.compile_s[pass_] = time.perf_counter() - start
 
     def compile(self, passes: Sequence[Pass], *, workers: int = 1) -> None:
-        """Compile passes, several at a time."""
+        """Compile passes, `workers` of them at a time."""
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             list(pool.map(self.build, passes))
 
@@ -291,10 +247,10 @@ class Bench:
         )
 
     def run(self, pass_: Pass, num_passes: int) -> tuple[float, int]:
-        """Run a compiled pass `num_passes` times or a little more often.
+        """Run a compiled pass at least `num_passes` times.
 
         Returns:
-          Seconds in all, and how many passes ran.
+          Seconds in all, and how many passes ran: a few more where windows run whole.
         """
         call, weights = self._calls[pass_], self._weights(pass_)
         seconds, done = 0.0, 0
@@ -323,14 +279,14 @@ class Bench:
         return seconds, done
 
     def warm_up(self, passes: Sequence[Pass], reading_s: float) -> None:
-        """Run each pass, and find how many of it fill a reading."""
+        """Run each pass, and find how many of them take `reading_s` seconds."""
         for pass_ in passes:
             self.run(pass_, 2)
             seconds, done = self.run(pass_, 4)
             self._num[pass_] = max(int(reading_s * done / seconds), 2)
 
     def read(self, pass_: Pass) -> float:
-        """Return seconds per pass; `warm_up` comes first."""
+        """Return seconds per pass; call `warm_up` first."""
         seconds, done = self.run(pass_, self._num[pass_])
         return seconds / done
 
@@ -339,10 +295,10 @@ class Bench:
         return {p.label: functools.partial(self.read, p) for p in passes}
 
     def tokens_per_round(self, pass_: Pass) -> float:
-        """Return the mean of tokens that a row gained in the rounds run so far."""
+        """Return the mean tokens that a row gained per round, of all rounds so far."""
         histogram = self.accepted[pass_]
         return 1 + float(np.arange(len(histogram)) @ histogram) / float(histogram.sum())
 
     def keep_rate(self, pass_: Pass) -> float:
-        """Return drafts kept / drafts proposed in the rounds run so far."""
+        """Return drafts kept / drafts proposed, of all rounds so far."""
         return (self.tokens_per_round(pass_) - 1) / pass_.gamma

@@ -1,13 +1,13 @@
-"""What a completion has to be: one sequence, one token after another, nothing kept.
+"""Completions computed one token at a time, without anything that is kept.
 
-Every token comes from a forward pass of its own over the whole text before it: there is
-no batch, no cache that outlives a pass, no draft and no round. What ends a completion
-is written out once more, in plain Python. Two things are the library's own, because
-they name what is to be sampled: the policy, and the noise of a token.
+Every token comes from a forward pass over the whole text before it. There is no batch,
+no cache that outlives a pass, no draft and no round. The rules that end a completion
+are written again here, in plain Python. Two parts are the library's own, because they
+define what is sampled: the policy, and the noise of a token.
 
-Probabilities come from `tests.toy.oracle_logprobs`, float64 by sorting.
+Probabilities come from `tests.toy.oracle_logprobs`, in float64 by sorting.
 
-Left out: how a rollout came to its completions (`fuzz`).
+Left out: how a rollout came to its completions (`benchmarks.fuzz`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from er_jax import sampling
 from er_jax.types import NONE, LogprobKind, Params, Policy, Sampling
 from tests.toy import oracle_logprobs
 
-# By dtype of the parameters: how far rounding may move a logit, and a threshold of the
-# truncation in its own measure. In float64 nothing is forgiven.
+# By dtype of the parameters: by how much rounding may move a logit, and by what share a
+# threshold of the truncation. In float64 no difference is accepted.
 SLACK = {"float64": 0.0, "float32": 5e-5}
 
-# And how far off a log-probability may be, over 1 + its size. It is told in float32.
+# How far off a log-probability may be, divided by 1 + its size. It is float32.
 LOGPROB_ERROR = {"float64": 1e-6, "float32": 1e-4}
 
 
@@ -46,7 +46,7 @@ class Found:
 class Expected:
     """A completion as it has to be.
 
-    num_ties: draws that rounding decides, where what was found was taken.
+    num_ties: draws that rounding decides; there the token that was found counts.
     """
 
     tokens: tuple[int, ...]
@@ -85,19 +85,19 @@ def _next(
 
 
 def can_be_drawn(logits: np.ndarray) -> bool:
-    """Whether logits `[V]` are a distribution; -inf masks a token, and not all."""
+    """Whether logits `[V]` are a distribution: -inf may mask tokens, but not all."""
     has_bad = np.isnan(logits).any() or (logits == np.inf).any()
     return not has_bad and bool((logits > -np.inf).any())
 
 
 class Reference:
-    """What completions have to be under one policy, its parameters and settings.
+    """The completions of one policy under given parameters and settings.
 
     Args:
-      policy, params: the target; no draft has a part in it.
+      policy, params: the target; drafts play no part.
       settings: of sampling, key and stop ids included.
-      max_new_tokens: limit of a completion. length: T, tokens a pass is padded to, at
-        least as many as any text.
+      max_new_tokens: limit of a completion. length: T, tokens that a pass is padded
+        to; at least as many as any text has.
       dtype: of the parameters.
     """
 
@@ -124,13 +124,14 @@ class Reference:
     def completion(
         self, prompt: Sequence[int], sequence_id: int, found: Sequence[int] = ()
     ) -> Expected:
-        """Return what the prompt's completion of that name has to be.
+        """Return what the completion of a prompt has to be.
 
-        Of sampling by the target's own noised argmax: `coupled`, and any rule at
-        temperature 0.
+        It holds where tokens are the argmax of the target's noised log-probabilities:
+        with the rule `coupled`, and with any rule at temperature 0.
 
         Args:
-          found: what a rollout sampled; taken where a draw is a tie.
+          prompt: token ids. sequence_id: of the completion.
+          found: what a rollout sampled; its token counts where a draw is a tie.
         """
         text, num_ties = [*prompt], 0
         made: list[int] = []
@@ -162,7 +163,7 @@ class Reference:
     ) -> bool:
         """Whether rounding could have made `other` the draw instead of `token`.
 
-        That is so if it is the draw once both logits are moved by the slack.
+        It could if `other` is the draw after both logits are moved by the slack.
         """
         if not self.slack:
             return False
@@ -175,7 +176,7 @@ class Reference:
         )
 
     def _nearby(self) -> Iterator[Sampling]:
-        """Yield the settings, and those with thresholds that rounding could mean."""
+        """Yield the settings, and those with thresholds moved by rounding."""
         yield self.settings
         for way in (self.slack, -self.slack) if self.slack else ():
             top_p, min_p = float(self.settings.top_p), float(self.settings.min_p)
@@ -186,15 +187,15 @@ class Reference:
             )
 
     def problems(self, prompt: Sequence[int], found: Found) -> list[str]:
-        """Return what cannot be, whatever was drawn: for any rule and temperature.
+        """Return what is wrong with a completion under any rule and temperature.
 
-        One pass over the text says which tokens were possible and how likely they were;
-        the rules say where it had to end. So nothing has to be drawn again.
+        One pass over the text gives the tokens that were possible, and their
+        log-probabilities. Nothing is drawn again.
         """
         text = [*prompt, *found.tokens]
         bad: list[str] = []
         if found.tokens:
-            # The last token is left out: whatever becomes of it, it came after these.
+            # The last token is not fed: its entries, poisoned or not, come after these.
             logits = np.asarray(
                 _logits(self.policy, self.params, *self._padded(text[:-1]))
             )
@@ -225,13 +226,13 @@ class Reference:
     def _impossible(
         self, logits: np.ndarray, token: int, logprob: float
     ) -> Iterator[str]:
-        """Yield why a token could not be drawn from logits `[V]`, or not so likely."""
+        """Yield why logits `[V]` cannot give this token, or this `logprob` of it."""
         if not can_be_drawn(logits):
             yield "follows a text that nothing can follow"
             return
         moved = logits.astype(np.float64)
         moved[token] += self.slack
-        # -inf where the truncation leaves nothing of the token.
+        # -inf for tokens that are truncated.
         sampled = [oracle_logprobs(moved, settings) for settings in self._nearby()]
         if all(line[token] == -np.inf for line in sampled):
             yield "has probability 0"
@@ -242,7 +243,7 @@ class Reference:
             yield f"has log-probability {logprob}, and not {wanted[0]}"
 
     def _logprobs(self, logits: np.ndarray, sampled: Any) -> np.ndarray:
-        """Return log-probabilities `[ways, V]` by the meaning that the settings ask."""
+        """Return log-probabilities `[ways, V]`, of the kind that the settings name."""
         if self.settings.logprob_kind == LogprobKind.PROCESSED:
             return np.array(sampled)
         scores = logits.astype(np.float64)

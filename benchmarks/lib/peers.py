@@ -1,8 +1,9 @@
-"""Another library on the same weights, prompts and lengths: `transformers.generate`.
+"""The baseline of another library: `transformers.generate` on the same task.
 
-Its own sampling loop with its own dynamic cache, in batches of as many prompts as there
-are slots, in order; a batch ends with its longest row. It draws other noise, so tokens
-differ; every row ends at the length that ours had there.
+It samples the same weights, prompts and lengths by its own loop with its own dynamic
+cache, in batches of as many prompts as there are slots, in order. A batch runs until
+its last row ends. Its noise is another, so tokens differ, but every row ends at the
+length that the library's completion of the prompt had.
 """
 
 from __future__ import annotations

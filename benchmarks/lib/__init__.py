@@ -1,0 +1,38 @@
+"""The parts of benchmark scripts, one idea per module.
+
+Measuring and reporting:
+
+* `measure`: repeated readings of several cases, their medians and quartiles.
+* `records`: the JSON record of a run, where it is written, its figure.
+* `timed_record`: a record that has limited time.
+* `tables`: a table as text and as Markdown.
+* `bandwidth`: memory bandwidth of the device, by data sheet and by a copy.
+
+What is run:
+
+* `presets`: decoders with random parameters, and their drafts.
+* `trained`: the policy and the prompts of a run of `train.grpo`.
+* `workloads`: completions whose lengths are planned.
+* `tasks`: one sampling request, ready to run.
+* `runners`: `er_jax.rollout` on a task, under one control.
+* `static_batch`: the baseline without a scheduler.
+* `peers`: the baseline of another library.
+* `passes`: one pass over the weights, compiled and timed.
+* `pass_bytes`: the bytes that a pass must read.
+* `pass_points`: the record of timed passes.
+* `draft_formats`: drafts by quantization format.
+* `subjects`: a policy with surveyed costs and measured acceptance.
+* `schedules`: random rollouts for the fuzzer.
+
+What stands in for a part of the library:
+
+* `simulated`: engines that need no device.
+* `controllers`: controllers and latency tables that do as a benchmark wants.
+* `rooflines`: costs of models on accelerators, by their data sheets or as published.
+
+What results are compared with:
+
+* `agreement`: two sets of completions, with ties told apart from wrong tokens.
+* `reference`: completions computed one token at a time.
+* `device_check`: tokens and logits of an accelerator against those of a CPU.
+"""
