@@ -24,7 +24,7 @@ import PIL.Image
 import pytest
 
 import er_jax
-from benchmarks import published
+from benchmarks.lib import rooflines
 from docs import rooms
 from er_jax import config, drafter
 from er_jax.control import accounts, controller, estimate, paper, probes, rollouts
@@ -362,7 +362,7 @@ def test_the_protocol_is_what_is_asked_of_a_controller() -> None:
     assert looks is not None and "two gammas or more" in looks
     for name in ("speed", "state_dict"):
         said = inspect.getdoc(getattr(ControllerProtocol, name))
-        assert said is not None and "asked by" in said.lower()
+        assert said is not None and "called by" in said.lower()
 
 
 def named(text: str) -> set[str]:
@@ -512,7 +512,7 @@ def test_the_summary_on_the_page_is_that_of_the_pages_example() -> None:
     for rows, *_ in cells:
         for gamma in gammas:
             program = Program(int(rows), 1024, gamma)
-            costs = published.MODELS["Qwen2.5-7B"].costs
+            costs = rooflines.PUBLISHED["Qwen2.5-7B"].costs
             knowing.table.seconds[program] = seconds_of_passes(costs, program)
     knowing.acceptance.tested[:] = 1e6
     knowing.acceptance.kept[:] = 0.95e6

@@ -135,7 +135,7 @@ def module_of(path: str) -> str:
 
     Of a package that is one entry of ORDER, the package for all that lies in there.
     """
-    name = path.removeprefix("er_jax/").removesuffix(".py").replace("/", ".")
+    name = path.split("/", 1)[1].removesuffix(".py").replace("/", ".")
     return entry_of(name.removesuffix(".__init__"))
 
 

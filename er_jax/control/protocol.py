@@ -114,7 +114,7 @@ class ControllerProtocol(Protocol):
     def speed(self, program: Program) -> float | None:
         """Return expected tokens per second of each live row; None if unknown.
 
-        Only `er_jax.compile_ahead` calls it.
+        Called by `er_jax.compile_ahead` alone.
         """
 
     def state_dict(self) -> dict[str, Any]:
