@@ -236,7 +236,9 @@ def mean_saved(
     for turn, engines_traces in enumerate(rollouts(lengths, WARM_UPS + num)):
         plain, found = [], []
         for engine, trace in enumerate(engines_traces):
-            luck = traces.Luck(trace, model.keep_prob, seed=turn * engines + engine)
+            luck = traces.KeptDrafts(
+                trace, model.keep_prob, seed=turn * engines + engine
+            )
             plain.append(replay.replay(trace, costs, replay.Fixed(0), luck).seconds)
             outcome = replay.replay(trace, costs, deciders[engine], luck)
             found.append(outcome.seconds)
@@ -259,7 +261,7 @@ def fitted_overhead(
                     trace,
                     make(overhead_s),
                     decider,
-                    traces.Luck(trace, model.keep_prob, seed),
+                    traces.KeptDrafts(trace, model.keep_prob, seed),
                 ).seconds
                 for seed, trace in enumerate(first)
             )

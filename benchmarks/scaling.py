@@ -157,7 +157,7 @@ def run(
 ) -> replay.Outcome:
     """Replay one batch with the choice that knows everything but the luck."""
     decider = replay.Oracle(costs, GAMMAS, args.keep)
-    luck = traces.Luck(trace, args.keep, seed)
+    luck = traces.KeptDrafts(trace, args.keep, seed)
     return replay.replay(trace, costs, decider, luck, until_s=until_s)
 
 

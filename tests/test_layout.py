@@ -50,8 +50,9 @@ ORDER = (
     *("rollout", "mesh.replicas"),
     *("io.json_fields", "io.hf_config", "io.hf_weights", "io.hf_save", "io.text"),
     "io",
-    *("tools.sweep", "tools.traces", "tools.replay", "tools.survey", "tools.hlo"),
-    *("tools.presets", "tools.plan", "tools.cli", "tools"),
+    *("tools.sweep", "tools.traces", "tools.deciders", "tools.replay", "tools.survey"),
+    *("tools.hlo", "tools.presets", "tools.plan", "tools.outputs", "tools.calibrate"),
+    *("tools.cli", "tools"),
     *("integrations", "earlier"),
 )
 
