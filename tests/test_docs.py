@@ -77,8 +77,8 @@ def files_that_are_missing(page: str, text: str) -> Iterator[str]:
                 yield f"{page} links to {target}{anchor}"
     for span in spans(text):
         for name in re.findall(r"(?<![\w<*./-])[\w./-]+\.(?:py|md|toml|yml)\b", span):
-            places = (ROOT, folder, ROOT / "er_jax", ROOT / "train")
-            is_there = any((place / name).exists() for place in places)
+            folders = (ROOT, folder, ROOT / "er_jax", ROOT / "train")
+            is_there = any((root / name).exists() for root in folders)
             if not is_there and name not in THEIRS:
                 yield f"{page} names {name}"
         for name, test in re.findall(r"(tests/\w+\.py)::(\w+)", span):

@@ -463,8 +463,8 @@ def modules_that_cannot_be_run(texts: Texts) -> list[str]:
             if module.split(".")[0] not in known:
                 bad.append(f"{path} runs {module}, which nothing installs")
             continue
-        place = module.replace(".", "/")
-        text = texts.get(f"{place}.py") or texts.get(f"{place}/__main__.py")
+        file = module.replace(".", "/")
+        text = texts.get(f"{file}.py") or texts.get(f"{file}/__main__.py")
         if text is None:
             bad.append(f"{path} runs {module}, which does not exist")
         elif "__main__" not in text:
