@@ -100,8 +100,8 @@ class Calibrate:
         about = store.conditions(engine, params)
         print(
             f"{about['device']}, jax {about['jax']}: {len(found.costs.readings)} "
-            f"readings in {found.spent_s:.1f} s, {engine.compile_s:.1f} s of compiling "
-            f"apart; {'complete' if found.is_complete else 'the time was spent first'}"
+            f"readings in {found.spent_s:.1f} s, and {engine.compile_s:.1f} s of "
+            f"compiling; {'complete' if found.is_complete else 'the time ran out first'}"
         )
         gammas = ", ".join(str(gamma) for gamma in found.costs.gammas("round"))
         print(
