@@ -101,7 +101,7 @@ class Calibrate:
         print(
             f"{about['device']}, jax {about['jax']}: {len(found.costs.readings)} "
             f"readings in {found.spent_s:.1f} s, and {engine.compile_s:.1f} s of "
-            f"compiling; {'complete' if found.is_complete else 'the time ran out first'}"
+            f"compiling; {'complete' if found.is_complete else 'the time ran out'}"
         )
         gammas = ", ".join(str(gamma) for gamma in found.costs.gammas("round"))
         print(
