@@ -41,7 +41,7 @@ from er_jax.costs.passes import PassCosts, PassPredictor, seconds_of_passes
 from er_jax.costs.roofline import Roofline
 from er_jax.tools import replay, sweep
 from er_jax.tools.replay import RoundCosts
-from er_jax.tools.traces import TRACES, Luck, Trace
+from er_jax.tools.traces import TRACES, KeptDrafts, Trace
 from er_jax.types import Program
 
 PROMPT_LENGTH = 256
@@ -135,7 +135,7 @@ def mean_saved(
     for turn, traces in enumerate(rollouts(lengths, WARM_UPS + num)):
         plain, found = [], []
         for engine, trace in enumerate(traces):
-            luck = Luck(trace, model.keep_prob, seed=turn * engines + engine)
+            luck = KeptDrafts(trace, model.keep_prob, seed=turn * engines + engine)
             plain.append(replay.replay(trace, costs, replay.Fixed(0), luck).seconds)
             outcome = replay.replay(trace, costs, deciders[engine], luck)
             found.append(outcome.seconds)
@@ -158,7 +158,7 @@ def fitted_overhead(
                     trace,
                     make(overhead_s),
                     decider,
-                    Luck(trace, model.keep_prob, seed),
+                    KeptDrafts(trace, model.keep_prob, seed),
                 ).seconds
                 for seed, trace in enumerate(traces)
             )

@@ -38,7 +38,7 @@ from benchmarks.lib.rooflines import CHIP, MODEL, h100_roofline
 from er_jax.costs.roofline import Roofline
 from er_jax.mesh.replicas import deal
 from er_jax.tools import presets, replay
-from er_jax.tools.traces import TRACES, Luck, Trace
+from er_jax.tools.traces import TRACES, KeptDrafts, Trace
 from er_jax.types import Program
 
 GAMMAS = (0, 2, 4, 6, 8)
@@ -143,7 +143,7 @@ def run(
 ) -> replay.Outcome:
     """Replay one batch with the oracle, which knows everything but the luck."""
     decider = replay.Oracle(costs, GAMMAS, args.keep)
-    luck = Luck(trace, args.keep, seed)
+    luck = KeptDrafts(trace, args.keep, seed)
     return replay.replay(trace, costs, decider, luck, until_s=until_s)
 
 

@@ -505,11 +505,11 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_sweep.py::test_medians_are_read_in_seconds",),
     ),
     PlantedBug(
-        "luck the wrong way round",
-        "er_jax::Luck.__init__",
+        "rejected drafts taken for kept ones",
+        "er_jax::KeptDrafts.__init__",
         "np.where(is_kept, total, np.arange(total))",
         "np.where(is_kept, np.arange(total), total)",
-        ("tests/test_trace_replay.py::test_luck_is_a_matter_of_the_token",),
+        ("tests/test_trace_replay.py::test_kept_drafts_are_a_matter_of_the_token",),
     ),
     # -- checkpoints and other frameworks
     PlantedBug(
@@ -627,7 +627,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "a digest that does not see where a number stands",
         "train::_hashed",
-        "first = mixed(words ^ mixed(place))",
+        "first = mixed(words ^ mixed(index))",
         "first = mixed(words)",
         (f"{DAMAGE}::test_digests_see_places_and_nothing_of_the_layout",),
     ),

@@ -116,8 +116,8 @@ def _shown(path: Path) -> str:
 
 def find_definition(bug: PlantedBug) -> tuple[Path, ast.stmt]:
     """Return the file and the node of the one definition that a bug names."""
-    place, _, wanted = bug.where.partition("::")
-    package, *words = place.split("/")
+    where, _, wanted = bug.where.partition("::")
+    package, *words = where.split("/")
     known = [
         (path, name, node)
         for path, tree in _modules(ROOT / package).items()

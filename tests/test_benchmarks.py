@@ -199,14 +199,16 @@ def test_drafts_are_counted_as_rollouts_count_them() -> None:
     rule: AcceptRule = "coupled"
     policy, gamma = presets.decoder("tiny", dtype="float32"), 3
     params = policy.init(jax.random.key(0))
-    pair = er_jax.attach_draft(params, er_jax.DrafterConfig(bits=4, act_bits=16))
+    policy_and_draft = er_jax.attach_draft(
+        params, er_jax.DrafterConfig(bits=4, act_bits=16)
+    )
     prompts = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
     texts = acceptance.sample_texts(policy, params, prompts, 2)
     assert {len(rows) for rows in texts.batches} == {6}
-    found = acceptance.measured(texts, pair, gamma, rule)
+    found = acceptance.measured(texts, policy_and_draft, gamma, rule)
     out = er_jax.rollout(
         policy,
-        pair,
+        policy_and_draft,
         prompts,
         key=jax.random.key(acceptance.SEED),
         config=er_jax.RolloutConfig(

@@ -199,8 +199,8 @@ def kept_by(
     """Return an engine, and parameters of which only shapes are known."""
     params = jax.eval_shape(policy.init, jax.random.key(0))
     config = er_jax.DrafterConfig(bits=bits)
-    pair = jax.eval_shape(lambda p: er_jax.attach_draft(p, config), params)
-    return Engine(policy, "coupled"), pair
+    policy_and_draft = jax.eval_shape(lambda p: er_jax.attach_draft(p, config), params)
+    return Engine(policy, "coupled"), policy_and_draft
 
 
 def kept_path(policy: er_jax.Decoder = POLICY, bits: int = 8) -> Path:
@@ -349,26 +349,26 @@ def test_damaged_costs_are_refused_by_name_and_replaced(
     cache: Path, damage: str
 ) -> None:
     """Each on its own would end the rollout, or be believed."""
-    engine, pair = kept_by()
+    engine, params = kept_by()
     path, table = kept_path(), LatencyTable()
     table.observe(Program(1, 64, 0), 1e-2, 10)
-    table.save(path, store.conditions(engine, pair))
+    table.save(path, store.conditions(engine, params))
     change = damages()[damage]
     if isinstance(change, dict):
         record = json.loads(path.read_text())
         for name, value in change.items():
-            place = record["values"] if name in ("programs", "passes") else record
-            place[name] = value
+            holder = record["values"] if name in ("programs", "passes") else record
+            holder[name] = value
         path.write_text(json.dumps(record))
     else:
         path.write_text(change(path.read_text()), errors="surrogateescape")
     with pytest.warns(RuntimeWarning, match="kept costs are not used: ") as caught:
-        assert store.load_costs(engine, pair) is None
+        assert store.load_costs(engine, params) is None
     assert str(path) in str(caught[0].message) and len(str(caught[0].message)) < 500
     controller = new_controller()
     controller.table.observe(Program(1, 64, 0), 2e-2, 10)
-    store.save_costs(engine, pair, controller.table)
-    found = store.load_costs(engine, pair)
+    store.save_costs(engine, params, controller.table)
+    found = store.load_costs(engine, params)
     assert found is not None and found.seconds == controller.table.seconds
 
 
@@ -389,13 +389,13 @@ def test_costs_of_passes_that_do_not_draft_end_no_rollout(cache: Path) -> None:
 
 def test_a_place_that_is_no_file_is_not_waited_for(cache: Path) -> None:
     """Reading a FIFO would wait for a writer without end."""
-    engine, pair = kept_by()
+    engine, params = kept_by()
     os.mkfifo(kept_path())
-    assert store.load_costs(engine, pair) is None
+    assert store.load_costs(engine, params) is None
     controller = new_controller()
     controller.table.observe(Program(1, 64, 0), 2e-2, 10)
-    store.save_costs(engine, pair, controller.table)
-    assert store.load_costs(engine, pair) is not None
+    store.save_costs(engine, params, controller.table)
+    assert store.load_costs(engine, params) is not None
 
 
 def test_the_version_is_known_where_nothing_is_installed(
@@ -409,9 +409,9 @@ def test_the_version_is_known_where_nothing_is_installed(
             raise importlib.metadata.PackageNotFoundError(name)
         return found(name)
 
-    engine, pair = kept_by()
+    engine, params = kept_by()
     monkeypatch.setattr(importlib.metadata.Distribution, "from_name", from_name)
-    assert store.conditions(engine, pair)["er_jax"] == er_jax.__version__
+    assert store.conditions(engine, params)["er_jax"] == er_jax.__version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,18 +425,18 @@ class Addressed(er_jax.Decoder):
 
 
 def test_costs_are_found_again_by_policies_of_another_process(cache: Path) -> None:
-    engine, pair = kept_by(Addressed(SIZES, marks=(object(), lambda: None)))
+    engine, params = kept_by(Addressed(SIZES, marks=(object(), lambda: None)))
     table = LatencyTable({Program(1, 64, 0): 1e-3})
-    path = store.cache_path(store.conditions(engine, pair))
+    path = store.cache_path(store.conditions(engine, params))
     assert path is not None
-    table.save(path, store.conditions(engine, pair))
-    again, pair = kept_by(Addressed(SIZES, marks=(object(), lambda: None)))
+    table.save(path, store.conditions(engine, params))
+    again, params = kept_by(Addressed(SIZES, marks=(object(), lambda: None)))
     assert repr(again.policy) != repr(engine.policy)
-    found = store.load_costs(again, pair)
+    found = store.load_costs(again, params)
     assert found is not None and found.seconds == table.seconds
     # Another one's are not.
-    other, pair = kept_by(Addressed(SIZES, marks=(1,)))
-    assert store.load_costs(other, pair) is None
+    other, params = kept_by(Addressed(SIZES, marks=(1,)))
+    assert store.load_costs(other, params) is None
 
 
 def test_caches_of_another_kind_are_told_apart(cache: Path) -> None:
@@ -452,8 +452,8 @@ def test_caches_of_another_kind_are_told_apart(cache: Path) -> None:
 
     paths = set()
     for wide in (False, True):
-        engine, pair = kept_by(Silent(SIZES, wide=wide))
-        about = store.conditions(engine, pair)
+        engine, params = kept_by(Silent(SIZES, wide=wide))
+        about = store.conditions(engine, params)
         paths.add(store.cache_path(about))
         assert "Silent" in about["policy"] and " 0x" not in about["policy"]
     assert len(paths) == 2
@@ -484,16 +484,16 @@ def test_files_are_bounded_and_those_of_others_left_alone(
     for part in (killed, under_way):
         part.write_text("{")
     os.utime(killed, (0, 0))
-    engine, pair = kept_by()
+    engine, params = kept_by()
     controller = new_controller()
     controller.table.observe(Program(1, 64, 0), 2e-2, 10)
-    store.save_costs(engine, pair, controller.table)
+    store.save_costs(engine, params, controller.table)
     found = {path.name for path in cache.iterdir()}
     kept = {kept_path().name, ours[0].name, ours[1].name, under_way.name}
     assert found == {*others, *kept}
     # What is read was used: the next ones drop another.
     os.utime(kept_path(), (0, 0))
-    assert store.load_costs(engine, pair) is not None
+    assert store.load_costs(engine, params) is not None
     assert kept_path().stat().st_mtime > time.time() - 60
 
 
@@ -540,7 +540,7 @@ def test_a_first_rollout_is_not_held_up_for_long(
 ) -> None:
     """Over the budget, one reading of each program and not several."""
     engine = Engine(POLICY, "coupled")
-    pair = engine.attach_draft(POLICY.init(jax.random.key(0)), er_jax.DrafterConfig())
+    params = engine.attach_draft(POLICY.init(jax.random.key(0)), er_jax.DrafterConfig())
     started: list[int] = []
     start_window = engine.start_window
 
@@ -553,7 +553,7 @@ def test_a_first_rollout_is_not_held_up_for_long(
         started.clear()
         controller = new_controller()
         pair_of = Program(1, 64, 0), Program(1, 64, 2)
-        found = timing.measure_rounds(engine, pair, pair_of, budget_s=budget_s)
+        found = timing.measure_rounds(engine, params, pair_of, budget_s=budget_s)
         controller.observe_first_look(*found)
         # The first window of each only says how long to read.
         assert started == [0] * (1 + readings) + [2] * (1 + readings)

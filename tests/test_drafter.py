@@ -166,14 +166,14 @@ def test_attach_draft_keeps_no_second_embedding() -> None:
     for tied in (False, True):
         policy = small_decoder(tied_embeddings=tied)
         params = policy.init(jax.random.key(0))
-        pair = er_jax.attach_draft(params, DrafterConfig())
-        assert pair.policy is params
-        kept = jax.tree.leaves(pair.draft)
+        policy_and_draft = er_jax.attach_draft(params, DrafterConfig())
+        assert policy_and_draft.policy is params
+        kept = jax.tree.leaves(policy_and_draft.draft)
         assert {leaf.dtype.name for leaf in kept} == {"int8", "float32"}
         floats = sum(leaf.size for leaf in kept if leaf.dtype == jnp.float32)
         # One scale per output channel, and nothing else in floats: 8 matrices.
         assert floats == 32 + 16 + 16 + 32 + 64 + 64 + 32 + 48
-        filled = drafter.draft_params(pair)
+        filled = drafter.draft_params(policy_and_draft)
         whole = er_jax.quantize(params, DrafterConfig())
         chex.assert_trees_all_equal_structs(filled, whole)
         jax.tree.map(np.testing.assert_array_equal, filled, whole)
@@ -438,13 +438,13 @@ def test_refresh_reuses_the_old_buffers(bits: int) -> None:
 
 def test_refresh_allocates_nothing_for_the_draft() -> None:
     policy, config = small_decoder(), DrafterConfig()
-    pair = er_jax.attach_draft(policy.init(jax.random.key(0)), config)
+    params = er_jax.attach_draft(policy.init(jax.random.key(0)), config)
     compiled = windows.run_refresh.lower(
-        pair.policy, pair.draft, config=config
+        params.policy, params.draft, config=config
     ).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(pair.draft))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params.draft))
     assert memory.alias_size_in_bytes >= size
 
 
@@ -479,9 +479,11 @@ def test_gradient_touches_the_policy_only() -> None:
 
     def loss_of_pair(policy_params: Any) -> jax.Array:
         # The draft is derived next to the policy, and used, but not differentiated.
-        pair = er_jax.attach_draft(policy_params, DrafterConfig())
-        frozen = jax.lax.stop_gradient(drafter.draft_params(pair)["lm_head"].scale)
-        return loss(pair.policy) + 0 * jnp.sum(frozen)
+        policy_and_draft = er_jax.attach_draft(policy_params, DrafterConfig())
+        frozen = jax.lax.stop_gradient(
+            drafter.draft_params(policy_and_draft)["lm_head"].scale
+        )
+        return loss(policy_and_draft.policy) + 0 * jnp.sum(frozen)
 
     plain = jax.jit(jax.grad(loss))(params)
     paired = jax.jit(jax.grad(loss_of_pair))(params)
@@ -490,9 +492,9 @@ def test_gradient_touches_the_policy_only() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
     # Integer codes cannot be differentiated by accident.
-    pair = er_jax.attach_draft(params, DrafterConfig())
+    policy_and_draft = er_jax.attach_draft(params, DrafterConfig())
     with pytest.raises(TypeError, match="int8"):
-        jax.grad(lambda both: loss(both.policy))(pair)
+        jax.grad(lambda params: loss(params.policy))(policy_and_draft)
 
 
 SHARDED = """
@@ -511,7 +513,7 @@ config = er_jax.DrafterConfig()
 quantize = jax.jit(er_jax.quantize, static_argnums=1)
 draft, unused = quantize(params, config), quantize(params, config)
 plain = quantize(jax.tree.map(np.asarray, params), config)
-step = jax.jit(lambda pair: er_jax.attach_draft(pair.policy, config),
+step = jax.jit(lambda params: er_jax.attach_draft(params.policy, config),
                donate_argnums=0, keep_unused=True)
 again = step(er_jax.PolicyParams(policy=params, draft=unused)).draft
 for name, spec in specs.items():
@@ -546,9 +548,9 @@ def test_shardings_propagate_to_the_codes() -> None:
 
 
 @pytest.fixture(scope="module")
-def pair() -> PolicyParams:
-    params = small_decoder().init(jax.random.key(0))
-    return er_jax.attach_draft(params, DrafterConfig())
+def params() -> PolicyParams:
+    policy_params = small_decoder().init(jax.random.key(0))
+    return er_jax.attach_draft(policy_params, DrafterConfig())
 
 
 def abstract_draft(policy: er_jax.Decoder, config: DrafterConfig) -> PolicyParams:
@@ -557,9 +559,9 @@ def abstract_draft(policy: er_jax.Decoder, config: DrafterConfig) -> PolicyParam
     return jax.eval_shape(lambda p: er_jax.attach_draft(p, config), params)
 
 
-def test_good_drafts_pass(pair: PolicyParams) -> None:
-    drafter.check_draft(pair)
-    drafter.check_draft(PolicyParams(policy=pair.policy, draft=pair.policy))
+def test_good_drafts_pass(params: PolicyParams) -> None:
+    drafter.check_draft(params)
+    drafter.check_draft(PolicyParams(policy=params.policy, draft=params.policy))
     for config in FORMATS:
         for tied in (False, True):
             made = abstract_draft(small_decoder(tied_embeddings=tied), config)
@@ -568,10 +570,10 @@ def test_good_drafts_pass(pair: PolicyParams) -> None:
             drafter.check_draft(PolicyParams(policy=made.policy, draft=whole))
 
 
-def test_draft_of_other_sizes(pair: PolicyParams) -> None:
+def test_draft_of_other_sizes(params: PolicyParams) -> None:
     wide = abstract_draft(small_decoder(hidden_dim=128), DrafterConfig())
     with pytest.raises(ValueError) as error:
-        drafter.check_draft(PolicyParams(policy=pair.policy, draft=wide.draft))
+        drafter.check_draft(PolicyParams(policy=params.policy, draft=wide.draft))
     for part in ("params.draft", "layers/0/", "128", "64", "er_jax.attach_draft"):
         assert part in str(error.value)
 
@@ -589,8 +591,8 @@ def test_draft_of_another_vocabulary_in_tied_weights() -> None:
 
 
 @pytest.mark.parametrize("broken", ["missing layer", "missing leaf", "none", "renamed"])
-def test_draft_of_another_structure(pair: PolicyParams, broken: str) -> None:
-    draft = dict(pair.draft)
+def test_draft_of_another_structure(params: PolicyParams, broken: str) -> None:
+    draft = dict(params.draft)
     if broken == "missing layer":
         draft["layers"] = []
     elif broken == "missing leaf":
@@ -601,7 +603,7 @@ def test_draft_of_another_structure(pair: PolicyParams, broken: str) -> None:
         draft["head"] = draft.pop("lm_head")
     bad = None if broken == "none" else draft
     with pytest.raises(ValueError, match=r"params\.draft.*er_jax\.attach_draft"):
-        drafter.check_draft(PolicyParams(policy=pair.policy, draft=bad))
+        drafter.check_draft(PolicyParams(policy=params.policy, draft=bad))
 
 
 @pytest.mark.parametrize("group", [None, 8])
@@ -613,12 +615,14 @@ def test_draft_of_a_policy_with_stacked_layers(group: int | None) -> None:
         params = {"layers": normal(layers, 16, 24), "head": normal(24, 8)}
         return PolicyParams(policy=params, draft=quantize(params, config))
 
-    pair = made(3)
-    drafter.check_draft(pair)
+    policy_and_draft = made(3)
+    drafter.check_draft(policy_and_draft)
     with pytest.raises(ValueError, match="layers"):
-        drafter.check_draft(PolicyParams(policy=pair.policy, draft=made(2).draft))
+        drafter.check_draft(
+            PolicyParams(policy=policy_and_draft.policy, draft=made(2).draft)
+        )
     # And one layer of the stack multiplies as the layer alone does.
-    alone = quantize({"layer": pair.policy["layers"][1]}, config)["layer"]
-    layer = jax.tree.map(lambda leaf: leaf[1], pair.draft["layers"])
+    alone = quantize({"layer": policy_and_draft.policy["layers"][1]}, config)["layer"]
+    layer = jax.tree.map(lambda leaf: leaf[1], policy_and_draft.draft["layers"])
     x = normal(2, 16, seed=5)
     np.testing.assert_array_equal(dot(x, layer), dot(x, alone))

@@ -51,13 +51,13 @@ def params() -> PolicyParams:
 
 
 @pytest.fixture(scope="module")
-def programs() -> Engine:
+def engine() -> Engine:
     return Engine(POLICY, "coupled")
 
 
-def start(programs: Engine, limits: Any = S, lengths: Any = 1) -> DecodeState:
+def start(engine: Engine, limits: Any = S, lengths: Any = 1) -> DecodeState:
     """Live rows from one-token prompts, which need no entries in the cache."""
-    state = programs.allocate(ROWS, S)
+    state = engine.allocate(ROWS, S)
     tokens = np.zeros((ROWS, S), np.int32)
     tokens[:] = np.arange(1, ROWS + 1)[:, None]
     return dataclasses.replace(
@@ -72,7 +72,7 @@ def start(programs: Engine, limits: Any = S, lengths: Any = 1) -> DecodeState:
 
 
 def window(
-    programs: Engine,
+    engine: Engine,
     params: PolicyParams,
     state: DecodeState,
     gamma: int,
@@ -80,7 +80,7 @@ def window(
     exit_live: int = 0,
     max_rounds: int = FOREVER,
 ) -> tuple[DecodeState, WindowInfo]:
-    state, running = programs.start_window(
+    state, running = engine.start_window(
         params, state, SETTINGS, gamma, exit_live=exit_live, max_rounds=max_rounds
     )
     info, seconds, _ = running.wait()
@@ -90,10 +90,10 @@ def window(
 
 @pytest.mark.parametrize("gamma", [0, 2])
 def test_it_runs_until_nothing_is_live(
-    programs: Engine, params: PolicyParams, gamma: int
+    engine: Engine, params: PolicyParams, gamma: int
 ) -> None:
     limits = np.array([5, 9, 32, 2])
-    _, info = window(programs, params, start(programs, limits), gamma)
+    _, info = window(engine, params, start(engine, limits), gamma)
     np.testing.assert_array_equal(info.length, limits)
     assert not info.live.any()
     assert (info.finish_reason == Finish.LENGTH).all()
@@ -115,10 +115,10 @@ def test_it_runs_until_nothing_is_live(
 
 
 @pytest.mark.parametrize("gamma", [0, 2])
-def test_a_window_is_rounds(programs: Engine, params: PolicyParams, gamma: int) -> None:
-    state, info = window(programs, params, start(programs), gamma, max_rounds=5)
+def test_a_window_is_rounds(engine: Engine, params: PolicyParams, gamma: int) -> None:
+    state, info = window(engine, params, start(engine), gamma, max_rounds=5)
     assert info.num_rounds == 5
-    by_hand = start(programs)
+    by_hand = start(engine)
     one_round = jax.jit(
         functools.partial(steps.decode_round, POLICY, gamma=gamma, accept="coupled")
     )
@@ -134,9 +134,7 @@ def test_a_window_is_rounds(programs: Engine, params: PolicyParams, gamma: int) 
     np.testing.assert_allclose(state.logprobs, by_hand.logprobs, rtol=0, atol=1e-5)
 
 
-def test_it_ends_when_few_enough_are_live(
-    programs: Engine, params: PolicyParams
-) -> None:
+def test_it_ends_when_few_enough_are_live(engine: Engine, params: PolicyParams) -> None:
     limits = np.array([4, 7, 7, 20])
     for exit_live, num_rounds, length in (
         (3, 3, [4, 4, 4, 4]),
@@ -144,17 +142,15 @@ def test_it_ends_when_few_enough_are_live(
         (1, 6, [4, 7, 7, 7]),
         (0, 19, limits),
     ):
-        _, info = window(
-            programs, params, start(programs, limits), 0, exit_live=exit_live
-        )
+        _, info = window(engine, params, start(engine, limits), 0, exit_live=exit_live)
         assert info.num_rounds == num_rounds
         np.testing.assert_array_equal(info.length, length)
 
 
 def test_it_runs_no_round_when_nothing_is_to_do(
-    programs: Engine, params: PolicyParams
+    engine: Engine, params: PolicyParams
 ) -> None:
-    state = start(programs)
+    state = start(engine)
     before = jax.tree.map(np.array, state)
     for changes, exit_live, max_rounds in (
         ({}, ROWS, FOREVER),
@@ -163,7 +159,7 @@ def test_it_runs_no_round_when_nothing_is_to_do(
     ):
         given = dataclasses.replace(jax.tree.map(np.array, before), **changes)
         after, info = window(
-            programs, params, given, 0, exit_live=exit_live, max_rounds=max_rounds
+            engine, params, given, 0, exit_live=exit_live, max_rounds=max_rounds
         )
         assert info.num_rounds == 0
         assert (info.accepted == 0).all()
@@ -173,38 +169,38 @@ def test_it_runs_no_round_when_nothing_is_to_do(
 
 @pytest.mark.parametrize("gamma", [0, 2])
 def test_it_ends_before_a_row_outgrows_the_cache(
-    programs: Engine, params: PolicyParams, gamma: int
+    engine: Engine, params: PolicyParams, gamma: int
 ) -> None:
     """A limit beyond the cache: the host has to grow it, and loses no token by that."""
-    state, info = window(programs, params, start(programs, limits=2 * S), gamma)
+    state, info = window(engine, params, start(engine, limits=2 * S), gamma)
     assert info.live.all()
     assert info.length.max() <= S
     assert info.length.max() + gamma + 1 > S  # and it ended no earlier than it had to
     grown = steps.take(state, jnp.arange(ROWS, dtype=jnp.int32), 2 * S)
-    whole = steps.take(start(programs, 2 * S), jnp.arange(ROWS, dtype=jnp.int32), 2 * S)
-    grown, _ = window(programs, params, grown, gamma)
-    whole, _ = window(programs, params, whole, gamma)
+    whole = steps.take(start(engine, 2 * S), jnp.arange(ROWS, dtype=jnp.int32), 2 * S)
+    grown, _ = window(engine, params, grown, gamma)
+    whole, _ = window(engine, params, whole, gamma)
     np.testing.assert_array_equal(grown.tokens, whole.tokens)
     np.testing.assert_array_equal(grown.length, [2 * S] * ROWS)
 
 
 def test_a_limit_at_the_end_of_the_cache_is_reached(
-    programs: Engine, params: PolicyParams
+    engine: Engine, params: PolicyParams
 ) -> None:
     """Drafts past the last position are dropped, not written somewhere else."""
-    one, _ = window(programs, params, start(programs), 0)
-    two, info = window(programs, params, start(programs), 2)
+    one, _ = window(engine, params, start(engine), 0)
+    two, info = window(engine, params, start(engine), 2)
     np.testing.assert_array_equal(info.length, [S] * ROWS)
     np.testing.assert_array_equal(two.tokens, one.tokens)
 
 
-def test_tests_may_be_rare(programs: Engine, params: PolicyParams) -> None:
+def test_tests_may_be_rare(engine: Engine, params: PolicyParams) -> None:
     """Three rounds between exit tests: the same tokens, some idle rounds at the end."""
     limits = np.array([5, 9, 12, 2])
     state, info, _ = windows.run_window(
         POLICY,
         params,
-        start(programs, limits),
+        start(engine, limits),
         SETTINGS,
         np.int32(0),
         np.int32(FOREVER),
@@ -213,14 +209,14 @@ def test_tests_may_be_rare(programs: Engine, params: PolicyParams) -> None:
         rounds_per_test=3,
     )
     assert info.num_rounds == 12
-    usual, _ = window(programs, params, start(programs, limits), 0)
+    usual, _ = window(engine, params, start(engine, limits), 0)
     np.testing.assert_array_equal(state.tokens, usual.tokens)
     np.testing.assert_array_equal(info.accepted, [(limits - 1).sum()])
     # Whoever could outgrow the cache between two tests ends the window first.
     _, info, _ = windows.run_window(
         POLICY,
         params,
-        start(programs, limits=2 * S),
+        start(engine, limits=2 * S),
         SETTINGS,
         np.int32(0),
         np.int32(FOREVER),
@@ -232,9 +228,9 @@ def test_tests_may_be_rare(programs: Engine, params: PolicyParams) -> None:
 
 
 def test_one_small_transfer_per_window(
-    programs: Engine, params: PolicyParams, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, params: PolicyParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    window(programs, params, start(programs), 2, max_rounds=1)
+    window(engine, params, start(engine), 2, max_rounds=1)
     sent: list[int] = []
     fetch = jax.device_get
 
@@ -243,7 +239,7 @@ def test_one_small_transfer_per_window(
         return fetch(tree)
 
     monkeypatch.setattr(jax, "device_get", counted)
-    state, info = window(programs, params, start(programs), 2, max_rounds=1)
+    state, info = window(engine, params, start(engine), 2, max_rounds=1)
     assert sent == [ROWS * (1 + 4 + 4) + 4 + 2 * 3 * 4]
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(info))
     monkeypatch.undo()
@@ -251,69 +247,69 @@ def test_one_small_transfer_per_window(
         np.testing.assert_array_equal(getattr(info, field), getattr(state, field))
 
 
-def test_the_state_is_consumed(programs: Engine, params: PolicyParams) -> None:
-    first, _ = window(programs, params, start(programs), 0, max_rounds=1)
-    second, _ = window(programs, params, first, 0, max_rounds=1)
+def test_the_state_is_consumed(engine: Engine, params: PolicyParams) -> None:
+    first, _ = window(engine, params, start(engine), 0, max_rounds=1)
+    second, _ = window(engine, params, first, 0, max_rounds=1)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(second))
 
 
 def test_programs_are_named_by_rows_length_and_gamma(params: PolicyParams) -> None:
-    programs = Engine(POLICY, "coupled")
-    assert programs.expected_compile_s("window") == 1.0  # a guess, with nothing known
+    engine = Engine(POLICY, "coupled")
+    assert engine.expected_compile_s("window") == 1.0  # a guess, with nothing known
     program = Program(ROWS, S, 0)
-    assert not programs.has_window(program, programs.draft_kind(params.draft), 8)
-    window(programs, params, start(programs), 0, max_rounds=1)
-    assert programs.has_window(program, programs.draft_kind(params.draft), 8)
-    count = len(programs.compiled)
-    assert programs.expected_compile_s("window") == max(
-        made.compile_s
-        for name, made in programs.compiled.items()
-        if name[0] == "window"
+    assert not engine.has_window(program, engine.draft_kind(params.draft), 8)
+    window(engine, params, start(engine), 0, max_rounds=1)
+    assert engine.has_window(program, engine.draft_kind(params.draft), 8)
+    count = len(engine.compiled)
+    assert engine.expected_compile_s("window") == max(
+        made.compile_s for name, made in engine.compiled.items() if name[0] == "window"
     )
-    assert programs.compile_s == sum(x.compile_s for x in programs.compiled.values())
+    assert engine.compile_s == sum(x.compile_s for x in engine.compiled.values())
 
     # Plain decoding needs no draft, so any draft, or none, meets the same program.
     four_bits = er_jax.attach_draft(params.policy, DrafterConfig(bits=4))
     for draft in (None, params.policy, four_bits.draft):
-        pair = PolicyParams(policy=params.policy, draft=draft)
-        assert programs.has_window(program, programs.draft_kind(pair.draft), 8)
-        window(programs, pair, start(programs), 0, max_rounds=1)
-    assert len(programs.compiled) == count
+        policy_and_draft = PolicyParams(policy=params.policy, draft=draft)
+        assert engine.has_window(program, engine.draft_kind(policy_and_draft.draft), 8)
+        window(engine, policy_and_draft, start(engine), 0, max_rounds=1)
+    assert len(engine.compiled) == count
 
     # Speculation does: a program reads one kind of codes.
     for gamma in (1, 2):
-        assert not programs.has_window(
-            Program(ROWS, S, gamma), programs.draft_kind(params.draft), 8
+        assert not engine.has_window(
+            Program(ROWS, S, gamma), engine.draft_kind(params.draft), 8
         )
-    assert not programs.has_window(
-        Program(ROWS, 2 * S, 0), programs.draft_kind(params.draft), 8
+    assert not engine.has_window(
+        Program(ROWS, 2 * S, 0), engine.draft_kind(params.draft), 8
     )
-    assert not programs.has_window(
-        Program(ROWS + 1, S, 0), programs.draft_kind(params.draft), 8
+    assert not engine.has_window(
+        Program(ROWS + 1, S, 0), engine.draft_kind(params.draft), 8
     )
 
 
 def test_a_draft_of_another_kind_is_another_program(
-    programs: Engine, params: PolicyParams
+    engine: Engine, params: PolicyParams
 ) -> None:
-    window(programs, params, start(programs), 2, max_rounds=1)
+    window(engine, params, start(engine), 2, max_rounds=1)
     program = Program(ROWS, S, 2)
-    assert programs.has_window(program, programs.draft_kind(params.draft), 8)
+    assert engine.has_window(program, engine.draft_kind(params.draft), 8)
     for other in (DrafterConfig(bits=4), DrafterConfig(act_bits=16)):
-        pair = er_jax.attach_draft(params.policy, other)
-        assert not programs.has_window(program, programs.draft_kind(pair.draft), 8)
+        policy_and_draft = er_jax.attach_draft(params.policy, other)
+        assert not engine.has_window(
+            program, engine.draft_kind(policy_and_draft.draft), 8
+        )
 
 
-def test_moves_are_programs_too(programs: Engine, params: PolicyParams) -> None:
-    state = start(programs)
+def test_moves_are_programs_too(engine: Engine, params: PolicyParams) -> None:
+    state = start(engine)
     state = jax.tree.map(jnp.asarray, state)
-    assert programs.has_take((ROWS, S), (ROWS, S))  # nothing to do
-    assert not programs.has_take((ROWS, S), (3, S))
-    smaller = programs.take(state, np.array([2, NONE, 0]), S)
-    assert programs.has_take((ROWS, S), (3, S))
-    assert not programs.has_take((3, S), (ROWS, S))
+    assert engine.has_take((ROWS, S), (ROWS, S))  # nothing to do
+    assert not engine.has_take((ROWS, S), (3, S))
+    smaller = engine.take(state, np.array([2, NONE, 0]), S)
+    assert engine.has_take((ROWS, S), (3, S))
+    assert not engine.has_take((3, S), (ROWS, S))
     np.testing.assert_array_equal(smaller.live, [True, False, True])
     np.testing.assert_array_equal(smaller.sequence_id, [2, NONE, 0])
     np.testing.assert_array_equal(smaller.tokens[:, 0], [3, 1, 1])
@@ -355,19 +351,19 @@ def test_engines_are_forgotten_oldest_first(
 
 
 def test_nonfinite_parameters_are_found_by_name(
-    programs: Engine, params: PolicyParams
+    engine: Engine, params: PolicyParams
 ) -> None:
-    assert programs.find_nonfinite(params.policy) == []
+    assert engine.find_nonfinite(params.policy) == []
     bad = jax.tree.map(lambda x: x, params.policy)
     bad["layers"][0]["q_proj"] = bad["layers"][0]["q_proj"].at[1, 2].set(jnp.nan)
     bad["final_norm"] = bad["final_norm"].at[0].set(-jnp.inf)
-    assert set(programs.find_nonfinite(bad)) == {"layers/0/q_proj", "final_norm"}
+    assert set(engine.find_nonfinite(bad)) == {"layers/0/q_proj", "final_norm"}
 
 
 def test_integer_leaves_are_not_asked_whether_they_are_finite() -> None:
-    programs = Engine(POLICY, "coupled")
+    engine = Engine(POLICY, "coupled")
     tree = {"a": jnp.arange(3), "b": jnp.array([1.0, jnp.inf]), "c": jnp.ones(2)}
-    assert programs.find_nonfinite(tree) == ["b"]
+    assert engine.find_nonfinite(tree) == ["b"]
 
 
 def test_memory_of_this_device() -> None:
@@ -387,37 +383,37 @@ def test_forgotten_programs_are_freed(params: PolicyParams) -> None:
     kept.forget_engines()
     jax.clear_caches()  # Of other tests, which compiling would empty in between.
     before = num_programs()
-    programs = kept.engine_for(POLICY, params.policy, "coupled")
-    window(programs, params, start(programs), 0, max_rounds=1)
-    window(programs, params, start(programs), 2, max_rounds=1)
+    engine = kept.engine_for(POLICY, params.policy, "coupled")
+    window(engine, params, start(engine), 0, max_rounds=1)
+    window(engine, params, start(engine), 2, max_rounds=1)
     assert num_programs() >= before + 3
-    del programs
+    del engine
     kept.forget_engines()
     assert num_programs() <= before
 
 
 def test_more_stop_ids_than_there_is_room_for(
-    programs: Engine, params: PolicyParams
+    engine: Engine, params: PolicyParams
 ) -> None:
     """Their number is a shape, so it has to be part of what names a program."""
-    window(programs, params, start(programs), 0, max_rounds=1)
+    window(engine, params, start(engine), 0, max_rounds=1)
     many = dataclasses.replace(SETTINGS, stop_ids=np.full(16, NONE, np.int32))
-    _, running = programs.start_window(
-        params, start(programs), many, 0, exit_live=0, max_rounds=1
+    _, running = engine.start_window(
+        params, start(engine), many, 0, exit_live=0, max_rounds=1
     )
     assert running.wait()[0].num_rounds == 1
 
 
 def test_what_ended_can_be_fetched_while_the_next_window_runs(
-    programs: Engine, params: PolicyParams
+    engine: Engine, params: PolicyParams
 ) -> None:
-    state, first = programs.start_window(
-        params, start(programs), SETTINGS, 0, exit_live=0, max_rounds=3
+    state, first = engine.start_window(
+        params, start(engine), SETTINGS, 0, exit_live=0, max_rounds=3
     )
     info, _, _ = first.wait()
     wanted = np.array(state.tokens), np.array(state.logprobs)
     assert (info.length == 4).all() and wanted[0][:, 1:4].any()
-    state, second = programs.start_window(
+    state, second = engine.start_window(
         params, state, SETTINGS, 0, exit_live=0, max_rounds=3
     )
     np.testing.assert_array_equal(first.buffers[0], wanted[0])
@@ -427,11 +423,11 @@ def test_what_ended_can_be_fetched_while_the_next_window_runs(
 
 
 def test_seconds_of_a_window_leave_out_what_the_host_did_meanwhile(
-    programs: Engine, params: PolicyParams
+    engine: Engine, params: PolicyParams
 ) -> None:
     def timed(pause_s: float) -> tuple[float, bool]:
-        _, running = programs.start_window(
-            params, start(programs), SETTINGS, 0, exit_live=0, max_rounds=20
+        _, running = engine.start_window(
+            params, start(engine), SETTINGS, 0, exit_live=0, max_rounds=20
         )
         time.sleep(pause_s)
         return running.wait()[1:]
@@ -444,15 +440,13 @@ def test_seconds_of_a_window_leave_out_what_the_host_did_meanwhile(
     assert not all(is_measured for _, is_measured in pauses)
 
 
-def test_rows_are_fetched_by_their_number(
-    programs: Engine, params: PolicyParams
-) -> None:
-    state, window = programs.start_window(
-        params, start(programs), SETTINGS, 0, exit_live=0, max_rounds=3
+def test_rows_are_fetched_by_their_number(engine: Engine, params: PolicyParams) -> None:
+    state, window = engine.start_window(
+        params, start(engine), SETTINGS, 0, exit_live=0, max_rounds=3
     )
     window.wait()
     wanted = np.array(state.tokens), np.array(state.logprobs)
-    found = programs.fetch_rows(window.buffers, np.array([2, 0]))
+    found = engine.fetch_rows(window.buffers, np.array([2, 0]))
     assert list(found) == [2, 0]
     assert len({row.tobytes() for row in wanted[0]}) == len(wanted[0])
     for row, parts in found.items():

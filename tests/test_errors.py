@@ -66,8 +66,10 @@ class Refused:
     def __init__(self, counter: CompileCounter) -> None:
         self.counter = counter
 
-    def __call__(self, parts: Sequence[str], pair: Any = None, **arguments: Any) -> str:
-        policy, params = pair or fresh()
+    def __call__(
+        self, parts: Sequence[str], model: Any = None, **arguments: Any
+    ) -> str:
+        policy, params = model or fresh()
         with self.counter() as compiled, pytest.raises(ValueError) as error:
             rollout(policy, params, **arguments)
         message = str(error.value)
@@ -380,10 +382,13 @@ def test_memory_counts_parameters_draft_and_cache(
     """With what is needed to the byte it runs, with one byte less it does not."""
     policy, params = fresh()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    pair = jax.device_get(er_jax.attach_draft(params, DrafterConfig()))
-    draft = sum(leaf.nbytes for leaf in jax.tree.leaves(pair.draft))
+    drafted = jax.device_get(er_jax.attach_draft(params, DrafterConfig()))
+    draft = sum(leaf.nbytes for leaf in jax.tree.leaves(drafted.draft))
     states = 1 * 64 * (2 * 8 * 4 + 8)
-    for given, needed in ((pair, weights + draft + states), (params, weights + states)):
+    for given, needed in (
+        (drafted, weights + draft + states),
+        (params, weights + states),
+    ):
         monkeypatch.setattr(devices, "device_memory_bytes", lambda n=needed: n - 1)
         refused(["max_slots=1", "the device has"], (policy, given))
         monkeypatch.setattr(devices, "device_memory_bytes", lambda n=needed: n)
@@ -491,7 +496,7 @@ def test_a_list_of_words_to_skip_does() -> None:
 
 def test_no_policy(refused: Refused) -> None:
     _, params = fresh()
-    refused(["policy=26", "no vocab_size", "any-policy"], pair=(26, params))
+    refused(["policy=26", "no vocab_size", "any-policy"], model=(26, params))
 
 
 def test_a_policy_that_cannot_be_hashed(refused: Refused) -> None:
@@ -505,7 +510,7 @@ def test_a_policy_that_cannot_be_hashed(refused: Refused) -> None:
     policy, params = fresh()
     refused(
         ["policy=", "cannot be hashed", "frozen dataclass"],
-        pair=(Unhashable(policy), params),
+        model=(Unhashable(policy), params),
     )
 
 
@@ -522,7 +527,8 @@ def test_logits_narrower_than_float32(refused: Refused) -> None:
 
     policy, params = fresh()
     refused(
-        ["policy.logits", "bfloat16", "float32 or wider"], pair=(Narrow(policy), params)
+        ["policy.logits", "bfloat16", "float32 or wider"],
+        model=(Narrow(policy), params),
     )
 
 
@@ -532,13 +538,13 @@ def test_logits_narrower_than_float32(refused: Refused) -> None:
 @pytest.mark.parametrize("part", ["policy", "draft"])
 def test_parameters_on_another_device(refused: Refused, part: str) -> None:
     policy, params = fresh()
-    pair = er_jax.attach_draft(params, DrafterConfig())
-    moved = jax.device_put(getattr(pair, part), jax.devices()[3])
-    pair = dataclasses.replace(pair, **{part: moved})
+    policy_and_draft = er_jax.attach_draft(params, DrafterConfig())
+    moved = jax.device_put(getattr(policy_and_draft, part), jax.devices()[3])
+    policy_and_draft = dataclasses.replace(policy_and_draft, **{part: moved})
     refused(
         ["params: ", f"lies on {jax.devices()[3]}", f"runs on {jax.devices()[0]}",
          "jax.device_put", "jax.default_device"],
-        pair=(policy, pair), control="fixed:2",
+        model=(policy, policy_and_draft), control="fixed:2",
     )  # fmt: skip
 
 
@@ -548,7 +554,7 @@ def test_parameters_that_were_donated(refused: Refused) -> None:
     params["final_norm"].delete()
     refused(
         ["params: final_norm was deleted", "donated", "that the update returned"],
-        pair=(policy, params),
+        model=(policy, params),
     )
 
 
@@ -560,7 +566,7 @@ def test_parameters_of_a_mesh_without_the_mesh(refused: Refused) -> None:
     refused(
         ["params: ", "laid out over 2 devices", "NamedSharding", "give mesh=",
          "jax.device_put"],
-        pair=(policy, params),
+        model=(policy, params),
     )  # fmt: skip
 
 

@@ -418,9 +418,9 @@ def test_other_parameters_are_not_saved(checkpoint: Path, tmp_path: Path) -> Non
     bad = {**params, "final_norm": jnp.ones(7)}
     with pytest.raises(ValueError, match=r"final_norm has shape \(7,\)"):
         er_jax.save_hf(tmp_path / "out", policy, bad)
-    pair = er_jax.attach_draft(params, er_jax.DrafterConfig())
+    policy_and_draft = er_jax.attach_draft(params, er_jax.DrafterConfig())
     with pytest.raises(ValueError, match="without a draft"):
-        er_jax.save_hf(tmp_path / "out", policy, pair)
+        er_jax.save_hf(tmp_path / "out", policy, policy_and_draft)
     assert not (tmp_path / "out").exists()
 
 
@@ -442,11 +442,11 @@ from er_jax.io import hf_weights as hf
 hf.SLICE_BYTES = 3000  # several slices a part
 _, plain = er_jax.load_hf(sys.argv[1])
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"))
-_, cut = er_jax.load_hf(sys.argv[1], mesh=mesh)
-jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), plain, cut)
-q = cut["layers"][0]["q_proj"]
+_, sharded = er_jax.load_hf(sys.argv[1], mesh=mesh)
+jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), plain, sharded)
+q = sharded["layers"][0]["q_proj"]
 assert {s.data.size for s in q.addressable_shards} == {q.size // 4}, q.sharding
-assert all(x.dtype == np.float32 for x in jax.tree.leaves(cut))
+assert all(x.dtype == np.float32 for x in jax.tree.leaves(sharded))
 print(len(q.addressable_shards), "parts")
 """
 

@@ -126,7 +126,7 @@ def test_directories_of_every_kind(
     monkeypatch.chdir(tmp_path / "empty")
     (tmp_path / "link").symlink_to("empty", target_is_directory=True)
     (tmp_path / "loose").symlink_to("missing/real")
-    places: dict[str, tuple[str | Path, str]] = {
+    paths: dict[str, tuple[str | Path, str]] = {
         "here": (".", "empty"),
         "below": ("a/b", "empty/a/b"),
         "slash": (f"{tmp_path}/new/", "new"),
@@ -134,7 +134,7 @@ def test_directories_of_every_kind(
         "loose": (tmp_path / "loose", "missing/real"),
         "parent": (f"{UP}/empty/{UP}/new", "new"),
     }
-    given, real = places[kind]
+    given, real = paths[kind]
     er_jax.save_hf(given, *made)
     same(Path(given), made[1])  # also from a working directory that was saved into
     assert names(tmp_path / real) == ["config.json", "model.safetensors"]

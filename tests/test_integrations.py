@@ -102,11 +102,12 @@ def made(framework: str) -> tuple[Policy, Any]:
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_a_module_is_sampled_with_a_draft_of_its_own(framework: str) -> None:
     policy, params = made(framework)
-    pair = er_jax.attach_draft(params, er_jax.DrafterConfig())
+    policy_and_draft = er_jax.attach_draft(params, er_jax.DrafterConfig())
     quantized = [
         leaf
         for leaf in jax.tree.leaves(
-            pair.draft, is_leaf=lambda x: isinstance(x, er_jax.QuantizedWeight)
+            policy_and_draft.draft,
+            is_leaf=lambda x: isinstance(x, er_jax.QuantizedWeight),
         )
     ]
     assert len(quantized) == 5  # every product but the look-up
@@ -115,7 +116,11 @@ def test_a_module_is_sampled_with_a_draft_of_its_own(framework: str) -> None:
         for control in ("ar", "fixed:4"):
             config = er_jax.RolloutConfig(max_new_tokens=24, n=2, control=control)
             key = jax.random.key(1)
-            found.append(er_jax.rollout(policy, pair, PROMPTS, key=key, config=config))
+            found.append(
+                er_jax.rollout(
+                    policy, policy_and_draft, PROMPTS, key=key, config=config
+                )
+            )
     plain, drafted = found
     np.testing.assert_array_equal(plain.completion_ids, drafted.completion_ids)
     np.testing.assert_allclose(plain.logprobs, drafted.logprobs, atol=1e-5)

@@ -50,8 +50,9 @@ ORDER = (
     *("rollout", "mesh.replicas"),
     *("io.json_fields", "io.hf_config", "io.hf_weights", "io.hf_save", "io.text"),
     "io",
-    *("tools.sweep", "tools.traces", "tools.replay", "tools.survey", "tools.hlo"),
-    *("tools.presets", "tools.plan", "tools.cli", "tools"),
+    *("tools.sweep", "tools.traces", "tools.deciders", "tools.replay", "tools.survey"),
+    *("tools.hlo", "tools.presets", "tools.plan", "tools.outputs", "tools.calibrate"),
+    *("tools.cli", "tools"),
     *("integrations", "earlier"),
 )
 
@@ -462,8 +463,8 @@ def modules_that_cannot_be_run(texts: Texts) -> list[str]:
             if module.split(".")[0] not in known:
                 bad.append(f"{path} runs {module}, which nothing installs")
             continue
-        place = module.replace(".", "/")
-        text = texts.get(f"{place}.py") or texts.get(f"{place}/__main__.py")
+        file = module.replace(".", "/")
+        text = texts.get(f"{file}.py") or texts.get(f"{file}/__main__.py")
         if text is None:
             bad.append(f"{path} runs {module}, which does not exist")
         elif "__main__" not in text:

@@ -705,12 +705,12 @@ def test_rows_do_not_see_each_other(rule: AcceptRule) -> None:
     moved, _ = run_chain(rule, 3, state, config, FAR_TARGET, FAR_DRAFT)
     found = emitted_and_reasons(moved)
     assert found[list(order).index(1)][1] == Finish.NONFINITE
-    for place, row in enumerate(order):
+    for index, row in enumerate(order):
         if mine[row]:
-            assert found[place] == reference[row]
+            assert found[index] == reference[row]
             start, end = 2, out.length[row]
             np.testing.assert_array_equal(
-                moved.logprobs[place, start:end], out.logprobs[row, start:end]
+                moved.logprobs[index, start:end], out.logprobs[row, start:end]
             )
 
 

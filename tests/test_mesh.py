@@ -44,7 +44,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "fsdp 8": dict(fsdp=8),
     "fsdp 2x2x2": dict(data=2, fsdp=2, model=2),
 }
-# One mesh with all that may happen; the others are the same programs, cut otherwise.
+# One mesh with all that may happen; the others are the same programs, sharded
+# otherwise.
 NAMES = [
     pytest.param(name, marks=pytest.mark.slow if name == "4x2" else pytest.mark.long)
     for name in SHAPES
@@ -78,7 +79,7 @@ class Moving(er_jax.Controller):
     """Takes the smallest programs, whatever they cost, so that everything happens.
 
     Args:
-      is_shared: have all devices work as one group where they may, but for every fourth
+      is_shared: have all devices share the rows where they may, but for every fourth
         decision.
     """
 
@@ -138,11 +139,11 @@ def assert_same(found: er_jax.Rollout, wanted: er_jax.Rollout) -> None:
 def test_tokens_are_those_of_one_device(name: str) -> None:
     found = sample(mesh_of(**SHAPES[name]), config_of(), Moving("fixed:4", (0, 4)))
     assert_same(found, on_one_device())
-    groups = SHAPES[name].get("data", 1)
+    num_shards = SHAPES[name].get("data", 1)
     moments = found.stats.timeline
-    assert {m.rows % groups for m in moments} == {0}
+    assert {m.rows % num_shards for m in moments} == {0}
     rows, lengths = ([getattr(m, n) for m in moments] for n in ("rows", "cache_length"))
-    assert groups == 8 or min(rows) < 16, "nothing was compacted"
+    assert num_shards == 8 or min(rows) < 16, "nothing was compacted"
     assert any(a < b for a, b in itertools.pairwise(lengths)), "the cache never grew"
     assert found.stats.num_prefilled >= 9
 
@@ -164,7 +165,7 @@ def test_data_shards_become_one_for_the_last_rows(name: str) -> None:
     is_shared = [moment.shared_rows for moment in found.stats.timeline]
     assert (True, False) in itertools.pairwise(is_shared), "never went apart again"
     assert any(m.shared_rows and m.rows < 8 for m in found.stats.timeline)
-    assert "all devices as one group" in found.stats.summary()
+    assert "rows shared by all devices" in found.stats.summary()
 
 
 def test_short_completions_are_those_of_one_device() -> None:
@@ -178,16 +179,16 @@ def test_short_completions_are_those_of_one_device() -> None:
 def window_text(name: str, gamma: int) -> tuple[str, Any, int]:
     """The compiled window of 16 rows; its memory; the bytes of its state."""
     mesh = layout.rollout_mesh(mesh_of(**SHAPES[name]))
-    programs = MeshEngine(POLICY, "coupled", mesh)
-    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
-    pair = programs.attach_draft(placed, er_jax.DrafterConfig())
-    state = programs.allocate(16, 256)
+    engine = MeshEngine(POLICY, "coupled", mesh)
+    sharded = layout.put_on_mesh(POLICY, parameters(), mesh)
+    params = engine.attach_draft(sharded, er_jax.DrafterConfig())
+    state = engine.allocate(16, 256)
     num_bytes = devices.device_bytes(state)
-    state, window = programs.start_window(
-        pair, state, neutral_sampling(), gamma, exit_live=0, max_rounds=1
+    state, window = engine.start_window(
+        params, state, neutral_sampling(), gamma, exit_live=0, max_rounds=1
     )
     window.wait()
-    (compiled,) = (p for name, p in programs.compiled.items() if name[0] == "window")
+    (compiled,) = (p for name, p in engine.compiled.items() if name[0] == "window")
     call: Any = compiled.call
     return call.as_text(), call.memory_analysis(), num_bytes
 
@@ -222,7 +223,7 @@ def check_window(name: str, gamma: int) -> None:
 
 
 def test_sharded_heads_are_not_summed() -> None:
-    """Left alone, a merged query over cut heads costs a sum of all scores."""
+    """Left alone, a merged query over sharded heads costs a sum of all scores."""
     text, _, _ = window_text("2x4", 0)
     found = {c.kind: c for c in hlo.collectives(text, 0)}
     scores = 16 // 2 * CONFIG.num_heads * 256 * 4
@@ -232,7 +233,7 @@ def test_sharded_heads_are_not_summed() -> None:
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "model"),
-    # Cut alike; one head each; groups wider than a part; not aligned; not cut at all.
+    # Sharded alike; one head each; groups wider than a shard; not aligned; not sharded.
     [(8, 4, 4), (8, 4, 8), (8, 2, 4), (12, 4, 6), (6, 2, 4)],
 )
 def test_attention_over_sharded_heads(
@@ -254,9 +255,9 @@ def test_attention_over_sharded_heads(
 
 @pytest.mark.parametrize("moved", [False, True], ids=["resized", "moved"])
 def test_rows_move_between_data_shards(moved: bool) -> None:
-    """Every entry of a row arrives, whatever group it goes to."""
+    """Every entry of a row arrives, whatever data shard it goes to."""
     mesh = layout.rollout_mesh(mesh_of(data=4, model=2))
-    programs = MeshEngine(POLICY, "coupled", mesh)
+    engine = MeshEngine(POLICY, "coupled", mesh)
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: steps.empty_state(POLICY, 16, 32))
 
@@ -269,7 +270,7 @@ def test_rows_move_between_data_shards(moved: bool) -> None:
     rows = np.array(
         [5, 1, NONE, 2, 15, NONE, 0, 9] if moved else [0, 1, 4, 7, 8, 9, 13, NONE]
     )
-    found = programs.take(state, rows, 64)
+    found = engine.take(state, rows, 64)
     is_some = rows != NONE
 
     def check(old: np.ndarray, new: jax.Array) -> None:
@@ -289,19 +290,19 @@ def test_rows_move_between_data_shards(moved: bool) -> None:
 def test_data_shards_become_one_without_sending_weights(name: str) -> None:
     mesh = layout.rollout_mesh(mesh_of(**SHAPES[name]))
     policy = er_jax.Decoder(dataclasses.replace(CONFIG, num_kv_heads=8))
-    programs = MeshEngine(policy, "coupled", mesh)
-    placed = layout.put_on_mesh(policy, policy.init(jax.random.key(0)), mesh)
-    pair = programs.attach_draft(placed, er_jax.DrafterConfig())
-    joint = programs.params_to_shared_rows(pair)
-    assert devices.device_bytes(joint) < 0.6 * devices.device_bytes(pair)
-    jax.tree.map(np.testing.assert_array_equal, joint, pair)
+    engine = MeshEngine(policy, "coupled", mesh)
+    sharded = layout.put_on_mesh(policy, policy.init(jax.random.key(0)), mesh)
+    params = engine.attach_draft(sharded, er_jax.DrafterConfig())
+    joint = engine.params_to_shared_rows(params)
+    assert devices.device_bytes(joint) < 0.6 * devices.device_bytes(params)
+    jax.tree.map(np.testing.assert_array_equal, joint, params)
     (found,) = (
-        p for n, p in programs.compiled.items() if n[0] == "params to shared rows"
+        p for n, p in engine.compiled.items() if n[0] == "params to shared rows"
     )
     call: Any = found.call
     assert not hlo.collectives(call.as_text(), 0)
     # Every device had its part before.
-    for old, new in zip(jax.tree.leaves(pair), jax.tree.leaves(joint), strict=True):
+    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(joint), strict=True):
         held = old.sharding.devices_indices_map(old.shape)
         for device, part in new.sharding.devices_indices_map(new.shape).items():
             for mine, his in zip(part, held[device], strict=True):
@@ -312,18 +313,18 @@ def test_data_shards_become_one_without_sending_weights(name: str) -> None:
 def test_a_state_is_the_same_in_data_shards_and_shared() -> None:
     mesh = layout.rollout_mesh(mesh_of(data=2, model=4))
     policy = er_jax.Decoder(dataclasses.replace(CONFIG, num_kv_heads=8))
-    programs = MeshEngine(policy, "coupled", mesh)
+    engine = MeshEngine(policy, "coupled", mesh)
     state = jax.tree.map(
         lambda x: np.arange(x.size).reshape(x.shape).astype(x.dtype),
         jax.eval_shape(lambda: steps.empty_state(policy, 4, 16)),
     )
-    joint = programs.to_shared_rows(state)
+    joint = engine.to_shared_rows(state)
     jax.tree.map(np.testing.assert_array_equal, joint, state)
     keys = joint.cache[0]["keys"]
     assert keys.sharding.spec == PartitionSpec("data", None, "model")
     assert keys.sharding.shard_shape(keys.shape) == (4, 16, 8), "one head a device"
-    again = programs.to_data_shards(
-        programs.for_shared_rows.take(joint, np.array([2, NONE]), 32)
+    again = engine.to_data_shards(
+        engine.for_shared_rows.take(joint, np.array([2, NONE]), 32)
     )
     np.testing.assert_array_equal(again.cache[0]["keys"][0, :16], keys[2])
     assert again.tokens.sharding.shard_shape(again.tokens.shape) == (1, 32)
@@ -333,21 +334,21 @@ def test_a_state_is_the_same_in_data_shards_and_shared() -> None:
 def test_data_shards_become_one_where_there_is_memory(is_room: bool) -> None:
     """A part of the weights is held twice then."""
     mesh = layout.rollout_mesh(mesh_of(data=2, model=4))
-    programs = MeshEngine(POLICY, "coupled", mesh)
-    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
-    pair = er_jax.PolicyParams(policy=placed, draft=None)
+    engine = MeshEngine(POLICY, "coupled", mesh)
+    sharded = layout.put_on_mesh(POLICY, parameters(), mesh)
+    params = er_jax.PolicyParams(policy=sharded, draft=None)
     ids = np.arange(4)
     request = request_of([np.array([1, 2])] * 4, ids, config_of(n=1), num_shards=2)
-    weights = devices.device_bytes(programs.shared_rows_params(pair))
-    assert weights < 0.7 * devices.device_bytes(placed)
+    weights = devices.device_bytes(engine.shared_rows_params(params))
+    assert weights < 0.7 * devices.device_bytes(sharded)
     # The least is one row, all its heads on every device, as short as can be and then
     # grown.
     positions = request.cache_lengths[0] + request.cache_lengths[-1]
-    least = weights + programs.for_shared_rows.position_bytes * positions
+    least = weights + engine.for_shared_rows.position_bytes * positions
     limit = int(least) + (1 if is_room else -1)
     request = dataclasses.replace(request, state_limit_bytes=limit)
     stats = er_jax.RolloutStats()
-    topology = DataShards(programs, pair, request)
+    topology = DataShards(engine, params, request)
     batch = Batch(topology, request, stats, neutral_sampling())
     batch.queue.clear()
     batch.rows.sequence[:1] = 0
@@ -359,18 +360,23 @@ def test_data_shards_become_one_where_there_is_memory(is_room: bool) -> None:
 def test_rows_stay_where_there_is_room() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
-        groups = int(rng.choice([1, 2, 4]))
-        old, new = groups * int(rng.integers(1, 9)), groups * int(rng.integers(1, 9))
+        num_shards = int(rng.choice([1, 2, 4]))
+        old, new = (
+            num_shards * int(rng.integers(1, 9)),
+            num_shards * int(rng.integers(1, 9)),
+        )
         count = int(rng.integers(0, min(old, new) + 1))
         keep = np.sort(rng.choice(old, count, replace=False))
-        index = rows_of_shards(keep, old, new, groups)
+        index = rows_of_shards(keep, old, new, num_shards)
         assert index.shape == (new,)
         assert sorted(index[index != NONE]) == keep.tolist()
-        group = np.arange(new) // (new // groups)
-        stays = [k // (old // groups) == g for k, g in zip(index, group, strict=True)]
-        # A row leaves its group only if that has more of them than it may keep.
-        own = np.bincount(keep // (old // groups), minlength=groups)
-        wanted = int(np.minimum(own, new // groups).sum())
+        shard = np.arange(new) // (new // num_shards)
+        stays = [
+            k // (old // num_shards) == g for k, g in zip(index, shard, strict=True)
+        ]
+        # A row leaves its shard only if that has more of them than it may keep.
+        own = np.bincount(keep // (old // num_shards), minlength=num_shards)
+        wanted = int(np.minimum(own, new // num_shards).sum())
         assert sum(s for s, k in zip(stays, index, strict=True) if k != NONE) == wanted
 
 
@@ -383,23 +389,23 @@ def test_a_mesh_may_have_other_names() -> None:
     assert dict(mesh.shape) == {"data": 4, "model": 2, "fsdp": 1}
     assert layout.rollout_mesh(mesh) == mesh
     where = rules.param_shardings(parameters(), CONFIG, other, axes)
-    placed = jax.device_put(parameters(), where)
-    assert layout.put_on_mesh(POLICY, placed, mesh) is placed
+    sharded = jax.device_put(parameters(), where)
+    assert layout.put_on_mesh(POLICY, sharded, mesh) is sharded
     config = config_of(max_new_tokens=4, control="ar")
     out = er_jax.rollout(
-        POLICY, placed, prompts(), key=jax.random.key(3), config=config, mesh=mesh
+        POLICY, sharded, prompts(), key=jax.random.key(3), config=config, mesh=mesh
     )
     assert_same(out, sample(None, config))
 
 
 def test_wrong_places_are_refused() -> None:
     mesh = layout.rollout_mesh(mesh_of(data=4, model=2))
-    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
-    half = {**placed, "final_norm": parameters()["final_norm"]}
+    sharded = layout.put_on_mesh(POLICY, parameters(), mesh)
+    half = {**sharded, "final_norm": parameters()["final_norm"]}
     with pytest.raises(ValueError, match="final_norm does not lie on the mesh"):
         layout.put_on_mesh(POLICY, half, mesh)
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    spread = {**placed, "embed": jax.device_put(placed["embed"], rows)}
+    spread = {**sharded, "embed": jax.device_put(sharded["embed"], rows)}
     with pytest.raises(ValueError, match="embed is sharded over the axis 'data'"):
         layout.put_on_mesh(POLICY, spread, mesh)
 
@@ -415,12 +421,12 @@ def test_wrong_places_are_refused() -> None:
 
 def test_a_draft_lies_as_its_policy() -> None:
     mesh = layout.rollout_mesh(mesh_of(data=2, fsdp=2, model=2))
-    programs = MeshEngine(POLICY, "coupled", mesh)
-    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
-    pair = programs.attach_draft(placed, er_jax.DrafterConfig(bits=4, group_size=16))
-    codes = pair.draft["layers"][0]["down_proj"].codes
+    engine = MeshEngine(POLICY, "coupled", mesh)
+    sharded = layout.put_on_mesh(POLICY, parameters(), mesh)
+    params = engine.attach_draft(sharded, er_jax.DrafterConfig(bits=4, group_size=16))
+    codes = params.draft["layers"][0]["down_proj"].codes
     assert codes.sharding.spec == PartitionSpec("model", None, "fsdp")
-    pair = programs.attach_draft(placed, er_jax.DrafterConfig())
-    codes = pair.draft["layers"][0]["down_proj"].codes
+    params = engine.attach_draft(sharded, er_jax.DrafterConfig())
+    codes = params.draft["layers"][0]["down_proj"].codes
     assert codes.sharding.spec == PartitionSpec("fsdp", "model")
-    assert layout.put_on_mesh(POLICY, pair, mesh) is pair
+    assert layout.put_on_mesh(POLICY, params, mesh) is params

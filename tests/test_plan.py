@@ -187,7 +187,7 @@ def test_a_missing_compiler_is_named(
 
 
 def test_sizes_that_do_not_fit_the_mesh_are_refused() -> None:
-    """One device has one group of devices, and nine slots make no four groups."""
+    """One device has one data shard, and nine slots make no four of them."""
     with pytest.raises(ValueError, match=r"model_parallel=3 must be .* from 1 to 1"):
         made(model_parallel=3)
     target = presets.target_of("cpu")

@@ -67,7 +67,7 @@ def wait(workers: list[subprocess.Popen[bytes]], directory: Path) -> None:
         pytest.param(2, "4x2", marks=pytest.mark.slow),
         pytest.param(4, "2x4", marks=pytest.mark.long),
     ],
-    ids=["2 processes", "4 processes, weights cut over two"],
+    ids=["2 processes", "4 processes, weights sharded over two"],
 )
 def test_processes_sample_together_and_apart(
     count: int, shape: str, tmp_path: Path
@@ -92,7 +92,7 @@ def test_processes_sample_together_and_apart(
     columns = dict(zip(Moment._fields[3:], found[0]["programs"].T, strict=True))
     assert len(set(columns["rows"])) > 1, "nothing was compacted"
     assert len(set(columns["cache_length"])) > 1, "the cache never grew"
-    assert any(columns["shared_rows"]), "groups never became one"
+    assert any(columns["shared_rows"]), "data shards never became one"
     assert found[0]["switched"][1] >= 4, "drafts were hardly switched on and off"
     own = np.concatenate([result["own"] for result in found])
     np.testing.assert_array_equal(own, wanted.sequence_ids)

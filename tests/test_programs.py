@@ -130,10 +130,10 @@ def test_a_draft_of_another_kind_is_one_more_window() -> None:
     params = policy.init(jax.random.key(0))
     call(policy, params, control="fixed:2")
     for draft in (params, er_jax.quantize(params, DrafterConfig(bits=4))):
-        pair = PolicyParams(policy=params, draft=draft)
-        first = call(policy, pair, control="fixed:2")
+        policy_and_draft = PolicyParams(policy=params, draft=draft)
+        first = call(policy, policy_and_draft, control="fixed:2")
         assert [name.split("(")[0] for name, _ in first.stats.compiled] == ["window"]
-        assert call(policy, pair, control="fixed:2").stats.compiled == []
+        assert call(policy, policy_and_draft, control="fixed:2").stats.compiled == []
 
 
 def test_a_cold_call_compiles_nothing_beside_its_programs(
@@ -236,13 +236,15 @@ def traced_window(
 ) -> tuple[Any, PolicyParams, DecodeState]:
     policy = big_policy(dtype)
     params = jax.eval_shape(policy.init, jax.random.key(0))
-    pair = PolicyParams(policy=params, draft=None)
+    policy_and_draft = PolicyParams(policy=params, draft=None)
     if config is not None:
-        pair = jax.eval_shape(lambda p: er_jax.attach_draft(p, config), params)
+        policy_and_draft = jax.eval_shape(
+            lambda p: er_jax.attach_draft(p, config), params
+        )
     state = jax.eval_shape(lambda: steps.empty_state(policy, B, S))
     traced = windows.run_window.trace(
         policy,
-        pair,
+        policy_and_draft,
         state,
         SETTINGS,
         scalar(jnp.int32),
@@ -251,7 +253,7 @@ def traced_window(
         accept="coupled",
         rounds_per_test=1,
     )
-    return traced, pair, state
+    return traced, policy_and_draft, state
 
 
 def num_bytes(tree: Any) -> int:
@@ -262,8 +264,8 @@ def num_bytes(tree: Any) -> int:
 def window(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any, Any]]:
     """A compiled window of the big decoder, with the shapes of what it runs on."""
     config = DrafterConfig() if request.param else None
-    traced, pair, state = traced_window(request.param, config)
-    yield traced.lower().compile(), pair, state
+    traced, params, state = traced_window(request.param, config)
+    yield traced.lower().compile(), params, state
 
 
 def test_a_window_gives_its_state_the_same_buffers(
@@ -316,10 +318,10 @@ def dims_of(kind: str) -> tuple[str, tuple[int, ...]]:
 def test_no_mask_per_head_and_no_copy_is_written(
     window: tuple[Any, Any, DecodeState],
 ) -> None:
-    compiled, pair, _ = window
+    compiled, params, _ = window
     written = list(unfused(compiled.as_text()))
     assert len(written) > 100
-    gamma = GAMMA if pair.draft is not None else 0
+    gamma = GAMMA if params.draft is not None else 0
     passed_on = {"parameter", "get-tuple-element", "bitcast"}
     weights = {shape for a, b in WEIGHTS.values() for shape in ((a, b), (b, a))}
     num_updates = 0
@@ -379,10 +381,10 @@ def test_other_programs_that_donate(program: str) -> None:
 
 def test_scopes_are_in_every_window(window: tuple[Any, Any, Any]) -> None:
     """What a profile calls the parts of a round."""
-    compiled, pair, _ = window
+    compiled, params, _ = window
     names = re.findall(r'op_name="([^"]*)"', compiled.as_text())
     scopes = ["verify", "accept", "emit", "verify/sample"]
-    if pair.draft is None:
+    if params.draft is None:
         scopes += ["verify/cache"]
     else:  # Drafts are a loop, and may be verified more than once.
         scopes += ["draft", "draft/.*/sample", "draft/.*/cache", "verify/.*/cache"]

@@ -66,8 +66,8 @@ def train_step(
     """One step of a plain Adam on the next-token loss."""
 
     def loss(params: Any) -> jax.Array:
-        places = jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32)
-        positions = jnp.broadcast_to(places, (tokens.shape[0], places.shape[0]))
+        offsets = jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32)
+        positions = jnp.broadcast_to(offsets, (tokens.shape[0], offsets.shape[0]))
         cache = policy.init_cache(*positions.shape)
         hidden, _ = policy.forward(params, tokens[:, :-1], positions, cache)
         logprobs = jax.nn.log_softmax(policy.logits(params, hidden))
@@ -263,8 +263,8 @@ def run(
 @functools.partial(jax.jit, static_argnums=0)
 def forced_logits(policy: er_jax.Decoder, params: Any, tokens: jax.Array) -> jax.Array:
     """Return the logits `[B, T, V]` after each token, in one pass."""
-    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = jnp.broadcast_to(places, tokens.shape)
+    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = jnp.broadcast_to(offsets, tokens.shape)
     hidden, _ = policy.forward(
         params, tokens, positions, policy.init_cache(*tokens.shape)
     )

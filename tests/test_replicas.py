@@ -45,11 +45,11 @@ def wanted() -> er_jax.Rollout:
 
 def test_tokens_are_those_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    main, cut = threading.get_ident(), replicas.replica_params
+    main, original = threading.get_ident(), replicas.replica_params
 
     def replica_params(*args: Any) -> Any:
         assert threading.get_ident() == main, "JAX's shards are not safe for threads"
-        return cut(*args)
+        return original(*args)
 
     monkeypatch.setattr(replicas, "replica_params", replica_params)
     found = sample(
@@ -273,15 +273,15 @@ def test_a_callback_that_ends_the_program_loses_nothing(
 
 def test_parameters_are_not_copied() -> None:
     mesh = layout.rollout_mesh(mesh_of(data=4, model=2))
-    placed = layout.put_on_mesh(POLICY, parameters(), mesh)
+    sharded = layout.put_on_mesh(POLICY, parameters(), mesh)
     parts = replicas.replica_meshes(mesh, 4)
     assert [list(part.devices.flat) for part in parts] == [
         jax.devices()[2 * i : 2 * i + 2] for i in range(4)
     ]
     for part in parts:
-        own = replicas.replica_params(placed, mesh, part)
+        own = replicas.replica_params(sharded, mesh, part)
         for mine, whole in zip(
-            jax.tree.leaves(own), jax.tree.leaves(placed), strict=True
+            jax.tree.leaves(own), jax.tree.leaves(sharded), strict=True
         ):
             np.testing.assert_array_equal(mine, whole)
             pointers = {

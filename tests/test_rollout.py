@@ -87,7 +87,7 @@ def assert_well_formed(out: er_jax.Rollout, prompts: Any, n: int, pad: int) -> N
         assert out.prompt_mask[row].tolist() == [False] * padding + [True] * len(prompt)
         length = int(out.lengths[row])
         assert out.completion_mask[row].tolist() == [
-            place < length for place in range(limit)
+            index < length for index in range(limit)
         ]
         assert (out.completion_ids[row, length:] == pad).all()
         assert (out.logprobs[row, length:] == 0).all()
@@ -157,7 +157,7 @@ def test_stops_are_included_and_masked_in(params: Any, out: er_jax.Rollout) -> N
     for free, row, reason in zip(
         rows(out), rows(stopped), stopped.finish_reason, strict=True
     ):
-        at = [place for place, token in enumerate(free) if token in stops]
+        at = [index for index, token in enumerate(free) if token in stops]
         assert row == (free[: at[0] + 1] if at else free)
         assert reason == ("stop" if at else "length")
     assert "stop" in stopped.finish_reason
@@ -203,8 +203,8 @@ def test_a_pad_id_that_is_sampled_is_a_token_like_others(
 @jax.jit
 def forced_logits(params: Any, ids: Any, mask: Any) -> jax.Array:
     """Return logits over padded sequences in one pass, as a trainer computes them."""
-    places = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-    positions = jnp.where(mask, places, NONE)
+    offsets = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    positions = jnp.where(mask, offsets, NONE)
     cache = POLICY.init_cache(*ids.shape)
     hidden, _ = POLICY.forward(params, jnp.where(mask, ids, 0), positions, cache)
     return POLICY.logits(params, hidden)
@@ -352,8 +352,8 @@ def test_speculation_changes_nothing_but_the_rounds(
 
 
 def test_a_draft_may_be_brought(params: Any, out: er_jax.Rollout) -> None:
-    pair = er_jax.attach_draft(params, er_jax.DrafterConfig())
-    made = sample(pair, control="fixed:2")
+    policy_and_draft = er_jax.attach_draft(params, er_jax.DrafterConfig())
+    made = sample(policy_and_draft, control="fixed:2")
     assert rows(made) == rows(out)
     assert made.stats.seconds["draft refresh"] == 0
     bare = sample(params, control="fixed:2")
@@ -369,7 +369,7 @@ def test_a_draft_may_be_brought(params: Any, out: er_jax.Rollout) -> None:
     assert rows(stale) == rows(out)
     assert stale.stats.keep_rate(2) < 0.5 < made.stats.keep_rate(2)
     # Neither is used up.
-    leaves = jax.tree.leaves((params, pair))
+    leaves = jax.tree.leaves((params, policy_and_draft))
     assert not any(leaf.is_deleted() for leaf in leaves)
 
 
@@ -448,12 +448,12 @@ def test_ctrl_c_at_any_time_loses_nothing_that_had_finished(
     params: Any, out: er_jax.Rollout, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a window runs, while rows are fetched, while the next one is planned."""
-    place, name = {
+    owner, name = {
         "wait": (engine.RunningWindow, "wait"),
         "fetch": (engine.Engine, "fetch_rows"),
         "plan": (er_jax.Controller, "choose"),
     }[at]
-    real: Any = getattr(place, name)
+    real: Any = getattr(owner, name)
     calls = 0
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -463,7 +463,7 @@ def test_ctrl_c_at_any_time_loses_nothing_that_had_finished(
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(place, name, interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt) as error:
         sample(params, max_slots=2)
     done: Any = error.value.completions  # type: ignore[attr-defined]
@@ -601,8 +601,10 @@ def test_rows_that_turn_nonfinite_end_and_are_named(control: str) -> None:
     settings = config(control=control, n=8, max_new_tokens=6)
 
     def run(params: Any, draft: Any) -> er_jax.Rollout:
-        pair = er_jax.PolicyParams(policy=params, draft=draft)
-        return er_jax.rollout(policy, pair, [[1], [2]], key=KEY, config=settings)
+        policy_and_draft = er_jax.PolicyParams(policy=params, draft=draft)
+        return er_jax.rollout(
+            policy, policy_and_draft, [[1], [2]], key=KEY, config=settings
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

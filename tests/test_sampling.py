@@ -294,8 +294,8 @@ def uniform(
 
 def grid(rows: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
     """Sequence ids `[rows, 1]` and positions `[1, positions]`."""
-    ids, places = np.arange(rows, dtype=np.int32), np.arange(positions, dtype=np.int32)
-    return ids[:, None], places[None]
+    ids, offsets = np.arange(rows, dtype=np.int32), np.arange(positions, dtype=np.int32)
+    return ids[:, None], offsets[None]
 
 
 def test_gumbel_follows_its_distribution() -> None:
@@ -360,8 +360,8 @@ def test_noise_does_not_depend_on_the_batch() -> None:
     whole = np.asarray(gumbel(config, *grid(16, 12), 10))
     assert whole.shape == (16, 12, 10)
     order = np.random.default_rng(0).permutation(16).astype(np.int32)
-    places = np.arange(12, dtype=np.int32)[None]
-    permuted = gumbel(config, order[:, None], places, 10)
+    positions = np.arange(12, dtype=np.int32)[None]
+    permuted = gumbel(config, order[:, None], positions, 10)
     np.testing.assert_array_equal(permuted, whole[order])
     one = gumbel(config, np.int32(5), np.int32(7), 10)
     np.testing.assert_array_equal(one, whole[5, 7])
@@ -372,12 +372,12 @@ def test_noise_does_not_depend_on_the_batch() -> None:
 
 
 def test_uniform_does_not_depend_on_the_batch() -> None:
-    ids, places = grid(6, 5)
+    ids, positions = grid(6, 5)
     starts = np.arange(6, dtype=np.int32)[:, None] * 2
-    whole = np.asarray(uniform(settings(), ids, places, start=starts))
+    whole = np.asarray(uniform(settings(), ids, positions, start=starts))
     assert whole.shape == (6, 5)
     assert len(np.unique(whole)) == whole.size
-    one = uniform(settings(), ids[4, 0], places[0, 2], start=starts[4, 0])
+    one = uniform(settings(), ids[4, 0], positions[0, 2], start=starts[4, 0])
     assert one == whole[4, 2]
 
 
@@ -386,15 +386,17 @@ def test_no_two_counters_share_noise(x64: None) -> None:
 
     Two of so many equal by accident with chance 2e-12.
     """
-    ids, places = grid(8, 32)
-    places = np.concatenate([places[:, :24], places[:, 24:] * 1000 + 77], axis=1)
+    ids, positions = grid(8, 32)
+    positions = np.concatenate(
+        [positions[:, :24], positions[:, 24:] * 1000 + 77], axis=1
+    )
     seen = []
     for key in ((0, 0), (0, 1), (1, 0)):
         config = settings(key=key)
         for purpose in Purpose:
             for start in (None, 0, 1):
                 at = None if start is None else np.full_like(ids, start)
-                noise = gumbel(config, ids, places, 2, "float64", purpose, at)
+                noise = gumbel(config, ids, positions, 2, "float64", purpose, at)
                 seen.append(np.asarray(noise).reshape(-1, 2))
     pairs = np.concatenate(seen)
     assert len(pairs) == 3 * 4 * 3 * 8 * 32

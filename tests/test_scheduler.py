@@ -44,10 +44,10 @@ def token(sequence_id: int, position: int, prompt_length: int) -> int:
 def expected(sequence_id: int, prompt: Any, max_new_tokens: int) -> Completion:
     """Return what a sequence has to come out as, whoever ran it, and with whom."""
     count = min(natural_length(sequence_id), max_new_tokens)
-    places = range(len(prompt), len(prompt) + count)
+    positions = range(len(prompt), len(prompt) + count)
     return Completion(
-        token_ids=np.array([token(sequence_id, p, len(prompt)) for p in places]),
-        logprobs=np.array([-float(p) for p in places], np.float32),
+        token_ids=np.array([token(sequence_id, p, len(prompt)) for p in positions]),
+        logprobs=np.array([-float(p) for p in positions], np.float32),
         finish_reason=(
             "stop" if natural_length(sequence_id) <= max_new_tokens else "length"
         ),

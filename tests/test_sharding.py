@@ -1,4 +1,4 @@
-"""Rules from names to cuts, on eight devices that are eight times this CPU.
+"""Rules from names to shardings, on eight devices that are eight times this CPU.
 
 Meshes here are abstract: only their shapes matter.
 """
@@ -42,7 +42,7 @@ def shapes(**changes: Any) -> tuple[er_jax.Decoder, Any]:
     return policy, jax.eval_shape(policy.init, jax.random.key(0))
 
 
-def test_every_parameter_has_its_cut() -> None:
+def test_every_parameter_has_its_sharding() -> None:
     policy, params = shapes()
     mesh = mesh_of(data=2, fsdp=2, model=2)
     found = specs(rules.param_shardings(params, policy.config, mesh))
@@ -81,17 +81,17 @@ def test_few_key_value_heads_lie_whole() -> None:
     assert found["layers/0/k_bias"] == PartitionSpec(None)
     assert found["layers/0/q_proj"] == PartitionSpec(None, "model")
     state = jax.eval_shape(lambda: steps.empty_state(policy, 8, 16))
-    cut = rules.state_shardings(state, policy, mesh)
-    assert cut.cache[0]["keys"].spec == PartitionSpec(None, None, None)
+    shardings = rules.state_shardings(state, policy, mesh)
+    assert shardings.cache[0]["keys"].spec == PartitionSpec(None, None, None)
 
 
-def test_states_are_cut_by_rows_and_heads() -> None:
+def test_states_are_sharded_by_rows_and_heads() -> None:
     policy, _ = shapes()
     state = jax.eval_shape(lambda: steps.empty_state(policy, 8, 16))
-    cut = rules.state_shardings(state, policy, mesh_of(data=2, model=4))
-    assert cut.tokens.spec == PartitionSpec("data", None)
-    assert cut.live.spec == PartitionSpec("data")
-    assert cut.cache[0]["values"].spec == PartitionSpec("data", None, "model")
+    shardings = rules.state_shardings(state, policy, mesh_of(data=2, model=4))
+    assert shardings.tokens.spec == PartitionSpec("data", None)
+    assert shardings.live.spec == PartitionSpec("data")
+    assert shardings.cache[0]["values"].spec == PartitionSpec("data", None, "model")
     with pytest.raises(ValueError, match="rows=8 are not divided by the mesh's axis"):
         rules.state_shardings(state, policy, mesh_of(data=3))
 
@@ -101,12 +101,12 @@ def test_states_are_cut_by_rows_and_heads() -> None:
 def test_a_draft_lies_as_its_policy(group: int | None, tied: bool) -> None:
     policy, params = shapes(tied_embeddings=tied)
     mesh = mesh_of(fsdp=2, model=4)
-    cuts = rules.param_shardings(params, policy.config, mesh)
+    shardings = rules.param_shardings(params, policy.config, mesh)
     config = er_jax.DrafterConfig(group_size=group)
     draft = jax.eval_shape(lambda p: er_jax.attach_draft(p, config).draft, params)
-    found = rules.draft_shardings(draft, cuts)
-    # The same tree, and every part has as many dimensions as are cut.
-    jax.tree.map(lambda x, cut: cut.shard_shape(x.shape), draft, found)
+    found = rules.draft_shardings(draft, shardings)
+    # The same tree, and every part has as many dimensions as are sharded.
+    jax.tree.map(lambda x, sharding: sharding.shard_shape(x.shape), draft, found)
     q, down = (found["layers"][0][name] for name in ("q_proj", "down_proj"))
     if group is None:
         assert q.codes.spec == PartitionSpec("model", "fsdp")
@@ -120,7 +120,7 @@ def test_a_draft_lies_as_its_policy(group: int | None, tied: bool) -> None:
         assert head.codes.spec == PartitionSpec("model", "fsdp")
 
 
-def test_what_cannot_be_cut_is_refused() -> None:
+def test_what_cannot_be_sharded_is_refused() -> None:
     policy, params = shapes(vocab_size=63)
     mesh = mesh_of(model=4)
     with pytest.raises(ValueError, match=r"does not divide embed, of shape \(63, 32\)"):
@@ -134,14 +134,14 @@ def test_shared_parts_are_parts_of_what_a_device_holds() -> None:
     mesh = layout.rollout_mesh(Mesh(devices, ("data", "fsdp", "model")))
     joint = layout.shared_rows_mesh(mesh)
     assert dict(joint.shape) == {"data": 1, "fsdp": 2, "model": 4}
-    cut = NamedSharding(joint, PartitionSpec("fsdp", "model"))
-    parted = layout.as_sharded(cut, mesh)
+    sharding = NamedSharding(joint, PartitionSpec("fsdp", "model"))
+    parted = layout.as_sharded(sharding, mesh)
     assert parted.spec == PartitionSpec("fsdp", ("model", "data"))
     before = NamedSharding(mesh, PartitionSpec("fsdp", "model"))
     shape = (8, 16)
-    places = cut.devices_indices_map(shape)
-    assert places == parted.devices_indices_map(shape), "not the same places"
-    for device, (rows, columns) in places.items():
+    parts = sharding.devices_indices_map(shape)
+    assert parts == parted.devices_indices_map(shape), "not the same parts"
+    for device, (rows, columns) in parts.items():
         old_rows, old_columns = before.devices_indices_map(shape)[device]
         assert rows == old_rows
         assert set(range(16)[columns]) < set(range(16)[old_columns])
@@ -155,10 +155,12 @@ def test_what_is_not_divided_is_not_shared() -> None:
 
     def found(drafter: er_jax.DrafterConfig | None = None, **changes: Any) -> Any:
         policy, params = shapes(**changes)
-        pair = er_jax.PolicyParams(policy=params, draft=None)
+        policy_and_draft = er_jax.PolicyParams(policy=params, draft=None)
         if drafter is not None:
-            pair = jax.eval_shape(lambda p: er_jax.attach_draft(p, drafter), params)
-        return layout.shared_rows_shardings(policy, pair, mesh)
+            policy_and_draft = jax.eval_shape(
+                lambda p: er_jax.attach_draft(p, drafter), params
+            )
+        return layout.shared_rows_shardings(policy, policy_and_draft, mesh)
 
     assert found() is not None
     assert found(er_jax.DrafterConfig()) is not None

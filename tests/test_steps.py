@@ -70,13 +70,13 @@ def admission(
     """
     num_prompts = 6
     order = [(slot, i) for i, (_, slots) in enumerate(prefills) for slot in slots]
-    places = [prompt for prompt, _ in prefills]
+    prompts = [prompt for prompt, _ in prefills]
     for prompt, _, to in clones:
-        places.append(prompt)
-        order.append((to, len(places) - 1))
+        prompts.append(prompt)
+        order.append((to, len(prompts) - 1))
     tokens = np.zeros((num_prompts, T), np.int32)
     length = np.zeros(num_prompts, np.int32)
-    for i, prompt in enumerate(places):
+    for i, prompt in enumerate(prompts):
         tokens[i, : len(PROMPTS[prompt])] = PROMPTS[prompt]
         length[i] = len(PROMPTS[prompt])
     sizes = np.array([len(slots) for _, slots in prefills] + [0] * num_prompts)
@@ -120,8 +120,8 @@ def forward(params: Any, tokens: Any, positions: Any) -> tuple[jax.Array, Any]:
 
 def entries_of(params: Any, tokens: Any, count: Any) -> tuple[np.ndarray, ...]:
     """Return the cache `[B, S, ...]` that the first `count` tokens of rows leave."""
-    places = np.arange(tokens.shape[1], dtype=np.int32)[None]
-    positions = np.where(places < np.asarray(count)[:, None], places, NONE)
+    offsets = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    positions = np.where(offsets < np.asarray(count)[:, None], offsets, NONE)
     return tuple(
         np.asarray(leaf)
         for leaf in jax.tree.leaves(forward(params, np.asarray(tokens), positions)[1])
@@ -298,13 +298,13 @@ def test_rounds_emit_the_targets_own_noised_argmax(
             grown[started.live], info.num_accepted[started.live] + 1
         )
     # One pass over the result, without draft, cache or rounds, says what to emit.
-    places = np.tile(np.arange(S, dtype=np.int32), (ROWS, 1))
-    logits, _ = forward(params.policy, state.tokens, places)
+    positions = np.tile(np.arange(S, dtype=np.int32), (ROWS, 1))
+    logits, _ = forward(params.policy, state.tokens, positions)
     noised = sampling.noised_logprobs(
         logits,
         settings(),
         jnp.asarray(state.sequence_id)[:, None],
-        jnp.asarray(places + 1),
+        jnp.asarray(positions + 1),
     )
     draws, full = np.argmax(noised, axis=-1), np.asarray(jax.nn.log_softmax(logits))
     tokens, logprobs = np.asarray(state.tokens), np.asarray(state.logprobs)
@@ -346,15 +346,15 @@ def test_what_lies_beyond_the_length_changes_nothing(
     params: PolicyParams, started: DecodeState, gamma: int
 ) -> None:
     """Any finite poison, in cache, tokens and log-probabilities: bit for bit."""
-    places = np.arange(S)
-    beyond = places[None] >= np.maximum(started.length - 1, 0)[:, None]
+    positions = np.arange(S)
+    beyond = positions[None] >= np.maximum(started.length - 1, 0)[:, None]
 
     def poisoned(value: float) -> Any:
         return lambda leaf: np.where(
             beyond.reshape(ROWS, S, *[1] * (leaf.ndim - 2)), value, leaf
         ).astype(leaf.dtype)
 
-    after_tokens = places[None] >= started.length[:, None]
+    after_tokens = positions[None] >= started.length[:, None]
     poison = dataclasses.replace(
         started,
         tokens=np.where(after_tokens, 13, started.tokens).astype(np.int32),

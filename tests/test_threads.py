@@ -20,7 +20,8 @@ import er_jax
 from er_jax.control.estimate import KEEP_PER_ROLLOUT, PRIOR_ROUNDS
 from er_jax.costs import timing
 from er_jax.costs.table import LatencyTable
-from er_jax.engine import engine, kept
+from er_jax.engine import engine as engine_module
+from er_jax.engine import kept
 from er_jax.engine.engine import Engine
 from er_jax.types import Program
 from tests.test_programs import CompileCounter, small_policy
@@ -77,8 +78,8 @@ def test_threads_sample_what_one_does(
         alone = sample(key)
         assert alone.stats.compiled == []
         np.testing.assert_array_equal(out.completion_ids, alone.completion_ids)
-    programs = kept.engine_for(policy, params, "coupled")
-    assert len(programs.compiled) == len(names)
+    engine = kept.engine_for(policy, params, "coupled")
+    assert len(engine.compiled) == len(names)
     # What was learnt is whole: another controller takes it.
     again = er_jax.Controller(control, (0, 2))
     again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
@@ -149,64 +150,64 @@ class Lowered:
         return SimpleNamespace()
 
 
-def ask(programs: Engine, name: str, lowered: Lowered) -> float:
+def ask(engine: Engine, name: str, lowered: Lowered) -> float:
     """Ask for a program; return what that cost this thread of compilation."""
-    before = programs.compile_s
-    programs._program((name,), lowered, lambda _: lowered)
-    return programs.compile_s - before
+    before = engine.compile_s
+    engine._program((name,), lowered, lambda _: lowered)
+    return engine.compile_s - before
 
 
 def test_a_program_that_is_being_compiled_is_waited_for() -> None:
-    programs = Engine(small_policy(315.0), "coupled")
+    engine = Engine(small_policy(315.0), "coupled")
     lowered = Lowered(lambda: time.sleep(0.2))
-    costs = together(*[lambda: ask(programs, "a", lowered)] * 3)
+    costs = together(*[lambda: ask(engine, "a", lowered)] * 3)
     assert lowered.num_compiled == 1
     # Whoever waited spent its time on it as well, and nobody else's.
     assert all(0.1 < cost < 2 for cost in costs), costs
-    assert programs.compile_s == 0 and programs.compiled_here == []
-    assert ask(programs, "a", lowered) == 0
+    assert engine.compile_s == 0 and engine.compiled_here == []
+    assert ask(engine, "a", lowered) == 0
 
 
 def test_other_programs_are_compiled_meanwhile() -> None:
-    programs = Engine(small_policy(315.0), "coupled")
+    engine = Engine(small_policy(315.0), "coupled")
     both = threading.Barrier(2)
     together(
-        lambda: ask(programs, "a", Lowered(lambda: both.wait(WAIT_S))),
-        lambda: ask(programs, "b", Lowered(lambda: both.wait(WAIT_S))),
+        lambda: ask(engine, "a", Lowered(lambda: both.wait(WAIT_S))),
+        lambda: ask(engine, "b", Lowered(lambda: both.wait(WAIT_S))),
     )
-    assert {name[0] for name in programs.compiled} == {"a", "b"}
+    assert {name[0] for name in engine.compiled} == {"a", "b"}
 
 
 def test_whoever_waited_for_a_failure_tries_itself() -> None:
-    programs = Engine(small_policy(315.0), "coupled")
+    engine = Engine(small_policy(315.0), "coupled")
     lowered = Lowered(lambda: time.sleep(0.1), fails=1)
     errors: list[Exception] = []
 
     def attempt() -> None:
         try:
-            ask(programs, "a", lowered)
+            ask(engine, "a", lowered)
         except MemoryError as error:
             errors.append(error)
 
     together(attempt, attempt)
     assert lowered.num_compiled == 2 and len(errors) == 1
-    assert list(programs.compiled) == [("a",)]
+    assert list(engine.compiled) == [("a",)]
 
 
 def test_two_drafts_at_once_are_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     """One name for both would run one with the program of the other."""
-    programs = Engine(small_policy(315.0), "coupled")
+    engine = Engine(small_policy(315.0), "coupled")
     both = threading.Barrier(2)
-    describe = engine.signature
+    describe = engine_module.signature
 
     def signature(*args: Any) -> Any:
         both.wait(WAIT_S)
         return describe(*args)
 
-    monkeypatch.setattr(engine, "signature", signature)
+    monkeypatch.setattr(engine_module, "signature", signature)
     kinds = together(
-        lambda: programs.draft_kind(np.zeros(3)),
-        lambda: programs.draft_kind(np.zeros(4)),
+        lambda: engine.draft_kind(np.zeros(3)),
+        lambda: engine.draft_kind(np.zeros(4)),
     )
     assert len(set(kinds)) == 2
 

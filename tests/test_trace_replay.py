@@ -19,16 +19,16 @@ from er_jax.costs.passes import PassCosts
 from er_jax.tools import cli
 from er_jax.tools.replay import (
     Best,
+    DecisionPoint,
     Fixed,
     Oracle,
     Outcome,
     Paper,
-    Situation,
     compare,
     make_decider,
     replay,
 )
-from er_jax.tools.traces import TRACES, Luck, Trace
+from er_jax.tools.traces import TRACES, KeptDrafts, Trace
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE, passes
 from tests.test_sweep import rows_of, write
@@ -48,8 +48,8 @@ def trace_of(*lengths: int) -> Trace:
 def run(
     trace: Trace, gamma: int, keep_prob: float, slots: int | None = None
 ) -> Outcome:
-    luck = Luck(trace, keep_prob, seed=0)
-    return replay(trace, Costs(), Fixed(gamma), luck, slots=slots)
+    kept_drafts = KeptDrafts(trace, keep_prob, seed=0)
+    return replay(trace, Costs(), Fixed(gamma), kept_drafts, slots=slots)
 
 
 def test_plain_decoding_by_hand() -> None:
@@ -93,22 +93,22 @@ def test_what_controllers_are_told_adds_up() -> None:
             kept[:] += k
 
     trace = trace_of(70, 3, 200)
-    replay(trace, Costs(), Listening(3), Luck(trace, 0.7, 0))
+    replay(trace, Costs(), Listening(3), KeptDrafts(trace, 0.7, 0))
     assert emitted @ np.arange(1, 5) == trace.lengths.sum()
     assert emitted.sum() == kept.sum()
     assert kept @ np.arange(4) >= emitted @ np.arange(4)
 
 
-def test_luck_is_a_matter_of_the_token() -> None:
+def test_kept_drafts_are_a_matter_of_the_token() -> None:
     trace = trace_of(4, 6)
-    luck = Luck(trace, 0.5, seed=3)
+    kept_drafts = KeptDrafts(trace, 0.5, seed=3)
     is_kept = np.random.default_rng(3).random(10) < 0.5
     for token in range(10):
         run = 0
         while token + run < 10 and is_kept[token + run]:
             run += 1
-        assert luck.run[token] == run
-    assert luck.start.tolist() == [0, 4]
+        assert kept_drafts.run[token] == run
+    assert kept_drafts.start.tolist() == [0, 4]
 
 
 # -- the published rule ----------------------------------------------------------------
@@ -205,9 +205,9 @@ def test_best_is_ahead_of_the_published_rule_and_near_the_oracle(
 def test_a_draft_that_is_never_kept_costs_little() -> None:
     """The belief it begins with is given up within some rounds."""
     trace = TRACES["tail"](64, cap=1024, seed=0)
-    luck, costs = Luck(trace, 0.0, 0), passes(gammas=(1, 3, 7))
-    plain = replay(trace, costs, Fixed(0), luck)
-    found = replay(trace, costs, Best(costs, range(9)), luck)
+    kept_drafts, costs = KeptDrafts(trace, 0.0, 0), passes(gammas=(1, 3, 7))
+    plain = replay(trace, costs, Fixed(0), kept_drafts)
+    found = replay(trace, costs, Best(costs, range(9)), kept_drafts)
     assert found.by_gamma[0] > 0.9 * found.seconds
     assert found.seconds < 1.05 * plain.seconds
 
@@ -215,8 +215,8 @@ def test_a_draft_that_is_never_kept_costs_little() -> None:
 def test_the_oracle_takes_what_is_left_into_account() -> None:
     costs = passes()
     oracle = Oracle(costs, range(8), keep_prob=1.0)
-    assert oracle.choose(Situation(1, 512, np.array([1]))) == 0
-    assert oracle.choose(Situation(1, 512, np.array([1000]))) == 7
+    assert oracle.choose(DecisionPoint(1, 512, np.array([1]))) == 0
+    assert oracle.choose(DecisionPoint(1, 512, np.array([1000]))) == 7
 
 
 def test_names_of_deciders() -> None:
@@ -232,8 +232,8 @@ def test_names_of_deciders() -> None:
 
 def test_thousands_of_sequences_are_replayed_in_seconds() -> None:
     trace = TRACES["capped"](4096, cap=8192, seed=0)
-    luck, costs = Luck(trace, 0.95, 0), passes(gammas=(1, 3, 7))
-    outcome = replay(trace, costs, Best(costs, range(9)), luck, slots=64)
+    kept_drafts, costs = KeptDrafts(trace, 0.95, 0), passes(gammas=(1, 3, 7))
+    outcome = replay(trace, costs, Best(costs, range(9)), kept_drafts, slots=64)
     assert outcome.tokens == trace.lengths.sum() > 10_000_000
     assert sum(outcome.by_gamma.values()) == pytest.approx(outcome.seconds)
     assert sum(outcome.by_live.values()) == pytest.approx(outcome.seconds)
@@ -346,9 +346,9 @@ TRACE = Trace(np.array([10, 0]), np.array([4, 6]))
         (lambda: TRACES["tail"](4, cap=0, seed=0), "cap=0 must be"),
         (lambda: TRACES["capped"](-1, cap=9, seed=0), "num=-1 must be"),
         (lambda: TRACES["mixture"](2**40, cap=9, seed=0), "num=1099511627776 must be"),
-        (lambda: Luck(TRACE, 1.5, 0), "keep_prob=1.5 must be a chance"),
-        (lambda: Luck(TRACE, float("nan"), 0), "keep_prob=nan must be a chance"),
-        (lambda: Luck(TRACE, 0.5, -1), "seed=-1 must be"),
+        (lambda: KeptDrafts(TRACE, 1.5, 0), "keep_prob=1.5 must be a chance"),
+        (lambda: KeptDrafts(TRACE, float("nan"), 0), "keep_prob=nan must be a chance"),
+        (lambda: KeptDrafts(TRACE, 0.5, -1), "seed=-1 must be"),
         (lambda: Fixed(-1), "gamma=-1 must be"),
         (lambda: Oracle(COSTS, (), 0.5), "gammas is empty"),
         (lambda: Oracle(COSTS, (-1, 0), 0.5), r"gammas=\(-1, 0\) must all be"),
@@ -365,7 +365,7 @@ TRACE = Trace(np.array([10, 0]), np.array([4, 6]))
         *(
             (
                 lambda slots=slots: replay(
-                    TRACE, COSTS, Fixed(0), Luck(TRACE, 0.5, 0), slots=slots
+                    TRACE, COSTS, Fixed(0), KeptDrafts(TRACE, 0.5, 0), slots=slots
                 ),
                 f"slots={slots} must be a whole number from 1",
             )
@@ -373,13 +373,13 @@ TRACE = Trace(np.array([10, 0]), np.array([4, 6]))
         ),
         (
             lambda: replay(
-                TRACE, COSTS, Fixed(0), Luck(TRACE, 0.5, 0), until_s=float("nan")
+                TRACE, COSTS, Fixed(0), KeptDrafts(TRACE, 0.5, 0), until_s=float("nan")
             ),
             "until_s=nan must be seconds",
         ),
         (
-            lambda: replay(TRACE, COSTS, Fixed(0), Luck(trace_of(9, 9), 0.5, 0)),
-            "luck was drawn for 18 tokens, the trace has 10",
+            lambda: replay(TRACE, COSTS, Fixed(0), KeptDrafts(trace_of(9, 9), 0.5, 0)),
+            "kept drafts were drawn for 18 tokens, the trace has 10",
         ),
         (
             lambda: compare([], COSTS, ROOFLINE, (), gammas=(0,), keep_prob=0.5),
@@ -396,12 +396,12 @@ def test_no_row_decodes_without_a_token() -> None:
     lengths = []
 
     class Looking(Fixed):
-        def choose(self, situation: Situation) -> int:
-            lengths.append(situation.length)
+        def choose(self, point: DecisionPoint) -> int:
+            lengths.append(point.length)
             return 0
 
     trace = Trace(np.zeros(2, int), np.array([1, 40]))
-    replay(trace, Costs(), Looking(0), Luck(trace, 0.5, 0))
+    replay(trace, Costs(), Looking(0), KeptDrafts(trace, 0.5, 0))
     assert lengths == [32, 32]
 
 
@@ -412,7 +412,7 @@ def test_prompts_of_unknown_length_have_a_price(control: str) -> None:
     costs = PassCosts([r for r in COSTS.readings if r.length == longest])
     trace = Trace(np.zeros(3, int), np.array([1, 2, 5]))
     decider = make_decider(control, costs, ROOFLINE, range(5), 0.9)
-    outcome = replay(trace, costs, decider, Luck(trace, 0.9, 0))
+    outcome = replay(trace, costs, decider, KeptDrafts(trace, 0.9, 0))
     assert outcome.seconds > 0
     assert outcome.done.tolist() == [1, 2, 5]
 

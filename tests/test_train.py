@@ -88,8 +88,8 @@ def transitions():
         sequence = [*example.prompt, *example.completion]
         behavior = example.behavior_logprobs or []
         for i, old in enumerate(behavior):
-            place = len(example.prompt) + i
-            yield row, sequence[place - 1], sequence[place], old
+            index = len(example.prompt) + i
+            yield row, sequence[index - 1], sequence[index], old
 
 
 def by_hand(temperature=1.0):

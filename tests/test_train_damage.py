@@ -38,10 +38,10 @@ def files_of(directory: Path) -> dict[str, bytes]:
     }
 
 
-def flip(path: Path, place: float = 0.5) -> None:
+def flip(path: Path, fraction: float = 0.5) -> None:
     """Change one bit, at this share of a file."""
     data = bytearray(path.read_bytes())
-    data[int(place * len(data))] ^= 0x10
+    data[int(fraction * len(data))] ^= 0x10
     path.write_bytes(bytes(data))
 
 
@@ -173,9 +173,9 @@ def test_a_flipped_byte_of_an_array_is_never_given_back(run: Path, item: str) ->
     """A bit anywhere in the largest file: of the numbers, or of what orders them."""
     path = largest(run / DIRECTORY / "4" / item)
     data, found = path.read_bytes(), 0
-    for place in np.linspace(0, 0.999, 12):
+    for fraction in np.linspace(0, 0.999, 12):
         path.write_bytes(data)
-        flip(path, float(place))
+        flip(path, float(fraction))
         found += not assert_whole_or_named(run, 4, older=3)
     assert found >= 6
 
@@ -224,8 +224,8 @@ def test_digests_see_places_and_nothing_of_the_layout() -> None:
     assert len(set(found)) == 5
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
     for spec in (("a", None), ("b", "a"), (("a", "b"), None)):
-        cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-        assert tree_digest({"x": jax.device_put(values, cut)}) == found[0]
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        assert tree_digest({"x": jax.device_put(values, sharding)}) == found[0]
 
 
 def test_digests_of_wide_and_narrow_numbers(x64: None) -> None:

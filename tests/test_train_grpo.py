@@ -194,8 +194,8 @@ def test_a_near_tie_is_found_and_measured(tmp_path):
         lambda x: x * (1 + 3e-4 * noise.standard_normal(x.shape)).astype(x.dtype),
         plain.state.params.policy,
     )
-    pair, _ = update.derive(nudged.policy, params, drafter=nudged.drafter)
-    nudged.state = nudged.state.replace(params=pair)
+    policy_and_draft, _ = update.derive(nudged.policy, params, drafter=nudged.drafter)
+    nudged.state = nudged.state.replace(params=policy_and_draft)
     first, second = plain.rollout_step(), nudged.rollout_step()
     rows = compare.differing_rows(first.out, second.out)
     assert 0 < len(rows) < 20  # of 2048

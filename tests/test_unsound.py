@@ -148,14 +148,14 @@ def test_what_a_longer_draft_leaves_behind_is_not_met_by_a_shorter_one(
 
     policy = Learned(attention=attention)
     params = poisoned(policy.init(0), token=11)
-    pair = er_jax.PolicyParams(
+    policy_and_draft = er_jax.PolicyParams(
         policy=params, draft=er_jax.quantize(policy.init(1), er_jax.DrafterConfig())
     )
     controller = Restless("best")
     config = er_jax.RolloutConfig(max_new_tokens=NEW, n=8, max_slots=8)
     with pytest.warns(RuntimeWarning, match="non-finite"):
         out = er_jax.rollout(
-            policy, pair, PROMPTS, key=jax.random.key(3), config=config,
+            policy, policy_and_draft, PROMPTS, key=jax.random.key(3), config=config,
             controller=controller,
         )  # fmt: skip
     assert set(out.stats.rounds) == {0, 2, 8}
@@ -166,11 +166,13 @@ def test_a_draft_full_of_nan_costs_time_and_nothing_else() -> None:
     policy = Learned(attention="plain")
     params = policy.init(0)
     draft = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
-    pair = er_jax.PolicyParams(policy=params, draft=draft)
+    policy_and_draft = er_jax.PolicyParams(policy=params, draft=draft)
     config = er_jax.RolloutConfig(
         max_new_tokens=NEW, n=2, max_slots=2, control="fixed:4"
     )
-    out = er_jax.rollout(policy, pair, PROMPTS, key=jax.random.key(3), config=config)
+    out = er_jax.rollout(
+        policy, policy_and_draft, PROMPTS, key=jax.random.key(3), config=config
+    )
     assert_same(out, sample(policy, params, "ar"))
 
 
@@ -178,7 +180,7 @@ def test_measuring_a_round_feeds_no_position_that_the_policy_has_not() -> None:
     """The caches that are measured have room for more: rows would end at once."""
     policy = Learned(max_length=20, attention="plain")
     engine = Engine(policy, "coupled")
-    pair = er_jax.attach_draft(policy.init(0), er_jax.DrafterConfig())
+    params = er_jax.attach_draft(policy.init(0), er_jax.DrafterConfig())
     infos: list[Any] = []
     start_window = engine.start_window
 
@@ -188,7 +190,7 @@ def test_measuring_a_round_feeds_no_position_that_the_policy_has_not() -> None:
         return state, window
 
     engine.start_window = watched  # type: ignore[method-assign]
-    timing.measure_round(engine, pair, Program(2, 64, 2))
+    timing.measure_round(engine, params, Program(2, 64, 2))
     assert len(infos) > 1
     assert all(info.finish_reason.max() != Finish.NONFINITE for info in infos)
     assert max(info.length.max() for info in infos) > 10

@@ -94,9 +94,9 @@ def find_tie(trainer: Trainer, first: StepData, second: StepData, row: int) -> T
       first, second: what the two runs sampled. row: one in which they differ.
     """
     ids = (first.out.completion_ids[row], second.out.completion_ids[row])
-    place = int(np.flatnonzero(ids[0] != ids[1])[0])
+    index = int(np.flatnonzero(ids[0] != ids[1])[0])
     prompt = first.out.prompt_ids[row][first.out.prompt_mask[row]]
-    before = np.concatenate([prompt, ids[0][:place]])[None]
+    before = np.concatenate([prompt, ids[0][:index]])[None]
     position = before.shape[1]
     policy, params = trainer.policy, trainer.state.params.policy
     hidden, _ = policy.forward(
@@ -118,7 +118,7 @@ def find_tie(trainer: Trainer, first: StepData, second: StepData, row: int) -> T
             jnp.int32(position),
         )
     )
-    tokens = int(ids[0][place]), int(ids[1][place])
+    tokens = int(ids[0][index]), int(ids[1][index])
     return Tie(
         sequence=row,
         position=position,

@@ -66,9 +66,8 @@ class MeshConfig:
 
     Args:
       data: parts that the rows are spread over, each with a copy of the weights.
-      fsdp: parts that the weights are cut into for updates; rows are spread over them
-        too.
-      model: parts that attention heads and features are cut into.
+      fsdp: devices that the weights are sharded over for updates; so are the rows.
+      model: devices that attention heads and features are sharded over.
       replicas: let every copy of the weights sample by itself; see docs/pods.md.
       coordinator: where several processes meet: HOST:PORT of the first, or "auto" on
         clusters that JAX knows. None is one process.

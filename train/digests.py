@@ -63,10 +63,10 @@ def _hashed(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
     words = lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize])
     words = words.astype(jnp.uint32)
-    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         along = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        place += along * jnp.uint32(stride % 2**32)
+        index += along * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
 
     def mixed(x: jax.Array) -> jax.Array:
@@ -74,6 +74,6 @@ def _hashed(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
         return x ^ (x >> jnp.uint32(16))
 
-    first = mixed(words ^ mixed(place))
+    first = mixed(words ^ mixed(index))
     second = mixed(first + jnp.uint32(0x9E3779B9))
     return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)

@@ -1,11 +1,11 @@
 """Placement: where a training run's arrays lie, on one device or on a mesh.
 
 A mesh has three axes of any size. In an update, rows are spread over `data` and `fsdp`;
-weights, gradients and the optimizer's state are cut over `fsdp` and `model`. A rollout
-uses the same devices in another way: every device along `fsdp` has rows of its own and
-whole weights, because a decoding step has too few rows to be worth gathering weights
-for. An update therefore ends by gathering the weights along `fsdp` once, in the program
-that also derives the draft.
+weights, gradients and the optimizer's state are sharded over `fsdp` and `model`. A
+rollout uses the same devices in another way: every device along `fsdp` has rows of its
+own and whole weights, because a decoding step has too few rows to be worth gathering
+weights for. An update therefore ends by gathering the weights along `fsdp` once, in the
+program that also derives the draft.
 
 Several processes run the same program on the same numbers. The first one writes files,
 prints, and broadcasts to the others what only it knows (`agreed`).
@@ -187,8 +187,8 @@ class Placement:
         """Constrain an optimizer's state to its parameters' sharding, inside a jit."""
         if self.mesh is None:
             return opt_state
-        cuts = self._of_optimizer(policy, optimizer, opt_state, params)
-        return jax.tree.map(lax.with_sharding_constraint, opt_state, cuts)
+        shardings = self._of_optimizer(policy, optimizer, opt_state, params)
+        return jax.tree.map(lax.with_sharding_constraint, opt_state, shardings)
 
     def shaped_optimizer(
         self, policy: er_jax.Policy, optimizer: Any, opt_state: Any, params: Any
@@ -196,8 +196,8 @@ class Placement:
         """Return the shapes and shardings of an optimizer's state, for a restore."""
         if self.mesh is None:
             return self.shaped_whole(opt_state)
-        cuts = self._of_optimizer(policy, optimizer, opt_state, params)
-        return jax.tree.map(_shaped, opt_state, cuts)
+        shardings = self._of_optimizer(policy, optimizer, opt_state, params)
+        return jax.tree.map(_shaped, opt_state, shardings)
 
     def _of_optimizer(
         self, policy: er_jax.Policy, optimizer: Any, opt_state: Any, params: Any
@@ -206,7 +206,7 @@ class Placement:
         whole = NamedSharding(self.mesh, PartitionSpec())
         return optax.tree_map_params(
             optimizer,
-            lambda _, cut: cut,
+            lambda _, sharding: sharding,
             opt_state,
             self.params(policy, params),
             transform_non_params=lambda _: whole,
@@ -216,8 +216,8 @@ class Placement:
         """Spread a batch's rows, its first axis, over the mesh, inside a jit."""
         if self.mesh is None:
             return batch
-        cut = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
-        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cut), batch)
+        sharding = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, sharding), batch)
 
     def drafted(
         self, policy: er_jax.Policy, params: Any, config: er_jax.DrafterConfig
@@ -230,12 +230,14 @@ class Placement:
         """
         if self.mesh is None:
             return er_jax.attach_draft(params, config), None
-        cuts = jax.tree.map(self._gathered, self.params(policy, params))
-        gathered = lax.with_sharding_constraint(params, cuts)
+        shardings = jax.tree.map(self._gathered, self.params(policy, params))
+        gathered = lax.with_sharding_constraint(params, shardings)
         draft = er_jax.attach_draft(gathered, config).draft
-        draft = lax.with_sharding_constraint(draft, rules.draft_shardings(draft, cuts))
-        pair = er_jax.PolicyParams(policy=params, draft=draft)
-        return pair, gathered if self.mesh.shape["fsdp"] > 1 else None
+        draft = lax.with_sharding_constraint(
+            draft, rules.draft_shardings(draft, shardings)
+        )
+        policy_and_draft = er_jax.PolicyParams(policy=params, draft=draft)
+        return policy_and_draft, gathered if self.mesh.shape["fsdp"] > 1 else None
 
     def sampler(
         self, params: er_jax.PolicyParams, gathered: Any
@@ -257,14 +259,14 @@ class Placement:
                 [shard.data for shard in x.addressable_shards],
             )
 
-        pair = er_jax.PolicyParams(policy=gathered, draft=params.draft)
-        return jax.tree.map(leaf, pair)
+        policy_and_draft = er_jax.PolicyParams(policy=gathered, draft=params.draft)
+        return jax.tree.map(leaf, policy_and_draft)
 
     @staticmethod
-    def _gathered(cut: NamedSharding) -> NamedSharding:
-        whole = (None if axis == "fsdp" else axis for axis in cut.spec)
-        return NamedSharding(cut.mesh, PartitionSpec(*whole))
+    def _gathered(sharding: NamedSharding) -> NamedSharding:
+        whole = (None if axis == "fsdp" else axis for axis in sharding.spec)
+        return NamedSharding(sharding.mesh, PartitionSpec(*whole))
 
 
-def _shaped(x: Any, cut: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut)
+def _shaped(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

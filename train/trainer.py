@@ -149,11 +149,11 @@ class Trainer:
 
         Args: as the fields of `TrainState`; `params` without a draft.
         """
-        pair, gathered = derive(
+        policy_and_draft, gathered = derive(
             self.policy, params, drafter=self.drafter, placement=self.placement
         )
         self.state = TrainState(
-            params=pair,
+            params=policy_and_draft,
             opt_state=opt_state,
             key=key,
             step=np.int32(step),
@@ -167,16 +167,19 @@ class Trainer:
         Returns:
           Those of `params`, and those of "opt_state" and "key" by name.
         """
-        place = self.placement
+        placement = self.placement
         params = jax.eval_shape(self.policy.init, self.keys["init"])
-        opt_state = place.shaped_optimizer(
+        opt_state = placement.shaped_optimizer(
             self.policy,
             make_optimizer(self.config.grpo),
             jax.eval_shape(self._first_opt_state, params),
             params,
         )
-        items = {"opt_state": opt_state, "key": place.shaped_whole(self._rollout_key)}
-        return place.shaped(self.policy, params), items
+        items = {
+            "opt_state": opt_state,
+            "key": placement.shaped_whole(self._rollout_key),
+        }
+        return placement.shaped(self.policy, params), items
 
     @property
     def _rollout_key(self) -> np.ndarray:

@@ -172,7 +172,7 @@ def update(
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
     params = placement.trained(policy, optax.apply_updates(params, updates))
     opt_state = placement.optimized(policy, optimizer, opt_state, params)
-    pair, gathered = placement.drafted(policy, params, drafter)
+    policy_and_draft, gathered = placement.drafted(policy, params, drafter)
     info = {
         "loss": mean(loss),
         "kl": mean(sums["kl"]),
@@ -181,6 +181,6 @@ def update(
         "logprob_gap": sums["logprob_gap"],
     }
     state = dataclasses.replace(
-        state, params=pair, opt_state=opt_state, gathered=gathered
+        state, params=policy_and_draft, opt_state=opt_state, gathered=gathered
     )
     return state, info

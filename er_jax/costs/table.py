@@ -273,12 +273,13 @@ class LatencyTable:
         ratio of these two for the nearest program with shared rows that ran.
         """
         if program.shared_rows:
-            apart = self._apart(program)
+            in_shards_s = self._in_data_shards(program)
             others = [p for p in self.seconds if p != program and p.shared_rows]
             near = min(others, key=lambda p: _distance(p, program), default=None)
-            if apart is None or near is None:
-                return None if apart is None else SHARED_ROWS_SHARE * apart
-            return apart * self.seconds[near] / (self._apart(near) or apart)
+            if in_shards_s is None or near is None:
+                return None if in_shards_s is None else SHARED_ROWS_SHARE * in_shards_s
+            near_in_shards_s = self._in_data_shards(near) or in_shards_s
+            return in_shards_s * self.seconds[near] / near_in_shards_s
         if self.passes is not None and self.passes.has_rounds(program.gamma):
             expected = self.passes.round_seconds(program)
             others = [p for p in self.seconds if p != program and not p.shared_rows]
@@ -297,7 +298,7 @@ class LatencyTable:
         ratio = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
         return step + max(ratio, 0.0) * self._extra(program)
 
-    def _apart(self, program: Program) -> float | None:
+    def _in_data_shards(self, program: Program) -> float | None:
         """Return the seconds of a program's round with rows in data shards."""
         program = program._replace(shared_rows=False)
         return self.seconds.get(program) or self._predicted(program)
@@ -354,14 +355,16 @@ class _Neighbours:
 
     def __init__(self, measured: tuple[Program, ...]) -> None:
         self.measured = measured
-        self.apart = [program for program in measured if not program.shared_rows]
+        self.in_data_shards = [
+            program for program in measured if not program.shared_rows
+        ]
         self._lines: dict[Program, tuple[Program, ...]] = {}
         self._speculative: dict[Program, Program | None] = {}
 
     def line(self, program: Program) -> tuple[Program, ...]:
         """Return the other programs of the same gamma and the nearest length."""
         if program not in self._lines:
-            points = [p for p in self.apart if p.gamma == program.gamma]
+            points = [p for p in self.in_data_shards if p.gamma == program.gamma]
             points = [p for p in points if p != program]
             near = min(points, key=lambda p: _distance(p, program), default=program)
             self._lines[program] = tuple(
@@ -372,7 +375,7 @@ class _Neighbours:
     def speculative(self, program: Program) -> Program | None:
         """Return the nearest other program that drafts."""
         if program not in self._speculative:
-            points = [p for p in self.apart if p.gamma and p != program]
+            points = [p for p in self.in_data_shards if p.gamma and p != program]
             self._speculative[program] = min(
                 points, key=lambda p: _distance(p, program), default=None
             )

@@ -1,1 +1,1 @@
-"""What the library can say without a training run: the command `er-jax`."""
+"""The command `er-jax`, and what it does: calibrate, sweep, replay, plan, rollout."""

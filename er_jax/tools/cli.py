@@ -1,4 +1,4 @@
-"""The command `er-jax`: what the library can say without a training run.
+"""The command `er-jax`: answers that need no training run.
 
 er-jax calibrate                 where speculation pays on this device
 er-jax sweep FILE.csv ...        how well costs are predicted, on a latency sweep
@@ -6,10 +6,10 @@ er-jax replay FILE.csv           controllers on a trace of lengths, without a de
 er-jax plan --model M --device D whether a model fits on a device that is not here
 er-jax rollout --model DIR       completions of prompts, as text
 
-What a user can mend (an argument, a file, an extra that is not installed) ends in one
-line and exit code 1, an unknown option in exit code 2; a mistake of the library keeps
-its traceback. Arguments are checked where they are used, and here before what takes
-long: a checkpoint is read, programs are compiled.
+An error that the user can mend (an argument, a file, a missing extra) ends in one line
+and exit code 1, an unknown option in exit code 2; an error of the library keeps its
+traceback. Arguments are checked where they are used, and also here before anything that
+takes long, such as reading a checkpoint or compiling.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,174 +26,39 @@ import jax
 import tyro
 
 from er_jax.acceptance import AcceptRule
-from er_jax.arguments import check_chance, check_gammas, check_number, check_whole
-from er_jax.config import DEFAULT_GAMMAS, RolloutConfig
+from er_jax.arguments import check_chance, check_gammas, check_whole
+from er_jax.config import RolloutConfig
 from er_jax.control.estimate import PRIOR_KEEP
-from er_jax.costs import store
-from er_jax.costs.passes import Cell, PassCosts
+from er_jax.costs.passes import PassCosts
 from er_jax.costs.roofline import Roofline
-from er_jax.costs.table import LatencyTable
-from er_jax.decoder import Decoder, DecoderConfig
-from er_jax.devices import device_bytes, device_memory_bytes
 from er_jax.drafter import DrafterConfig
-from er_jax.engine.engine import Engine
-from er_jax.figures import check_picture
 from er_jax.io import hf_weights
 from er_jax.io.text import load_tokenizer
 from er_jax.result import Completion, RolloutError
 from er_jax.rollout import rollout
-from er_jax.tools import plan, presets, replay, survey, sweep, traces
+from er_jax.tools import plan, presets, replay, sweep, traces
+from er_jax.tools.calibrate import Calibrate
+from er_jax.tools.outputs import check_output, with_directory
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 
-# Positions of the shortest cache that is surveyed.
-SHORTEST = 64
-
-# Replays of one command: each is a rollout of its own, kept in memory.
+# Most replays of one command; their outcomes are kept in memory.
 MOST_SEEDS = 10_000
 
-# Completions of one command: all are kept until they are printed.
+# Most completions of one command; they are kept until they are printed.
 MOST_COMPLETIONS = 2**20
 
-# Any more would be cut to 32 bits, and be the same seed as another.
+# Largest seed: JAX takes 32 bits, so a larger one would equal another.
 MOST_SEED = 2**32 - 1
-
-
-def check_output(name: str, path: Path | None, *, is_picture: bool = False) -> None:
-    """Refuse a file that cannot be written, before there is anything to write.
-
-    Args:
-      name: of the argument that gives the path. is_picture: drawn by matplotlib.
-    Raises:
-      ValueError: a directory, a place where none can be written, no kind of picture.
-      ImportError: matplotlib is missing; install the extra `plot`.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise ValueError(f"{name}={path} is a directory; give a file in it")
-    place = path.parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(
-            f"{name}={path} cannot be written in {place}; give a path in a directory "
-            "that can be"
-        )
-    if is_picture:
-        check_picture(name, path)
-
-
-def _with_place(path: Path) -> Path:
-    """Return the path, its directory made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibrate:
-    """Measure on this device where speculation pays, for a decoder of given sizes.
-
-    Costs depend on sizes and not on values, so the parameters are random. Rollouts of
-    such a policy, under the same acceptance rule and with such a draft, begin with what
-    was measured.
-
-    Args:
-      decoder: sizes of the built-in decoder.
-      drafter: how its draft is quantized.
-      slots: most rows of a batch.
-      max_length: longest cache, tokens, at least 64.
-      gammas: draft lengths, one of them above 0.
-      accept: acceptance rule.
-      keep: chance that a draft is kept, for the speed-up.
-      budget: seconds of measuring, compilation not counted.
-      out: where to save the readings as well (JSON).
-      plot: where to save a picture.
-    """
-
-    decoder: DecoderConfig
-    drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
-    slots: int = 64
-    max_length: int = 1024
-    gammas: tuple[int, ...] = DEFAULT_GAMMAS
-    accept: AcceptRule = "coupled"
-    keep: float = PRIOR_KEEP
-    budget: float = 20.0
-    out: Path | None = None
-    plot: Path | None = None
-
-    def run(self) -> None:
-        """Measure, print a table, and save what was asked for."""
-        check_whole("slots", self.slots)
-        check_whole("max_length", self.max_length, SHORTEST)
-        check_gammas(self.gammas, SHORTEST - 1)
-        if not any(self.gammas):
-            raise ValueError(
-                f"gammas={self.gammas} has no draft to survey; give one above 0"
-            )
-        check_chance("keep", self.keep)
-        check_number("budget", self.budget, 0, math.inf, "seconds")
-        check_output("out", self.out)
-        check_output("plot", self.plot, is_picture=True)
-        policy = Decoder(self.decoder)
-        shapes = plan.shapes_of(policy, self.drafter, self.slots, self.max_length)
-        needed, there = device_bytes(shapes), device_memory_bytes() or math.inf
-        if needed > there:
-            raise ValueError(
-                f"slots={self.slots}, max_length={self.max_length} and such a decoder "
-                f"need {needed / 1e9:.3g} GB, and the device has {there / 1e9:.3g}; "
-                "choose less of them"
-            )
-        params = policy.init(jax.random.key(0))
-        engine = Engine(policy, self.accept)
-        pair = engine.attach_draft(params, self.drafter)
-        rows = [1 << i for i in range(self.slots.bit_length()) if 1 << i < self.slots]
-        rows.append(self.slots)
-        lengths = sorted({max(self.max_length >> i, SHORTEST) for i in range(3)})
-        found = survey.survey_engine(
-            engine,
-            pair,
-            rows,
-            lengths,
-            self.gammas,
-            keep_prob=self.keep,
-            budget_s=self.budget,
-            progress=sys.stderr.isatty(),
-        )
-        about = store.conditions(engine, pair)
-        print(
-            f"{about['device']}, jax {about['jax']}: {len(found.costs.readings)} "
-            f"readings in {found.spent_s:.1f} s, {engine.compile_s:.1f} s of compiling "
-            f"apart; {'complete' if found.is_complete else 'the time was spent first'}"
-        )
-        gammas = ", ".join(str(gamma) for gamma in found.costs.gammas("round"))
-        print(
-            f"speed-up of drafts of {gammas} where {self.keep} are kept, by rows and "
-            "cache length"
-        )
-        print("".join([f"{'':>8}", *(f"{length:>8}" for length in lengths)]))
-        for r in rows:
-            cells = [Cell(r, length) for length in lengths]
-            ups = [survey.speed_up(found.costs, cell, self.keep) for cell in cells]
-            print("".join([f"{r:>8}", *(f"{up:>8.2f}" for up in ups)]))
-        kept = store.cache_path(about)
-        for path in (kept, self.out):
-            if path is not None:
-                LatencyTable(passes=found.costs).save(path, about)
-        if kept is not None:
-            print(f"kept for rollouts of such a policy in {kept}")
-        if self.plot is not None:
-            path = _with_place(self.plot)
-            survey.plot_speed_up(found, rows, lengths, self.keep, path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """Judge the cost table and the roofline on latency sweeps.
 
-    Fits both to all cells of each sweep, and to each half of a checkerboard to be
-    judged on the other, and prints their errors and what they get wrong.
+    Fits both to all cells of each sweep, and to each half of a checkerboard to judge
+    them on the other half. Prints their errors, and the cells whose sign they miss.
 
     Args:
       files: CSV files of single passes, in the format that EfficientRollout publishes.
@@ -216,17 +79,18 @@ class Replay:
     """Replay controllers on traces of lengths and a cost table; no device is needed.
 
     Args:
-      costs: a latency sweep (CSV), or what `er-jax calibrate` saved (JSON); the table
-        is fitted to it, and the roofline by which the published rule decides.
+      costs: a latency sweep (CSV), or a file of `er-jax calibrate` (JSON); the cost
+        table is fitted to it, and the roofline of the published rule.
       trace: kind of generated lengths, or a JSONL file of {"length": ...}.
       num: completions of a generated trace.
-      cap: limit of each of these, tokens.
+      cap: limit of a generated completion, in tokens.
       slots: rows decoded at once; all if not given.
       keep: chance that a draft is kept.
       controls: any of fixed:N, paper, best, oracle; ar is always there.
-      gammas: what best and oracle may choose from.
-      seeds: generated traces, or repeats of a file's with other luck.
-      plot: where to save a picture of the first rollout.
+      gammas: draft lengths that best and oracle may choose from.
+      seeds: number of generated traces, or of replays of a file with other draws of
+        kept drafts.
+      plot: file to save a picture of the first rollout in.
     """
 
     costs: tyro.conf.Positional[Path]
@@ -276,15 +140,16 @@ class Replay:
         )
         print(comparison.summary())
         if self.plot is not None:
-            comparison.plot(_with_place(self.plot))
+            comparison.plot(with_directory(self.plot))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compile a model's windows for a device that is not here, and count.
+    """Compile a model's windows for a device that is not present.
 
-    Prints bytes of each device, whether they fit, the most slots that do, collectives
-    per round, and what speculation is worth by the roofline. No weights are read.
+    Prints the bytes on each device, whether they fit, the most slots that fit,
+    collectives per round, and the speed-up of speculation by the roofline. No weights
+    are read.
 
     Args:
       model: directory of a Hugging Face checkpoint (its config.json is enough), or one
@@ -292,11 +157,11 @@ class Plan:
         qwen3-0.6b, -1.7b, -4b, -8b, -14b, -32b.
       device: a TPU slice such as v5e:2x4, v5p:2x2x1 or v6e:2x2; a100, h100, h200, or
         several of them such as h100:8; or cpu.
-      slots: rows over all devices.
-      max_length: cache positions of each.
+      slots: rows on all devices together.
+      max_length: cache positions of each row.
       drafter: how the draft is quantized.
       dtype: of the parameters; None is the checkpoint's own.
-      gammas: programs to compile.
+      gammas: draft lengths of the programs to compile.
       accept: acceptance rule.
       model_parallel: devices that share a copy of the weights; None is the fewest.
       keep: chance that a draft is kept, for the speed-up.
@@ -315,7 +180,7 @@ class Plan:
 
     def run(self) -> None:
         """Compile and print."""
-        # Nothing runs here: without this, a process with an accelerator would take it.
+        # Nothing runs, so the process must not claim an accelerator.
         jax.config.update("jax_platforms", "cpu")
         if self.model in presets.PRESETS:
             config = presets.PRESETS[self.model]
@@ -348,15 +213,15 @@ class Sample:
 
     Args:
       model: directory of the checkpoint, its tokenizer included.
-      prompt: what a user says; give several to sample them together.
-      num: completions of each.
-      max_new_tokens: limit of each.
+      prompt: message of a user; give several to sample them together.
+      num: completions of each prompt.
+      max_new_tokens: limit of each completion.
       temperature: 0 is greedy.
       top_p: 1 is off.
       control: how draft lengths are chosen.
       seed: of the noise; the same seed gives the same completions.
       dtype: of the parameters; None is the checkpoint's own.
-      out: JSONL for prompts, completions and their log-probabilities.
+      out: JSONL file for prompts, completions and log-probabilities.
       profile: directory for a trace of the device, for XProf or Perfetto.
     """
 
@@ -373,7 +238,7 @@ class Sample:
     profile: Path | None = None
 
     def run(self) -> None:
-        """Sample, print the texts and the summary, and save what was asked for."""
+        """Sample, print texts and summary, and save the completions."""
         if not self.prompt:
             raise ValueError("prompt is empty; give one text or more")
         check_whole("num", self.num, 1, MOST_COMPLETIONS // len(self.prompt))
@@ -403,13 +268,13 @@ class Sample:
                 profile=self.profile,
             )
         except (RolloutError, KeyboardInterrupt) as error:
-            self._tell(tokenizer, getattr(error, "completions", {}))
+            self._print_and_save(tokenizer, getattr(error, "completions", {}))
             raise
         rows = zip(
             found.completion_ids, found.logprobs, found.lengths, found.finish_reason,
             strict=True,
         )  # fmt: skip
-        self._tell(
+        self._print_and_save(
             tokenizer,
             {
                 row: Completion(ids[:length], logprobs[:length], str(reason))
@@ -418,8 +283,10 @@ class Sample:
         )
         print(found.stats.summary())
 
-    def _tell(self, tokenizer: Any, completions: Mapping[int, Completion]) -> None:
-        """Print completions and save them, all of them or those that there are."""
+    def _print_and_save(
+        self, tokenizer: Any, completions: Mapping[int, Completion]
+    ) -> None:
+        """Print and save completions: all, or those finished before a failure."""
         lines = []
         for row, completion in sorted(completions.items()):
             lines.append(
@@ -432,7 +299,7 @@ class Sample:
             )
             print(f"> {lines[-1]['prompt']}\n{lines[-1]['completion']}\n")
         if self.out is not None:
-            _with_place(self.out).write_text(
+            with_directory(self.out).write_text(
                 "".join(json.dumps(line) + "\n" for line in lines), "utf-8"
             )
 
@@ -447,14 +314,14 @@ Command = (
 
 
 def complaint(error: Exception) -> str | None:
-    """Return, in one line, what a user can mend; None of any other failure."""
+    """Return one line about an error that the user can mend; None for others."""
     if isinstance(error, OSError) and error.filename is not None:
         remedy = "make room, or " if error.errno == errno.ENOSPC else ""
         text = f"{error.filename}: {error.strerror}; {remedy}give another path"
     elif isinstance(error, MemoryError):
         text = f"out of memory ({str(error) or 'of this host'}); choose smaller sizes"
     elif isinstance(error, ImportError) and error.name is not None:
-        return None  # Not the library's own sentence about a missing extra.
+        return None  # A broken import, not the library's message about an extra.
     elif isinstance(error, ValueError | OSError | ImportError):
         text = str(error) or type(error).__name__
     else:

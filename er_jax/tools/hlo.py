@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: collectives, and copies of weights."""
+"""Reading the text of a compiled program: its collectives, its copies of weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A kind of collective in a round.
+    """The collectives of one kind in a round.
 
-    count: how many; a draft's are counted gamma times. num_bytes: of their results, on
-    each device. largest_bytes: of the largest one.
+    count: their number; one in a draft pass counts gamma times. num_bytes: of their
+    results, on each device. largest_bytes: of the largest result.
     """
 
     kind: str
@@ -25,10 +25,10 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all",
                "collective-permute")  # fmt: skip
 
 
-# Instructions that write nothing: they hand on what is there.
-HANDED_ON = ("parameter", "get-tuple-element", "bitcast", "copy-done")
+# Instructions that write nothing, because they return an existing buffer.
+ALIASING = ("parameter", "get-tuple-element", "bitcast", "copy-done")
 
-# An instruction: its shape (or tuple of shapes), its kind, and where it comes from.
+# A collective: its shape (or tuple of shapes), its kind, and its metadata.
 INSTRUCTION = re.compile(
     rf"= (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\("
     r"(?P<rest>.*)"
@@ -43,9 +43,9 @@ SHAPE = re.compile(r"(pred|[su]\d+|bf16|f\d+)\[([\d,]*)\]")
 
 
 def collectives(text: str, gamma: int) -> tuple[Collective, ...]:
-    """Count the collectives of one round in a compiled window's text.
+    """Count the collectives of one round in the text of a compiled window.
 
-    Those inside of the draft's loop run gamma times.
+    Those inside the loop over draft passes run gamma times.
     """
     found: dict[str, tuple[int, int, int]] = {}
     for line in text.splitlines():
@@ -55,7 +55,7 @@ def collectives(text: str, gamma: int) -> tuple[Collective, ...]:
         times = gamma if "/draft/" in match["rest"] else 1
         shapes = SHAPE.findall(match["shape"])
         if match["start"] and match["kind"] != "all-reduce":
-            shapes = shapes[len(shapes) // 2 :]  # operands stand before results
+            shapes = shapes[len(shapes) // 2 :]  # operands come before results
         size = sum(_shape_bytes(*shape) for shape in shapes)
         count, total, largest = found.get(match["kind"], (0, 0, 0))
         total, largest = total + times * size, max(largest, size)
@@ -67,8 +67,8 @@ def weight_copies(text: str, shapes: set[tuple[int, ...]]) -> tuple[str, ...]:
     """Return the kernels of a compiled program that write an array of these shapes.
 
     Args:
-      text: of the compiled module. shapes: with their dimensions sorted: a transposed
-        copy is one.
+      text: of the compiled module. shapes: with sorted dimensions, so that transposed
+        copies are found.
     """
     inside = set(re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", text))
     found, name = [], ""
@@ -76,10 +76,10 @@ def weight_copies(text: str, shapes: set[tuple[int, ...]]) -> tuple[str, ...]:
         if head := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
             name = head[1]
         made = RESULT.match(line)
-        if name in inside or made is None or made["kind"] in HANDED_ON:
+        if name in inside or made is None or made["kind"] in ALIASING:
             continue
         dims = tuple(sorted(int(size) for size in made["dims"].split(",")))
-        # S(1) is memory on a TPU's chip: weights on their way into a product.
+        # S(1) is on-chip memory of a TPU, for weights that a product is about to use.
         if dims in shapes and "S(1)" not in made["layout"]:
             found.append(f"{made['kind']} {made['type']}[{made['dims']}]")
     return tuple(found)

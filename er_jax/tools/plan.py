@@ -1,10 +1,10 @@
-"""Will it run there, and what is speculation worth: answered without the device.
+"""Plans: whether a model fits a device, and what speculation is worth there.
 
-The real windows are compiled ahead of time for the device's own compiler, from shapes
-alone: no weights, no hardware. What the compiler says of memory and of collectives is
-counted; what a pass has to read and to compute, and the speed-up that follows from the
-published roofline, is arithmetic on the data sheet. Speed is not measured here, nor can
-it be: `er-jax calibrate` does that on the device.
+The windows of rollouts are compiled ahead of time with the device's own compiler, from
+shapes alone, without weights or hardware. Memory and collectives are those that the
+compiler reports. The bytes and operations of a pass, and the speed-up by the published
+roofline, are computed from the data sheet. Speed is not measured: `er-jax calibrate`
+does that on the device.
 
 TPUs need the extra `tpu-plan`, NVIDIA GPUs `cuda-plan`.
 """
@@ -37,21 +37,22 @@ from er_jax.tools.hlo import Collective, collectives, weight_copies
 from er_jax.tools.presets import Target
 from er_jax.types import Program
 
-# Of a device's memory, what programs themselves and the runtime may need.
+# Share of a device's memory that is reserved for programs and the runtime.
 RESERVED_SHARE = 0.06
 GAMMA = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCount:
-    """What the compiler says of one window, bytes on each device.
+    """The compiler's report on one window, in bytes on each device.
 
-    program: its name. compile_s: seconds here. argument_bytes: parameters, draft and
-    state. temp_bytes: beside them. alias_bytes: of the state, given back in place.
-    collectives: of one round. weight_copies: kernels that write an array of the shape
-    of a weight: transposed, widened or gathered copies, of which there should be none.
-    refusal: why the compiler made no program, or empty; then `argument_bytes` is by
-    shapes, and what only a program tells is 0.
+    program: the window. compile_s: seconds on this machine. argument_bytes: parameters,
+    draft and state. output_bytes: results. temp_bytes: temporaries. alias_bytes:
+    results that reuse arguments (the donated state). collectives: of one round.
+    weight_copies: kernels that write an array of the shape of a weight (a transposed,
+    cast or gathered copy); there should be none. refusal: why the compiler made no
+    program, or empty; if not, `argument_bytes` comes from shapes and other numbers are
+    0.
     """
 
     program: Program
@@ -66,19 +67,20 @@ class ProgramCount:
 
     @property
     def peak_bytes(self) -> int:
-        """At once: arguments, temporaries, results that take no argument's place."""
-        results = self.output_bytes - self.alias_bytes
-        return self.argument_bytes + self.temp_bytes + results
+        """Peak memory: arguments, temporaries, results that do not reuse arguments."""
+        new_results = self.output_bytes - self.alias_bytes
+        return self.argument_bytes + self.temp_bytes + new_results
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a policy needs on a target; bytes on each device.
+    """The needs of a policy on a target, in bytes on each device.
 
-    slots: rows of all devices. max_length: positions of each.
-    data, model: sizes of the mesh. params_bytes, draft_bytes, state_bytes: by shapes.
-    programs: as compiled. read_bytes: of weights, by a target pass and by a draft's.
-    cache_bytes: of one position of one row. keep: chance of a draft, for the speed-up.
+    slots: rows on all devices. max_length: positions of each row.
+    data, model: sizes of the mesh. params_bytes, draft_bytes, state_bytes: from shapes.
+    programs: reports of the compiler. read_bytes: weights read by a target pass and by
+    a draft pass. cache_bytes: of one position of one row. keep: chance that a draft is
+    kept, for the speed-up.
     """
 
     config: DecoderConfig
@@ -97,12 +99,12 @@ class Plan:
 
     @property
     def limit_bytes(self) -> float:
-        """Of one device, without what is reserved."""
+        """Memory of one device without the reserved share."""
         return self.target.memory_bytes * (1 - RESERVED_SHARE)
 
     @property
     def peak_bytes(self) -> int:
-        """Of the hungriest program. Plain steps run with the draft kept beside them."""
+        """Peak of the largest program; the draft stays in memory in plain decoding."""
         return max(
             count.peak_bytes + (0 if count.program.gamma else self.draft_bytes)
             for count in self.programs
@@ -115,7 +117,7 @@ class Plan:
         return not refused and self.peak_bytes <= self.limit_bytes
 
     def largest(self, length: int) -> int:
-        """Return the most slots of this length that fit: all but weights is scaled."""
+        """Return the most slots that fit, at this length; all but weights scales."""
         per_slot = (self.peak_bytes - self.params_bytes - self.draft_bytes) / self.slots
         per_slot *= length / self.max_length
         free = self.limit_bytes - self.params_bytes - self.draft_bytes
@@ -124,9 +126,10 @@ class Plan:
 
     @property
     def roofline(self) -> Roofline | None:
-        """The published model with the data sheet's numbers; None without a sheet.
+        """The published model with numbers of the data sheet; None without a sheet.
 
-        Of one device: rows of its data group, its part of weights, heads and sums.
+        It is that of one device: rows of its data shard, its part of the weights, heads
+        and sums.
         """
         chip, c = self.target.chip, self.config
         if chip is None:
@@ -146,16 +149,16 @@ class Plan:
         )  # fmt: skip
 
     def speed_up(self, rows: int, length: int, gamma: int) -> float:
-        """Return the speed-up over plain decoding; rows are those of all devices."""
+        """Return the speed-up over plain decoding; `rows` are those of all devices."""
         costs = self.roofline
         assert costs is not None
-        here = max(rows // self.data, 1)
-        step = costs.round_seconds(Program(here, length, 0))
+        own = max(rows // self.data, 1)
+        step = costs.round_seconds(Program(own, length, 0))
         tokens = expected_tokens([self.keep] * gamma)
-        return tokens * step / costs.round_seconds(Program(here, length, gamma))
+        return tokens * step / costs.round_seconds(Program(own, length, gamma))
 
     def summary(self) -> str:
-        """Return what people read."""
+        """Return the plan as text."""
         mesh = f"{self.data} x {self.model}" if self.data * self.model > 1 else "1"
         lengths = [self.max_length * part // 4 for part in (1, 2, 4, 8)]
         lines = [
@@ -199,7 +202,7 @@ class Plan:
             aliased = count.alias_bytes / max(self.state_bytes, 1)
             lines.append(
                 f"gamma {count.program.gamma}: compiled in {count.compile_s:.0f} s, "
-                f"state given back in place {100 * aliased:.0f} %, collectives per "
+                f"state updated in place {100 * aliased:.0f} %, collectives per "
                 f"round: {found or 'none'}"
             )
             if count.weight_copies:
@@ -242,22 +245,22 @@ def plan(
     model_parallel: int | None = None,
     keep: float = PRIOR_KEEP,
 ) -> Plan:
-    """Compile a policy's windows for a target and count.
+    """Compile a policy's windows for a target, and return what they need.
 
     Args:
-      config: the decoder. target: where. slots: rows of the whole mesh. max_length:
-        cache positions of each. gammas: programs to compile, each once.
+      config: the decoder. target: the device. slots: rows on the whole mesh.
+        max_length: cache positions of each row. gammas: programs to compile.
       drafter: how the draft is quantized. accept: acceptance rule.
       model_parallel: devices that share one copy of the weights; None is the fewest
         that hold parameters, draft and state.
-      keep: chance of a draft, for the speed-up.
+      keep: chance that a draft is kept, for the speed-up.
     Raises:
-      ValueError: no such number, or sizes that do not fit the mesh.
+      ValueError: a number outside its range, or sizes that do not fit the mesh.
     """
     policy, drafter = Decoder(config), drafter or DrafterConfig()
     check_whole("slots", slots)
     check_whole("max_length", max_length)
-    # A round's positions are entries of the cache.
+    # All positions of a round are entries of the cache.
     check_gammas(gammas, min(max_length - 1, MOST_DRAFTS))
     check_chance("keep", keep)
     if accept not in ACCEPT_RULES:
@@ -272,29 +275,29 @@ def plan(
     if chips % model or slots % (chips // model):
         raise ValueError(
             f"model_parallel={model} with slots={slots}: it must divide the {chips} "
-            "devices, and the number of groups that makes must divide the slots; "
+            "devices, and the number of data shards that makes must divide the slots; "
             "choose others"
         )
     data = chips // model
     devices = np.array(target.devices).reshape(data, model)
     mesh = layout.rollout_mesh(Mesh(devices, ("data", "model")))
-    pair, state = _placed(shapes, policy, mesh)
+    params, state = _with_shardings(shapes, policy, mesh)
     settings = jax.tree.map(
         lambda x: _shaped(x, NamedSharding(mesh, PartitionSpec())),
         (neutral_sampling(), np.int32(0), np.int32(0)),
     )
     weights = {
         tuple(sorted(leaf.sharding.shard_shape(leaf.shape)))
-        for leaf in jax.tree.leaves(pair)
+        for leaf in jax.tree.leaves(params)
         if min(leaf.shape) > 1 and len(leaf.shape) > 1
     }
     programs = []
     for gamma in dict.fromkeys(gammas):
-        params = pair if gamma else PolicyParams(policy=pair.policy, draft=None)
+        used = params if gamma else PolicyParams(policy=params.policy, draft=None)
         program = Program(slots, max_length, gamma)
         start = time.perf_counter()
         lowered = run_window.lower(
-            policy, params, state, *settings, gamma=gamma, accept=accept,
+            policy, used, state, *settings, gamma=gamma, accept=accept,
             rounds_per_test=1 if target.kind == "cpu" else 4,
             layout=layout.MeshLayout(mesh) if chips > 1 else ONE_DEVICE,
         )  # fmt: skip
@@ -303,7 +306,7 @@ def plan(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            counted = device_bytes((params, state))
+            counted = device_bytes((used, state))
             seconds = time.perf_counter() - start
             reason = f"the compiler refuses it: {str(error).splitlines()[0]}"
             programs.append(
@@ -325,10 +328,11 @@ def plan(
                 weight_copies=weight_copies(text, weights),
             )
         )
-    params_bytes, draft_bytes = device_bytes(pair.policy), device_bytes(pair.draft)
-    # A table that is only looked up is not read; what is not quantized is shared.
-    looked_up = 0 if config.tied_embeddings else device_bytes(pair.policy["embed"])
-    vectors = [x for x in jax.tree.leaves(pair.policy) if len(x.shape) < 2]
+    params_bytes, draft_bytes = device_bytes(params.policy), device_bytes(params.draft)
+    # An embedding table without a projection is not read as a whole. A draft pass also
+    # reads the policy's vectors, which are not quantized.
+    looked_up = 0 if config.tied_embeddings else device_bytes(params.policy["embed"])
+    vectors = [x for x in jax.tree.leaves(params.policy) if len(x.shape) < 2]
     return Plan(
         config=config,
         target=target,
@@ -350,40 +354,46 @@ def shapes_of(policy: Decoder, drafter: DrafterConfig, slots: int, length: int) 
     """Return the shapes of parameters with their draft, and of a state.
 
     Raises:
-      ValueError: a draft that cannot be made of these parameters, or a dtype that is
-        not enabled.
+      ValueError: no draft can be made of these parameters, or the dtype is not enabled.
     """
-    pair = jax.eval_shape(lambda: attach_draft(policy.init(jax.random.key(0)), drafter))
-    return pair, jax.eval_shape(lambda: steps.empty_state(policy, slots, length))
+
+    def with_draft() -> PolicyParams:
+        return attach_draft(policy.init(jax.random.key(0)), drafter)
+
+    params = jax.eval_shape(with_draft)
+    return params, jax.eval_shape(lambda: steps.empty_state(policy, slots, length))
 
 
-def _shaped(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where)
+def _shaped(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
 
 
-def _placed(shapes: Any, policy: Decoder, mesh: Mesh) -> Any:
-    """Return the shapes with their shardings."""
-    pair, state = shapes
-    params = rules.param_shardings(pair.policy, policy.config, mesh)
-    where = PolicyParams(policy=params, draft=rules.draft_shardings(pair.draft, params))
-    placed = jax.tree.map(_shaped, pair, where)
-    cut = rules.state_shardings(state, policy, mesh)
-    return placed, jax.tree.map(_shaped, state, cut)
+def _with_shardings(shapes: Any, policy: Decoder, mesh: Mesh) -> Any:
+    """Return the shapes of `shapes_of` with their shardings on a mesh."""
+    params, state = shapes
+    of_policy = rules.param_shardings(params.policy, policy.config, mesh)
+    of_draft = rules.draft_shardings(params.draft, of_policy)
+    of_params = PolicyParams(policy=of_policy, draft=of_draft)
+    of_state = rules.state_shardings(state, policy, mesh)
+    return (
+        jax.tree.map(_shaped, params, of_params),
+        jax.tree.map(_shaped, state, of_state),
+    )
 
 
 def _fewest(
     target: Target, shapes: Any, policy: Decoder, chips: int, slots: int
 ) -> int:
-    """Return how many devices must share a copy of the weights."""
+    """Return the fewest devices that can share a copy of the weights."""
     for model in range(1, chips + 1):
         if chips % model or slots % (chips // model):
             continue
         devices = np.array(target.devices).reshape(chips // model, model)
         mesh = Mesh(devices, ("data", "model"))
         try:
-            placed = _placed(shapes, policy, mesh)
+            sharded = _with_shardings(shapes, policy, mesh)
         except ValueError:
             continue
-        if device_bytes(placed) <= target.memory_bytes * (1 - 2 * RESERVED_SHARE):
+        if device_bytes(sharded) <= target.memory_bytes * (1 - 2 * RESERVED_SHARE):
             return model
     return chips

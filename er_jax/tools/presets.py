@@ -1,4 +1,4 @@
-"""Models and devices that plans know by name."""
+"""The models and devices that `er-jax plan` knows by name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _qwen3(
     )
 
 
-# Sizes as their publishers give them in config.json.
+# Sizes from the config.json files of their publishers.
 PRESETS: dict[str, DecoderConfig] = {
     "qwen2.5-7b": _qwen2(3584, 28, 28, 4, 18_944),
     "qwen2.5-14b": _qwen2(5120, 48, 40, 8, 13_824),
@@ -92,9 +92,10 @@ PRESETS: dict[str, DecoderConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device's data sheet.
+    """The data sheet of a device.
 
-    memory_bytes: of its own. bytes_per_s: of that memory. ops_per_s: dense, bfloat16.
+    memory_bytes: of its own memory. bytes_per_s: of that memory. ops_per_s: dense, in
+    bfloat16.
     """
 
     memory_bytes: float
@@ -102,7 +103,7 @@ class Chip:
     ops_per_s: float
 
 
-# Google Cloud's and NVIDIA's product pages (SXM boards). Peaks, reached by nobody.
+# Theoretical peaks, from the product pages of Google Cloud and NVIDIA (SXM boards).
 CHIPS: dict[str, Chip] = {
     "v5e": Chip(16 * 2**30, 819e9, 197e12),
     "v5p": Chip(95 * 2**30, 2765e9, 459e12),
@@ -113,7 +114,7 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-# What XLA wants to know of a GPU that is not there, in its own text format.
+# Numbers with which XLA compiles for a GPU that is not present; see `_gpu_config`.
 GPU_SPECS: dict[str, dict[str, Any]] = {
     "a100": dict(
         major=8, minor=0, cores=108, fpus=64, shared=166_912, l2=41_943_040, ghz=1.41
@@ -131,8 +132,8 @@ GPU_SPECS: dict[str, dict[str, Any]] = {
 class Target:
     """A device to compile for.
 
-    name: as it was asked for. kind: its platform. chip: its data sheet, None for this
-    machine's CPU. devices: that XLA compiles for.
+    name: as the user gave it. kind: its platform. chip: its data sheet, None for the
+    CPU of this machine. devices: for XLA to compile for.
     """
 
     name: str
@@ -142,14 +143,14 @@ class Target:
 
     @property
     def memory_bytes(self) -> float:
-        """Of one device."""
+        """Memory of one device in bytes."""
         if self.chip is not None:
             return self.chip.memory_bytes
         return device_memory_bytes() or math.inf
 
 
 def target_of(name: str) -> Target:
-    """Find a device's compiler.
+    """Return a device to compile for, given its name.
 
     Args:
       name: a TPU slice as type:topology ("v5e:2x4", "v5p:2x2x1", "v6e:2x2"), "a100",
@@ -176,11 +177,11 @@ def target_of(name: str) -> Target:
             f"device={name!r} needs its compiler, which is not installed; "
             f'pip install "er-jax[{extra}]"'
         )
-    # There is neither a driver to ask nor a server that knows this host.
+    # There is no driver to query, and no metadata server for this host.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # Several plans at once are no conflict: none has a device.
+    # Several plans at once do not conflict, because none uses a device.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         if is_gpu:

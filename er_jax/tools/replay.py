@@ -1,12 +1,9 @@
-"""A controller on a trace of lengths and a table of costs: rollouts without a device.
+"""Replays of a trace of lengths with known costs: rollouts without a device.
 
-Sequences of known length are decoded in slots, refilled while any wait. A round costs
-what the table says of the live rows and their mean length. Whether the draft of a
-sequence's k-th token is kept was drawn beforehand, so every controller meets the same
-luck. Prefill, refresh of the draft and host work cost nothing here.
-
-Source: the lengths of `tail`, `capped` and `mixture` are fitted to what PolyTrace
-(arXiv 2509.25279) reports of the verl DAPO 32B run, of DeepCoder 14B and of Intern-S1.
+Sequences of known length are decoded in slots, refilled while any wait. The costs
+predict the seconds of a round from live rows and their mean length. Whether the draft
+of a sequence's k-th token is kept is drawn in advance, so that every controller gets
+the same drafts. Prefill, refresh of the draft and host work cost nothing here.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -29,33 +25,41 @@ from er_jax.arguments import (
     check_whole,
 )
 from er_jax.config import parse_control
-from er_jax.control.controller import Controller
 from er_jax.control.paper import PaperRule
 from er_jax.costs.passes import PassPredictor, Reading
 from er_jax.costs.table import LatencyTable
 from er_jax.figures import new_figure
+from er_jax.tools.deciders import (
+    Best,
+    Decider,
+    DecisionPoint,
+    Fixed,
+    Oracle,
+    Paper,
+    RoundCosts,
+)
 from er_jax.tools.sweep import read_sweep
-from er_jax.tools.traces import Luck, Trace
+from er_jax.tools.traces import KeptDrafts, Trace
 from er_jax.types import Program
 
-# Decisions are taken when a row ends, and after so many rounds.
+# Rounds between two decisions, which are also taken when a row ends.
 HORIZON = 64
 SPECULATIVE_HORIZON = 16
 
 # Mean lengths are rounded up to a multiple of this, so that costs are looked up once.
 LENGTH_STEP = 32
 
-# Whole rounds are enough to price one, or its passes.
+# Kinds of readings that suffice to predict rounds: whole rounds, or their passes.
 PRICED: tuple[set[str], ...] = ({"target", "round"}, {"target", "draft", "verify"})
 
 
 def read_costs(path: str | os.PathLike[str]) -> list[Reading]:
-    """Read what rounds can be priced by.
+    """Return readings that predict rounds.
 
     Args:
-      path: what `LatencyTable.save` wrote (.json), or a latency sweep (CSV).
+      path: a file of `LatencyTable.save` (.json), or a latency sweep (CSV).
     Raises:
-      ValueError: neither of them, or readings that price no rounds with drafts.
+      ValueError: neither of them, or readings that predict no rounds with drafts.
       OSError: the file cannot be read.
     """
     if Path(path).suffix.lower() == ".json":
@@ -72,153 +76,13 @@ def read_costs(path: str | os.PathLike[str]) -> list[Reading]:
     return found
 
 
-class RoundCosts(Protocol):
-    """What prices rounds: `pass_costs.PassCosts` and `pass_costs.Roofline`."""
-
-    def round_seconds(self, program: Program) -> float:
-        """Return the seconds of a whole round."""
-
-
-class Situation(NamedTuple):
-    """What a decider may look at: live rows, mean length, tokens left of each row.
-
-    Only the oracle looks at `left`.
-    """
-
-    live: int
-    length: int
-    left: np.ndarray
-
-
-class Decider(Protocol):
-    """Chooses the draft length of the next rounds."""
-
-    def choose(self, situation: Situation) -> int:
-        """Return gamma."""
-
-    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
-        """Learn from a window.
-
-        Args:
-          emitted, kept: histograms `[G + 1]` of row-rounds by tokens emitted, and by
-            drafts kept. seconds: what it took.
-        """
-
-    def end(self) -> None:
-        """Learn from the rollout as a whole."""
-
-
-class Fixed:
-    """Always the same draft length; 0 is plain decoding."""
-
-    def __init__(self, gamma: int) -> None:
-        check_whole("gamma", gamma, 0, MOST_DRAFTS)
-        self.gamma = gamma
-
-    def choose(self, situation: Situation) -> int:
-        """Return gamma."""
-        return self.gamma
-
-    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
-        """Learn nothing."""
-
-    def end(self) -> None:
-        """Learn nothing."""
-
-
-class Best:
-    """The library's controller, with a table that holds the true costs of passes."""
-
-    def __init__(self, costs: RoundCosts, gammas: Sequence[int]) -> None:
-        check_gammas(gammas)
-        self.controller = Controller("best", gammas)
-        self._costs = costs
-        self._current: Program | None = None
-
-    def choose(self, situation: Situation) -> int:
-        """Return the gamma of the fastest program at this live count and length."""
-        table = self.controller.table
-        options = [
-            Program(situation.live, situation.length, gamma)
-            for gamma in reversed(self.controller.gammas)
-        ]
-        table.seconds = {p: self._costs.round_seconds(p) for p in options}
-        current = self._current
-        if current is not None:
-            current = options[0]._replace(gamma=current.gamma)
-        self._current = self.controller.choose(
-            options, current, compile_s=lambda program: 0.0
-        )
-        return self._current.gamma
-
-    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
-        """Learn acceptance; costs are known."""
-        assert self._current is not None
-        self.controller.observe(self._current, 0, emitted, seconds, kept)
-
-    def end(self) -> None:
-        """Begin the next rollout."""
-        self._current = None
-        self.controller.start_rollout()
-
-
-class Paper:
-    """The published rule, with the published kind of cost model."""
-
-    def __init__(self, rule: PaperRule) -> None:
-        self.rule = rule
-
-    def choose(self, situation: Situation) -> int:
-        """Return the ladder's gamma once the switch is on."""
-        return self.rule.choose(situation.live, situation.length)
-
-    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
-        """Count drafts kept, if any were proposed."""
-        if len(kept) > 1:
-            self.rule.observe(kept)
-
-    def end(self) -> None:
-        """Move the ladder, and begin the next rollout with plain decoding."""
-        self.rule.end_rollout()
-        self.rule.start_rollout()
-
-
-class Oracle:
-    """Knows true costs, the true chance that a draft is kept, and what is left."""
-
-    def __init__(
-        self, costs: RoundCosts, gammas: Sequence[int], keep_prob: float
-    ) -> None:
-        check_gammas(gammas)
-        check_chance("keep_prob", keep_prob)
-        self._costs, self._gammas, self._keep_prob = costs, tuple(gammas), keep_prob
-
-    def choose(self, situation: Situation) -> int:
-        """Return the gamma with the most expected tokens per second."""
-
-        def speed(gamma: int) -> float:
-            program = Program(situation.live, situation.length, gamma)
-            survival = self._keep_prob ** np.arange(gamma + 1)
-            reached = situation.left[:, None] > np.arange(gamma + 1)
-            tokens = float((reached * survival).sum())
-            return tokens / self._costs.round_seconds(program)
-
-        return max(self._gammas, key=speed)
-
-    def observe(self, emitted: np.ndarray, kept: np.ndarray, seconds: float) -> None:
-        """Learn nothing."""
-
-    def end(self) -> None:
-        """Learn nothing."""
-
-
 @dataclasses.dataclass
 class Outcome:
-    """What a replayed rollout took.
+    """What a replayed rollout did.
 
-    seconds: in all. tokens: emitted. by_gamma: gamma -> seconds. by_live: live count,
-      rounded up to a power of two -> seconds. timeline: (second, live, gamma) of every
-      decision. done: tokens of each completion when it stopped.
+    seconds: in total. tokens: emitted. done: int `[N]`, tokens of each completion at
+      the end. by_gamma: gamma -> seconds. by_live: live rows, rounded up to a power of
+      two -> seconds. timeline: (second, live, gamma) of every decision.
     """
 
     seconds: float = 0.0
@@ -237,7 +101,7 @@ def replay(
     trace: Trace,
     costs: RoundCosts,
     decider: Decider,
-    luck: Luck,
+    kept_drafts: KeptDrafts,
     *,
     slots: int | None = None,
     until_s: float = math.inf,
@@ -245,20 +109,21 @@ def replay(
     """Run a decider over a trace.
 
     Args:
-      trace: lengths. costs: prices rounds. decider: chooses gammas. luck: of this
-        trace. slots: rows decoded at once; None is all. until_s: stop at the first
-        decision after so many seconds.
+      trace: lengths. costs: predict rounds. decider: chooses gammas. kept_drafts: drawn
+        for this trace. slots: rows decoded at once; None is all. until_s: stop at the
+        first decision after this many seconds.
     Raises:
-      ValueError: no slots, `until_s` below 0 or NaN, or luck of another trace.
+      ValueError: no slots, `until_s` below 0 or NaN, or `kept_drafts` of another trace.
     """
     if slots is not None:
         check_whole("slots", slots)
     if not until_s >= 0:
         raise ValueError(f"until_s={until_s} must be seconds, 0 or more")
-    if len(luck.run) != trace.lengths.sum() or len(luck.start) != len(trace.lengths):
+    starts, runs = kept_drafts.start, kept_drafts.run
+    if len(runs) != trace.lengths.sum() or len(starts) != len(trace.lengths):
         raise ValueError(
-            f"luck was drawn for {len(luck.run)} tokens, the trace has "
-            f"{trace.lengths.sum()}; draw it for this trace"
+            f"kept drafts were drawn for {len(runs)} tokens, the trace has "
+            f"{trace.lengths.sum()}; draw them for this trace"
         )
     slots = len(trace.lengths) if slots is None else slots
     waiting = len(trace.lengths)
@@ -269,8 +134,8 @@ def replay(
     seconds_of: dict[Program, float] = {}
 
     def rounded(length: float) -> int:
-        # A row that decodes holds a token at least, whatever is known of its prompt;
-        # a pass over no positions at all has no price.
+        # A row that decodes has at least one token, even if its prompt is not known,
+        # and no costs predict a pass over no positions.
         return int(-(-max(length, 1) // LENGTH_STEP) * LENGTH_STEP)
 
     def round_s(live: int, length: float, gamma: int) -> float:
@@ -283,7 +148,7 @@ def replay(
         live = len(rows)
         left = trace.lengths[rows] - done[rows]
         length = float((trace.prompt_lengths[rows] + done[rows]).mean())
-        gamma = decider.choose(Situation(live, rounded(length), left))
+        gamma = decider.choose(DecisionPoint(live, rounded(length), left))
         outcome.timeline.append((outcome.seconds, live, gamma))
         if gamma == 0:
             count = int(min(left.min(), HORIZON))
@@ -295,10 +160,10 @@ def replay(
             spent = 0.0
             emitted = np.zeros(gamma + 1, int)
             kept = np.zeros(gamma + 1, int)
-            start, ends = luck.start[rows], trace.lengths[rows]
+            start, ends = starts[rows], trace.lengths[rows]
             at = done[rows]
             for _ in range(SPECULATIVE_HORIZON):
-                run = np.minimum(luck.run[start + at], gamma)
+                run = np.minimum(runs[start + at], gamma)
                 gained = np.minimum(run + 1, ends - at)
                 at = at + gained
                 kept += np.bincount(run, minlength=gamma + 1)
@@ -336,12 +201,12 @@ def make_decider(
     """Return a decider by name.
 
     Args:
-      control: one of `CONTROLS`, N a draft length. costs: the true ones. roofline: what
-        the published rule decides by. gammas: what `best` and the oracle choose from.
-      keep_prob: told to the oracle only.
+      control: one of `CONTROLS`, N a draft length. costs: the true ones. roofline: the
+        cost model of the published rule. gammas: choices of `best` and the oracle.
+      keep_prob: chance that a draft is kept; only the oracle gets it.
     Raises:
-      ValueError: an unknown control, gammas without 0 or none that drafts may have, or
-        no chance.
+      ValueError: an unknown control, gammas without 0 or out of range, or a `keep_prob`
+        outside 0 to 1.
     """
     check_gammas(gammas)
     check_chance("keep_prob", keep_prob)
@@ -362,7 +227,7 @@ def make_decider(
 
 @dataclasses.dataclass
 class Comparison:
-    """Several controls on the same traces and the same luck.
+    """Several controls on the same traces with the same kept drafts.
 
     outcomes: control -> one outcome per trace; "ar" is always among them.
     """
@@ -370,12 +235,12 @@ class Comparison:
     outcomes: dict[str, list[Outcome]]
 
     def saved(self, control: str) -> np.ndarray:
-        """Return, per trace, the share of plain decoding's seconds that was saved."""
+        """Return the share of plain decoding's seconds that was saved, by trace."""
         plain = np.array([outcome.seconds for outcome in self.outcomes["ar"]])
         return 1 - np.array([o.seconds for o in self.outcomes[control]]) / plain
 
     def summary(self) -> str:
-        """Return a table: seconds, tokens per second, saved, time by gamma and live."""
+        """Return a table of seconds, tokens per second and time saved, by control."""
         lines = [
             f"{'control':10}{'seconds':>9}{'tokens/s':>10}{'saved %':>9}{'+-':>6}"
             "  seconds by gamma; by live rows"
@@ -433,15 +298,15 @@ def compare(
 ) -> Comparison:
     """Replay several controls over the same traces, as rollouts one after the other.
 
-    Controllers are kept from one trace to the next, as in training, and see the first
-    traces once before anything is counted: the published ladder takes several rollouts
-    to settle.
+    Controllers are kept from one trace to the next, as in training. They replay the
+    first traces once before anything is counted, because the published ladder takes
+    several rollouts to settle.
 
     Args:
-      traces: rollouts in order. costs: the true ones. roofline: what the published rule
-        decides by. controls: names, see `make_decider`; "ar" is added.
-      gammas: what "best" and the oracle choose from. keep_prob: chance that a draft is
-        kept, at any depth and position.
+      traces: rollouts in order. costs: the true ones. roofline: the cost model of the
+        published rule. controls: names, see `make_decider`; "ar" is added.
+      gammas: choices of "best" and the oracle. keep_prob: chance that a draft is kept,
+        at any depth and position.
       slots: rows decoded at once; None is all. num_warm_ups: rollouts not counted.
       progress: show a progress bar.
     Raises:
@@ -463,9 +328,9 @@ def compare(
     ):
         is_counted = turn >= len(order) - len(traces)
         trace = traces[index]
-        luck = Luck(trace, keep_prob, seed=turn)
+        kept_drafts = KeptDrafts(trace, keep_prob, seed=turn)
         for control, decider in deciders.items():
-            outcome = replay(trace, costs, decider, luck, slots=slots)
+            outcome = replay(trace, costs, decider, kept_drafts, slots=slots)
             if is_counted:
                 comparison.outcomes[control].append(outcome)
     return comparison

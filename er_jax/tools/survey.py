@@ -1,8 +1,8 @@
-"""A survey of what rounds cost here: where does speculation pay?
+"""A survey of the costs of rounds on this device: where does speculation pay?
 
-Rounds are timed at some cells of a grid of rows and lengths, next always where it is
-least certain whether speculation pays, until that and the cost of other draft lengths
-are known or the time is spent (`er-jax calibrate`).
+Rounds are timed at cells of a grid of rows and lengths. The next cell is always the one
+where it is least certain whether speculation pays. The survey ends when that and the
+costs of other draft lengths are known, or when its time is spent (`er-jax calibrate`).
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from er_jax.types import (
     Program,
 )
 
-# How much the logarithm of the speed-up is taken to change, at most, from a cell to its
-# neighbour at twice the rows or twice the length.
+# Assumed limit of the change in the logarithm of the speed-up, from a cell to one with
+# twice the rows or twice the length.
 CHANGE_PER_OCTAVE = 0.2
 
-# Where a middling draft is this fast or faster, another length may pay.
+# Speed-up of the middle draft length from which another length may pay.
 NEARLY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a survey found.
+    """The result of a survey.
 
-    costs: fitted to its readings, one for each program. is_complete: whether it is
-      known of every cell if speculation pays there, and where it does what other drafts
-      cost; else the time was spent. spent_s: seconds of measuring, compilation not
-      counted.
+    costs: fitted to its readings, one for each program. is_complete: whether the survey
+      knows, for every cell, if speculation pays there, and the costs of other draft
+      lengths where it does; otherwise its time was spent first. spent_s: seconds of
+      measuring, without compilation.
     """
 
     costs: PassCosts
@@ -54,10 +54,11 @@ class Survey:
 
 
 def speed_up(costs: PassCosts, cell: Cell, keep_prob: float) -> float:
-    """Return the speed of the measured gamma over plain decoding, the best of several.
+    """Return the speed-up over plain decoding of the best measured gamma.
 
     Args:
-      costs: with rounds. cell: where. keep_prob: chance of a draft at any depth.
+      costs: with rounds. cell: rows and length. keep_prob: chance that a draft is kept,
+        at any depth.
     """
     plain_s = costs.round_seconds(Program(*cell, 0))
     return max(
@@ -81,23 +82,27 @@ def survey(
 ) -> Survey:
     """Measure rounds until it is known where speculation pays, or the time is spent.
 
-    The corners come first, plain and with a middling draft; then always the cell of
-    which it is least certain on which side of 1 its speed-up is: the farther from what
-    was measured, and the nearer to 1, the less. When all is known of that, or half of
-    the time is spent, the longest and the shortest draft where the middling one pays,
-    or nearly: the others lie on a line, see `PassCosts.pass_seconds`. In the time that
-    is left all are measured again, and the lesser seconds stand: other work on the
-    machine lasts for longer than a reading does.
+    The survey has three stages.
+
+    1. The corners of the grid, plain and with the middle draft length; then always the
+       cell with the least certain sign of speed-up - 1. A cell is less certain the
+       farther it is from measured ones and the nearer its speed-up is to 1.
+    2. When all signs are certain, or half of the time is spent: the longest and the
+       shortest draft length, where the middle one pays or nearly does. The others are
+       interpolated, see `PassCosts.pass_seconds`.
+    3. In the remaining time, all programs again; the lesser seconds count, because
+       other work on the machine lasts longer than a reading.
 
     Args:
       round_s: times a program; see `measure_round`. rows, lengths: the grid.
       gammas: draft lengths, of which the one nearest to 4 decides where speculation
-        pays; 0 always is measured.
-      keep_prob: chance of a draft, for the speed-up. budget_s: seconds; a reading begun
-        within them is finished. spent_s: seconds spent so far, compilation not counted.
+        pays; 0 is always measured.
+      keep_prob: chance that a draft is kept, for the speed-up. budget_s: seconds; a
+        reading begun within them is finished. spent_s: returns the seconds spent so
+        far, without compilation.
       progress: show a progress bar of the seconds.
     Raises:
-      ValueError: an empty grid, no gamma above 0, or no such number.
+      ValueError: an empty grid, no gamma above 0, or a number outside its range.
     """
     for name, values in (("rows", rows), ("lengths", lengths)):
         for value in values:
@@ -137,15 +142,15 @@ def survey(
         return PassCosts(table.readings())
 
     def uncertainty(cell: Cell, fitted: PassCosts) -> float:
-        """How far the speed-up may be on the other side of 1; 0 or less if never."""
+        """Return how far the speed-up may cross 1, in logarithms; <= 0 if it cannot."""
         known = {Cell(p.rows, p.cache_length) for p in measured if p.gamma}
         octaves = min(
             abs(math.log2(cell.rows / other.rows))
             + abs(math.log2(cell.length / other.length))
             for other in known
         )
-        certain = abs(math.log(speed_up(fitted, cell, keep_prob)))
-        return CHANGE_PER_OCTAVE * octaves - certain
+        distance = abs(math.log(speed_up(fitted, cell, keep_prob)))
+        return CHANGE_PER_OCTAVE * octaves - distance
 
     with bar:
         corners = [
@@ -156,7 +161,7 @@ def survey(
             )
         ]
         for cell in corners:
-            # One pair at least, or there is nothing to say.
+            # At least one cell is measured, or nothing can be fitted.
             if measured and is_over():
                 break
             measure(cell, 0)
@@ -164,9 +169,9 @@ def survey(
         is_complete = False
         while not is_over(0.5):
             fitted = fit()
-            doubts = {cell: uncertainty(cell, fitted) for cell in grid}
-            cell = max(grid, key=doubts.__getitem__)
-            if doubts[cell] <= 0:
+            uncertain = {cell: uncertainty(cell, fitted) for cell in grid}
+            cell = max(grid, key=uncertain.__getitem__)
+            if uncertain[cell] <= 0:
                 is_complete = True
                 break
             measure(cell, 0)
@@ -199,7 +204,7 @@ def survey_engine(
     budget_s: float = 20.0,
     progress: bool = False,
 ) -> Survey:
-    """Survey the rounds of an engine on this device; arguments as for `survey`."""
+    """Survey the rounds of an engine on this device; arguments as in `survey`."""
     start_s, compiled_s = time.perf_counter(), engine.compile_s
 
     def spent_s() -> float:
@@ -224,7 +229,7 @@ def plot_speed_up(
     keep_prob: float,
     path: str | os.PathLike[str],
 ) -> None:
-    """Draw the predicted speed-up over rows and length, measured cells marked; save it.
+    """Draw the predicted speed-up over rows and length, and save the picture.
 
     Raises:
       ImportError: matplotlib is missing; install the extra `plot`.

@@ -1,23 +1,22 @@
-"""Latency sweeps of other engines: reading them, and judging what is fitted to them.
+"""Latency sweeps of other engines: reading them, and judging fits to them.
 
 A sweep is a CSV with one row per (mode, gamma, batch, seq) and the times of single
 passes, in the format that EfficientRollout publishes. Such files are contaminated in
-known ways, because a measured batch ramps up and down and warm-ups are booked with the
-cell before:
+known ways, because a measured batch ramps up and down, and warm-ups count in the cell
+before. Therefore:
 
-* rows of batch or seq 0 are warm-ups without a label: dropped;
-* medians are read, means never;
-* a row whose deviation exceeds a tenth of its mean mixes two cells: its weight is
+* rows of batch or seq 0, which are warm-ups, are dropped;
+* medians are read, never means;
+* a row whose deviation exceeds a tenth of its mean mixes two cells, and has the weight
   `DOUBTFUL_WEIGHT`;
 * the last cell of the grid (the largest batch at the largest length) has no cell after
-  it and was measured while the batch ran down: not fitted to, but judged.
+  it and was measured while the batch ran down; it is judged, but not fitted to.
 
-Draft passes are kept apart by gamma. They are one kernel, but the engine pads a batch
-to a multiple of gamma + 1, so at some batches they do cost more at one gamma than at
-another.
+Draft passes are separate by gamma. They run the same kernel, but the engine pads a
+batch to a multiple of gamma + 1, so for some batches their costs depend on gamma.
 
-`judge` compares predictions with what was measured, cell by cell. Nothing here depends
-on the device or the model.
+`judge` compares predictions with measurements, cell by cell. Nothing here depends on
+the device or the model.
 """
 
 from __future__ import annotations
@@ -52,13 +51,13 @@ MODES: dict[str, Kind] = {
 
 COLUMNS = ("model", "batch", "seq", "gamma", "mode", "mean_ms", "median_ms", "std_ms")
 
-# A row is in doubt if its deviation is more than this share of its mean; a cell too, if
-# its draft passes at different gammas differ by more than the other.
+# A row is doubtful if its deviation is above DOUBTFUL_STD of its mean; a cell also if
+# its draft passes at different gammas differ by more than DOUBTFUL_SPREAD.
 DOUBTFUL_STD = 0.10
 DOUBTFUL_SPREAD = 0.25
 DOUBTFUL_WEIGHT = 0.1
 
-# No pass on any device takes less; what is fitted divides by it.
+# Least time of a pass; fits divide by it.
 LEAST_MS = 1e-6
 
 
@@ -66,8 +65,8 @@ LEAST_MS = 1e-6
 class Sweep:
     """The passes of one model on one device.
 
-    model: its name in the file. readings: all of them, those that are not to be fitted
-      to as well. source: the file, for messages.
+    model: its name in the file. readings: all of them, including those not to fit to.
+      source: the file, for messages.
     """
 
     model: str
@@ -76,17 +75,17 @@ class Sweep:
 
     @property
     def grid(self) -> list[Cell]:
-        """Cells with a target reading, in order; one at least."""
+        """Cells with a target reading, in order; at least one."""
         found = {Cell(r.rows, r.length) for r in self.readings if r.kind == "target"}
         return sorted(found)
 
     @property
     def gammas(self) -> list[int]:
-        """Draft lengths with a verification anywhere, ascending."""
+        """Draft lengths of all verifications, ascending."""
         return sorted({r.gamma for r in self.readings if r.kind == "verify"})
 
     def fitted(self, is_kept: Callable[[Cell], bool] | None = None) -> list[Reading]:
-        """Return the readings to fit to: without the last cell, or those kept."""
+        """Return the readings to fit to, without the last cell; of kept cells only."""
         last = max(self.grid)
         found = [r for r in self.readings if (r.rows, r.length) != last]
         if is_kept is None:
@@ -94,7 +93,7 @@ class Sweep:
         return [r for r in found if is_kept(Cell(r.rows, r.length))]
 
     def is_doubtful(self, cell: Cell, gamma: int) -> bool:
-        """Whether a cycle's measurement is contaminated, as far as can be seen."""
+        """Whether the measurement of a cycle appears contaminated."""
         here = [r for r in self.readings if (r.rows, r.length) == cell]
         own = [r for r in here if r.gamma in (0, gamma)]
         drafts = [r.seconds for r in here if r.kind == "draft"]
@@ -114,8 +113,8 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
     Returns:
       The sweep, in seconds, doubtful readings with less weight.
     Raises:
-      ValueError: no CSV, a missing column, a line with what no pass has, or no pass of
-        some mode.
+      ValueError: not a CSV, a missing column, a line with impossible values, or no pass
+        of some mode.
       OSError: the file cannot be read.
     """
     readings, model = [], ""
@@ -144,13 +143,14 @@ def read_sweep(path: str | os.PathLike[str]) -> Sweep:
     return Sweep(model=model, readings=tuple(readings), source=os.fspath(path))
 
 
-def _reading(row: dict[str, Any], place: str) -> Reading | None:
-    """Return what a line says, None of a warm-up or another mode.
+def _reading(row: dict[str, Any], line: str) -> Reading | None:
+    """Return the reading of a line, None for a warm-up or another mode.
 
     Args:
-      row: texts by column; None behind the end of a line that is cut off.
+      row: texts by column; None for columns missing from the end of the line.
+      line: file and line number, for messages.
     Raises:
-      ValueError: what no pass has, with its place.
+      ValueError: an impossible value.
     """
 
     def number(
@@ -162,21 +162,21 @@ def _reading(row: dict[str, Any], place: str) -> Reading | None:
         except ValueError:
             value = math.nan
         if not low <= value <= MOST:
-            raise ValueError(f"{place}: {name}={text!r} must be {limits}")
+            raise ValueError(f"{line}: {name}={text!r} must be {limits}")
         return value
 
     def whole(name: str, low: int) -> int:
         return int(number(name, int, low, f"a whole number from {low} to {MOST}"))
 
     if None in row.values():
-        raise ValueError(f"{place} is cut off: it has less columns than the first one")
+        raise ValueError(f"{line} is cut off: it has fewer columns than the first one")
     batch, length = whole("batch", 0), whole("seq", 0)
     if not batch or not length or row["mode"] not in MODES:
         return None
     kind = MODES[row["mode"]]
     gamma = whole("gamma", 0 if kind == "target" else 1)
     if kind == "target" and gamma:
-        raise ValueError(f"{place}: gamma={gamma} of a target pass must be 0")
+        raise ValueError(f"{line}: gamma={gamma} of a target pass must be 0")
     for name in ("mean_ms", "std_ms"):
         number(name, float, 0, "milliseconds, 0 or more")
     number("median_ms", float, LEAST_MS, "milliseconds, above 0")
@@ -207,8 +207,8 @@ class Judgement:
     """How predictions compare with measurements.
 
     target_errors, cycle_errors: absolute relative errors of target passes, and of
-      cycles (gamma drafts and a verification). clean_errors: the cycle's, doubtful
-      cells left out. misses: cycles on the wrong side of 1.
+      cycles (gamma drafts and a verification). clean_errors: those of cycles in cells
+      that are not doubtful. misses: cycles predicted on the wrong side of 1.
     """
 
     target_errors: tuple[float, ...]
@@ -218,12 +218,12 @@ class Judgement:
 
     @property
     def num_cycles(self) -> int:
-        """Cycles judged."""
+        """The number of judged cycles."""
         return len(self.cycle_errors)
 
     @property
     def sign_share(self) -> float:
-        """Share of cycles whose speed-up is on the right side of 1."""
+        """Share of cycles whose speed-up is predicted on the right side of 1."""
         return 1 - len(self.misses) / self.num_cycles
 
     def __str__(self) -> str:
@@ -252,13 +252,13 @@ def joined(parts: Sequence[Judgement]) -> Judgement:
 def judge(model: PassPredictor, sweep: Sweep, cells: Sequence[Cell]) -> Judgement:
     """Compare predictions with a sweep.
 
-    The speed-up of a cycle is that of gamma tokens gained: gamma target passes over
-    gamma draft passes and one verification.
+    The speed-up of a cycle counts gamma tokens: gamma target passes over gamma draft
+    passes and one verification.
 
     Args:
-      model: what predicts. sweep: what was measured. cells: where to look.
+      model: predicts passes. sweep: measurements. cells: those to compare.
     Raises:
-      ValueError: no cycle was measured there.
+      ValueError: no cycle was measured in these cells.
     """
     known = {reading[:4]: reading.seconds for reading in sweep.readings}
     target_errors, cycle_errors, clean_errors = [], [], []
@@ -313,7 +313,7 @@ def halves(sweep: Sweep) -> tuple[list[Cell], list[Cell]]:
 
 
 def report(sweep: Sweep) -> str:
-    """Return, as text, how well the table and the roofline describe a sweep.
+    """Return a text about how well the cost table and the roofline fit a sweep.
 
     Raises:
       ValueError: too few cells to fit to one half and judge the other.
@@ -336,9 +336,9 @@ def report(sweep: Sweep) -> str:
                 f"{', '.join(MODES)} at 2 x 2 cells or more"
             )
     for name, fit in fits.items():
-        whole = judge(fit(sweep.fitted()), sweep, sweep.grid)
-        lines.append(f"  {name}, fitted to all: {whole}")
-        lines += _misses(whole)
+        overall = judge(fit(sweep.fitted()), sweep, sweep.grid)
+        lines.append(f"  {name}, fitted to all: {overall}")
+        lines += _misses(overall)
         parts = []
         for fitted, judged in (halved, halved[::-1]):
             parts.append(

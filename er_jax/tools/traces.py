@@ -1,4 +1,4 @@
-"""Traces: the lengths of the sequences of a rollout, and which drafts are kept.
+"""Traces: the lengths of a rollout's completions, and which drafts are kept.
 
 Source: the lengths of `tail`, `capped` and `mixture` are fitted to what PolyTrace
 (arXiv 2509.25279) reports of the verl DAPO 32B run, of DeepCoder 14B and of Intern-S1.
@@ -21,13 +21,13 @@ from er_jax.arguments import (
 )
 from er_jax.result import Rollout
 
-# Tokens of a trace: the luck of each is drawn beforehand, in some thirty bytes.
+# Most tokens of a trace; `KeptDrafts` takes some thirty bytes for each.
 MOST_TOKENS = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Lengths of a rollout's completions, in the order in which they are started.
+    """Lengths of a rollout's completions, in the order in which they start.
 
     prompt_lengths, lengths: tokens, int `[N]`; every completion has at least one.
     """
@@ -78,11 +78,11 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read what `save` wrote; a missing prompt_length is 0.
+        """Return the trace that `save` wrote; a missing prompt_length is 0.
 
         Raises:
-          ValueError: not text, no completion, a line without a length, or one that no
-            completion has.
+          ValueError: not text, no completion, a line without a length, or a length that
+            no completion can have.
           OSError: the file cannot be read.
         """
         found = []
@@ -127,10 +127,11 @@ def tail_trace(num: int, *, cap: int, seed: int, prompt_length: int = 256) -> Tr
 def capped_trace(
     num: int, *, cap: int, seed: int, group: int = 8, prompt_length: int = 256
 ) -> Trace:
-    """Return long completions of which many meet the cap, alike within a prompt.
+    """Return long completions, many of them at the cap, with similar ones per prompt.
 
-    At a cap of 16 000: prompts normal around 9400 with deviation 4800, their
-    completions around them with deviation 1800; scaled to `cap`.
+    For a cap of 16 000, the means of prompts are normal around 9400 with deviation
+    4800, and completions around these with deviation 1800; all is scaled to `cap`.
+    `group` is the number of completions of a prompt.
     """
     _check_sizes(num, cap, prompt_length)
     check_whole("group", group)
@@ -141,9 +142,10 @@ def capped_trace(
 
 
 def mixture_trace(num: int, *, cap: int, seed: int, prompt_length: int = 256) -> Trace:
-    """Return lengths of four kinds of mathematics problems, scaled to the cap.
+    """Return lengths of four kinds of mathematics problems.
 
-    At a cap of 32 000: normal around 4959, 12 720, 9175 and 17 655.
+    For a cap of 32 000 they are normal around 4959, 12 720, 9175 and 17 655; all is
+    scaled to `cap`.
     """
     _check_sizes(num, cap, prompt_length)
     random = np.random.default_rng(seed)
@@ -168,11 +170,14 @@ def _trace(lengths: np.ndarray, cap: int, prompt_length: int) -> Trace:
     return Trace(prompt_lengths=np.full(len(lengths), prompt_length), lengths=lengths)
 
 
-class Luck:
-    """Which drafts would be kept, for every token of a trace.
+class KeptDrafts:
+    """Which drafts are kept, drawn in advance for every token of a trace.
 
     Args:
-      trace: whose tokens. keep_prob: chance of each. seed: of the draws.
+      trace: to draw for. keep_prob: chance that a draft is kept. seed: of the draws.
+    Attributes:
+      start: int `[N]`, index of each sequence's first token among all tokens.
+      run: int `[tokens]`, drafts kept in a row from each token on.
     """
 
     def __init__(self, trace: Trace, keep_prob: float, seed: int) -> None:
@@ -181,8 +186,8 @@ class Luck:
         total = int(trace.lengths.sum())
         is_kept = np.random.default_rng(seed).random(total) < keep_prob
         self.start = np.concatenate([[0], np.cumsum(trace.lengths)[:-1]])
-        # At every token, how many drafts from it on are kept: up to the next that is
-        # not. A run may go on into the next sequence; the end of its own cuts it off.
+        # A run lasts up to the next rejected draft. It may extend into the next
+        # sequence; the replay ends it at the end of its own.
         rejected = np.where(is_kept, total, np.arange(total))
         next_rejected = np.minimum.accumulate(rejected[::-1])[::-1]
         self.run = next_rejected - np.arange(total)
