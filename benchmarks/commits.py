@@ -96,7 +96,7 @@ class Tree:
     def close(self) -> None:
         """End the process."""
         self._process.terminate()
-        self._process.wait()
+        self._process.communicate()  # Closes the pipes, too.
 
 
 @contextmanager
