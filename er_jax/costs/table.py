@@ -7,8 +7,8 @@ drafts and verifications in autoregressive steps.
 
 A program that ran for long is taken as measured. One that ran for few rounds is taken
 to be faster than measured, because a first window may be slow by chance, and a program
-that looks slow would not run again. Either error is so corrected by the next windows: a
-program that looks too fast runs and is measured, and so does one that looks too slow.
+that looks slow would not run again. Errors both ways are corrected: a program that
+looks too fast runs and is measured, and one that looks too slow gets another try.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ class LatencyTable:
             return sum(self.rounds.values()) > 2 * self._kept_rounds
 
     def readings(self) -> list[Reading]:
-        """Return all measurements, passes and rounds, but those of shared rows."""
+        """Return all measured passes and rounds, except rounds with shared rows."""
         found = [] if self.passes is None else list(self.passes.readings)
         with self._lock:
             measured = list(self.seconds.items())
