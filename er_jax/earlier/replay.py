@@ -1,4 +1,5 @@
-"""The earlier name of `er_jax.tools.replay` and `er_jax.tools.traces`."""
+"""The earlier name of `tools.replay`, `tools.deciders` and `tools.traces`."""
 
+from er_jax.tools.deciders import *  # noqa: F403
 from er_jax.tools.replay import *  # noqa: F403
 from er_jax.tools.traces import *  # noqa: F403
