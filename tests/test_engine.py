@@ -18,7 +18,7 @@ import er_jax
 from er_jax import devices, steps
 from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine import kept, windows
-from er_jax.engine.engine import Engine
+from er_jax.engine.engine import Engine, RunningWindow
 from er_jax.types import NONE, DecodeState, Finish, Program, Sampling, WindowInfo
 
 POLICY = er_jax.Decoder(
@@ -422,22 +422,83 @@ def test_what_ended_can_be_fetched_while_the_next_window_runs(
     assert not np.array_equal(state.tokens, wanted[0])
 
 
+@dataclasses.dataclass
+class Clock:
+    """A clock that somebody else moves."""
+
+    now_s: float = 100.0
+
+    def read(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(time, "perf_counter", made.read)
+    return made
+
+
 def test_seconds_of_a_window_leave_out_what_the_host_did_meanwhile(
-    engine: Engine, params: PolicyParams
+    engine: Engine, params: PolicyParams, clock: Clock
 ) -> None:
-    def timed(pause_s: float) -> tuple[float, bool]:
+    _, running = engine.start_window(
+        params, start(engine), SETTINGS, 0, exit_live=0, max_rounds=20
+    )
+    running._info.num_rounds.block_until_ready()
+    clock.now_s += 5
+    _, seconds, is_measured = running.wait()
+    assert seconds == 0
+    # A window may be over as soon as it was started, and is measured by that.
+    assert is_measured == running._is_sync
+
+
+def test_windows_are_measured(engine: Engine, params: PolicyParams) -> None:
+    def is_measured() -> bool:
         _, running = engine.start_window(
             params, start(engine), SETTINGS, 0, exit_live=0, max_rounds=20
         )
-        time.sleep(pause_s)
-        return running.wait()[1:]
+        return running.wait()[2]
 
     # A busy machine may let the host sleep through many windows.
-    assert any(is_measured for _, is_measured in (timed(0) for _ in range(100)))
-    # Now and then a window is over as soon as it was started, and measured by that.
-    pauses = [timed(0.2) for _ in range(10)]
-    assert all(0 < seconds < 0.2 for seconds, _ in pauses)
-    assert not all(is_measured for _, is_measured in pauses)
+    assert any(is_measured() for _ in range(100))
+
+
+class Result:
+    """Rounds of a window that is over when the test says so."""
+
+    def __init__(self, clock: Clock, seconds_left: float) -> None:
+        self.clock, self.end_s = clock, clock.now_s + seconds_left
+
+    def is_ready(self) -> bool:
+        return self.clock.now_s >= self.end_s
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self.clock.now_s = max(self.clock.now_s, self.end_s)
+        return np.array(7)
+
+
+@pytest.mark.parametrize(
+    ("took_s", "meanwhile_s", "wanted_s", "is_measured"),
+    [
+        (5, 2, 5 + 1, True),  # waited for
+        (5, 30, 1, False),  # over before: only what it took to start it
+        (0, 30, 1, True),  # started and over at once
+    ],
+)
+def test_a_window_is_measured_by_who_waits_for_it(
+    took_s: float, meanwhile_s: float, wanted_s: float, is_measured: bool, clock: Clock
+) -> None:
+    """Each was told to the device one second after its start."""
+    start_s = clock.now_s
+    clock.now_s += 1
+    rest = dict.fromkeys((f.name for f in dataclasses.fields(WindowInfo)), np.zeros(1))
+    info = WindowInfo(**rest | {"num_rounds": Result(clock, took_s)})  # type: ignore[arg-type]
+    window = RunningWindow(info, (), start_s)  # type: ignore[arg-type]
+    clock.now_s += meanwhile_s
+    found, seconds, was_measured = window.wait()
+    assert found.num_rounds == 7
+    assert (seconds, was_measured) == (wanted_s, is_measured)
 
 
 def test_rows_are_fetched_by_their_number(engine: Engine, params: PolicyParams) -> None:

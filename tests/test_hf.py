@@ -486,6 +486,7 @@ thread.start()
 _, params = er_jax.load_hf(sys.argv[1], dtype=sys.argv[2])
 jax.block_until_ready(params)
 over.set(), thread.join()
+peak = max(peak, used())  # should the thread have been late
 sizes = [x.nbytes for x in jax.tree.leaves(params)]
 print(peak - before, sum(sizes), max(sizes))
 """

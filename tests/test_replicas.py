@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import itertools
 import signal
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,8 @@ from tests import test_mesh
 from tests.test_mesh import POLICY, config_of, mesh_of, parameters, prompts
 from train.controllers import RuleController
 from train.trainer import Trainer
+
+WAIT_S = 60
 
 
 def sample(**changes: Any) -> er_jax.Rollout:
@@ -231,15 +233,32 @@ def test_a_replica_refused_on_the_way_loses_nothing(
         sample()
 
 
-def test_an_interrupted_call_ends() -> None:
+def test_an_interrupted_call_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    main = threading.get_ident()
+    one_is_told, made = threading.Event(), list[threading.Event]()
+
+    def wait(running: Any) -> Any:
+        assert one_is_told.wait(WAIT_S)
+        signal.raise_signal(signal.SIGINT)
+        return concurrent.futures.wait(running)
+
+    def event() -> threading.Event:
+        made.append(threading.Event())
+        return made[-1]
+
+    # Both are the module's: where the main thread waits, and how it tells the others.
+    pool = concurrent.futures.ThreadPoolExecutor
+    futures = SimpleNamespace(wait=wait, ThreadPoolExecutor=pool)
+    monkeypatch.setattr(replicas, "concurrent", SimpleNamespace(futures=futures))
+    locks = SimpleNamespace(Lock=threading.Lock, Event=event)
+    monkeypatch.setattr(replicas, "threading", locks)
 
     def on_finish(name: int, _: er_jax.Completion) -> None:
         told.append(name)
         if len(told) == 1:
-            signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(1)  # until the main thread has heard of it
+            one_is_told.set()
+            (interrupted,) = made
+            assert interrupted.wait(WAIT_S)
 
     with pytest.raises(KeyboardInterrupt) as info:
         sample(on_finish=on_finish)

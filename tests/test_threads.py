@@ -28,6 +28,7 @@ from tests.test_programs import CompileCounter, small_policy
 
 SPEC = Program(4, 128, 2)
 WAIT_S = 60
+NUM_OBSERVED = 1000  # while others ask
 
 
 def together(*functions: Callable[[], Any]) -> list[Any]:
@@ -134,8 +135,34 @@ def test_engines_may_be_forgotten_while_a_thread_samples(
 # Compiling.
 
 
+class Door:
+    """A lock that tells when so many threads have come to it."""
+
+    def __init__(self, count: int) -> None:
+        self.lock, self.counting = threading.Lock(), threading.Lock()
+        self.missing, self.all_there = count, threading.Event()
+
+    def __enter__(self) -> None:
+        with self.counting:
+            self.missing -= 1
+            if self.missing == 0:
+                self.all_there.set()
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def door(engine: Engine, name: str, count: int) -> Door:
+    """Put a door before a program that is to be asked for by `count` threads."""
+    made = Door(count)
+    under_way = engine._executables._under_way
+    under_way[engine._key(name)] = made  # type: ignore[assignment]
+    return made
+
+
 class Lowered:
-    """A program that takes its time to compile, and may fail."""
+    """A program that does something while it is compiled, and may fail."""
 
     def __init__(self, meanwhile: Callable[[], Any], fails: int = 0) -> None:
         self.meanwhile, self.fails, self.num_compiled = meanwhile, fails, 0
@@ -157,13 +184,23 @@ def ask(engine: Engine, name: str, lowered: Lowered) -> float:
     return engine.compile_s - before
 
 
-def test_a_program_that_is_being_compiled_is_waited_for() -> None:
+def test_a_program_that_is_being_compiled_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = Engine(small_policy(315.0), "coupled")
-    lowered = Lowered(lambda: time.sleep(0.2))
+    others, now_s = door(engine, "a", 3), 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+
+    def compile_for_five_seconds() -> None:
+        nonlocal now_s
+        assert others.all_there.wait(WAIT_S)
+        now_s += 5
+
+    lowered = Lowered(compile_for_five_seconds)
     costs = together(*[lambda: ask(engine, "a", lowered)] * 3)
     assert lowered.num_compiled == 1
     # Whoever waited spent its time on it as well, and nobody else's.
-    assert all(0.1 < cost < 2 for cost in costs), costs
+    assert costs == [5, 5, 5]
     assert engine.compile_s == 0 and engine.compiled_here == []
     assert ask(engine, "a", lowered) == 0
 
@@ -180,7 +217,8 @@ def test_other_programs_are_compiled_meanwhile() -> None:
 
 def test_whoever_waited_for_a_failure_tries_itself() -> None:
     engine = Engine(small_policy(315.0), "coupled")
-    lowered = Lowered(lambda: time.sleep(0.1), fails=1)
+    both = door(engine, "a", 2)
+    lowered = Lowered(lambda: both.all_there.wait(WAIT_S), fails=1)
     errors: list[Exception] = []
 
     def attempt() -> None:
@@ -285,18 +323,17 @@ def test_a_controller_can_be_copied(how: Callable[[Any], Any]) -> None:
 def test_a_table_is_asked_while_it_is_filled() -> None:
     """Predictions are remembered, and forgotten by whoever observes."""
     table = LatencyTable({Program(4, 128, 0): 1e-3, Program(4, 128, 2): 2e-3})
-    end = time.monotonic() + 0.5
+    is_filled = threading.Event()
 
     def ask() -> None:
-        while time.monotonic() < end:
+        while not is_filled.is_set():
             for rows in (1, 2, 8, 16):
                 assert table.round_seconds(Program(rows, 128, 2))
 
     def fill() -> None:
-        rows = 0
-        while time.monotonic() < end:
-            rows += 1
+        for rows in range(1, NUM_OBSERVED):
             table.observe(Program(4, 128, 2), 2e-3 * (1 + rows % 7), 1)
             table.observe(Program(32 + rows % 64, 128, 0), 2e-3, 1)
+        is_filled.set()
 
     together(ask, ask, fill)
