@@ -1,15 +1,20 @@
 """What every test runs under, and the fixtures that any of them may ask for.
 
 Tests run on the CPU with strict dtype promotion, ranks never promoted silently and, by
-pyproject.toml, warnings as errors. The persistent compilation cache is off, unless its
-directory is named, as by the planted bugs and the slow part of `.ci/run`, which name an
-empty one: a program that another version left on a disk proves nothing about this one.
+pyproject.toml, warnings as errors. What XLA compiles is kept in a directory that is
+empty at first, shared by all processes of the run (those of pytest-xdist and those that
+tests start) and removed at its end: a program that another version left on a disk
+proves nothing about this one. `compile_counter` counts what is asked of the compiler,
+be it found there or not.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -18,16 +23,26 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 # No test begins with costs that an earlier run has kept, or leaves any behind.
 os.environ["ER_JAX_CACHE"] = ""
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="er_jax_programs_")
+    atexit.register(_programs.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_enable_compilation_cache", False)
 # Meshes are made of the CPU, eight times; all else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of the garbage collections to come."""
+    gc.collect()
+    gc.freeze()
+
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -43,6 +58,32 @@ def x64() -> Iterator[None]:
 def standard_promotion() -> Iterator[None]:
     """Run the test with JAX's usual dtype promotion, which optax relies on."""
     with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@contextlib.contextmanager
+def without_optimizer() -> Iterator[None]:
+    """Compile without XLA's optimizer, which is most of the time.
+
+    For tests of what holds at either level, such as how many programs there are; what
+    programs compute, other tests show at the level that is XLA's default.
+    """
+    from er_jax.engine.kept import forget_engines
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    forget_engines()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+        forget_engines()
+
+
+@pytest.fixture
+def unoptimized() -> Iterator[None]:
+    """Run the test `without_optimizer`."""
+    with without_optimizer():
         yield
 
 

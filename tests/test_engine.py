@@ -20,17 +20,8 @@ from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine import kept, windows
 from er_jax.engine.engine import Engine, RunningWindow
 from er_jax.types import NONE, DecodeState, Finish, Program, Sampling, WindowInfo
+from tests.small import POLICY
 
-POLICY = er_jax.Decoder(
-    er_jax.DecoderConfig(
-        vocab_size=24,
-        dim=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        hidden_dim=32,
-    )
-)
 ROWS, S = 4, 32
 FOREVER = 10_000
 
@@ -124,7 +115,7 @@ def test_a_window_is_rounds(engine: Engine, params: PolicyParams, gamma: int) ->
     )
     accepted, emitted = np.zeros(gamma + 1, int), np.zeros(gamma + 1, int)
     for _ in range(5):
-        by_hand, done = one_round(params, by_hand, SETTINGS)
+        by_hand, done = one_round(params, jax.tree.map(np.array, by_hand), SETTINGS)
         accepted += np.bincount(done.num_accepted, minlength=gamma + 1)
         emitted += np.bincount(done.num_emitted - 1, minlength=gamma + 1)
     np.testing.assert_array_equal(info.accepted, accepted)

@@ -13,7 +13,10 @@ from jax.sharding import Mesh
 import er_jax
 from er_jax.engine import kept
 from er_jax.engine.engine import Engine
-from tests.test_programs import CompileCounter, small_policy
+from tests.small import small_policy
+from tests.test_programs import CompileCounter
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def engines(policy: er_jax.Policy, *names: str) -> list[Engine]:
 def test_more_replicas_than_engines_are_kept_compile_once(
     compile_counter: CompileCounter,
 ) -> None:
-    policy = small_policy(301.0)
+    policy = small_policy("engine cache")
     params = policy.init(jax.random.key(0))
 
     def sample(**options: Any) -> er_jax.Rollout:
@@ -50,7 +53,7 @@ def test_more_replicas_than_engines_are_kept_compile_once(
 
 
 def test_what_a_call_needs_is_kept_together_and_dropped_together() -> None:
-    policy = small_policy(302.0)
+    policy = small_policy("engines")
     first = engines(policy, "a", "bb", "ccc")
     assert len(set(first)) == 3
     # Asked for alone, as by a replica's own rollout, one still belongs to the others.
@@ -66,7 +69,7 @@ def test_another_partition_takes_over_what_both_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kept, "MAX_ENGINES", 2)
-    policy = small_policy(302.0)
+    policy = small_policy("engines")
 
     def get(*names: str) -> list[weakref.ref[Engine]]:
         found = engines(policy, *names)
@@ -80,7 +83,7 @@ def test_another_partition_takes_over_what_both_need(
 
 
 def test_an_engine_in_use_is_found_again_and_not_made_twice() -> None:
-    policy = small_policy(302.0)
+    policy = small_policy("engines")
     (held,) = engines(policy, "a")
     engines(policy, "bb")  # there is room for one
     assert engines(policy, "a") == [held]

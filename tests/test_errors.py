@@ -22,6 +22,9 @@ import er_jax
 from er_jax import devices
 from er_jax.drafter import DrafterConfig, PolicyParams
 from tests.conftest import CompileCount
+from tests.small import small_policy
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 CompileCounter = Callable[[], AbstractContextManager[CompileCount]]
 
@@ -44,8 +47,18 @@ def fresh(**changes: Any) -> tuple[er_jax.Decoder, Any]:
     """Return a policy and parameters of sizes that nothing was compiled for."""
     sizes = {"hidden_dim": next(_widths)} | changes
     policy = er_jax.Decoder(dataclasses.replace(SIZES, **sizes))
+    return policy, constant(policy)
+
+
+def unused(**changes: Any) -> tuple[er_jax.Decoder, Any]:
+    """Return a policy and parameters for calls that sample: no other test's engine."""
+    policy = small_policy(f"errors {next(_widths)}", **changes)
+    return policy, constant(policy)
+
+
+def constant(policy: er_jax.Decoder) -> Any:
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    return policy, jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), shapes)
+    return jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), shapes)
 
 
 def rollout(policy: Any, params: Any, prompts: Any = None, **options: Any) -> Any:
@@ -147,7 +160,7 @@ def test_a_prompt_over_the_limit(refused: Refused) -> None:
 
 
 def test_a_prompt_at_the_limit_is_fine() -> None:
-    out = rollout(*fresh(max_length=20), [[1] * 16])
+    out = rollout(*unused(max_length=20), [[1] * 16])
     assert out.lengths.tolist() == [4]
 
 
@@ -212,9 +225,9 @@ def test_gammas(refused: Refused, gammas: tuple[int, ...], parts: list[str]) -> 
 
 def test_lists_do_where_tuples_do() -> None:
     """As they come out of a configuration file."""
-    policy, params = fresh()
-    lists = {"gammas": [0, 1], "stop_token_ids": [3], "control": "fixed:1"}
-    for controller in (None, er_jax.Controller("fixed:1", [0, 1])):
+    policy, params = unused()
+    lists = {"gammas": [0, 2], "stop_token_ids": [3], "control": "fixed:2"}
+    for controller in (None, er_jax.Controller("fixed:2", [0, 2])):
         out = rollout(policy, params, controller=controller, **lists)
         assert out.completion_ids.shape == (1, 4)
 
@@ -380,7 +393,7 @@ def test_memory_counts_parameters_draft_and_cache(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With what is needed to the byte it runs, with one byte less it does not."""
-    policy, params = fresh()
+    policy, params = unused()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     drafted = jax.device_get(er_jax.attach_draft(params, DrafterConfig()))
     draft = sum(leaf.nbytes for leaf in jax.tree.leaves(drafted.draft))
@@ -405,7 +418,7 @@ def test_a_prompt_that_cannot_fit(
 
 def test_unknown_memory_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "device_memory_bytes", lambda: None)
-    assert rollout(*fresh()).lengths.tolist() == [4]
+    assert rollout(*unused()).lengths.tolist() == [4]
 
 
 # Arguments of the wrong type.
@@ -572,7 +585,7 @@ def test_parameters_of_a_mesh_without_the_mesh(refused: Refused) -> None:
 
 def test_parameters_run_where_the_default_device_is() -> None:
     """One engine for each device: programs of one cannot run on another."""
-    policy, params = fresh()
+    policy, params = unused()
     wanted = rollout(policy, params)
     device = jax.devices()[2]
     moved = jax.device_put(params, device)
@@ -602,7 +615,7 @@ def test_inside_jit(refused: Refused) -> None:
 
 def test_guards_and_disabled_jit_are_the_callers_own() -> None:
     """In the first call, which compiles, and in one that finds everything there."""
-    policy, params = fresh()
+    policy, params = unused()
     params, key = jax.device_put(params), jax.random.key(5)
     for _ in range(2):
         with jax.transfer_guard("disallow"), jax.disable_jit():
@@ -612,7 +625,7 @@ def test_guards_and_disabled_jit_are_the_callers_own() -> None:
 
 
 def test_who_does_not_draft_needs_no_draft() -> None:
-    policy, params = fresh()
+    policy, params = unused()
     wanted = rollout(policy, params)
     found = rollout(policy, PolicyParams(params, None))
     np.testing.assert_array_equal(found.completion_ids, wanted.completion_ids)

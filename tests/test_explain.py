@@ -10,7 +10,9 @@ import er_jax
 from er_jax import Controller
 from er_jax.control.explain import explain
 from er_jax.types import Program
-from tests.test_programs import small_policy
+from tests.small import small_policy
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 PLAIN = [Program(8, 128, 0), Program(2, 128, 0)]
 
@@ -71,7 +73,7 @@ def test_few_sizes_are_shown_of_many() -> None:
 
 
 def test_the_summary_says_it() -> None:
-    policy = small_policy(11.5)
+    policy = small_policy("summary")
     out = er_jax.rollout(
         policy, policy.init(jax.random.key(0)), [[1, 2]], key=jax.random.key(1),
         config=er_jax.RolloutConfig(max_new_tokens=4, n=2),

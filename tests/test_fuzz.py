@@ -25,6 +25,7 @@ from benchmarks.lib.reference import Expected, Found, Reference
 from er_jax import acceptance, kv_cache, request, sampling, steps
 from er_jax.acceptance import ACCEPT_RULES
 from er_jax.engine.kept import forget_engines
+from tests.conftest import without_optimizer
 from tests.toy import Toy, settings, toy_params
 
 SEEDS = range(48)
@@ -32,12 +33,8 @@ SEEDS = range(48)
 
 @pytest.fixture(autouse=True, scope="module")
 def unoptimized() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    forget_engines()
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    forget_engines()
+    with without_optimizer():
+        yield
 
 
 def made_here(architecture: str | None = None) -> list[schedules.Schedule]:

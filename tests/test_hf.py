@@ -25,6 +25,7 @@ from er_jax.types import NONE
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # or they wait for each other where tests share the cores
 
 VOCAB, LENGTH = 97, 512
 

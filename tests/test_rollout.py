@@ -18,17 +18,8 @@ import er_jax
 from er_jax import sampling
 from er_jax.engine import engine
 from er_jax.types import NONE, LogprobKind, Sampling
+from tests.small import POLICY
 
-POLICY = er_jax.Decoder(
-    er_jax.DecoderConfig(
-        vocab_size=24,
-        dim=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        hidden_dim=32,
-    )
-)
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
 KEY = jax.random.key(11)
 

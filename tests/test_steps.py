@@ -12,21 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import er_jax
 from er_jax import sampling, steps
 from er_jax.drafter import PolicyParams
 from er_jax.types import NONE, Admission, DecodeState, Finish, LogprobKind, Sampling
+from tests.small import POLICY
 
-POLICY = er_jax.Decoder(
-    er_jax.DecoderConfig(
-        vocab_size=24,
-        dim=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        hidden_dim=32,
-    )
-)
 ROWS, S, T, CHUNK = 6, 24, 8, 2
 
 PROMPTS = (
@@ -103,9 +93,8 @@ def admission(
 
 
 admit = functools.partial(jax.jit(steps.admit, static_argnums=0), POLICY)
-decode_round = functools.partial(
-    jax.jit(steps.decode_round, static_argnums=0, static_argnames=("gamma", "accept")),
-    POLICY,
+_decode_round = jax.jit(
+    steps.decode_round, static_argnums=0, static_argnames=("gamma", "accept")
 )
 take = jax.jit(steps.take, static_argnums=2)
 
@@ -126,6 +115,13 @@ def entries_of(params: Any, tokens: Any, count: Any) -> tuple[np.ndarray, ...]:
         np.asarray(leaf)
         for leaf in jax.tree.leaves(forward(params, np.asarray(tokens), positions)[1])
     )
+
+
+def decode_round(
+    params: PolicyParams, state: DecodeState, config: Sampling, **options: Any
+) -> tuple[DecodeState, Any]:
+    """Run a round, of which there is one program: states differ in weak types."""
+    return _decode_round(POLICY, params, host(state), config, **options)
 
 
 def empty() -> DecodeState:

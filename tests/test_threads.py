@@ -24,7 +24,10 @@ from er_jax.engine import engine as engine_module
 from er_jax.engine import kept
 from er_jax.engine.engine import Engine
 from er_jax.types import Program
-from tests.test_programs import CompileCounter, small_policy
+from tests.small import small_policy
+from tests.test_programs import CompileCounter
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 SPEC = Program(4, 128, 2)
 WAIT_S = 60
@@ -52,7 +55,7 @@ def together(*functions: Callable[[], Any]) -> list[Any]:
 def test_threads_sample_what_one_does(
     control: str, compile_counter: CompileCounter
 ) -> None:
-    policy = small_policy({"fixed:2": 311.0, "best": 312.0}[control])
+    policy = small_policy(f"threads {control}")
     params = policy.init(jax.random.key(0))
     controller = er_jax.Controller(control, (0, 2), patience=1e9)
 
@@ -88,7 +91,7 @@ def test_threads_sample_what_one_does(
 
 
 def test_threads_share_the_controller_of_unnamed_calls() -> None:
-    policy = small_policy(313.0)
+    policy = small_policy("unnamed controller")
     params = policy.init(jax.random.key(0))
     measured: list[Any] = []
     measure = timing.measure_round
@@ -114,7 +117,7 @@ def test_threads_share_the_controller_of_unnamed_calls() -> None:
 def test_engines_may_be_forgotten_while_a_thread_samples(
     compile_counter: CompileCounter,
 ) -> None:
-    policy = small_policy(314.0)
+    policy = small_policy("forgotten")
     params = policy.init(jax.random.key(0))
     key = jax.random.key(1)
 
@@ -187,7 +190,7 @@ def ask(engine: Engine, name: str, lowered: Lowered) -> float:
 def test_a_program_that_is_being_compiled_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = Engine(small_policy(315.0), "coupled")
+    engine = Engine(small_policy("compiling"), "coupled")
     others, now_s = door(engine, "a", 3), 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now_s)
 
@@ -206,7 +209,7 @@ def test_a_program_that_is_being_compiled_is_waited_for(
 
 
 def test_other_programs_are_compiled_meanwhile() -> None:
-    engine = Engine(small_policy(315.0), "coupled")
+    engine = Engine(small_policy("compiling"), "coupled")
     both = threading.Barrier(2)
     together(
         lambda: ask(engine, "a", Lowered(lambda: both.wait(WAIT_S))),
@@ -216,7 +219,7 @@ def test_other_programs_are_compiled_meanwhile() -> None:
 
 
 def test_whoever_waited_for_a_failure_tries_itself() -> None:
-    engine = Engine(small_policy(315.0), "coupled")
+    engine = Engine(small_policy("compiling"), "coupled")
     both = door(engine, "a", 2)
     lowered = Lowered(lambda: both.all_there.wait(WAIT_S), fails=1)
     errors: list[Exception] = []
@@ -234,7 +237,7 @@ def test_whoever_waited_for_a_failure_tries_itself() -> None:
 
 def test_two_drafts_at_once_are_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     """One name for both would run one with the program of the other."""
-    engine = Engine(small_policy(315.0), "coupled")
+    engine = Engine(small_policy("compiling"), "coupled")
     both = threading.Barrier(2)
     describe = engine_module.signature
 
