@@ -35,6 +35,7 @@ from er_jax.costs.passes import seconds_of_passes
 from er_jax.scheduler import batch
 from er_jax.tools import cli, plan
 from er_jax.types import Program
+from tests.small import small_policy
 from tests.test_layout import ORDER, OWN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -472,16 +473,12 @@ class PlainWithTwo(Plain):
 
 
 @pytest.mark.parametrize("kind", [Plain, PlainWithTwo])
+@pytest.mark.usefixtures("unoptimized")
 def test_an_object_with_what_is_asked_is_a_controller(kind: type[Plain]) -> None:
     has = members(Plain) | members(kind)
     spared = SOME_CALLS if len(kind.gammas) > 1 else SOME_CALLS | TWO_GAMMAS
     assert has == members(ControllerProtocol) - spared
-    policy = er_jax.Decoder(
-        er_jax.DecoderConfig(
-            vocab_size=16, dim=16, num_layers=1, num_heads=1, num_kv_heads=1,
-            hidden_dim=16,
-        )
-    )  # fmt: skip
+    policy = small_policy("any controller")
     plain = kind()
     control = "ar" if kind.gammas == (0,) else "best"
     out = er_jax.rollout(

@@ -30,6 +30,7 @@ from er_jax.tools.replay import (
 )
 from er_jax.tools.traces import TRACES, KeptDrafts, Trace
 from er_jax.types import Program
+from tests.small import small_policy
 from tests.test_pass_costs import ROOFLINE, passes
 from tests.test_sweep import rows_of, write
 
@@ -274,17 +275,9 @@ def test_a_trace_is_saved_and_loaded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.prompt_lengths, [10, 10])
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_a_rollout_is_a_trace() -> None:
-    policy = er_jax.Decoder(
-        er_jax.DecoderConfig(
-            vocab_size=16,
-            dim=16,
-            num_layers=1,
-            num_heads=1,
-            num_kv_heads=1,
-            hidden_dim=16,
-        )
-    )
+    policy = small_policy("trace")
     out = er_jax.rollout(
         policy,
         policy.init(jax.random.key(0)),
