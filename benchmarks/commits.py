@@ -24,7 +24,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.lib import measure, records, tables
+from benchmarks.lib import measure, presets, records, tables
 from er_jax.costs.store import CACHE_VARIABLE
 
 WORKER = Path(__file__).parent / "lib" / "worker.py"
@@ -66,6 +66,16 @@ class Args:
     out: Path | None = None
 
 
+def decoder_sizes(preset: str) -> dict[str, Any]:
+    """Return what a preset says beside the defaults, which are each tree's own."""
+    config = presets.PRESETS[preset]
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    }
+
+
 class Tree:
     """A tree's process.
 
@@ -74,8 +84,12 @@ class Tree:
     """
 
     def __init__(self, path: Path, workloads: dict[str, dict[str, Any]]) -> None:
+        told = {
+            name: {**sizes, "decoder": decoder_sizes(sizes["preset"])}
+            for name, sizes in workloads.items()
+        }
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(path), json.dumps(workloads)],
+            [sys.executable, str(WORKER), str(path), json.dumps(told)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

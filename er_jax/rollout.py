@@ -187,7 +187,7 @@ def compile_ahead(
     with _own_jax_settings():
         call = _prepare(policy, params, prompts, config, None, controller, mesh)
         slots, lengths = call.request.slots, call.request.cache_lengths
-        num_shards = mesh_shards(call.engine)
+        num_shards = call.engine.layout.num_shards
         shapes = [(slots, length) for length in lengths]
         shapes += [
             (rows, lengths[-1])
@@ -299,7 +299,7 @@ def _prepare(
         made = engine.defaults.get(name) or Controller(config.control, config.gammas)
         controller = engine.defaults.setdefault(name, made)
     checks.check_controller(controller, config)
-    request = request_of(arrays, ids, config, mesh_shards(engine))
+    request = request_of(arrays, ids, config, engine.layout.num_shards)
     call = _Call(params, arrays, ids, request, engine, controller)
     if not engine.compiled:
         checks.check_parameters(policy, call.policy_params)
@@ -332,11 +332,6 @@ def _topology(engine: Engine, params: PolicyParams, request: Request) -> Topolog
     if isinstance(engine, MeshEngine):
         return DataShards(engine, params, request)
     return OneDevice(engine, params, request)
-
-
-def mesh_shards(engine: Engine) -> int:
-    """Return the data shards of an engine, 1 on one device."""
-    return engine.num_shards if isinstance(engine, MeshEngine) else 1
 
 
 def _with_draft(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -83,3 +86,28 @@ def test_the_summary_says_it() -> None:
     merged = er_jax.RolloutStats.merged([out.stats, out.stats])
     assert merged.switch == out.stats.switch != ""
     assert np.isfinite(out.logprobs).all()
+
+
+def test_programs_may_be_timed_meanwhile() -> None:
+    """By a rollout in another thread that shares the controller."""
+    controller = Controller("best", (0, 4))
+    plain = [Program(rows, 128, 0) for rows in range(1, 2001)]
+    for program in plain:
+        controller.table.observe(program, 1.0, 100)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    is_over = threading.Event()
+
+    def time_others() -> None:
+        for length in range(129, 2129):
+            controller.table.observe(Program(1, length, 0), 1.0, 100)
+        is_over.set()
+
+    other = threading.Thread(target=time_others)
+    try:
+        other.start()
+        while not is_over.is_set():
+            assert "not known yet" in explain(controller, plain[:1])
+    finally:
+        other.join()
+        sys.setswitchinterval(interval)

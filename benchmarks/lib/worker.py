@@ -3,8 +3,9 @@
     python worker.py TREE WORKLOADS
 
 It uses nothing of this project but the public calls of the tree's er_jax, because the
-tree may be of another commit. WORKLOADS is JSON, name -> sizes. For every name that it
-reads it runs that rollout and prints seconds, tokens and a digest as a line of JSON.
+tree may be of another commit. WORKLOADS is JSON, name -> sizes, the decoder's among
+them. For every name that it reads it runs that rollout and prints seconds, tokens and a
+digest as a line of JSON.
 """
 
 from __future__ import annotations
@@ -23,40 +24,13 @@ import numpy as np  # noqa: E402
 
 import er_jax  # noqa: E402
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        vocab_size=128,
-        dim=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        hidden_dim=128,
-    ),
-    "3M": dict(
-        vocab_size=512,
-        dim=256,
-        num_layers=4,
-        num_heads=8,
-        num_kv_heads=2,
-        hidden_dim=704,
-    ),
-    "90M": dict(
-        vocab_size=8192,
-        dim=768,
-        num_layers=12,
-        num_heads=12,
-        num_kv_heads=4,
-        hidden_dim=2048,
-    ),
-}
-
 # One token in so many ends a completion.
 STOP_SHARE = 40
 
 
 def prepared(sizes: dict[str, Any]) -> Any:
     """Return a function that runs one rollout of a workload."""
-    config = er_jax.DecoderConfig(**SIZES[sizes["preset"]])
+    config = er_jax.DecoderConfig(**sizes["decoder"])
     policy = er_jax.Decoder(config)
     params = er_jax.attach_draft(policy.init(jax.random.key(0)), er_jax.DrafterConfig())
     vocab = config.vocab_size

@@ -255,7 +255,7 @@ class Controller:
     @property
     def knows_drafts(self) -> bool:
         """Whether costs of drafts were ever measured, in this process or before."""
-        return self.table.passes is not None or any(p.gamma for p in self.table.seconds)
+        return self.table.has_drafts
 
     def observe_first_look(
         self, seconds: Mapping[Program, float], num_rounds: int

@@ -231,6 +231,12 @@ class LatencyTable:
                 found.append(Reading(kind, *program[:3], seconds))
         return found
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether costs of drafting were measured, by rounds or by passes."""
+        with self._lock:
+            return self.passes is not None or any(p.gamma for p in self.seconds)
+
     def round_seconds(self, program: Program) -> float | None:
         """Return measured or predicted seconds per round; None if nothing is known."""
         with self._lock:

@@ -41,6 +41,10 @@ class Layout(Protocol):
     def name(self) -> str:
         """The number of devices along each axis, as text for people and files."""
 
+    @property
+    def num_shards(self) -> int:
+        """The number of data shards, which divides every number of rows."""
+
     def over_rows(self, function: Any, in_marks: Any, out_marks: Any) -> Any:
         """Return a function that runs `function` on the rows of each data shard.
 
@@ -69,7 +73,7 @@ class Layout(Protocol):
 class OneDevice:
     """The layout of a single device: every method returns its argument."""
 
-    name = "one device"
+    name, num_shards = "one device", 1
 
     def over_rows(self, function: Any, in_marks: Any, out_marks: Any) -> Any:
         """Return the function."""

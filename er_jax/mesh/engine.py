@@ -96,8 +96,6 @@ class MeshEngine(Engine):
         self.mesh = mesh
         self.layout = MeshLayout(mesh)
         self.agreement = Processes(mesh)
-        self.num_shards = mesh.shape[DATA_AXIS]
-        """The number of data shards, which divides every number of rows."""
         self._for_shared_rows: MeshEngine | None = None
         if owner is not None:
             self._executables, self._prefix = owner._executables, "shared rows: "
@@ -119,11 +117,11 @@ class MeshEngine(Engine):
 
         A device holds this times the rows and positions of the whole batch.
         """
-        shape = (self.num_shards, 1)
+        shape = (self.layout.num_shards, 1)
         state = jax.eval_shape(lambda: steps.empty_state(self.policy, *shape))
         state = self._abstract_state(state)
         sized = (state.cache, state.tokens, state.logprobs)
-        return device_bytes(sized) / self.num_shards
+        return device_bytes(sized) / self.layout.num_shards
 
     def signature(self, tree: Any) -> Hashable:
         """Return a hashable description of arrays, shardings included."""
@@ -153,7 +151,7 @@ class MeshEngine(Engine):
     def take(self, state: DecodeState, rows: np.ndarray, length: int) -> DecodeState:
         """Move rows (`NONE` for an empty one) to a state of `length` positions."""
         rows = np.asarray(rows, np.int32)
-        local, moved = moves.plan_moves(rows, state.rows, self.num_shards)
+        local, moved = moves.plan_moves(rows, state.rows, self.layout.num_shards)
         program = self._program(
             ("take", state.rows, state.cache_length, len(rows), length),
             run_take_over,

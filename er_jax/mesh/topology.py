@@ -30,7 +30,7 @@ class DataShards:
         self, engine: MeshEngine, params: PolicyParams, request: Request
     ) -> None:
         self.engine = engine
-        self.num_shards = engine.num_shards
+        self.num_shards = engine.layout.num_shards
         self._slots = request.slots
         self._engines, self._params = {False: engine}, {False: params}
         # If all devices can share the rows: the engine for that, and its parameters,
