@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import configparser
 import email
+import pkgutil
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import er_jax
+import er_jax.tools.cli
 
 pytest.importorskip("hatchling")  # of the extra `test`
 
@@ -66,6 +69,10 @@ def name_of(requirement: str) -> str:
 
 
 def test_the_wheel_has_the_command_and_the_version(wheel: zipfile.ZipFile) -> None:
-    scripts = wheel.read(f"{INFO}/entry_points.txt").decode()
-    assert scripts.split() == ["[console_scripts]", "er-jax", "=", "er_jax.cli:main"]
+    scripts = configparser.ConfigParser()
+    scripts.read_string(wheel.read(f"{INFO}/entry_points.txt").decode())
+    assert scripts.sections() == ["console_scripts"]
+    assert scripts.options("console_scripts") == ["er-jax"]
+    command = scripts.get("console_scripts", "er-jax")
+    assert pkgutil.resolve_name(command) is er_jax.tools.cli.main
     assert metadata(wheel)["Version"] == er_jax.__version__

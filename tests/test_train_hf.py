@@ -75,7 +75,7 @@ def run(*command: object) -> str:
 def test_sampled_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "completions.jsonl"
     text = run(
-        "er_jax.cli", "rollout", "--model", checkpoint, "--prompt", "1+1", "2+2",
+        "er_jax.tools.cli", "rollout", "--model", checkpoint, "--prompt", "1+1", "2+2",
         "--num", 2, "--max-new-tokens", 8, "--control", "fixed:2", "--out", out,
         "--profile", tmp_path / "trace",
     )  # fmt: skip
