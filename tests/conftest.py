@@ -87,6 +87,13 @@ def unoptimized() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def unoptimized_module() -> Iterator[None]:
+    """Run the module's tests `without_optimizer`; they share engines as others do."""
+    with without_optimizer():
+        yield
+
+
 class CompileCount:
     """The programs that XLA compiled while they were being counted.
 

@@ -40,6 +40,8 @@ from er_jax.acceptance import AcceptRule
 from er_jax.config import DEFAULT_GAMMAS
 from er_jax.types import Program
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 
 @pytest.mark.parametrize(
     "path", sorted(records.RESULTS.glob("*.json")), ids=lambda p: p.name

@@ -38,6 +38,8 @@ from er_jax.costs.table import LatencyTable
 from er_jax.request import Request
 from er_jax.types import Program
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 SMALL = Decoder(
     DecoderConfig(
         vocab_size=32, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=24

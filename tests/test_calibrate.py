@@ -30,7 +30,7 @@ from er_jax.tools.survey import Survey, plot_speed_up, speed_up, survey
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 ROWS, LENGTHS, GAMMAS = (1, 2, 4, 8, 16, 32, 64, 128), (256, 1024, 4096), (0, 2, 4, 8)
 KEEP = 0.9

@@ -24,7 +24,7 @@ from er_jax.drafter import DrafterConfig, PolicyParams
 from tests.conftest import CompileCount
 from tests.small import small_policy
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 CompileCounter = Callable[[], AbstractContextManager[CompileCount]]
 

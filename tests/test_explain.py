@@ -15,7 +15,7 @@ from er_jax.control.explain import explain
 from er_jax.types import Program
 from tests.small import small_policy
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 PLAIN = [Program(8, 128, 0), Program(2, 128, 0)]
 

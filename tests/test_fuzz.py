@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,12 @@ from benchmarks.lib.reference import Expected, Found, Reference
 from er_jax import acceptance, kv_cache, request, sampling, steps
 from er_jax.acceptance import ACCEPT_RULES
 from er_jax.engine.kept import forget_engines
-from tests.conftest import without_optimizer
 from tests.toy import Toy, settings, toy_params
 
 SEEDS = range(48)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def unoptimized() -> Iterator[None]:
-    with without_optimizer():
-        yield
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 
 def made_here(architecture: str | None = None) -> list[schedules.Schedule]:

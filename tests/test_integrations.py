@@ -19,6 +19,8 @@ from er_jax.integrations.linen import LinenPolicy
 from er_jax.integrations.nnx import NnxPolicy
 from er_jax.types import Policy
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 VOCAB, DIM, HEADS = 48, 32, 2
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7]]
 

@@ -7,7 +7,6 @@ import functools
 import itertools
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,19 +18,14 @@ import pytest
 import er_jax
 from er_jax.mesh import layout, replicas
 from tests import test_mesh
-from tests.conftest import without_optimizer
 from tests.test_mesh import POLICY, config_of, mesh_of, parameters
 from train.controllers import RuleController
 from train.trainer import Trainer
 
 WAIT_S = 60
 
-
-@pytest.fixture(autouse=True, scope="module")
-def unoptimized() -> Iterator[None]:
-    """Each place of a mesh has programs of its own; what they compute, it shares."""
-    with without_optimizer():
-        yield
+# Each place of a mesh has programs of its own; what they compute, it shares.
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 
 def prompts() -> list[list[int]]:

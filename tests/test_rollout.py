@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,13 @@ import er_jax
 from er_jax import sampling
 from er_jax.engine import engine
 from er_jax.types import NONE, LogprobKind, Sampling
-from tests.conftest import without_optimizer
 from tests.small import POLICY
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
 KEY = jax.random.key(11)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def unoptimized() -> Iterator[None]:
-    """What rollouts compute, the tests of their promises show at the default level."""
-    with without_optimizer():
-        yield
+# What rollouts compute, the tests of their promises show at the default level.
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 
 @pytest.fixture(scope="module")

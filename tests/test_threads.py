@@ -27,7 +27,7 @@ from er_jax.types import Program
 from tests.small import small_policy
 from tests.test_programs import CompileCounter
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 SPEC = Program(4, 128, 2)
 WAIT_S = 60
