@@ -52,7 +52,8 @@ ORDER = (
     *("io.json_fields", "io.hf_config", "io.hf_weights", "io.hf_save", "io.text"),
     "io",
     *("tools.sweep", "tools.traces", "tools.deciders", "tools.replay", "tools.survey"),
-    *("tools.hlo", "tools.presets", "tools.plan", "tools.outputs", "tools.calibrate"),
+    *("tools.hlo", "tools.module", "tools.traffic", "tools.presets", "tools.needs"),
+    *("tools.plan", "tools.outputs", "tools.calibrate"),
     *("tools.cli", "tools"),
     *("integrations", "earlier"),
 )

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import er_jax
-from er_jax.tools import hlo, plan, presets
+from er_jax.tools import hlo, plan, presets, traffic
 
 CONFIG = er_jax.DecoderConfig(
     vocab_size=512, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=128,
@@ -103,23 +103,46 @@ def test_what_the_compiler_refuses_does_not_fit(
         planned("INTERNAL: a bug")
 
 
-def test_the_roofline_is_the_published_one(found: plan.Plan) -> None:
-    """At one row everything is bound by bytes; at very many, by arithmetic."""
+def counted(**num_bytes: int) -> traffic.Count:
+    return traffic.Count(num_bytes)  # type: ignore[arg-type]
+
+
+def test_speed_follows_from_counted_bytes(found: plan.Plan) -> None:
+    """At few rows everything is bound by bytes; at very many, by arithmetic."""
     chip = presets.Chip(1e9, 1e12, 1e14)
-    target = dataclasses.replace(found.target, chip=chip)
-    here = dataclasses.replace(found, target=target, keep=1.0)
-    weights, draft = here.read_bytes
-    cache = here.cache_bytes * 128
-    step = (weights + cache) / 1e12
-    round_s = (4 * (draft + cache) + weights + cache) / 1e12
-    assert here.speed_up(1, 128, 4) == pytest.approx(5 * step / round_s)
-    assert here.speed_up(100_000, 0, 4) == pytest.approx(5 / 9)
+    whole = found.programs[1].traffic
+    assert whole is not None
+    sizes = whole.sizes
+    step = counted(weights=10**6, cache=64_000, scores=8_000, sampling=1_600)
+    verify = counted(weights=10**6, cache=64_000, scores=40_000, other=16_000)
+    draft = counted(weights=400_000, cache=64_000)
+    moved = (
+        traffic.Traffic(step, counted(), dataclasses.replace(sizes, gamma=0)),
+        traffic.Traffic(verify, draft, sizes),
+    )
+    here = dataclasses.replace(
+        found,
+        target=dataclasses.replace(found.target, chip=chip),
+        keep=1.0,
+        programs=tuple(
+            dataclasses.replace(count, traffic=one)
+            for count, one in zip(found.programs, moved, strict=True)
+        ),
+    )
+    # Eight slots of 128 positions were compiled: a row at a quarter of the length has
+    # 1/32 of what is attended, and 1/8 of the rest but the weights.
+    step_s = 1_000_000 + 72_000 / 32 + 1_600 / 8
+    round_s = 4 * (400_000 + 64_000 / 32) + 1_000_000 + 104_000 / 32 + 16_000 / 8
+    assert here.speed_up(1, 32, 4) == pytest.approx(5 * step_s / round_s)
+    assert here.speed_up(10**9, 0, 4) == pytest.approx(5 / 9, rel=0.1)
     assert "speed-up of 4 drafts" in here.summary()
+    assert here.speed_up(1, 32, 3) is None  # no such program was compiled
 
 
 def test_the_summary_is_readable(found: plan.Plan) -> None:
     text = found.summary()
-    for word in ("parameters", "draft", "peak", "most slots that fit", "gamma 4"):
+    for word in ("parameters", "draft", "peak", "most slots that fit", "gamma 4",
+                 "ratio", "scores", "kernels"):  # fmt: skip
         assert word in text
     assert "speed-up" not in text  # there is no data sheet of this machine
 

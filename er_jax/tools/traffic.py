@@ -1,0 +1,417 @@
+"""The bytes that passes of a compiled window move, beside those that they must move.
+
+The count follows the optimized HLO of a real program. Every scheduled instruction that
+computes reads its operands from the device's memory and writes its results there; a
+buffer in on-chip memory (a TPU's S(1)) is free. An instruction that reads a slice, or
+writes into an existing buffer, moves the slice. A round is the body of the window's
+inner loop: the loop of drafts runs gamma times, the verification's loop once, the
+loops that mend rows with non-finite logits never; a conditional takes its cheapest
+branch.
+
+The minimum of a pass: its weights once (in a draft their codes and scales), the cache
+once at its padded length, the new entries, the logits once.
+
+Left out: time, what caches between memory and cores save, and kernels that skip what
+is not live (they count as if they read all).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+from er_jax.tools.module import Buffer, Computation, Instruction, Module, parse
+
+Part = Literal["weights", "cache", "cache write", "scores", "logits", "sampling",
+               "other"]  # fmt: skip
+PARTS: tuple[Part, ...] = get_args(Part)
+Kind = Literal["target", "draft"]
+
+# Instructions that move nothing: they name, group or reserve buffers.
+FREE = {
+    "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all",
+    "copy-done", "async-done", "all-reduce-done", "all-gather-done", "partition-id",
+    "replica-id", "opt-barrier", "optimization-barrier", "add-dependency",
+    "collective-permute-done", "slice-done",
+}  # fmt: skip
+# What is read of an operand is what comes out.
+SLICES = {"slice", "dynamic-slice", "gather"}
+# Instructions inside of a fusion whose input is read as far as their output is.
+ELEMENTWISE = {"bitcast", "convert", "copy", "reshape", "transpose"}
+# Custom calls that do not touch memory.
+ALLOCATIONS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
+# Numbers of a vocabulary's width that a pass writes once: the projection does.
+PROJECTION = re.compile(r"dot_general|convolution|custom_call")
+
+
+@dataclasses.dataclass
+class Count:
+    """What one pass, or a part of the program, does.
+
+    num_bytes: moved, by part of the model. kernels: launched. branches: tests of loops
+    and conditionals that data decides; with a GPU the host waits for each of them.
+    """
+
+    num_bytes: dict[Part, int] = dataclasses.field(default_factory=dict)
+    kernels: int = 0
+    branches: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes moved in all."""
+        return sum(self.num_bytes.values())
+
+    def add_bytes(self, part: Part, size: int) -> None:
+        """Add bytes of one part."""
+        self.num_bytes[part] = self.num_bytes.get(part, 0) + size
+
+    def bytes_at(self, rows: float, length: float) -> float:
+        """Return the bytes with fewer rows or a shorter cache, as shares of those here.
+
+        Weights stay; cache and scores shrink with both; all else with the rows.
+        """
+        sizes = self.num_bytes
+        weights = sizes.get("weights", 0)
+        attended = sizes.get("cache", 0) + sizes.get("scores", 0)
+        rest = self.total - weights - attended
+        return weights + rows * (length * attended + rest)
+
+    def add(self, other: Count, times: int = 1) -> None:
+        """Add what another part does, several times."""
+        for part, size in other.num_bytes.items():
+            self.add_bytes(part, times * size)
+        self.kernels += times * other.kernels
+        self.branches += times * other.branches
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What tells the parts of a model apart, and what a pass must move.
+
+    vocab_sizes: V, whole and on one device. cache_length: S. weights: bytes that a
+    target pass and a draft pass must read. cache: bytes of the cache that each must.
+    entry: bytes of one position of all rows. logits: bytes of the logits of one
+    position of all rows. gamma: drafts of a round.
+    """
+
+    vocab_sizes: tuple[int, ...]
+    cache_length: int
+    weights: tuple[int, int]
+    cache: tuple[int, int]
+    entry: int
+    logits: int
+    gamma: int
+
+    def minimum(self, kind: Kind) -> int:
+        """Return the bytes that a pass must move; a target pass verifies a round."""
+        which = 0 if kind == "target" else 1
+        positions = self.gamma + 1 if kind == "target" else 1
+        new = positions * (self.entry + self.logits)
+        return self.weights[which] + self.cache[which] + new
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The count of a window's round.
+
+    target: the verification, or the autoregressive step, with acceptance and what ends
+    the round. draft: one draft pass; all zero where there is none.
+    """
+
+    target: Count
+    draft: Count
+    sizes: Sizes
+
+    @property
+    def passes(self) -> dict[Kind, Count]:
+        """The counts of the passes that there are, by kind."""
+        found: dict[Kind, Count] = {"draft": self.draft} if self.sizes.gamma else {}
+        return {"target": self.target, **found}
+
+    @property
+    def ratios(self) -> dict[Kind, float]:
+        """Bytes moved over bytes that must be moved, by kind of pass."""
+        return {
+            kind: count.total / self.sizes.minimum(kind)
+            for kind, count in self.passes.items()
+        }
+
+    @property
+    def round_kernels(self) -> int:
+        """Kernels of a round."""
+        return self.target.kernels + self.sizes.gamma * self.draft.kernels
+
+    @property
+    def round_branches(self) -> int:
+        """Tests of a round that data decides; see `Count`."""
+        return self.target.branches + self.sizes.gamma * self.draft.branches
+
+
+def count_window(text: str, sizes: Sizes) -> Traffic:
+    """Count the round of a compiled window.
+
+    Args:
+      text: `compiled.as_text()` of `engine.windows.run_window`. sizes: of its model.
+    Raises:
+      ValueError: the text holds no window.
+    """
+    counter = _Counter(parse(text), sizes)
+    return Traffic(target=counter.target(), draft=counter.draft, sizes=sizes)
+
+
+# What is known of each array of an instruction's result: "weights", "cache" or nothing.
+Labels = tuple[str, ...]
+
+
+class _Counter:
+    """Walks a module from its entry; `draft` fills while it does."""
+
+    def __init__(self, module: Module, sizes: Sizes) -> None:
+        self.module, self.sizes = module, sizes
+        self.draft = Count()
+        # Names of instructions are those of the whole module.
+        self.buffers = {
+            one.name: one.buffers
+            for computation in module.computations.values()
+            for one in computation
+        }
+
+    def target(self) -> Count:
+        """Return the count of a round without its drafts."""
+        entry = self.module.entry
+        labels = self._labels(entry, {})
+        window = [one for one in entry if one.opcode == "while"]
+        if len(window) != 1 or not window[0].scope.endswith("/while"):
+            raise ValueError(
+                "text is not that of a window: its entry computation has "
+                f"{len(window)} loops; it must have the one over rounds"
+            )
+        body, at = self._body(window[0], labels)
+        # With several rounds between two exit tests the rounds are a loop themselves.
+        inner = [
+            one
+            for one in body
+            if one.opcode == "while" and one.scope.endswith("while/body/while")
+        ]
+        if inner:
+            body, at = self._body(inner[0], at)
+        return self._count(body, at)
+
+    def _body(
+        self, loop: Instruction, labels: Mapping[str, Labels]
+    ) -> tuple[Computation, dict[str, Labels]]:
+        (name,) = loop.called["body"]
+        body = self.module[name]
+        return body, self._labels(body, {0: labels[loop.operands[0]]})
+
+    def _labels(
+        self, computation: Computation, given: Mapping[int, Labels]
+    ) -> dict[str, Labels]:
+        """Return the labels of every instruction's results."""
+        found: dict[str, Labels] = {}
+        for one in computation:
+            operands = [found.get(name, ("",)) for name in one.operands]
+            if one.opcode == "parameter" and given:
+                labels = given[one.index]
+            elif one.opcode == "parameter":
+                labels = (_label_of(one.scope),)
+            elif one.opcode == "tuple":
+                labels = tuple(label for labels in operands for label in labels)
+            elif one.opcode == "get-tuple-element":
+                labels = operands[0][one.index : one.index + 1]
+            elif one.opcode in ("while", "bitcast", "copy", "copy-done", "convert"):
+                labels = operands[0]
+            elif one.opcode == "copy-start":
+                labels = (operands[0][0],) * len(one.buffers)
+            elif one.opcode in ("fusion", "scatter", "dynamic-update-slice"):
+                labels = self._updated(one, operands)
+            else:
+                labels = ("",) * len(one.buffers)
+            found[one.name] = labels or ("",) * len(one.buffers)
+        return found
+
+    def _updated(self, one: Instruction, operands: Sequence[Labels]) -> Labels:
+        """Label the results that are an operand, changed in place."""
+        kept = {
+            (buffer.dtype, buffer.dims): label
+            for name, labels in zip(one.operands, operands, strict=True)
+            for label, buffer in zip(labels, self.buffers.get(name, ()), strict=False)
+            if label == "cache"
+        }
+        return tuple(kept.get((b.dtype, b.dims), "") for b in one.buffers)
+
+    def _count(self, computation: Computation, labels: Mapping[str, Labels]) -> Count:
+        """Count one run of a computation; drafts go to `self.draft`."""
+        total = Count()
+        for one in computation:
+            if one.opcode in FREE:
+                continue
+            if one.opcode == "while":
+                self._add_loop(one, labels, total)
+            elif one.opcode == "conditional":
+                total.add(self._cheapest(one, labels))
+                total.branches += 1
+            elif one.opcode == "call":
+                callee = self.module[one.called["to_apply"][0]]
+                given = {i: labels[name] for i, name in enumerate(one.operands)}
+                total.add(self._count(callee, self._labels(callee, given)))
+            else:
+                total.add(self._moved(one, computation, labels))
+        return total
+
+    def _add_loop(
+        self, loop: Instruction, labels: Mapping[str, Labels], total: Count
+    ) -> None:
+        body, at = self._body(loop, labels)
+        if loop.scope.endswith("/draft/while"):
+            self.draft.add(self._count(body, at))
+        elif loop.scope.endswith("/verify/while"):
+            total.add(self._count(body, at))
+            total.branches += 2  # tested before its only turn and after
+        elif "known_trip_count" in loop.attributes:
+            found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+            assert found is not None
+            total.add(self._count(body, at), int(found[1]))
+        else:
+            total.branches += 1  # tested, and not entered
+
+    def _cheapest(self, one: Instruction, labels: Mapping[str, Labels]) -> Count:
+        called = one.called
+        names = called.get("branch_computations") or (
+            called["true_computation"] + called["false_computation"]
+        )
+        branches = []
+        for name, operand in zip(names, one.operands[1:], strict=True):
+            branch = self.module[name]
+            branches.append(
+                self._count(branch, self._labels(branch, {0: labels[operand]}))
+            )
+        return min(branches, key=lambda count: count.total)
+
+    def _moved(
+        self, one: Instruction, computation: Computation, labels: Mapping[str, Labels]
+    ) -> Count:
+        """Count one instruction that computes."""
+        count = Count(kernels=1)
+        if one.opcode == "custom-call" and any(
+            f'custom_call_target="{name}"' in one.attributes for name in ALLOCATIONS
+        ):
+            return Count()
+        for index, name in enumerate(one.operands):
+            source = computation.instructions[name]
+            label = labels[name][0] if labels[name] else ""
+            if len(source.buffers) != 1 or source.opcode == "constant":
+                continue  # of a tuple the elements count, where they are read
+            (buffer,) = source.buffers
+            if buffer.space == 0:
+                size = self._read(one, index, buffer)
+                count.add_bytes(self._part(buffer, label, one, written=False), size)
+        for buffer, size, is_update in self._written(one):
+            if buffer.space == 0:
+                label = "cache" if is_update and self._is_cache(one, labels) else ""
+                count.add_bytes(self._part(buffer, label, one, written=True), size)
+        return count
+
+    def _is_cache(self, one: Instruction, labels: Mapping[str, Labels]) -> bool:
+        return any("cache" in labels[name] for name in one.operands)
+
+    def _part(
+        self, buffer: Buffer, label: str, one: Instruction, *, written: bool
+    ) -> Part:
+        if label == "cache":
+            return "cache write" if written else "cache"
+        if label == "weights":
+            return "weights"
+        if any(size in buffer.dims for size in self.sizes.vocab_sizes):
+            is_logits = written and PROJECTION.search(one.scope.rsplit("/", 1)[-1])
+            return "logits" if is_logits else "sampling"
+        if self.sizes.cache_length in buffer.dims and len(buffer.dims) > 2:
+            return "scores"
+        return "other"
+
+    def _read(self, one: Instruction, index: int, buffer: Buffer) -> int:
+        """Return the bytes that an instruction reads of an operand."""
+        if one.opcode in SLICES and index == 0:
+            return one.buffers[0].num_bytes
+        if one.opcode in ("dynamic-update-slice", "scatter") and index == 0:
+            return 0
+        if one.opcode == "fusion":
+            fused = self.module[one.called["calls"][0]]
+            return min(self._read_inside(fused, index, buffer), buffer.num_bytes)
+        return buffer.num_bytes
+
+    def _read_inside(self, fused: Computation, index: int, buffer: Buffer) -> int:
+        """Return the bytes that a fusion reads of its parameter, at most all."""
+
+        def used(name: str) -> int:
+            size = 0
+            for user in fused.users(name):
+                place = user.operands.index(name)
+                if user.opcode in ELEMENTWISE and not user.is_root:
+                    size += used(user.name)
+                elif user.opcode in SLICES and place == 0:
+                    size += _share(user.buffers[0], buffer)
+                elif user.opcode in ("dynamic-update-slice", "scatter") and place == 0:
+                    continue  # changed in place: what is written counts
+                elif user.opcode == "fusion":
+                    inner = self.module[user.called["calls"][0]]
+                    size += self._read_inside(inner, place, buffer)
+                elif user.opcode == "tuple":
+                    continue  # handed through
+                else:
+                    size += buffer.num_bytes
+            return size
+
+        return used(fused.parameter(index).name)
+
+    def _written(self, one: Instruction) -> list[tuple[Buffer, int, bool]]:
+        """Return each result's buffer, bytes written, whether it was there before."""
+        if one.opcode == "copy-start":
+            return [(one.buffers[0], one.buffers[0].num_bytes, False)]
+        if one.opcode in ("dynamic-update-slice", "scatter"):
+            return [(one.buffers[0], self.buffers[one.operands[-1]][0].num_bytes, True)]
+        if one.opcode == "custom-call":
+            # Scratch memory of a library's kernel is not a result.
+            results = [b for b in one.buffers if b.dtype not in ("s8", "u8")]
+            return [(b, b.num_bytes, False) for b in results or one.buffers[:1]]
+        if one.opcode != "fusion":
+            return [(b, b.num_bytes, False) for b in one.buffers]
+        fused = self.module[one.called["calls"][0]]
+        roots = self._roots(fused)
+        found = []
+        for buffer, (inside, root) in zip(one.buffers, roots, strict=True):
+            if root.opcode in ("dynamic-update-slice", "scatter"):
+                place = 1 if root.opcode == "dynamic-update-slice" else -1
+                update = inside.instructions[root.operands[place]].buffers[0]
+                found.append((buffer, _share(update, buffer), True))
+            else:
+                found.append((buffer, buffer.num_bytes, False))
+        return found
+
+    def _roots(self, fused: Computation) -> list[tuple[Computation, Instruction]]:
+        """Return what makes each result of a fusion, seen through bitcasts."""
+        root = fused.root
+        names = root.operands if root.opcode == "tuple" else (root.name,)
+        found = []
+        for name in names:
+            one = fused.instructions[name]
+            while one.opcode == "bitcast":
+                one = fused.instructions[one.operands[0]]
+            if one.opcode == "fusion":
+                found += self._roots(self.module[one.called["calls"][0]])
+            else:
+                found += [(fused, one)] * len(one.buffers)
+        return found
+
+
+def _share(part: Buffer, whole: Buffer) -> int:
+    """Return the bytes of a part of an array, in the type in which memory holds it."""
+    return -(-part.num_bytes * whole.bits // max(part.bits, 1))
+
+
+def _label_of(scope: str) -> str:
+    if scope.startswith("params"):
+        return "weights"
+    return "cache" if scope.startswith("state.cache") else ""
