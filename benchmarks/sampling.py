@@ -17,6 +17,7 @@ chip.)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -47,23 +48,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("truncated",))
 def draw(
-    logits: jax.Array, ids: jax.Array, position: jax.Array, settings: Sampling
+    logits: jax.Array,
+    ids: jax.Array,
+    position: jax.Array,
+    settings: Sampling,
+    *,
+    truncated: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw from logits `[B, V]` as a round does.
 
     Args:
       ids, position: int32 `[B]`, which sequence and position the noise is of.
+      truncated: whether top-k or top-p is on.
     Returns:
       Tokens and their log-probabilities, `[B]`.
     """
-    is_finite = sampling.is_distribution(logits, settings)[..., None]
+    is_finite = sampling.is_distribution(logits)[..., None]
     logits = jnp.where(is_finite, logits, jnp.zeros((), logits.dtype))
-    target = sampling.target_logprobs(logits, settings)
     noise = sampling.gumbel(settings, ids, position, logits.shape[-1], logits.dtype)
-    tokens = jnp.argmax(target + noise, axis=-1).astype(jnp.int32)
-    return tokens, sampling.token_logprobs(logits, target, tokens, settings)
+    tokens = sampling.draw(logits, settings, noise, truncated=truncated)
+    logprobs = sampling.drawn_logprobs(logits, tokens, settings, truncated=truncated)
+    return tokens, logprobs
 
 
 def timed(function: Any, *arguments: Any) -> float:
@@ -169,11 +176,14 @@ def measured(args: Args, rows: int) -> dict[str, Any]:
     temp_bytes = {}
     for name, changes in SETTINGS.items():
         settings = dataclasses.replace(neutral_sampling(), **changes)
-        memory: Any = draw.lower(logits, ids, position, settings).compile()
+        run = functools.partial(draw, truncated=bool(changes))
+        memory: Any = draw.lower(
+            logits, ids, position, settings, truncated=bool(changes)
+        ).compile()
         temp_bytes[name] = memory.memory_analysis().temp_size_in_bytes
-        cases[name] = lambda s=settings: timed(draw, logits, ids, position, s)
-    for run in cases.values():
-        run()
+        cases[name] = functools.partial(timed, run, logits, ids, position, settings)
+    for case in cases.values():
+        case()
     seconds = measure.interleave(cases, 5, desc=f"{rows} rows")
     return {
         "part": "measured",
@@ -205,12 +215,18 @@ def counted(args: Args, device: str, rows: int) -> dict[str, Any]:
         np.empty(rows, np.int32),
         neutral_sampling(),
     )
-    compiled = draw.lower(*jax.tree.map(shaped, given)).compile()
-    text = compiled.as_text() or ""
-    memory: Any = compiled.memory_analysis()
-    ways = {"off": (0,), "top-p": (1, 0, 1), "top-k, top-p": (1, 1, 1)}
+    arguments = jax.tree.map(shaped, given)
+    compiled = {
+        truncated: draw.lower(*arguments, truncated=truncated).compile()
+        for truncated in (False, True)
+    }
+    memory: Any = compiled[True].memory_analysis()
+    ways = {"off": (), "top-p": (0, 1), "top-k, top-p": (1, 1)}
     logits = given[0].nbytes
-    found = {name: traffic(text, branches) for name, branches in ways.items()}
+    found = {
+        name: traffic(compiled[bool(branches)].as_text() or "", branches)
+        for name, branches in ways.items()
+    }
     config = presets.PRESETS[MODEL]
     layer = config.dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     layer = layer * config.head_size + 3 * config.dim * config.hidden_dim

@@ -148,42 +148,109 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(is_kept, scores, jnp.asarray(NEVER, scores.dtype))
 
 
-def target_logprobs(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def is_truncated(sampling: Sampling) -> bool:
+    """Whether top-k or top-p is on, for settings on the host.
+
+    It decides which of two programs runs (`truncated` below): the search for thresholds
+    in a conditional would have a GPU wait for the host in every pass.
+    """
+    return bool(sampling.top_k > 0 or sampling.top_p < 1)
+
+
+def _kept_scores(logits: jax.Array, sampling: Sampling, truncated: bool) -> jax.Array:
+    """Return scores relative to the best, `NEVER` where a token cannot be drawn."""
+    scores = _temperature_scaled(logits, sampling)
+    if truncated:
+        scores = _truncated(scores, sampling)
+    # Scores are relative to the maximum, so min-p is a threshold at log(min_p).
+    floor = jnp.log(sampling.min_p.astype(scores.dtype))
+    return jnp.where(scores >= floor, scores, jnp.asarray(NEVER, scores.dtype))
+
+
+def target_logprobs(
+    logits: jax.Array, sampling: Sampling, truncated: bool = True
+) -> jax.Array:
     """Return the log-probabilities that tokens are sampled from.
 
     The transform is temperature, then top-k, then top-p of the rest, then min-p
-    (relative to the most likely token). The thresholds of top-k and top-p are computed
-    only when one of them is on.
+    (relative to the most likely token).
 
     Args:
       logits: `[..., V]` float32 or wider; -inf masks a token.
       sampling: traced settings.
+      truncated: static; False leaves top-k and top-p out, and is right only where both
+        are off.
     Returns:
       `[..., V]` natural logarithms in the dtype of `logits`; `NEVER` where the
       probability is 0. At temperature 0 the first largest logit has probability 1.
     """
-    scores = _temperature_scaled(logits, sampling)
-    is_truncated = (sampling.top_k > 0) | (sampling.top_p < 1)
-    scores = lax.cond(is_truncated, _truncated, lambda s, _: s, scores, sampling)
-    # Scores are relative to the maximum, so min-p is a threshold at log(min_p).
-    floor = jnp.log(sampling.min_p.astype(scores.dtype))
-    never = jnp.asarray(NEVER, scores.dtype)
-    logprobs = _log_normalized(jnp.where(scores >= floor, scores, never))
+    logprobs = _log_normalized(_kept_scores(logits, sampling, truncated))
     best = jnp.argmax(logits, axis=-1)
     greedy = jnp.where(
         jax.nn.one_hot(best, logits.shape[-1], dtype=jnp.bool_),
-        jnp.zeros((), scores.dtype),
-        never,
+        jnp.zeros((), logprobs.dtype),
+        jnp.asarray(NEVER, logprobs.dtype),
     )
     return jnp.where(sampling.temperature == 0, greedy, logprobs)
 
 
-def is_distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def is_distribution(logits: jax.Array) -> jax.Array:
     """Whether logits `[..., V]` can be sampled, bool `[...]`.
 
     False where one is NaN or +inf, or all are -inf. A single -inf masks its token.
     """
-    return jnp.isfinite(_log_total(_temperature_scaled(logits, sampling)))[..., 0]
+    # The maximum propagates NaN.
+    return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def draw(
+    logits: jax.Array, sampling: Sampling, noise: jax.Array, truncated: bool = True
+) -> jax.Array:
+    """Return the token of largest log-probability plus noise, int32 `[...]`.
+
+    The same as the argmax over `target_logprobs` plus noise, without making these:
+    normalising moves all tokens alike. It reads the logits twice.
+
+    Args:
+      logits: `[..., V]`. noise: `[..., V]`, by `gumbel`. sampling, truncated: as in
+        `target_logprobs`.
+    """
+    noised = _kept_scores(logits, sampling, truncated) + noise
+    noised = jnp.where(sampling.temperature == 0, logits, noised)
+    return jnp.argmax(noised, axis=-1).astype(jnp.int32)
+
+
+def drawn_logprobs(
+    logits: jax.Array, tokens: jax.Array, sampling: Sampling, truncated: bool = True
+) -> jax.Array:
+    """Return the log-probability of tokens that `draw` returned for these logits.
+
+    It is that of `token_logprobs`, by one sum over the vocabulary.
+
+    Args:
+      logits: `[..., V]`. tokens: `[...]` int32. sampling, truncated: as in
+        `target_logprobs`.
+    Returns:
+      `[...]` float32.
+    """
+    kept = _kept_scores(logits, sampling, truncated)
+    is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
+    scores = jnp.where(is_processed, kept, _unprocessed(logits, sampling))
+    logprobs = _pick(scores, tokens) - _log_total(scores)[..., 0]
+    # Greedy decoding draws from a distribution with one token.
+    is_certain = is_processed & (sampling.temperature == 0)
+    return jnp.where(is_certain, jnp.zeros_like(logprobs), logprobs).astype(jnp.float32)
+
+
+def _unprocessed(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return scores without truncation: raw, or after the temperature."""
+    is_raw = sampling.logprob_kind == LogprobKind.RAW
+    scaled = _temperature_scaled(logits, sampling)
+    return jnp.where(is_raw, _below_best(logits), scaled)
+
+
+def _pick(values: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
 
 
 def token_logprobs(
@@ -199,17 +266,11 @@ def token_logprobs(
     Returns:
       `[...]` float32.
     """
-
-    def pick(values: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
-
     # Raw and temperature scores are both untruncated: one normalisation serves them.
-    is_raw = sampling.logprob_kind == LogprobKind.RAW
-    below_best = _below_best(logits)
-    scores = jnp.where(is_raw, below_best, _temperature_scaled(logits, sampling))
-    full = pick(scores) - _log_total(scores)[..., 0]
+    scores = _unprocessed(logits, sampling)
+    full = _pick(scores, tokens) - _log_total(scores)[..., 0]
     is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
-    return jnp.where(is_processed, pick(target), full).astype(jnp.float32)
+    return jnp.where(is_processed, _pick(target, tokens), full).astype(jnp.float32)
 
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

@@ -164,6 +164,7 @@ def decode_round(
     *,
     gamma: int,
     accept: AcceptRule,
+    truncated: bool = True,
     is_any: Callable[[jax.Array], jax.Array] = jnp.any,
 ) -> tuple[DecodeState, RoundInfo]:
     """Run one round: gamma draft passes, one target pass, accept, emit, advance.
@@ -174,6 +175,7 @@ def decode_round(
       settings: traced sampling settings, key and stop ids.
       gamma: drafts per round; 0 is one autoregressive step.
       accept: the acceptance rule.
+      truncated: False leaves top-k and top-p out; see `sampling.is_truncated`.
       is_any: reduces flags bool `[B]` to bool `[]`, true if any is set. It covers all
         rows that run target passes together, because all devices of a mesh must run
         equally many.
@@ -189,34 +191,49 @@ def decode_round(
     if gamma:
         with jax.named_scope("draft"):
             cache, drafted, draft_logprobs = _draft(
-                policy, draft_params(params), state, last, settings, gamma, accept
-            )
+                policy, draft_params(params), state, last, settings, gamma, accept,
+                truncated,
+            )  # fmt: skip
     with jax.named_scope("verify"):
         tokens = jnp.concatenate([last[:, None], drafted], axis=1)
-        offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
-        positions = _positions(state, offsets)
+        positions = _positions(state, _offsets(gamma + 1))
         state = dataclasses.replace(state, cache=cache)
         hidden, cache, is_bad = _verify(
             policy, params.policy, state, tokens, positions, is_any
         )
         logits = policy.logits(params.policy, hidden)
-        is_finite = sampling.is_distribution(logits, settings)
+        is_finite = sampling.is_distribution(logits)
         # `_emit` drops tokens of bad logits; NaN here would bias the tokens before.
         usable = jnp.where(is_finite[..., None], logits, jnp.zeros((), logits.dtype))
         with jax.named_scope("sample"):
-            target = sampling.target_logprobs(usable, settings)
+            if accept == "coupled":
+                # The target's draws are emitted; drafts only say how many.
+                position = state.length[:, None] + _offsets(gamma + 1)
+                noise = _token_noise(state, settings, usable, position)
+                emitted = sampling.draw(usable, settings, noise, truncated)
+                logprobs = sampling.drawn_logprobs(usable, emitted, settings, truncated)
+            else:
+                target = sampling.target_logprobs(usable, settings, truncated)
     with jax.named_scope("accept"):
-        num_accepted, emitted = _accept(
-            state, settings, target, draft_logprobs, drafted, accept
-        )
+        if accept == "coupled":
+            num_accepted = acceptance.coupled_num_accepted(drafted, emitted)
+        else:
+            num_accepted, emitted = _accept(
+                state, settings, target, draft_logprobs, drafted, accept
+            )
+            logprobs = sampling.token_logprobs(usable, target, emitted, settings)
     with jax.named_scope("emit"):
-        logprobs = sampling.token_logprobs(logits, target, emitted, settings)
         state = dataclasses.replace(state, cache=cache)
         state, info = _emit(state, settings, emitted, logprobs, num_accepted, is_finite)
         if gamma:
             cache = _forget_from_last(state, is_bad)
             state = dataclasses.replace(state, cache=cache)
         return state, info
+
+
+def _offsets(count: int) -> jax.Array:
+    """Return 0 .. count-1, int32 `[1, count]`."""
+    return jnp.arange(count, dtype=jnp.int32)[None]
 
 
 def _positions(state: DecodeState, offsets: jax.Array) -> jax.Array:
@@ -250,7 +267,7 @@ def _verify(
     if count == 1:
         hidden, cache = policy.forward(params, tokens, positions, state.cache)
         return hidden, cache, jnp.zeros(state.rows, jnp.bool_)
-    offsets = jnp.arange(count, dtype=jnp.int32)[None]
+    offsets = _offsets(count)
     shape, _ = jax.eval_shape(policy.forward, params, tokens, positions, state.cache)
 
     def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
@@ -305,6 +322,7 @@ def _draft(
     settings: Sampling,
     gamma: int,
     accept: AcceptRule,
+    truncated: bool,
 ) -> tuple[kv_cache.Cache, jax.Array, jax.Array | None]:
     """Return the cache, drafts `[B, G]` and, unless coupled, logprobs `[B, G, V]`."""
 
@@ -317,20 +335,20 @@ def _draft(
         logits = policy.logits(draft, hidden)[:, 0]
         with jax.named_scope("sample"):
             # A broken draft proposes uniformly; NaN would spoil the residual.
-            is_finite = sampling.is_distribution(logits, settings)[..., None]
+            is_finite = sampling.is_distribution(logits)[..., None]
             logits = jnp.where(is_finite, logits, jnp.zeros((), logits.dtype))
-            logprobs = sampling.target_logprobs(logits, settings)
+            position = state.length + depth
             if accept == "coupled":
-                noise = _token_noise(state, settings, logprobs, state.length + depth)
-            else:
-                noise = sampling.gumbel(
-                    settings, state.sequence_id, state.length + depth,
-                    logits.shape[-1], logits.dtype, purpose=Purpose.DRAFT,
-                    start=state.length,
-                )  # fmt: skip
+                noise = _token_noise(state, settings, logits, position)
+                token = sampling.draw(logits, settings, noise, truncated)
+                return (cache, token), (token,)
+            logprobs = sampling.target_logprobs(logits, settings, truncated)
+            noise = sampling.gumbel(
+                settings, state.sequence_id, position, logits.shape[-1], logits.dtype,
+                purpose=Purpose.DRAFT, start=state.length,
+            )  # fmt: skip
             token = jnp.argmax(logprobs + noise, axis=-1).astype(jnp.int32)
-        kept = () if accept == "coupled" else (logprobs,)
-        return (cache, token), (token, *kept)
+            return (cache, token), (token, logprobs)
 
     depths = jnp.arange(gamma, dtype=jnp.int32)
     (cache, _), out = lax.scan(propose, (state.cache, last), depths)
@@ -339,12 +357,12 @@ def _draft(
 
 
 def _token_noise(
-    state: DecodeState, settings: Sampling, logprobs: jax.Array, position: jax.Array
+    state: DecodeState, settings: Sampling, logits: jax.Array, position: jax.Array
 ) -> jax.Array:
     """Return the noise that draft and target share, by sequence id and position."""
     sequence_id = state.sequence_id.reshape((-1,) + (1,) * (position.ndim - 1))
     return sampling.gumbel(
-        settings, sequence_id, position, logprobs.shape[-1], logprobs.dtype
+        settings, sequence_id, position, logits.shape[-1], logits.dtype
     )
 
 
@@ -356,16 +374,13 @@ def _accept(
     drafted: jax.Array,
     accept: AcceptRule,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return kept drafts `[B]`, tokens to emit `[B, G+1]` (invalid past kept + 1)."""
-    gamma = drafted.shape[1]
-    offsets = jnp.arange(gamma + 1, dtype=jnp.int32)[None]
-    if accept == "coupled":
-        with jax.named_scope("sample"):
-            position = state.length[:, None] + offsets
-            noise = _token_noise(state, settings, target, position)
-            draws = jnp.argmax(target + noise, axis=-1).astype(jnp.int32)
-        return acceptance.coupled_num_accepted(drafted, draws), draws
+    """Apply the rules `token` and `block`.
 
+    Returns:
+      Kept drafts `[B]`, tokens to emit `[B, G+1]` (invalid past kept + 1).
+    """
+    gamma = drafted.shape[1]
+    offsets = _offsets(gamma + 1)
     # Both rules look at drafts that they then reject, so the noise is keyed by the
     # round's start as well: the same position in a later round needs fresh noise.
     start, weight = state.length, jnp.ones(state.rows, target.dtype)

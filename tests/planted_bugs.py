@@ -179,38 +179,58 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "temperature after the truncation",
-        "er_jax::target_logprobs",
-        "scores = lax.cond(is_truncated, _truncated, lambda s, _: s, scores, sampling)",
+        "er_jax::_kept_scores",
+        "scores = _truncated(scores, sampling)",
         """
-        cold = logits - jnp.max(logits, axis=-1, keepdims=True)
-        cold = lax.cond(is_truncated, _truncated, lambda s, _: s, cold, sampling)
+        cold = _truncated(logits - jnp.max(logits, -1, keepdims=True), sampling)
         scores = _temperature_scaled(cold, sampling)
         """,
         ("tests/test_sampling.py::test_truncation_keeps_ties",),
     ),
     PlantedBug(
+        "truncation that the window's name leaves out",
+        "er_jax::Engine._window_name",
+        "compiled_in = (len(settings.stop_ids), sampling.is_truncated(settings))",
+        "compiled_in = (len(settings.stop_ids),)",
+        ("tests/test_programs.py::test_truncation_is_one_more_window",),
+    ),
+    PlantedBug(
+        "greedy decoding with noise",
+        "er_jax::draw",
+        "noised = jnp.where(sampling.temperature == 0, logits, noised)",
+        "pass",
+        ("tests/test_sampling.py::test_draws_are_the_best_of_logprobs_plus_noise",),
+    ),
+    PlantedBug(
+        "log-probability of a certain token normalised",
+        "er_jax::drawn_logprobs",
+        "is_certain = is_processed & (sampling.temperature == 0)",
+        "is_certain = jnp.zeros((), jnp.bool_)",
+        ("tests/test_sampling.py::test_draws_are_the_best_of_logprobs_plus_noise",),
+    ),
+    PlantedBug(
         "draft without truncation",
         "er_jax::_draft",
-        "logprobs = sampling.target_logprobs(logits, settings)",
-        "logprobs = jax.nn.log_softmax(logits)",
+        "token = sampling.draw(logits, settings, noise, truncated)",
+        "token = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)",
         ("tests/test_lossless.py::test_draft_equal_to_the_target_keeps_all[coupled]",),
     ),
     PlantedBug(
         "log-probability of the draft",
         "er_jax::decode_round",
-        "logprobs = sampling.token_logprobs(logits, target, emitted, settings)",
+        "logprobs = sampling.drawn_logprobs(usable, emitted, settings, truncated)",
         """
         hidden, _ = policy.forward(draft_params(params), tokens, positions, cache)
-        logits = policy.logits(draft_params(params), hidden)
-        logprobs = sampling.token_logprobs(logits, target, emitted, settings)
+        usable = policy.logits(draft_params(params), hidden)
+        logprobs = sampling.drawn_logprobs(usable, emitted, settings, truncated)
         """,
         ("tests/test_lossless.py::test_logprobs_are_the_targets[coupled]",),
     ),
     PlantedBug(
         "log-probability before the temperature",
-        "er_jax::token_logprobs",
-        "scores = jnp.where(is_raw, below_best, _temperature_scaled(logits, sampling))",
-        "scores = jnp.where(is_raw, below_best, below_best)",
+        "er_jax::_unprocessed",
+        "scaled = _temperature_scaled(logits, sampling)",
+        "scaled = _below_best(logits)",
         ("tests/test_sampling.py::test_token_logprobs_by_each_meaning",),
     ),
     # -- the round
@@ -338,8 +358,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "bad logits reach the acceptance of the tokens before them",
         "er_jax::decode_round",
-        "target = sampling.target_logprobs(usable, settings)",
-        "target = sampling.target_logprobs(logits, settings)",
+        "target = sampling.target_logprobs(usable, settings, truncated)",
+        "target = sampling.target_logprobs(logits, settings, truncated)",
         (
             "tests/test_lossless.py::"
             "test_bad_logits_leave_the_rest_of_the_distribution[block]",

@@ -250,9 +250,9 @@ def test_programs_are_named_by_rows_length_and_gamma(params: PolicyParams) -> No
     engine = Engine(POLICY, "coupled")
     assert engine.expected_compile_s("window") == 1.0  # a guess, with nothing known
     program = Program(ROWS, S, 0)
-    assert not engine.has_window(program, engine.draft_kind(params.draft), 8)
+    assert not engine.has_window(program, engine.draft_kind(params.draft), SETTINGS)
     window(engine, params, start(engine), 0, max_rounds=1)
-    assert engine.has_window(program, engine.draft_kind(params.draft), 8)
+    assert engine.has_window(program, engine.draft_kind(params.draft), SETTINGS)
     count = len(engine.compiled)
     assert engine.expected_compile_s("window") == max(
         made.compile_s for name, made in engine.compiled.items() if name[0] == "window"
@@ -263,20 +263,22 @@ def test_programs_are_named_by_rows_length_and_gamma(params: PolicyParams) -> No
     four_bits = er_jax.attach_draft(params.policy, DrafterConfig(bits=4))
     for draft in (None, params.policy, four_bits.draft):
         policy_and_draft = PolicyParams(policy=params.policy, draft=draft)
-        assert engine.has_window(program, engine.draft_kind(policy_and_draft.draft), 8)
+        assert engine.has_window(
+            program, engine.draft_kind(policy_and_draft.draft), SETTINGS
+        )
         window(engine, policy_and_draft, start(engine), 0, max_rounds=1)
     assert len(engine.compiled) == count
 
     # Speculation does: a program reads one kind of codes.
     for gamma in (1, 2):
         assert not engine.has_window(
-            Program(ROWS, S, gamma), engine.draft_kind(params.draft), 8
+            Program(ROWS, S, gamma), engine.draft_kind(params.draft), SETTINGS
         )
     assert not engine.has_window(
-        Program(ROWS, 2 * S, 0), engine.draft_kind(params.draft), 8
+        Program(ROWS, 2 * S, 0), engine.draft_kind(params.draft), SETTINGS
     )
     assert not engine.has_window(
-        Program(ROWS + 1, S, 0), engine.draft_kind(params.draft), 8
+        Program(ROWS + 1, S, 0), engine.draft_kind(params.draft), SETTINGS
     )
 
 
@@ -285,11 +287,11 @@ def test_a_draft_of_another_kind_is_another_program(
 ) -> None:
     window(engine, params, start(engine), 2, max_rounds=1)
     program = Program(ROWS, S, 2)
-    assert engine.has_window(program, engine.draft_kind(params.draft), 8)
+    assert engine.has_window(program, engine.draft_kind(params.draft), SETTINGS)
     for other in (DrafterConfig(bits=4), DrafterConfig(act_bits=16)):
         policy_and_draft = er_jax.attach_draft(params.policy, other)
         assert not engine.has_window(
-            program, engine.draft_kind(policy_and_draft.draft), 8
+            program, engine.draft_kind(policy_and_draft.draft), SETTINGS
         )
 
 

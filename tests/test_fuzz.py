@@ -172,13 +172,13 @@ def no_truncation_after_a_rejection(patch: pytest.MonkeyPatch) -> None:
 
 def log_probability_of_the_best(patch: pytest.MonkeyPatch) -> None:
     """Not of the token that was emitted."""
-    real = sampling.token_logprobs
+    real = sampling.drawn_logprobs
 
-    def logprobs(logits: jax.Array, target: jax.Array, *rest: Any) -> jax.Array:
-        best = jnp.argmax(target, axis=-1).astype(jnp.int32)
-        return real(logits, target, best, *rest[1:])
+    def logprobs(logits: jax.Array, tokens: jax.Array, *rest: Any, **how: Any) -> Any:
+        best = jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+        return real(logits, best, *rest, **how)
 
-    patch.setattr(sampling, "token_logprobs", logprobs)
+    patch.setattr(sampling, "drawn_logprobs", logprobs)
 
 
 def a_limit_too_far(patch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ VARIATIONS: list[dict[str, Any]] = [
 def test_warm_calls_compile_nothing(
     control: str, compile_counter: CompileCounter
 ) -> None:
-    """Whatever the prompts, temperatures, truncations, stops, keys and meanings."""
+    """Whatever the prompts, temperatures, thresholds, stops, keys and meanings."""
     policy = small_policy(f"warm {control}")
     params = policy.init(jax.random.key(0))
     controller = er_jax.Controller(control, (0, 2), patience=0)
@@ -99,6 +99,9 @@ def test_warm_calls_compile_nothing(
         ),
     }
     assert sorted(kinds) == expected[control]
+    # The first with top-k or top-p has windows of its own, all others share them.
+    truncated = run(top_k=3).stats.compiled
+    assert {name.split("(")[0] for name, _ in truncated} == {"window"}
     other = jax.tree.map(lambda x: x + x, params)
     typed, raw = jax.random.key(2), jax.random.PRNGKey(3)
     with compile_counter() as compiled:
@@ -110,6 +113,25 @@ def test_warm_calls_compile_nothing(
     assert compiled.count == 0, compiled
     assert last.stats.compiled == []
     assert last.stats.seconds["compile"] == 0
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_truncation_is_one_more_window() -> None:
+    """A program without it leaves thresholds out, and conditionals with them."""
+    policy = small_policy("truncation")
+    params = policy.init(jax.random.key(0))
+
+    def run(**changes: Any) -> tuple[list[str], list[list[int]]]:
+        out = call(policy, params, control="ar", **changes)
+        kinds = [name.split("(")[0] for name, _ in out.stats.compiled]
+        return kinds, out.completion_ids.tolist()
+
+    _, free = run()
+    for setting in ({"top_k": 1}, {"top_p": 1e-6}):
+        kinds, greedy = run(**setting)
+        assert greedy == run(temperature=0.0)[1] != free
+        assert kinds == (["window"] if "top_k" in setting else [])
+    assert run() == ([], free)
 
 
 @pytest.mark.usefixtures("unoptimized")

@@ -184,9 +184,7 @@ def test_is_distribution() -> None:
     ]
     logits = jnp.array([line for line, _ in lines], jnp.float32)
     wanted = [good for _, good in lines]
-    for temperature in (0.0, 1e-6, 0.7, 1.0):
-        found = sampling.is_distribution(logits, settings(temperature=temperature))
-        np.testing.assert_array_equal(found, wanted, err_msg=f"{temperature=}")
+    np.testing.assert_array_equal(sampling.is_distribution(logits), wanted)
 
 
 def test_token_logprobs_by_each_meaning(x64: None) -> None:
@@ -211,6 +209,34 @@ def test_token_logprobs_by_each_meaning(x64: None) -> None:
             found = token_logprobs(logits, target, tokens, config)
             assert found.dtype == jnp.float32
             np.testing.assert_allclose(found, wanted, rtol=2e-7, atol=2e-7)
+
+
+def test_draws_are_the_best_of_logprobs_plus_noise(x64: None) -> None:
+    """And their log-probabilities are those of any token."""
+    logits = random_logits(9, 21)
+    ids = np.arange(9, dtype=np.int32)
+    draw = jax.jit(sampling.draw, static_argnames="truncated")
+    drawn_logprobs = jax.jit(sampling.drawn_logprobs, static_argnames="truncated")
+    for temperature, truncation in itertools.product(TEMPERATURES, TRUNCATIONS):
+        for kind in LogprobKind:
+            config = settings(temperature=temperature, logprob_kind=kind, **truncation)
+            target = target_logprobs(logits, config)
+            noise = gumbel(config, ids, ids + 2, 21, "float64")
+            wanted = np.argmax(np.asarray(target) + noise, axis=-1)
+            is_truncated = sampling.is_truncated(config)
+            assert is_truncated == (config.top_k > 0 or config.top_p < 1)
+            # The program for truncation is right for all settings.
+            for truncated in {is_truncated, True}:
+                tokens = draw(logits, config, noise, truncated=truncated)
+                np.testing.assert_array_equal(tokens, wanted)
+                found = drawn_logprobs(logits, tokens, config, truncated=truncated)
+                np.testing.assert_allclose(
+                    found,
+                    sampling.token_logprobs(
+                        jnp.asarray(logits), target, tokens, config
+                    ),
+                    rtol=2e-7, atol=2e-7,
+                )  # fmt: skip
 
 
 # -- noise -----------------------------------------------------------------------------

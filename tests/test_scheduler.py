@@ -23,7 +23,15 @@ from er_jax.request import Request
 from er_jax.scheduler import batch, loop
 from er_jax.scheduler.batch import Batch
 from er_jax.scheduler.topology import OneDevice
-from er_jax.types import NONE, Admission, DecodeState, Finish, Program, WindowInfo
+from er_jax.types import (
+    NONE,
+    Admission,
+    DecodeState,
+    Finish,
+    Program,
+    Sampling,
+    WindowInfo,
+)
 
 STOP = 99
 PARAMS = PolicyParams(policy=None, draft=None)
@@ -194,7 +202,7 @@ class PretendedEngine:
         tokens, logprobs = buffers
         return {int(row): (tokens[row], logprobs[row]) for row in rows}
 
-    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
+    def has_window(self, program: Program, draft_kind: str, settings: Sampling) -> bool:
         return ("window", *program[:3]) in self.compiled
 
     def expected_compile_s(self, kind: str) -> float:

@@ -89,16 +89,24 @@ def draft_loop(
         cache, tokens, positions = carry
         hidden, cache = policy.forward(draft, tokens, positions, cache)
         logits = policy.logits(draft, hidden)
-        noised = sampling.noised_logprobs(
-            logits, settings, state.sequence_id[:, None], positions + 1
-        )
-        tokens = jnp.argmax(noised, axis=-1).astype(jnp.int32)
+        noise = _noise(state, settings, logits, positions)
+        tokens = sampling.draw(logits, settings, noise, truncated=False)
         return cache, tokens, _next_positions(positions, 1, state)
 
     cache, tokens, _ = lax.fori_loop(
         0, num_passes, one_pass, (state.cache, state.tokens[:, :1], _start(state, 0))
     )
     return dataclasses.replace(state, cache=cache), tokens
+
+
+def _noise(
+    state: DecodeState, settings: Sampling, logits: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Return the noise `[B, T, V]` of the tokens after inputs at `positions`."""
+    return sampling.gumbel(
+        settings, state.sequence_id[:, None], positions + 1, logits.shape[-1],
+        logits.dtype,
+    )  # fmt: skip
 
 
 @functools.partial(
@@ -128,13 +136,10 @@ def verify_loop(
         cache, tokens, positions, total = carry
         hidden, cache = policy.forward(params, tokens, positions, cache)
         logits = policy.logits(params, hidden)
-        noised = sampling.noised_logprobs(
-            logits, settings, state.sequence_id[:, None], positions + 1
-        )
-        draws = jnp.argmax(noised, axis=-1).astype(jnp.int32)
+        noise = _noise(state, settings, logits, positions)
+        draws = sampling.draw(logits, settings, noise, truncated=False)
         kept = acceptance.coupled_num_accepted(tokens[:, 1:], draws)
-        target = sampling.target_logprobs(logits, settings)
-        logprobs = sampling.token_logprobs(logits, target, draws, settings)
+        logprobs = sampling.drawn_logprobs(logits, draws, settings, truncated=False)
         total = total + logprobs + kept[:, None].astype(logprobs.dtype)
         return cache, draws, _next_positions(positions, gamma + 1, state), total
 
@@ -215,6 +220,7 @@ class Bench:
             count,
             gamma=pass_.gamma,
             accept="coupled",
+            truncated=False,
             rounds_per_test=self.rounds_per_test,
         )
 

@@ -25,7 +25,7 @@ from er_jax.engine.protocol import OneProcess
 from er_jax.request import Request
 from er_jax.scheduler import loop
 from er_jax.scheduler.topology import OneDevice
-from er_jax.types import Admission, Finish, Program, WindowInfo
+from er_jax.types import Admission, Finish, Program, Sampling, WindowInfo
 
 NO_PARAMS = PolicyParams(policy=None, draft=None)
 
@@ -198,7 +198,7 @@ class SimulatedEngine:
         """Return one name for all drafts."""
         return "draft"
 
-    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
+    def has_window(self, program: Program, draft_kind: str, settings: Sampling) -> bool:
         """Whether a window is compiled."""
         return True
 
@@ -300,7 +300,7 @@ class CompilingEngine(SimulatedEngine):
             self.compile_s += seconds
             self._slowest[name[0]] = max(seconds, self._slowest.get(name[0], 0.0))
 
-    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
+    def has_window(self, program: Program, draft_kind: str, settings: Sampling) -> bool:
         """Whether a window is compiled."""
         return ("window", program) in self.compiled
 

@@ -33,12 +33,18 @@ NUM_READINGS = 3
 FIRST_BUDGET_S = 20.0
 
 
-def neutral_sampling(num_stop_ids: int = 8) -> Sampling:
+NUM_STOP_IDS = 8
+
+
+def neutral_sampling(like: Sampling | None = None) -> Sampling:
     """Return settings of plain sampling: key 0, no truncation, no stop tokens.
 
-    Programs are compiled for a number of stop ids; these are all unused.
+    Args:
+      like: settings whose programs are to run: with as many stop ids, all unused, and
+        with their truncation.
     """
-    return Sampling(
+    num_stop_ids = NUM_STOP_IDS if like is None else len(like.stop_ids)
+    plain = Sampling(
         key=np.zeros(2, np.uint32),
         temperature=np.float32(1),
         top_k=np.int32(0),
@@ -47,6 +53,9 @@ def neutral_sampling(num_stop_ids: int = 8) -> Sampling:
         stop_ids=np.full(num_stop_ids, NONE, np.int32),
         logprob_kind=np.int32(LogprobKind.TEMPERATURE),
     )
+    if like is None:
+        return plain
+    return dataclasses.replace(plain, top_k=like.top_k, top_p=like.top_p)
 
 
 def measure_round(
@@ -108,21 +117,21 @@ def measure_rounds(
     params: PolicyParams,
     programs: Sequence[Program],
     *,
-    num_stop_ids: int = 8,
+    like: Sampling | None = None,
     budget_s: float = FIRST_BUDGET_S,
 ) -> tuple[dict[Program, float], int]:
     """Time several programs, while their rollout waits.
 
     Args:
       engine, params: to run them with. programs: to time.
-      num_stop_ids: of the rollout, so that it runs the programs compiled here.
+      like: settings of the rollout, so that it runs the programs compiled here.
       budget_s: seconds after which no further reading begins, without compilation;
         every program gets one.
     Returns:
       Seconds per round of each; the rounds that each counts for in `LatencyTable`,
       enough to be trusted, because the least of several readings is.
     """
-    each_s, settings = budget_s / len(programs), neutral_sampling(num_stop_ids)
+    each_s, settings = budget_s / len(programs), neutral_sampling(like)
     seconds = {
         program: measure_round(engine, params, program, settings, budget_s=each_s)
         for program in programs

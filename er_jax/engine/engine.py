@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from er_jax import steps
+from er_jax import sampling, steps
 from er_jax.acceptance import AcceptRule
 from er_jax.devices import device_bytes
 from er_jax.drafter import DrafterConfig, PolicyParams
@@ -253,16 +253,21 @@ class Engine:
             return self._draft_kinds.setdefault(name, f"draft {number}")
 
     def _window_name(
-        self, program: Program, draft_kind: str | None, num_stop_ids: int
+        self, program: Program, draft_kind: str | None, settings: Sampling
     ) -> tuple[Any, ...]:
         # Plain decoding is one program for all drafts, and without one.
         kind = draft_kind if program.gamma else None
         sizes = (program.rows, program.cache_length, program.gamma)
-        return ("window", *sizes, num_stop_ids, kind)
+        compiled_in = (len(settings.stop_ids), sampling.is_truncated(settings))
+        return ("window", *sizes, *compiled_in, kind)
 
-    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
-        """Whether a window is compiled for a kind of draft and a number of stop ids."""
-        name = self._window_name(program, draft_kind, num_stop_ids)
+    def has_window(self, program: Program, draft_kind: str, settings: Sampling) -> bool:
+        """Whether a window is compiled for a kind of draft and for these settings.
+
+        All settings are traced but the number of stop ids, and whether top-k or top-p
+        is on.
+        """
+        name = self._window_name(program, draft_kind, settings)
         return self._key(*name) in self.compiled
 
     def expected_compile_s(self, kind: str) -> float:
@@ -310,7 +315,7 @@ class Engine:
             draft_kind = self.draft_kind(params.draft)
         program = Program(state.rows, state.cache_length, gamma)
         return self._program(
-            self._window_name(program, draft_kind, len(settings.stop_ids)),
+            self._window_name(program, draft_kind, settings),
             run_window,
             lambda f: f.lower(
                 self.policy,
@@ -319,6 +324,7 @@ class Engine:
                 *self._abstract_same((settings, *limits)),
                 gamma=gamma,
                 accept=self.accept,
+                truncated=sampling.is_truncated(settings),
                 rounds_per_test=self.rounds_per_test,
                 layout=self.layout,
             ),

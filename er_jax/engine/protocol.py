@@ -223,8 +223,8 @@ class EngineProtocol(Protocol):
     def draft_kind(self, draft: Params) -> str:
         """Return a short name shared by all drafts of these shapes and dtypes."""
 
-    def has_window(self, program: Program, draft_kind: str, num_stop_ids: int) -> bool:
-        """Whether a window is compiled for a kind of draft and a number of stop ids."""
+    def has_window(self, program: Program, draft_kind: str, settings: Sampling) -> bool:
+        """Whether a window is compiled for a kind of draft and for these settings."""
 
     def expected_compile_s(self, kind: str) -> float:
         """Return the expected seconds to compile one more program of a kind."""

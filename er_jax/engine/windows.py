@@ -38,7 +38,14 @@ Carry: TypeAlias = tuple[DecodeState, jax.Array, jax.Array]
 
 @functools.partial(
     jax.jit,
-    static_argnames=("policy", "gamma", "accept", "rounds_per_test", "layout"),
+    static_argnames=(
+        "policy",
+        "gamma",
+        "accept",
+        "truncated",
+        "rounds_per_test",
+        "layout",
+    ),
     donate_argnames=("state",),
 )
 def run_window(
@@ -52,6 +59,7 @@ def run_window(
     gamma: int,
     accept: AcceptRule,
     rounds_per_test: int,
+    truncated: bool = True,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
     """Run rounds until at most `exit_live` rows are live, `max_rounds` at most.
@@ -59,7 +67,7 @@ def run_window(
     Args:
       policy, params, state, settings: as in `steps.decode_round`.
       exit_live: int32 `[]`. max_rounds: int32 `[]`.
-      gamma, accept: static, as in `steps.decode_round`.
+      gamma, accept, truncated: static, as in `steps.decode_round`.
       rounds_per_test: static; rounds between two exit tests. A test reads one number
         back (on a mesh, a sum over devices); up to `rounds_per_test - 1` rounds run
         idle at the end.
@@ -74,6 +82,7 @@ def run_window(
         policy,
         gamma=gamma,
         accept=accept,
+        truncated=truncated,
         rounds_per_test=rounds_per_test,
         layout=layout,
     )
@@ -92,6 +101,7 @@ def _window(
     *,
     gamma: int,
     accept: AcceptRule,
+    truncated: bool,
     rounds_per_test: int,
     layout: Layout,
 ) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
@@ -112,7 +122,7 @@ def _window(
         state, counts = carry
         state, info = steps.decode_round(
             policy, params, state, settings, gamma=gamma, accept=accept,
-            is_any=layout.is_any,
+            truncated=truncated, is_any=layout.is_any,
         )  # fmt: skip
         kinds = jnp.arange(gamma + 1, dtype=jnp.int32)
         found = jnp.stack([info.num_accepted, jnp.maximum(info.num_emitted - 1, 0)])

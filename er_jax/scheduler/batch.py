@@ -101,7 +101,7 @@ class Batch:
         self.start_s = time.perf_counter()
         self.program: Program | None = None
         self.rows = Rows.empty(request.slots)
-        self._options = Options(topology, request, len(settings.stop_ids))
+        self._options = Options(topology, request, settings)
         self._decided_ago_s = 0.0
         self._is_drafting = self._is_trial = False
         self._in_flight: InFlightWindow | None = None
@@ -188,7 +188,7 @@ class Batch:
             engine, params = self.topology.engine, self.topology.params_of(False)
             with self.stats.timed("calibration", lambda: engine.compile_s):
                 seconds, num_rounds = timing.measure_rounds(
-                    engine, params, programs, num_stop_ids=len(self.settings.stop_ids)
+                    engine, params, programs, like=self.settings
                 )
                 controller.observe_first_look(seconds, num_rounds)
 

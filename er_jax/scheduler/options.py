@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from er_jax.request import Request
 from er_jax.scheduler.admission import Rows
 from er_jax.scheduler.topology import Shape, Topology
-from er_jax.types import Program
+from er_jax.types import Program, Sampling
 
 
 class Options:
     """The programs that a rollout's batch may run.
 
     Args:
-      topology: the devices. request: its sizes. num_stop_ids: E, of the sampling
-        settings.
+      topology: the devices. request: its sizes. settings: of sampling, on the host.
     """
 
-    def __init__(self, topology: Topology, request: Request, num_stop_ids: int) -> None:
+    def __init__(
+        self, topology: Topology, request: Request, settings: Sampling
+    ) -> None:
         self._topology, self._request = topology, request
-        self._num_stop_ids = num_stop_ids
+        self._settings = settings
         self._compiled: set[Program] = set()
 
     def reach(self, shape: Shape, gamma: int) -> int:
@@ -92,7 +93,7 @@ class Options:
                 self._topology.engine_of(shared),
                 self._topology.draft_kind(shared),
             )
-            if not engine.has_window(program, kind, self._num_stop_ids):
+            if not engine.has_window(program, kind, self._settings):
                 return False
             self._compiled.add(program)  # It stays compiled, and is asked for often.
         return True

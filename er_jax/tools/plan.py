@@ -107,7 +107,7 @@ def plan(
     for gamma in dict.fromkeys(gammas):
         used = params if gamma else PolicyParams(policy=params.policy, draft=None)
         lowered = run_window.lower(
-            policy, used, state, *settings, gamma=gamma, accept=accept,
+            policy, used, state, *settings, gamma=gamma, accept=accept, truncated=False,
             rounds_per_test=1 if target.kind == "cpu" else 4,
             layout=layout.MeshLayout(mesh) if chips > 1 else ONE_DEVICE,
         )  # fmt: skip
