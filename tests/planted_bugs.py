@@ -94,9 +94,8 @@ BUGS: tuple[PlantedBug, ...] = (
         "er_jax::_draft",
         """
         sampling.gumbel(
-            settings, state.sequence_id, state.length + depth,
-            logits.shape[-1], logits.dtype, purpose=Purpose.DRAFT,
-            start=state.length,
+            settings, state.sequence_id, position, logits.shape[-1], logits.dtype,
+            purpose=Purpose.DRAFT, start=state.length,
         )
         """,
         """
@@ -126,16 +125,16 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "noise named by the place in the round",
-        "er_jax::_accept",
-        "state.length[:, None] + offsets",
-        "0 * state.length[:, None] + offsets",
+        "er_jax::decode_round",
+        "position = state.length[:, None] + _offsets(gamma + 1)",
+        "position = 0 * state.length[:, None] + _offsets(gamma + 1)",
         (f"{DRAWS}[1]",),
     ),
     PlantedBug(
         "draft and target couple with noise of neighbouring positions",
         "er_jax::_draft",
-        "noise = _token_noise(state, settings, logprobs, state.length + depth)",
-        "noise = _token_noise(state, settings, logprobs, state.length + depth + 1)",
+        "noise = _token_noise(state, settings, logits, position)",
+        "noise = _token_noise(state, settings, logits, position + 1)",
         (f"{CLOSED_FORM}[coupled]",),
     ),
     PlantedBug(
