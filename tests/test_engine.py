@@ -22,6 +22,9 @@ from er_jax.engine.engine import Engine, RunningWindow
 from er_jax.types import NONE, DecodeState, Finish, Program, Sampling, WindowInfo
 from tests.small import POLICY
 
+# When windows end and what they leave, not what a round computes.
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 ROWS, S = 4, 32
 FOREVER = 10_000
 

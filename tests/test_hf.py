@@ -126,6 +126,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found[mask], wanted[mask], atol=1e-4)
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("name", ["llama 3.1", "mistral", "qwen2, tied", "qwen3"])
 def test_greedy_completions_are_those_of_transformers(
     name: str, tmp_path: Path

@@ -168,6 +168,7 @@ def test_data_shards_become_one_for_the_last_rows(name: str) -> None:
     assert "rows shared by all devices" in found.stats.summary()
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_short_completions_are_those_of_one_device() -> None:
     config = config_of(max_new_tokens=20)
     mesh = mesh_of(data=4, model=2)
@@ -380,6 +381,7 @@ def test_rows_stay_where_there_is_room() -> None:
         assert sum(s for s, k in zip(stays, index, strict=True) if k != NONE) == wanted
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_a_mesh_may_have_other_names() -> None:
     other = Mesh(np.array(jax.devices()).reshape(4, 2), ("replica", "tensor"))
     axes = rules.MeshAxes(data="replica", model="tensor")

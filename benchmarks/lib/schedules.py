@@ -45,7 +45,7 @@ class Family:
     architecture: "decoder" or "toy"; "library" or "plain" have learned positions and
       the attention of that name. rule: of acceptance. dtype: of the policy.
     size: a key of `MAX_LENGTH`. rows, gammas: of programs, in all combinations; gammas
-      contain 0.
+      contain 0. truncated: whether top-k or top-p is on; None is drawn.
     """
 
     architecture: str
@@ -54,6 +54,7 @@ class Family:
     gammas: tuple[int, ...]
     dtype: str = "float64"
     size: str = "short"
+    truncated: bool | None = None
 
 
 FAMILIES = (
@@ -80,11 +81,11 @@ FAMILIES = (
 # All policies and all rules, with few programs.
 QUICK_FAMILIES = (
     Family("plain", "coupled", (1, 4), (0, 4)),
-    Family("toy", "token", (4,), (0, 2)),
+    Family("toy", "token", (4,), (0, 2), truncated=False),
     Family("plain", "coupled", (1, 4), (0, 4)),
-    Family("library", "block", (4,), (0, 2)),
+    Family("library", "block", (4,), (0, 2), truncated=True),
     Family("plain", "coupled", (1, 4), (0, 4)),
-    Family("decoder", "coupled", (4,), (0, 2)),
+    Family("decoder", "coupled", (4,), (0, 2), truncated=True),
 )
 
 
@@ -253,6 +254,11 @@ def drawn(seed: int, families: Sequence[Family] = FAMILIES) -> Schedule:
         "control": control,
         "max_slots": pick(slots[-1], *slots),
     }
+    # Two programs serve the two cases.
+    if family.truncated is True and (config["top_k"], config["top_p"]) == (0, 1.0):
+        config["top_p"] = 0.8
+    if family.truncated is False:
+        config |= {"top_k": 0, "top_p": 1.0}
     alone: list[int] = []
     if 1 in family.rows and rng.random() < 0.3:
         alone = rng.choice(count, min(count, 2), False).tolist()
