@@ -30,14 +30,14 @@ PARTS: tuple[Part, ...] = get_args(Part)
 Kind = Literal["target", "draft"]
 
 # Instructions that move nothing: they name, group or reserve buffers.
+# So does the end of what another instruction has started ("copy-done").
 FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all",
-    "copy-done", "async-done", "all-reduce-done", "all-gather-done", "partition-id",
-    "replica-id", "opt-barrier", "optimization-barrier", "add-dependency",
-    "collective-permute-done", "slice-done",
+    "partition-id", "replica-id", "opt-barrier", "optimization-barrier",
+    "add-dependency",
 }  # fmt: skip
 # What is read of an operand is what comes out.
-SLICES = {"slice", "dynamic-slice", "gather"}
+SLICES = {"slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start"}
 # Instructions inside of a fusion whose input is read as far as their output is.
 ELEMENTWISE = {"bitcast", "convert", "copy", "reshape", "transpose"}
 # Custom calls that do not touch memory.
@@ -221,9 +221,11 @@ class _Counter:
                 labels = tuple(label for labels in operands for label in labels)
             elif one.opcode == "get-tuple-element":
                 labels = operands[0][one.index : one.index + 1]
-            elif one.opcode in ("while", "bitcast", "copy", "copy-done", "convert"):
+            elif one.opcode in ("while", "bitcast", "copy", "convert"):
                 labels = operands[0]
-            elif one.opcode == "copy-start":
+            elif one.opcode.endswith("-done"):
+                labels = operands[0][:1]
+            elif one.opcode in ("copy-start", *SLICES):
                 labels = (operands[0][0],) * len(one.buffers)
             elif one.opcode in ("fusion", "scatter", "dynamic-update-slice"):
                 labels = self._updated(one, operands)
@@ -246,7 +248,7 @@ class _Counter:
         """Count one run of a computation; drafts go to `self.draft`."""
         total = Count()
         for one in computation:
-            if one.opcode in FREE:
+            if one.opcode in FREE or one.opcode.endswith("-done"):
                 continue
             if one.opcode == "while":
                 self._add_loop(one, labels, total)
@@ -334,7 +336,7 @@ class _Counter:
     def _read(self, one: Instruction, index: int, buffer: Buffer) -> int:
         """Return the bytes that an instruction reads of an operand."""
         if one.opcode in SLICES and index == 0:
-            return one.buffers[0].num_bytes
+            return self._result(one).num_bytes
         if one.opcode in ("dynamic-update-slice", "scatter") and index == 0:
             return 0
         if one.opcode == "fusion":
@@ -368,8 +370,9 @@ class _Counter:
 
     def _written(self, one: Instruction) -> list[tuple[Buffer, int, bool]]:
         """Return each result's buffer, bytes written, whether it was there before."""
-        if one.opcode == "copy-start":
-            return [(one.buffers[0], one.buffers[0].num_bytes, False)]
+        if one.opcode.endswith("-start"):
+            result = self._result(one)
+            return [(result, result.num_bytes, False)]
         if one.opcode in ("dynamic-update-slice", "scatter"):
             return [(one.buffers[0], self.buffers[one.operands[-1]][0].num_bytes, True)]
         if one.opcode == "custom-call":
@@ -389,6 +392,11 @@ class _Counter:
             else:
                 found.append((buffer, buffer.num_bytes, False))
         return found
+
+    def _result(self, one: Instruction) -> Buffer:
+        """Return what an instruction makes; where it only starts, its operand is by."""
+        is_second = one.opcode.endswith("-start") and one.opcode != "copy-start"
+        return one.buffers[min(is_second, len(one.buffers) - 1)]
 
     def _roots(self, fused: Computation) -> list[tuple[Computation, Instruction]]:
         """Return what makes each result of a fusion, seen through bitcasts."""
