@@ -29,6 +29,7 @@ from benchmarks import (
     published,
     sampling,
     scaling,
+    traffic,
 )
 from benchmarks.lib import measure, pass_points, records
 from benchmarks.lib.tables import Table, markdown, number
@@ -40,6 +41,7 @@ MARKER = "<!-- Below: written by `python -m benchmarks.report` from results/*.js
 PAGES = {
     "plans": records.ROOT / "docs" / "plan.md",
     "scaling": records.ROOT / "docs" / "pods.md",
+    "traffic": records.ROOT / "docs" / "limits.md",
 }
 
 Record = Mapping[str, Any]
@@ -57,6 +59,7 @@ POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "published": published.setting_rows,
     "sampling": sampling.rows_of,
     "scaling": scaling.rows_of,
+    "traffic": traffic.rows_of,
 }
 
 

@@ -1,9 +1,9 @@
-"""The steps of decoding: admission, the round, moving rows to another state.
+"""The steps of decoding: the round, moving rows to another state.
 
 They are pure functions of (policy, params, state); nothing here is compiled, donated or
-timed. A row is admitted with its prompt's cache entries for all but the last token.
-Every round then feeds the last known token, so the first token comes out of an ordinary
-round, and the prefill needs no vocabulary projection.
+timed. A row begins with its prompt's cache entries for all but the last token
+(`prefill`). Every round feeds the last known token, so the first token comes out of an
+ordinary round.
 
 A round drafts gamma tokens with the draft parameters (provisional cache entries), runs
 the target once over the last token and all drafts (its own entries overwrite them), and
@@ -20,7 +20,8 @@ drafts is verified again with the same drafts, one position at a time, so that n
 entry exists yet (`_verify`); afterwards the drafts' entries are cleared. Drafting anew
 instead would not be exact: whether drafts are given up would depend on their tokens.
 
-Left out: the loop over rounds (`engine`), every decision (`scheduler`).
+Left out: starting rows (`prefill`), the loop over rounds (`engine`), every decision
+(`scheduler`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from er_jax.acceptance import AcceptRule
 from er_jax.drafter import PolicyParams, draft_params
 from er_jax.types import (
     NONE,
-    Admission,
     DecodeState,
     Finish,
     Params,
@@ -65,72 +65,6 @@ def empty_state(policy: Policy, rows: int, cache_length: int) -> DecodeState:
         live=jnp.zeros(rows, jnp.bool_),
         finish_reason=full(Finish.RUNNING),
         cache=policy.init_cache(rows, cache_length),
-    )
-
-
-def admit(
-    policy: Policy, params: Params, state: DecodeState, admission: Admission
-) -> DecodeState:
-    """Start sequences in free slots: clone or prefill their prompts' entries.
-
-    A prompt whose entries are still in some row is copied from there. Every other
-    distinct prompt is prefilled once, in chunks of C prompts; a chunk's entries are
-    written to every slot that starts from one of its prompts. The numbers of clones and
-    chunks are traced, so one program serves any admission.
-
-    Args:
-      policy, params: the target.
-      state: all of a row in `admission.slot` is overwritten.
-      admission: see `types.Admission`.
-    Returns:
-      The state with the new rows live.
-    """
-    rows = state.rows
-    num_tokens = admission.tokens.shape[1]
-    chunk = admission.tokens.shape[0] // admission.first_row.shape[0]
-    offsets = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-
-    def clone(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
-        source, to = admission.clone_from[i], admission.clone_to[i]
-        return kv_cache.copy_row(cache, source, to, admission.clone_length[i] - 1)
-
-    def prefill(index: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
-        tokens = lax.dynamic_slice_in_dim(admission.tokens, index * chunk, chunk)
-        known = lax.dynamic_slice_in_dim(admission.length, index * chunk, chunk)
-        # The last prompt token is left to the first round.
-        positions = jnp.where(offsets < known[:, None] - 1, offsets, NONE)
-        prefix = policy.init_cache(chunk, num_tokens)
-        _, prefix = policy.forward(params, tokens, positions, prefix)
-        first = admission.first_row[index]
-
-        def insert(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
-            source = admission.prompt[i] - index * chunk
-            return kv_cache.insert_row(cache, prefix, admission.slot[i], source)
-
-        return lax.fori_loop(first, first + admission.num_rows[index], insert, cache)
-
-    cache = lax.fori_loop(0, admission.num_clones, clone, state.cache)
-    cache = lax.fori_loop(0, admission.num_chunks, prefill, cache)
-
-    # Unused entries of `slot` are `rows`: out of bounds and therefore dropped.
-    slot = admission.slot
-    started = (slot < rows) & (slot >= 0)
-    start_length = admission.length[admission.prompt]
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot].set(new, mode="drop")
-
-    prompts = kv_cache.resize(admission.tokens[admission.prompt], state.cache_length)
-    return DecodeState(
-        tokens=put(state.tokens, prompts),
-        logprobs=put(state.logprobs, jnp.zeros_like(state.logprobs)),
-        length=put(state.length, start_length),
-        prompt_length=put(state.prompt_length, start_length),
-        limit=put(state.limit, admission.limit),
-        sequence_id=put(state.sequence_id, admission.sequence_id),
-        live=put(state.live, started),
-        finish_reason=put(state.finish_reason, jnp.zeros_like(state.finish_reason)),
-        cache=cache,
     )
 
 

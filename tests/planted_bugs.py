@@ -339,7 +339,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "unseen values count where they are not finite",
-        "er_jax::attend_whole",
+        "er_jax::_attend_few.checked",
         "return lax.cond(jnp.all(is_clean), lambda *_: out, mended, probs, values)",
         "return lax.cond(jnp.all(is_clean), mended, lambda *_: out, probs, values)",
         (
@@ -374,10 +374,31 @@ BUGS: tuple[PlantedBug, ...] = (
     # -- the cache
     PlantedBug(
         "attention mask off by one",
-        "er_jax::attend_whole",
-        "visible = slots <= positions[..., None]",
-        "visible = slots < positions[..., None]",
+        "er_jax::_visible",
+        "return slots <= positions[..., None]",
+        "return slots < positions[..., None]",
         ("tests/test_kv_cache.py::test_attention_by_either_path_equals_the_oracle",),
+    ),
+    PlantedBug(
+        "blocks of queries put together in another order",
+        "er_jax::_attend_many",
+        "out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads * size)",
+        "out = out.reshape(batch, -1, heads * size)",
+        ("tests/test_kv_cache.py::test_many_queries_are_taken_in_blocks",),
+    ),
+    PlantedBug(
+        "a piece of a prompt fed at the positions of the first",
+        "er_jax::admit",
+        "offsets = start + jnp.arange(piece, dtype=jnp.int32)[None]",
+        "offsets = jnp.arange(piece, dtype=jnp.int32)[None]",
+        ("tests/test_steps.py::test_a_prompt_may_be_prefilled_in_pieces[3]",),
+    ),
+    PlantedBug(
+        "the last piece of a prompt left out",
+        "er_jax::admit",
+        "num_pieces = (jnp.max(known) - 1 + piece - 1) // piece",
+        "num_pieces = (jnp.max(known) - 1) // piece",
+        ("tests/test_steps.py::test_a_prompt_may_be_prefilled_in_pieces[3]",),
     ),
     PlantedBug(
         "padding written to the last entry",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from er_jax import kv_cache
+from er_jax import attention, kv_cache
 from er_jax.types import NONE
 
 S = 24
@@ -45,7 +45,7 @@ write = jax.jit(kv_cache.write)
 def test_attention_by_either_path_equals_the_oracle(
     x64: None, num_queries: int, kv_heads: int
 ) -> None:
-    assert 5 <= kv_cache.MERGED_QUERIES < 20  # both paths are met
+    assert 5 <= attention.MERGED_QUERIES < 20  # both paths are met
     query = normal(2, num_queries, 4, 6)
     keys, values = normal(2, S, kv_heads * 6, seed=1), normal(2, S, kv_heads * 6)
     positions = np.random.default_rng(2).integers(-1, S, (2, num_queries))
@@ -75,7 +75,7 @@ def test_the_two_paths_agree(
     positions = np.tile(np.arange(num_queries, dtype=np.int32) + 9, (3, 1))
     results, programs = [], []
     for most in (8, 7):
-        monkeypatch.setattr(kv_cache, constant, most)
+        monkeypatch.setattr(attention, constant, most)
         # A new function each time, or the first trace would be used again.
         one_path = jax.jit(lambda *arrays: kv_cache.attend(*arrays))
         traced = one_path.trace(query, keys, values, positions)
@@ -83,6 +83,37 @@ def test_the_two_paths_agree(
         results.append(traced.lower().compile()(query, keys, values, positions))
     assert programs[0] != programs[1]
     np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-13)
+
+
+def test_many_queries_are_taken_in_blocks(
+    x64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven of twenty at a time: results, gradients, and no square of scores."""
+    query = normal(2, 20, 4, 6)
+    keys, values = normal(2, S, 12, seed=1), normal(2, S, 12, seed=2)
+    values[1, 5] = np.nan
+    positions = np.tile(np.arange(20, dtype=np.int32) - 1, (2, 1))
+    positions[1] = np.minimum(positions[1], 11)
+
+    def both(query: Any, keys: Any, values: Any) -> tuple[Any, Any]:
+        out = attention.attend(query, keys, values, jnp.asarray(positions))
+        return jnp.sum(jnp.sin(out[0])), out
+
+    def run() -> tuple[Any, str]:
+        function = jax.value_and_grad(lambda *x: both(*x), (0, 1, 2), has_aux=True)
+        lowered = jax.jit(function).lower(query, keys, values)
+        return lowered.compile()(query, keys, values), lowered.as_text()
+
+    whole, text = run()
+    monkeypatch.setattr(attention, "BLOCK_SCORES", 7 * S)
+    monkeypatch.setattr(attention, "LEAST_BLOCK", 1)
+    found, in_blocks = run()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), found, whole
+    )
+    square, part = (f"tensor<2x2x2x{count}x{S}xf64>" for count in (20, 7))
+    assert square in text and square not in in_blocks
+    assert part in in_blocks
 
 
 @pytest.mark.parametrize("junk", [1e30, np.inf, -np.inf, np.nan])
@@ -131,7 +162,7 @@ def test_a_query_that_sees_a_non_finite_entry_is_nan_and_no_other(
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_bad_entry_of_one_row_changes_no_bit_of_another(dtype: Any) -> None:
     """In caches longer than what is cleaned at once."""
-    size = 2 * kv_cache.CAREFUL_ENTRIES + 64
+    size = 2 * attention.CAREFUL_ENTRIES + 64
     arrays = [normal(3, n, d, seed=n) for n, d in ((2, 24), (size, 12), (size, 12))]
     query, keys, values = (jnp.asarray(x, dtype) for x in arrays)
     query = query.reshape(3, 2, 4, 6)

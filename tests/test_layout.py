@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
     *("arguments", "types", "figures", "devices", "sampling", "acceptance", "drafter"),
-    *("kv_cache", "decoder", "steps", "config", "request", "stats"),
+    *("attention", "kv_cache", "decoder", "prefill", "steps"),
+    *("config", "request", "stats"),
     *("engine.protocol", "engine.programs", "engine.windows", "engine.engine"),
     *("engine.kept", "engine"),
     *("costs.record", "costs.passes", "costs.roofline", "costs.table"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from er_jax import sampling, steps
+from er_jax import prefill, sampling, steps
 from er_jax.drafter import PolicyParams
 from er_jax.types import NONE, Admission, DecodeState, Finish, LogprobKind, Sampling
 from tests.small import POLICY
@@ -97,7 +97,7 @@ def admission(
     )
 
 
-admit = functools.partial(jax.jit(steps.admit, static_argnums=0), POLICY)
+admit = functools.partial(jax.jit(prefill.admit, static_argnums=0), POLICY)
 _decode_round = jax.jit(
     steps.decode_round, static_argnums=0, static_argnames=("gamma", "accept")
 )
@@ -162,6 +162,23 @@ def started(params: PolicyParams) -> DecodeState:
     """Three prompts in two chunks and five rows; row 3 stays empty."""
     plan = admission([(0, [4, 0]), (1, [5]), (2, [2, 1])], limit=17)
     return host(admit(params.policy, empty(), plan))
+
+
+@pytest.mark.parametrize("piece", [1, 3, 4])
+def test_a_prompt_may_be_prefilled_in_pieces(
+    params: PolicyParams,
+    started: DecodeState,
+    piece: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pieces that divide the prompts or not; seven, two and seven tokens are fed."""
+    monkeypatch.setattr(prefill, "PIECE", piece)
+    plan = admission([(0, [4, 0]), (1, [5]), (2, [2, 1])], limit=17)
+    in_pieces = jax.jit(lambda *given: prefill.admit(POLICY, *given))
+    found = host(in_pieces(params.policy, empty(), plan))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), found, started
+    )
 
 
 def test_prefill_is_what_forward_gives(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax import drafter, steps
+from er_jax import drafter, prefill, steps
 from er_jax.acceptance import AcceptRule
 from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine.protocol import ROWS, SAME, Layout, OneDevice, TokenBuffers
@@ -167,9 +167,9 @@ def run_admission(
     *,
     layout: Layout = ONE_DEVICE,
 ) -> DecodeState:
-    """Start sequences in free slots; see `steps.admit`. Donates `state`."""
+    """Start sequences in free slots; see `prefill.admit`. Donates `state`."""
     marks = jax.tree.map(lambda x: ROWS if x.ndim else SAME, admission)
-    admit = functools.partial(steps.admit, policy)
+    admit = functools.partial(prefill.admit, policy)
     run = layout.over_rows(admit, (SAME, ROWS, marks), ROWS)
     return layout.lay_out(run(params, state, admission), policy)
 

@@ -1,7 +1,7 @@
 """Attention over a cache whose heads are sharded over `model`.
 
 Every device attends with its own heads. The compiler alone would split the merged
-product of `kv_cache.attend` within heads, and sum the scores over the axis.
+product of `attention.attend` within heads, and sum the scores over the axis.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from er_jax.kv_cache import attend_whole
+from er_jax.attention import attend_whole
 from er_jax.mesh.rules import MODEL_AXIS
 
 
 def attend_by_heads(
     query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """Attend with the heads sharded over `model`; see `kv_cache.attend`.
+    """Attend with the heads sharded over `model`; see `attention.attend`.
 
     It runs inside `MeshLayout.over_rows`, which has mapped the program over `data`.
     """

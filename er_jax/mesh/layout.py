@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from er_jax import attention
 from er_jax.decoder import Decoder
 from er_jax.drafter import PolicyParams
 from er_jax.engine.protocol import ROWS
-from er_jax.kv_cache import attention
 from er_jax.mesh.attention import attend_by_heads
 from er_jax.mesh.rules import (
     AXES,
@@ -241,7 +241,7 @@ class MeshLayout:
             return PartitionSpec(DATA_AXIS) if mark == ROWS else PartitionSpec()
 
         def run(*arguments: Any) -> Any:
-            with attention(attend_by_heads):
+            with attention.replaced(attend_by_heads):
                 return function(*arguments)
 
         return jax.shard_map(

@@ -148,7 +148,7 @@ class Plan:
     """Compile a model's windows for a device that is not present.
 
     Prints the bytes on each device, whether they fit, the most slots that fit,
-    collectives per round, and the speed-up of speculation by the roofline. No weights
+    collectives per round, bytes of each pass, and the speed-up that follows. No weights
     are read.
 
     Args:

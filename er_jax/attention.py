@@ -1,0 +1,259 @@
+"""Attention of new tokens over the cache, for prefill, verification, drafts, training.
+
+Entry s of a row is visible to a query at position p when s <= p. Few queries per row
+are bound by reading the cache; many are bound by arithmetic, and are taken in blocks,
+so that their scores never cover all queries and all entries at once.
+
+Left out: what the cache is and how it is written (`kv_cache`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from er_jax.types import NONE, wide_dtype
+
+# Up to this many queries per row, attention is bound by reading the cache.
+MERGED_QUERIES = 16
+
+# Entries that the CPU path for non-finite values cleans at a time, at most.
+CAREFUL_ENTRIES = 128
+
+# Up to this many merged queries per row, the keys are the left factor on CPU.
+KEYS_FIRST_QUERIES = 16
+
+
+# Most scores of one head and row at a time, where queries are many: 4 MB in float32.
+BLOCK_SCORES = 2**20
+
+# Fewest queries of a block: smaller products would not fill a device.
+LEAST_BLOCK = 64
+
+Attention: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def attend(
+    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Grouped-query attention of new tokens over the cache.
+
+    Entry s is visible to a query at position p when s <= p. The softmax is in float32
+    or wider. Few queries per row are multiplied, all heads as one block-diagonal query,
+    against the merged cache: K times the (few) multiplications, and one read of the
+    cache without a transposition. Many queries (prefill, training) are bound by
+    arithmetic and take the usual form, in blocks; the backward pass computes the scores
+    of a block again.
+
+    A query that sees a non-finite entry returns NaN; entries that a query does not see
+    do not change its result. With few queries on an accelerator the latter does not
+    hold, because it would cost another pass over the cache: there a non-finite entry
+    may turn all queries of its row to NaN, and `steps.decode_round` runs such a row
+    again, one token at a time.
+
+    Args:
+      query: `[B, T, H, D]`. keys, values: `[B, S, K * D]`.
+      positions: `[B, T]` int32; padding (-1) sees nothing and returns zeros.
+    Returns:
+      `[B, T, H * D]` in the dtype of `query`.
+    """
+    return _attention.get()(query, keys, values, positions)
+
+
+@contextlib.contextmanager
+def replaced(function: Attention) -> Iterator[None]:
+    """Replace `attend` by another function while a program is traced.
+
+    Programs whose heads are sharded over devices use it; the policy need not know.
+    """
+    token = _attention.set(function)
+    try:
+        yield
+    finally:
+        _attention.reset(token)
+
+
+def attend_whole(
+    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Attend with all heads on one device; see `attend`."""
+    if query.shape[1] > MERGED_QUERIES:
+        return _attend_many(query, keys, values, positions)
+    return _attend_few(query, keys, values, positions)
+
+
+def _scaled(query: jax.Array, kv_heads: int) -> jax.Array:
+    """Return queries over the square root of D, `[B, T, K, H / K, D]`."""
+    *front, heads, size = query.shape
+    scale = jnp.asarray(size**-0.5, query.dtype)
+    return (query * scale).reshape(*front, kv_heads, heads // kv_heads, size)
+
+
+def _visible(positions: jax.Array, length: int) -> jax.Array:
+    """Whether a query sees an entry, bool `[B, T, S]`, the same for all heads."""
+    slots = jnp.arange(length, dtype=positions.dtype)[None, None]
+    return slots <= positions[..., None]
+
+
+def _weights(scores: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return the softmax over the last axis, where `mask`; zeros where it is empty."""
+    wide = scores.dtype
+    # The floor is finite, so that a query which sees nothing gives zeros, not NaN.
+    scores = jnp.where(mask, scores, jnp.asarray(-1e30, wide))
+    top = lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+    exp = jnp.where(mask, jnp.exp(scores - top), jnp.zeros((), wide))
+    total = jnp.sum(exp, -1, keepdims=True)
+    return (exp / jnp.maximum(total, jnp.asarray(1e-30, wide))).astype(dtype)
+
+
+def _attend_many(
+    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Attend with heads as a batch axis, a block of queries after the other."""
+    batch, num_queries, heads, size = query.shape
+    length, kv_heads = keys.shape[1], keys.shape[2] // size
+    wide = wide_dtype(query.dtype)
+    is_sound = _is_sound(keys, values)
+    k = keys.reshape(batch, length, kv_heads, size)
+    v = jnp.where(is_sound[..., None], values, jnp.zeros((), values.dtype))
+    v = v.reshape(batch, length, kv_heads, size)
+
+    def attend_block(query: jax.Array, positions: jax.Array) -> jax.Array:
+        q, visible = _scaled(query, kv_heads), _visible(positions, length)
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
+        probs = _weights(scores, visible[:, None, None], query.dtype)
+        out = jnp.einsum("bkgts,bskd->btkgd", probs, v)
+        out = out.reshape(*positions.shape, heads * size)
+        return _with_nan(out, _sees_bad(visible, is_sound))
+
+    block = max(BLOCK_SCORES // length, LEAST_BLOCK)
+    if num_queries <= block:
+        return attend_block(query, positions)
+    num_blocks = -(-num_queries // block)
+    more = num_blocks * block - num_queries
+
+    def blocks_of(x: jax.Array, fill: int) -> jax.Array:
+        pad = [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)]
+        x = jnp.pad(x, pad, constant_values=jnp.asarray(fill, x.dtype))
+        x = x.reshape(batch, num_blocks, block, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    out = lax.map(
+        lambda block: jax.checkpoint(attend_block)(*block),
+        (blocks_of(query, 0), blocks_of(positions, NONE)),
+    )
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads * size)
+    return out[:, :num_queries]
+
+
+def _attend_few(
+    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Attend with all heads as one block-diagonal query against the merged entries."""
+    batch, num_queries, heads, size = query.shape
+    length, kv_heads = keys.shape[1], keys.shape[2] // size
+    group = heads // kv_heads
+    wide = wide_dtype(query.dtype)
+    q, visible = _scaled(query, kv_heads), _visible(positions, length)
+    # [.., K, 1, K, 1]: the query of head i meets only the part of head i in an entry.
+    own = jnp.eye(kv_heads, dtype=query.dtype)[None, None, :, None, :, None]
+    merged = (q[..., None, :] * own).reshape(
+        batch, num_queries * heads, kv_heads * size
+    )
+
+    def product(merged: jax.Array, keys: jax.Array) -> jax.Array:
+        return jnp.einsum("bqf,bsf->bqs", merged, keys, preferred_element_type=wide)
+
+    def keys_first(merged: jax.Array, keys: jax.Array) -> jax.Array:
+        # XLA's CPU backend repacks the right factor: the few queries cost less.
+        scores = jnp.einsum("bsf,bqf->bsq", keys, merged, preferred_element_type=wide)
+        return jnp.swapaxes(lax.optimization_barrier(scores), 1, 2)
+
+    on_cpu = keys_first if num_queries * heads <= KEYS_FIRST_QUERIES else product
+    scores = lax.platform_dependent(merged, keys, cpu=on_cpu, default=product)
+    scores = scores.reshape(batch, num_queries, heads, length)
+    probs = _weights(scores, visible[:, :, None], query.dtype)
+    probs = probs.reshape(batch, num_queries * heads, length)
+
+    def combined(probs: jax.Array, values: jax.Array) -> jax.Array:
+        out = jnp.einsum("bqs,bsf->bqf", probs, values)
+        out = out.reshape(len(out), num_queries, kv_heads, group, kv_heads, size)
+        # Slices of the diagonal; a product with `own` would read all K parts again.
+        parts = [out[:, :, head, :, head] for head in range(kv_heads)]
+        return jnp.stack(parts, axis=2).reshape(len(out), num_queries, heads * size)
+
+    def careful(probs: jax.Array, values: jax.Array) -> jax.Array:
+        # Cleans some entries of a row at a time; a copy of all would double the memory.
+        size_s = max(n for n in range(1, CAREFUL_ENTRIES + 1) if length % n == 0)
+
+        def add(
+            done: tuple[jax.Array, jax.Array], i: jax.Array
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            out, sees_bad = done
+            row, start = i // (length // size_s), i % (length // size_s) * size_s
+
+            def part(x: jax.Array, axis: int) -> jax.Array:
+                first, sizes = [jnp.int32(0)] * 3, list(x.shape)
+                first[0], first[axis] = row, start
+                sizes[0], sizes[axis] = 1, size_s
+                return lax.dynamic_slice(x, first, sizes)
+
+            k, v = part(keys, 1), part(values, 1)
+            is_sound = _is_sound(k, v)
+            v = jnp.where(is_sound[..., None], v, jnp.zeros((), v.dtype))
+            sees = _sees_bad(part(visible, 2), is_sound)
+            out = out.at[row].add(combined(part(probs, 2), v)[0].astype(wide))
+            return (out, sees_bad.at[row].set(sees_bad[row] | sees[0])), None
+
+        start = (
+            jnp.zeros((batch, num_queries, heads * size), wide),
+            jnp.zeros((batch, num_queries, 1), jnp.bool_),
+        )
+        steps = jnp.arange(batch * (length // size_s), dtype=jnp.int32)
+        out, sees_bad = lax.scan(add, start, steps)[0]
+        return _with_nan(out.astype(values.dtype), sees_bad)
+
+    def checked(probs: jax.Array, values: jax.Array) -> jax.Array:
+        # A CPU branches at no cost. An unseen non-finite entry that leaks into an
+        # output makes it non-finite. Padding has no output and must not look like one.
+        is_real = (positions >= 0)[..., None]
+        out = combined(probs, values)
+        out = jnp.where(is_real, out, jnp.zeros((), out.dtype))
+        is_clean = jnp.all(jnp.isfinite(out), axis=(1, 2), keepdims=True)
+
+        def mended(probs: jax.Array, values: jax.Array) -> jax.Array:
+            # Clean rows stay as they are, to the last bit.
+            return jnp.where(is_clean, out, careful(probs, values))
+
+        return lax.cond(jnp.all(is_clean), lambda *_: out, mended, probs, values)
+
+    return lax.platform_dependent(probs, values, cpu=checked, default=combined)
+
+
+_attention: contextvars.ContextVar[Attention] = contextvars.ContextVar(
+    "attention", default=attend_whole
+)
+
+
+def _is_sound(keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Whether entries `[B, S, K * D]` are finite in key and value, bool `[B, S]`."""
+    # The maximum is finite exactly if all numbers are, because it propagates NaN. Flags
+    # per number would have to be written to memory.
+    largest = [jnp.max(jnp.abs(entries), axis=-1) for entries in (keys, values)]
+    return jnp.isfinite(largest[0]) & jnp.isfinite(largest[1])
+
+
+def _sees_bad(visible: jax.Array, is_sound: jax.Array) -> jax.Array:
+    """Whether a query sees a non-finite entry: `[B, T, S]`, `[B, S]` -> `[B, T, 1]`."""
+    return jnp.any(visible & ~is_sound[:, None], axis=-1, keepdims=True)
+
+
+def _with_nan(out: jax.Array, sees_bad: jax.Array) -> jax.Array:
+    """Return the output `[B, T, H * D]`, NaN where `sees_bad` (`[B, T, 1]`)."""
+    return jnp.where(sees_bad, jnp.asarray(jnp.nan, out.dtype), out)

@@ -1,0 +1,98 @@
+"""Starting sequences: their prompts' cache entries, copied or prefilled.
+
+A row is admitted with its prompt's entries for all but the last token, which the first
+round feeds, so the prefill needs no vocabulary projection. Long prompts are prefilled
+in pieces: activations and scores are those of one piece.
+
+Left out: which sequence starts in which row (`scheduler.admission`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from er_jax import kv_cache
+from er_jax.types import NONE, Admission, DecodeState, Params, Policy
+
+# Most tokens of a prompt that are prefilled at a time.
+PIECE = 1024
+
+
+def admit(
+    policy: Policy, params: Params, state: DecodeState, admission: Admission
+) -> DecodeState:
+    """Start sequences in free slots: clone or prefill their prompts' entries.
+
+    A prompt whose entries are still in some row is copied from there. Every other
+    distinct prompt is prefilled once, in chunks of C prompts; a chunk's entries are
+    written to every slot that starts from one of its prompts. The numbers of clones,
+    of chunks and of pieces are traced, so one program serves any admission.
+
+    Args:
+      policy, params: the target.
+      state: all of a row in `admission.slot` is overwritten.
+      admission: see `types.Admission`.
+    Returns:
+      The state with the new rows live.
+    """
+    rows = state.rows
+    num_tokens = admission.tokens.shape[1]
+    chunk = admission.tokens.shape[0] // admission.first_row.shape[0]
+    piece = min(num_tokens, PIECE)
+
+    def clone(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+        source, to = admission.clone_from[i], admission.clone_to[i]
+        return kv_cache.copy_row(cache, source, to, admission.clone_length[i] - 1)
+
+    def prefill(index: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+        tokens = lax.dynamic_slice_in_dim(admission.tokens, index * chunk, chunk)
+        known = lax.dynamic_slice_in_dim(admission.length, index * chunk, chunk)
+
+        def prefill_piece(i: jax.Array, prefix: kv_cache.Cache) -> kv_cache.Cache:
+            # The last piece may begin earlier, and write some entries once more.
+            start = jnp.minimum(i * piece, num_tokens - piece)
+            offsets = start + jnp.arange(piece, dtype=jnp.int32)[None]
+            # The last prompt token is left to the first round.
+            positions = jnp.where(offsets < known[:, None] - 1, offsets, NONE)
+            part = lax.dynamic_slice_in_dim(tokens, start, piece, axis=1)
+            return policy.forward(params, part, positions, prefix)[1]
+
+        prefix = policy.init_cache(chunk, num_tokens)
+        if piece == num_tokens:
+            prefix = prefill_piece(jnp.int32(0), prefix)
+        else:
+            num_pieces = (jnp.max(known) - 1 + piece - 1) // piece
+            prefix = lax.fori_loop(0, num_pieces, prefill_piece, prefix)
+        first = admission.first_row[index]
+
+        def insert(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+            source = admission.prompt[i] - index * chunk
+            return kv_cache.insert_row(cache, prefix, admission.slot[i], source)
+
+        return lax.fori_loop(first, first + admission.num_rows[index], insert, cache)
+
+    cache = lax.fori_loop(0, admission.num_clones, clone, state.cache)
+    cache = lax.fori_loop(0, admission.num_chunks, prefill, cache)
+
+    # Unused entries of `slot` are `rows`: out of bounds and therefore dropped.
+    slot = admission.slot
+    started = (slot < rows) & (slot >= 0)
+    start_length = admission.length[admission.prompt]
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[slot].set(new, mode="drop")
+
+    prompts = kv_cache.resize(admission.tokens[admission.prompt], state.cache_length)
+    return DecodeState(
+        tokens=put(state.tokens, prompts),
+        logprobs=put(state.logprobs, jnp.zeros_like(state.logprobs)),
+        length=put(state.length, start_length),
+        prompt_length=put(state.prompt_length, start_length),
+        limit=put(state.limit, admission.limit),
+        sequence_id=put(state.sequence_id, admission.sequence_id),
+        live=put(state.live, started),
+        finish_reason=put(state.finish_reason, jnp.zeros_like(state.finish_reason)),
+        cache=cache,
+    )
