@@ -30,11 +30,11 @@ CAREFUL_ENTRIES = 128
 KEYS_FIRST_QUERIES = 16
 
 
-# Most scores of one head and row at a time, where queries are many: 4 MB in float32.
-BLOCK_SCORES = 2**20
+# Most scores of one head and row at a time, where queries are many: 2 MB in float32.
+BLOCK_SCORES = 2**19
 
 # Fewest queries of a block: smaller products would not fill a device.
-LEAST_BLOCK = 64
+LEAST_BLOCK = 32
 
 Attention: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 

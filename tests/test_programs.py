@@ -25,7 +25,7 @@ from er_jax.drafter import CODES_FIRST_SIZE, DrafterConfig, PolicyParams
 from er_jax.engine import windows
 from er_jax.types import DecodeState, Sampling
 from tests.conftest import CompileCount
-from tests.small import small_policy
+from tests.small import POLICY, small_policy
 
 CompileCounter = Callable[[], AbstractContextManager[CompileCount]]
 
@@ -355,6 +355,46 @@ def test_no_mask_per_head_and_no_copy_is_written(
     assert num_updates  # the cache is updated, and we would have seen it
 
 
+def admission_shapes(prompts: int, tokens: int, rows: int) -> er_jax.types.Admission:
+    """Return the shapes of an admission of one chunk."""
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    return er_jax.types.Admission(
+        tokens=ints(prompts, tokens), length=ints(prompts), num_chunks=ints(),
+        slot=ints(rows), prompt=ints(rows), sequence_id=ints(rows), limit=ints(rows),
+        first_row=ints(1), num_rows=ints(1), num_clones=ints(), clone_from=ints(rows),
+        clone_to=ints(rows), clone_length=ints(rows),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("program", ["admission", "gradient"])
+def test_long_sequences_need_no_square_of_scores(program: str) -> None:
+    """A square of float32 is 268 MB for each of two heads, at 8192 tokens."""
+    length, policy = 8192, POLICY
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    given = jax.eval_shape(lambda: steps.empty_state(policy, 1, length + 64))
+    if program == "admission":
+        lowered = windows.run_admission.lower(
+            policy, params, given, admission_shapes(1, length, 1)
+        )
+    else:
+
+        def total(params: Any, tokens: jax.Array) -> jax.Array:
+            cache = policy.init_cache(1, length)
+            positions = jnp.arange(length, dtype=jnp.int32)[None]
+            return jnp.sum(policy.forward(params, tokens, positions, cache)[0])
+
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        lowered = jax.jit(jax.grad(total)).lower(params, tokens)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 60e6
+    assert f"x{length}x{length}x" not in lowered.as_text()
+
+
 @pytest.mark.parametrize("program", ["admission", "refresh"])
 def test_other_programs_that_donate(program: str) -> None:
     policy = big_policy("float32")
@@ -366,22 +406,7 @@ def test_other_programs_that_donate(program: str) -> None:
         given = draft
     else:
         given = jax.eval_shape(lambda: steps.empty_state(policy, B, S))
-        ints = jax.ShapeDtypeStruct((B,), jnp.int32)
-        admission = er_jax.types.Admission(
-            tokens=jax.ShapeDtypeStruct((B, 16), jnp.int32),
-            length=ints,
-            num_chunks=scalar(jnp.int32),
-            slot=ints,
-            prompt=ints,
-            sequence_id=ints,
-            limit=ints,
-            first_row=jax.ShapeDtypeStruct((1,), jnp.int32),
-            num_rows=jax.ShapeDtypeStruct((1,), jnp.int32),
-            num_clones=scalar(jnp.int32),
-            clone_from=ints,
-            clone_to=ints,
-            clone_length=ints,
-        )
+        admission = admission_shapes(B, 16, B)
         compiled = windows.run_admission.lower(
             policy, params, given, admission
         ).compile()
