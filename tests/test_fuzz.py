@@ -172,13 +172,23 @@ def no_truncation_after_a_rejection(patch: pytest.MonkeyPatch) -> None:
 
 def log_probability_of_the_best(patch: pytest.MonkeyPatch) -> None:
     """Not of the token that was emitted."""
-    real = sampling.drawn_logprobs
+    drawn, of_token = sampling.drawn_logprobs, sampling.token_logprobs
 
-    def logprobs(logits: jax.Array, tokens: jax.Array, *rest: Any, **how: Any) -> Any:
-        best = jnp.argmax(logits, axis=-1).astype(tokens.dtype)
-        return real(logits, best, *rest, **how)
+    def best_of(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    patch.setattr(sampling, "drawn_logprobs", logprobs)
+    patch.setattr(
+        sampling,
+        "drawn_logprobs",
+        lambda logits, tokens, *rest: drawn(logits, best_of(logits), *rest),
+    )
+    patch.setattr(
+        sampling,
+        "token_logprobs",
+        lambda logits, target, tokens, *rest: of_token(
+            logits, target, best_of(target), *rest
+        ),
+    )
 
 
 def a_limit_too_far(patch: pytest.MonkeyPatch) -> None:
