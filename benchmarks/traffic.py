@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmarks.lib import records, tables
 from er_jax import DrafterConfig
 from er_jax.tools import plan, presets
+from er_jax.tools.needs import PASS_NAMES
 from er_jax.tools.traffic import PARTS, Count, Sizes, Traffic
 
 DRAFTS = {
@@ -124,9 +125,7 @@ def point_of(case: Mapping[str, Any], found: Traffic, args: Args) -> dict[str, A
     config = presets.PRESETS[case["preset"]]
     passes = [
         {
-            "kind": "step"
-            if not case["gamma"]
-            else {"target": "verify"}.get(kind, kind),
+            "kind": PASS_NAMES[kind] if case["gamma"] else "step",
             "minimum_bytes": found.sizes.minimum(kind),
             "moved_bytes": count.total,
             "ratio": found.ratios[kind],

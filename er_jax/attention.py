@@ -29,7 +29,6 @@ CAREFUL_ENTRIES = 128
 # Up to this many merged queries per row, the keys are the left factor on CPU.
 KEYS_FIRST_QUERIES = 16
 
-
 # Most scores of one head and row at a time, where queries are many: 2 MB in float32.
 BLOCK_SCORES = 2**19
 
@@ -145,7 +144,7 @@ def _attend_many(
         return jnp.moveaxis(x, 1, 0)
 
     out = lax.map(
-        lambda block: jax.checkpoint(attend_block)(*block),
+        lambda part: jax.checkpoint(attend_block)(*part),
         (blocks_of(query, 0), blocks_of(positions, NONE)),
     )
     out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads * size)

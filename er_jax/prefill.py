@@ -27,8 +27,8 @@ def admit(
 
     A prompt whose entries are still in some row is copied from there. Every other
     distinct prompt is prefilled once, in chunks of C prompts; a chunk's entries are
-    written to every slot that starts from one of its prompts. The numbers of clones,
-    of chunks and of pieces are traced, so one program serves any admission.
+    written to every slot that starts from one of its prompts. The numbers of clones
+    and chunks are traced, so one program serves any admission.
 
     Args:
       policy, params: the target.
@@ -63,7 +63,8 @@ def admit(
         if piece == num_tokens:
             prefix = prefill_piece(jnp.int32(0), prefix)
         else:
-            num_pieces = (jnp.max(known) - 1 + piece - 1) // piece
+            # Static: on a mesh all devices must run equally many passes.
+            num_pieces = -(-num_tokens // piece)
             prefix = lax.fori_loop(0, num_pieces, prefill_piece, prefix)
         first = admission.first_row[index]
 

@@ -396,8 +396,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "the last piece of a prompt left out",
         "er_jax::admit",
-        "num_pieces = (jnp.max(known) - 1 + piece - 1) // piece",
-        "num_pieces = (jnp.max(known) - 1) // piece",
+        "num_pieces = -(-num_tokens // piece)",
+        "num_pieces = num_tokens // piece",
         ("tests/test_steps.py::test_a_prompt_may_be_prefilled_in_pieces[3]",),
     ),
     PlantedBug(

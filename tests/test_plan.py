@@ -244,6 +244,14 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any], message: str) -> Non
         made(**wrong)
 
 
+def test_a_single_draft_is_counted_as_one() -> None:
+    """The compiler unrolls its loop."""
+    (count,) = made(gammas=(1,)).programs
+    assert count.traffic is not None
+    draft, target = (count.traffic.passes[kind] for kind in ("draft", "target"))
+    assert 0 < draft.num_bytes["weights"] < target.num_bytes["weights"]
+
+
 def test_each_gamma_is_compiled_once() -> None:
     found = made(gammas=(0, 0))
     assert [count.program.gamma for count in found.programs] == [0]

@@ -138,16 +138,6 @@ class Traffic:
             for kind, count in self.passes.items()
         }
 
-    @property
-    def round_kernels(self) -> int:
-        """Kernels of a round."""
-        return self.target.kernels + self.sizes.gamma * self.draft.kernels
-
-    @property
-    def round_branches(self) -> int:
-        """Tests of a round that data decides; see `Count`."""
-        return self.target.branches + self.sizes.gamma * self.draft.branches
-
 
 def count_window(text: str, sizes: Sizes) -> Traffic:
     """Count the round of a compiled window.
@@ -260,7 +250,10 @@ class _Counter:
                 given = {i: labels[name] for i, name in enumerate(one.operands)}
                 total.add(self._count(callee, self._labels(callee, given)))
             else:
-                total.add(self._moved(one, computation, labels))
+                # The compiler has no loop for a single draft.
+                is_draft = self.sizes.gamma == 1 and "/draft/" in one.scope
+                into = self.draft if is_draft else total
+                into.add(self._moved(one, computation, labels))
         return total
 
     def _add_loop(
