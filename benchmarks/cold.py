@@ -49,7 +49,7 @@ def _of_shares(
     """
 
     def round_s(program: Program) -> float:
-        rows, _, gamma, _ = program
+        rows, _, gamma = program[:3]
         drafts = gamma * draft * step_s(rows)
         return drafts + step_s(rows) * (verify(rows, gamma) if gamma else 1.0)
 

@@ -109,7 +109,7 @@ class Shared:
 
     def round_seconds(self, program: Program) -> float:
         """Return the seconds of one GPU's part and of the sums over all."""
-        rows, _, gamma, _ = program
+        rows, _, gamma = program[:3]
         config = presets.PRESETS[MODEL]
         sums = (2 * config.num_layers + 1) * (gamma + 1)
         # A round sums each of its positions once: gamma drafted, gamma + 1 verified.

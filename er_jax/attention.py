@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax.types import NONE, wide_dtype
+from er_jax.types import NONE, Ring, Span, wide_dtype
 
 # Up to this many queries per row, attention is bound by reading the cache.
 MERGED_QUERIES = 16
@@ -35,11 +35,17 @@ BLOCK_SCORES = 2**19
 # Fewest queries of a block: smaller products would not fill a device.
 LEAST_BLOCK = 32
 
-Attention: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# query, keys, values, positions, span -> output, as in `attend_whole`.
+Attention: TypeAlias = Callable[
+    [jax.Array, jax.Array, jax.Array, jax.Array, Span | None], jax.Array
+]
 
 
 def attend(
-    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    query: jax.Array,
+    keys: jax.Array | Ring,
+    values: jax.Array | Ring,
+    positions: jax.Array,
 ) -> jax.Array:
     """Grouped-query attention of new tokens over the cache.
 
@@ -57,12 +63,18 @@ def attend(
     again, one token at a time.
 
     Args:
-      query: `[B, T, H, D]`. keys, values: `[B, S, K * D]`.
+      query: `[B, T, H, D]`.
+      keys, values: `[B, S, K * D]`, or rings of such entries: queries then see the
+        ring's span only.
       positions: `[B, T]` int32; padding (-1) sees nothing and returns zeros.
     Returns:
       `[B, T, H * D]` in the dtype of `query`.
     """
-    return _attention.get()(query, keys, values, positions)
+    if isinstance(keys, Ring) and isinstance(values, Ring):
+        entries = (keys.entries, values.entries)
+        return _attention.get()(query, *entries, positions, keys.span)
+    assert not isinstance(keys, Ring) and not isinstance(values, Ring)
+    return _attention.get()(query, keys, values, positions, None)
 
 
 @contextlib.contextmanager
@@ -79,12 +91,19 @@ def replaced(function: Attention) -> Iterator[None]:
 
 
 def attend_whole(
-    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    span: Span | None = None,
 ) -> jax.Array:
-    """Attend with all heads on one device; see `attend`."""
-    if query.shape[1] > MERGED_QUERIES:
-        return _attend_many(query, keys, values, positions)
-    return _attend_few(query, keys, values, positions)
+    """Attend with all heads on one device; see `attend`.
+
+    span: of the ring whose entries `keys` and `values` are; None if they are indexed by
+    position.
+    """
+    attend_to = _attend_many if query.shape[1] > MERGED_QUERIES else _attend_few
+    return attend_to(query, keys, values, positions, span)
 
 
 def _scaled(query: jax.Array, kv_heads: int) -> jax.Array:
@@ -94,10 +113,23 @@ def _scaled(query: jax.Array, kv_heads: int) -> jax.Array:
     return (query * scale).reshape(*front, kv_heads, heads // kv_heads, size)
 
 
-def _visible(positions: jax.Array, length: int) -> jax.Array:
-    """Whether a query sees an entry, bool `[B, T, S]`, the same for all heads."""
+def visible(positions: jax.Array, length: int, span: Span | None) -> jax.Array:
+    """Whether a query sees an entry, bool `[B, T, S]`, the same for all heads.
+
+    Args:
+      positions: int32 `[B, T]`, of the queries. length: S, of cache or ring.
+      span: of a ring; None for a cache that is indexed by position.
+    """
     slots = jnp.arange(length, dtype=positions.dtype)[None, None]
-    return slots <= positions[..., None]
+    at = positions[..., None]
+    if span is None:
+        return slots <= at
+    # The newest position that slot s may hold for this query. Entries of later ones,
+    # of rejected drafts, have replaced none that the query should see: the ring is
+    # longer than the window by the drafts of a round.
+    newest = at - (at - slots) % (length - span.head)
+    is_recent = (newest >= span.head) & (newest > at - span.window)
+    return jnp.where(slots < span.head, slots <= at, is_recent)
 
 
 def _weights(scores: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -112,7 +144,11 @@ def _weights(scores: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _attend_many(
-    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    span: Span | None,
 ) -> jax.Array:
     """Attend with heads as a batch axis, a block of queries after the other."""
     batch, num_queries, heads, size = query.shape
@@ -124,12 +160,12 @@ def _attend_many(
     v = v.reshape(batch, length, kv_heads, size)
 
     def attend_block(query: jax.Array, positions: jax.Array) -> jax.Array:
-        q, visible = _scaled(query, kv_heads), _visible(positions, length)
+        q, seen = _scaled(query, kv_heads), visible(positions, length, span)
         scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
-        probs = _weights(scores, visible[:, None, None], query.dtype)
+        probs = _weights(scores, seen[:, None, None], query.dtype)
         out = jnp.einsum("bkgts,bskd->btkgd", probs, v)
         out = out.reshape(*positions.shape, heads * size)
-        return _with_nan(out, _sees_bad(visible, is_sound))
+        return _with_nan(out, _sees_bad(seen, is_sound))
 
     block = max(BLOCK_SCORES // length, LEAST_BLOCK)
     if num_queries <= block:
@@ -152,14 +188,18 @@ def _attend_many(
 
 
 def _attend_few(
-    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    span: Span | None,
 ) -> jax.Array:
     """Attend with all heads as one block-diagonal query against the merged entries."""
     batch, num_queries, heads, size = query.shape
     length, kv_heads = keys.shape[1], keys.shape[2] // size
     group = heads // kv_heads
     wide = wide_dtype(query.dtype)
-    q, visible = _scaled(query, kv_heads), _visible(positions, length)
+    q, seen = _scaled(query, kv_heads), visible(positions, length, span)
     # [.., K, 1, K, 1]: the query of head i meets only the part of head i in an entry.
     own = jnp.eye(kv_heads, dtype=query.dtype)[None, None, :, None, :, None]
     merged = (q[..., None, :] * own).reshape(
@@ -177,7 +217,7 @@ def _attend_few(
     on_cpu = keys_first if num_queries * heads <= KEYS_FIRST_QUERIES else product
     scores = lax.platform_dependent(merged, keys, cpu=on_cpu, default=product)
     scores = scores.reshape(batch, num_queries, heads, length)
-    probs = _weights(scores, visible[:, :, None], query.dtype)
+    probs = _weights(scores, seen[:, :, None], query.dtype)
     probs = probs.reshape(batch, num_queries * heads, length)
 
     def combined(probs: jax.Array, values: jax.Array) -> jax.Array:
@@ -206,7 +246,7 @@ def _attend_few(
             k, v = part(keys, 1), part(values, 1)
             is_sound = _is_sound(k, v)
             v = jnp.where(is_sound[..., None], v, jnp.zeros((), v.dtype))
-            sees = _sees_bad(part(visible, 2), is_sound)
+            sees = _sees_bad(part(seen, 2), is_sound)
             out = out.at[row].add(combined(part(probs, 2), v)[0].astype(wide))
             return (out, sees_bad.at[row].set(sees_bad[row] | sees[0])), None
 
@@ -248,9 +288,9 @@ def _is_sound(keys: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.isfinite(largest[0]) & jnp.isfinite(largest[1])
 
 
-def _sees_bad(visible: jax.Array, is_sound: jax.Array) -> jax.Array:
+def _sees_bad(seen: jax.Array, is_sound: jax.Array) -> jax.Array:
     """Whether a query sees a non-finite entry: `[B, T, S]`, `[B, S]` -> `[B, T, 1]`."""
-    return jnp.any(visible & ~is_sound[:, None], axis=-1, keepdims=True)
+    return jnp.any(seen & ~is_sound[:, None], axis=-1, keepdims=True)
 
 
 def _with_nan(out: jax.Array, sees_bad: jax.Array) -> jax.Array:

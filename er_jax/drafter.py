@@ -32,7 +32,11 @@ from aqt.jax.v2 import aqt_quantizer, aqt_tensor
 from flax import struct
 from jax import lax
 
-from er_jax.types import Params, wide_dtype
+from er_jax.arguments import MOST, is_whole
+from er_jax.types import Params, Span, wide_dtype
+
+# The window of drafts that "auto" chooses from, beside all positions.
+AUTO_WINDOW = 512
 
 # On CPU, codes with at least this many entries are the left factor (`_integer_dot`):
 # 768 x 768 is faster that way, 256 x 704 slower.
@@ -51,6 +55,11 @@ class DrafterConfig:
         CPU and 16 elsewhere.
       skip: words; a weight whose path contains one of them is not quantized. Vectors
         never are.
+      window: the last positions that drafts see, beside the first `head`; >= 1. Drafts
+        then read that much of the cache, however long it is. None is all positions.
+        "auto" has the controller choose between all and `AUTO_WINDOW`; with a control
+        other than "best" it is all.
+      head: the first positions that drafts see where they see a window; >= 0.
     Raises:
       ValueError: any other value.
     """
@@ -59,6 +68,8 @@ class DrafterConfig:
     group_size: int | None = None
     act_bits: int | Literal["auto"] = "auto"
     skip: tuple[str, ...] = ("embed", "norm")
+    window: int | Literal["auto"] | None = "auto"
+    head: int = 64
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (4, 8):
@@ -82,6 +93,25 @@ class DrafterConfig:
             raise ValueError(
                 f"act_bits={self.act_bits!r} is not supported; use 8, 16 or 'auto'"
             )
+        if self.window not in (None, "auto") and not is_whole(self.window, 1, MOST):
+            raise ValueError(
+                f"window={self.window!r} must be a whole number of at least 1, the "
+                "positions that drafts see; use None for all of them, or 'auto'"
+            )
+        if not is_whole(self.head, 0, MOST):
+            raise ValueError(
+                f"head={self.head!r} must be a whole number of at least 0, the first "
+                "positions that drafts see"
+            )
+
+    @property
+    def spans(self) -> tuple[Span | None, ...]:
+        """What drafts may see, the choices of the controller; None is all positions."""
+        if self.window is None:
+            return (None,)
+        if self.window == "auto":
+            return (None, Span(self.head, AUTO_WINDOW))
+        return (Span(self.head, self.window),)
 
 
 @struct.dataclass

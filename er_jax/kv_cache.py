@@ -9,26 +9,42 @@ The built-in decoder has one `[B, S, K * D]` leaf for keys and one for values pe
 Heads stay merged so that both minor axes are long: nothing is padded to a tile, and no
 backend has to transpose the cache to batch over heads (see `attention`).
 
-Left out: paging, ring buffers, quantized entries.
+Drafts may see a span of the positions only. Its entries are then copied to rings
+(`rings`), and after every round the target's new ones (`update_rings`); the drafts are
+written to the rings alone.
+
+Left out: paging, quantized entries.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from er_jax.attention import attend as attend
-from er_jax.types import Cache
+from er_jax.types import NONE, Cache, Params, Policy, Ring, Span
+
+Entries = TypeVar("Entries", jax.Array, Ring)
 
 
-def write(entries: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+def write(entries: Entries, new: jax.Array, positions: jax.Array) -> Entries:
     """Write one entry per position, in place where the buffer may be reused.
 
     Args:
-      entries: `[B, S, ...]`. new: `[B, T, ...]`.
+      entries: `[B, S, ...]`, or a ring. new: `[B, T, ...]`.
       positions: `[B, T]` int32; those outside 0 .. S-1 are dropped (-1 is padding).
     """
+    if isinstance(entries, Ring):
+        size, (head, _) = entries.entries.shape[1], entries.span
+        slots = jnp.where(
+            positions < head, positions, head + (positions - head) % (size - head)
+        )
+        written = write(entries.entries, new, slots)
+        return dataclasses.replace(entries, entries=written)
     with jax.named_scope("cache"):
         rows = jnp.arange(entries.shape[0], dtype=positions.dtype)[:, None]
         size = entries.shape[1]
@@ -41,6 +57,85 @@ def write(entries: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array
             index = jnp.concatenate([index, jnp.full_like(index, size)], axis=1)
             new = jnp.concatenate([new, new], axis=1)
         return entries.at[rows, index].set(new.astype(entries.dtype), mode="drop")
+
+
+def rings(cache: Cache, span: Span, length: jax.Array, gamma: int) -> Cache:
+    """Return rings in the place of all leaves, with the entries of a span.
+
+    Args:
+      cache: leaves `[B, S, ...]`. span: what the rings hold.
+      length: int32 `[B]`, known tokens; entries up to `length - 2` exist. Slots without
+        an entry are zero.
+      gamma: drafts of a round.
+    """
+    size = span.ring_length(gamma)
+    slots = jnp.arange(size, dtype=jnp.int32)[None]
+    last = length[:, None] - 2
+    recent = last - (last - slots) % (size - span.head)
+    positions = jnp.where(slots < span.head, slots, recent)
+    least = jnp.where(slots < span.head, 0, span.head)
+    is_held = (positions >= least) & (positions <= last)
+    positions = jnp.where(is_held, positions, NONE)
+
+    def ring(leaf: jax.Array) -> Ring:
+        return Ring(entries=_entries_at(leaf, positions), span=span)
+
+    return jax.tree.map(ring, cache)
+
+
+def takes_rings(policy: Policy, params: Params) -> bool:
+    """Whether a policy treats its cache with `write` and `attend` only.
+
+    Found by tracing one token with leaves that nothing else can work with. A policy
+    that handles the arrays itself would take a ring for a short cache.
+
+    Args:
+      policy: the model. params: its parameters, or their shapes.
+    """
+    span = Span(0, 1)
+
+    def run(params: Params) -> jax.Array:
+        cache = jax.tree.map(
+            lambda leaf: _Opaque(entries=leaf, span=span), policy.init_cache(1, 1)
+        )
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        hidden, cache = policy.forward(params, tokens, tokens, cache)
+        if not all(isinstance(leaf, _Opaque) for leaf in jax.tree.leaves(cache)):
+            raise TypeError("the cache holds other leaves than before")
+        return hidden
+
+    try:
+        jax.eval_shape(run, params)
+    except Exception:
+        return False
+    return True
+
+
+class _Opaque(Ring):
+    """A ring that JAX takes for one leaf, and that has no array's methods."""
+
+
+def update_rings(ring_cache: Cache, cache: Cache, positions: jax.Array) -> Cache:
+    """Copy the entries at some positions from a cache to its rings.
+
+    Args:
+      ring_cache: from `rings`. cache: leaves `[B, S, ...]`.
+      positions: int32 `[B, T]`; -1 copies nothing.
+    """
+
+    def update(ring: Ring, leaf: jax.Array) -> Ring:
+        return write(ring, _entries_at(leaf, positions), positions)
+
+    return jax.tree.map(
+        update, ring_cache, cache, is_leaf=lambda leaf: isinstance(leaf, Ring)
+    )
+
+
+def _entries_at(leaf: jax.Array, positions: jax.Array) -> jax.Array:
+    """Return the entries at positions `[B, T]`, zeros where they are negative."""
+    index = positions.reshape(positions.shape + (1,) * (leaf.ndim - 2))
+    found = jnp.take_along_axis(leaf, index, axis=1, mode="clip")
+    return jnp.where(index >= 0, found, jnp.zeros((), leaf.dtype))
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:

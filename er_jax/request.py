@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from er_jax.config import LOGPROB_KINDS, RolloutConfig
-from er_jax.types import NONE, Sampling
+from er_jax.types import NONE, Sampling, Span
 
 
 @functools.cache
@@ -86,6 +86,7 @@ def request_of(
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
         chunk=min(max(chunk_tokens // bucket, 1), 16),
+        spans=config.drafter.spans,
     )
 
 
@@ -133,6 +134,7 @@ class Request:
     chunk: C, prompts prefilled together.
     state_limit_bytes: bytes of a device that all states together may take; None where
       its memory is unknown.
+    spans: what drafts may see; see `DrafterConfig.spans`.
     """
 
     prompts: Sequence[np.ndarray]
@@ -144,6 +146,28 @@ class Request:
     prompt_bucket: int
     chunk: int
     state_limit_bytes: int | None = None
+    spans: tuple[Span | None, ...] = (None,)
+
+    def spans_at(self, cache_length: int, gamma: int) -> list[Span | None]:
+        """Return what the drafts of a program may see, all positions last.
+
+        A stated window is used wherever there are positions outside of it. One that the
+        controller chose itself must leave out half of the cache, or it cannot pay.
+        """
+        if not gamma:
+            return [None]
+        stated = None not in self.spans
+        found: list[Span | None] = [
+            span
+            for span in self.spans
+            if span is not None
+            and (
+                span.head + span.window < cache_length
+                if stated
+                else 2 * span.ring_length(gamma) <= cache_length
+            )
+        ]
+        return found if found and stated else [*found, None]
 
     def limit(self, sequence: int) -> int:
         """Return the length in tokens at which a sequence ends, prompt included."""

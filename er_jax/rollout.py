@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from er_jax import checks
+from er_jax import checks, kv_cache
 from er_jax.config import RolloutConfig, parse_control
 from er_jax.control.controller import Controller
 from er_jax.control.explain import explain
@@ -197,7 +197,7 @@ def compile_ahead(
         wanted = [
             program
             for shape in shapes
-            for program in _worth_compiling(call.controller, *shape)
+            for program in _worth_compiling(call.controller, call.request, *shape)
         ]
         params = call.params
         if not isinstance(params, PolicyParams):
@@ -211,14 +211,22 @@ def compile_ahead(
 
 
 def _worth_compiling(
-    controller: Controller, rows: int, cache_length: int
+    controller: Controller, request: Request, rows: int, cache_length: int
 ) -> list[Program]:
     """Return the programs to compile ahead for a state of this shape."""
-    programs = [Program(rows, cache_length, gamma) for gamma in controller.gammas]
+    programs = [
+        Program(rows, cache_length, gamma).seeing(span)
+        for gamma in controller.gammas
+        for span in request.spans_at(cache_length, gamma)
+    ]
+    if controller.control != "best":
+        programs = [p for p in programs if not p.window] or programs
     speeds = {program: controller.speed(program) or 0.0 for program in programs}
     if any(speeds.values()):
         return [max(programs, key=speeds.__getitem__)]
-    drafting = sorted((p for p in programs if p.gamma), key=lambda p: abs(p.gamma - 4))
+    drafting = sorted(
+        (p for p in programs if p.gamma), key=lambda p: (abs(p.gamma - 4), p.window)
+    )
     return [*(p for p in programs if not p.gamma), *drafting[:1]]
 
 
@@ -305,9 +313,36 @@ def _prepare(
         checks.check_parameters(policy, call.policy_params)
         if max(controller.gammas):
             checks.check_drafting(policy, params, config)
+    if not _can_draft_with_spans(call, config):
+        request = dataclasses.replace(request, spans=(None,))
     limit_bytes = checks.check_memory(engine, params, request, is_drafting)
     request = dataclasses.replace(request, state_limit_bytes=limit_bytes)
     return dataclasses.replace(call, request=request)
+
+
+def _can_draft_with_spans(call: _Call, config: RolloutConfig) -> bool:
+    """Whether the policy can draft with a part of the positions in sight.
+
+    Found once per engine, and only where a program could make use of it.
+    """
+    request, engine = call.request, call.engine
+    drafting = [gamma for gamma in call.controller.gammas if gamma]
+    longest = request.cache_lengths[-1]
+    if not any(any(request.spans_at(longest, gamma)) for gamma in drafting):
+        return True
+    if "takes rings" not in engine.defaults:
+        can = kv_cache.takes_rings(engine.policy, call.policy_params)
+        engine.defaults["takes rings"] = can
+    can = engine.defaults["takes rings"]
+    if not can and config.drafter.window != "auto":
+        warnings.warn(
+            f"drafter.window={config.drafter.window} is not used: the policy handles "
+            "the arrays of its cache itself, so drafts see all positions; use "
+            "er_jax.kv_cache.write and attend in forward, or set window=None",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return can
 
 
 def _engine_of(

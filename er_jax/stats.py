@@ -35,7 +35,8 @@ class Moment(NamedTuple):
     second: start of the window, in seconds since the rollout began.
     duration_s: seconds on the device, without compilation.
     live, num_live_after: live rows at its start and at its end.
-    rows, cache_length, gamma, shared_rows: its `Program`. num_rounds: rounds it ran.
+    rows, cache_length, gamma, shared_rows, head, window: its `Program`.
+    num_rounds: rounds it ran.
     """
 
     second: float
@@ -47,6 +48,8 @@ class Moment(NamedTuple):
     gamma: int
     num_rounds: int
     shared_rows: bool = False
+    head: int = 0
+    window: int = 0
 
 
 @dataclasses.dataclass
@@ -100,7 +103,7 @@ class RolloutStats:
     def programs(self) -> list[Program]:
         """The program of every window, in order."""
         return [
-            Program(m.rows, m.cache_length, m.gamma, m.shared_rows)
+            Program(m.rows, m.cache_length, m.gamma, m.shared_rows, m.head, m.window)
             for m in self.timeline
         ]
 
@@ -194,6 +197,14 @@ class RolloutStats:
             lines.append(line)
         if self.switch:
             lines.append(self.switch)
+        for head, window in sorted({(m.head, m.window) for m in self.timeline}):
+            seeing = [m for m in self.timeline if (m.head, m.window) == (head, window)]
+            if window:
+                lines.append(
+                    f"drafts that see {head} first and {window} last positions: "
+                    f"{len(seeing)} of {len(self.timeline)} windows, "
+                    f"{sum(m.duration_s for m in seeing):.2f} s"
+                )
         shared = [moment for moment in self.timeline if moment.shared_rows]
         if shared:
             lines.append(

@@ -20,6 +20,10 @@ drafts is verified again with the same drafts, one position at a time, so that n
 entry exists yet (`_verify`); afterwards the drafts' entries are cleared. Drafting anew
 instead would not be exact: whether drafts are given up would depend on their tokens.
 
+Drafts may see a span of the positions only (`begin_window`). They are then written to
+rings, which get the target's entries after every round, and the cache itself never
+holds the entry of a token that was only drafted by the draft's own computation.
+
 Left out: starting rows (`prefill`), the loop over rounds (`engine`), every decision
 (`scheduler`).
 """
@@ -46,6 +50,7 @@ from er_jax.types import (
     Purpose,
     RoundInfo,
     Sampling,
+    Span,
 )
 
 
@@ -90,6 +95,20 @@ def take(state: DecodeState, rows: jax.Array, cache_length: int) -> DecodeState:
     )
 
 
+def begin_window(state: DecodeState, span: Span | None, gamma: int) -> DecodeState:
+    """Return the state with the rings that drafts see a span in; None needs none."""
+    if span is None:
+        return state
+    with jax.named_scope("cache"):
+        rings = kv_cache.rings(state.cache, span, state.length, gamma)
+    return dataclasses.replace(state, draft_cache=rings)
+
+
+def end_window(state: DecodeState) -> DecodeState:
+    """Return the state as it is between windows, without rings."""
+    return dataclasses.replace(state, draft_cache=None)
+
+
 def decode_round(
     policy: Policy,
     params: PolicyParams,
@@ -119,19 +138,17 @@ def decode_round(
     last = jnp.take_along_axis(
         state.tokens, jnp.maximum(state.length - 1, 0)[:, None], axis=1
     )[:, 0]
-    cache = state.cache
     drafted = jnp.zeros((state.rows, 0), jnp.int32)
     draft_logprobs = None
     if gamma:
         with jax.named_scope("draft"):
-            cache, drafted, draft_logprobs = _draft(
+            state, drafted, draft_logprobs = _draft(
                 policy, draft_params(params), state, last, settings, gamma, accept,
                 truncated,
             )  # fmt: skip
     with jax.named_scope("verify"):
         tokens = jnp.concatenate([last[:, None], drafted], axis=1)
         positions = _positions(state, _offsets(gamma + 1))
-        state = dataclasses.replace(state, cache=cache)
         hidden, cache, is_bad = _verify(
             policy, params.policy, state, tokens, positions, is_any
         )
@@ -162,6 +179,9 @@ def decode_round(
         if gamma:
             cache = _forget_from_last(state, is_bad)
             state = dataclasses.replace(state, cache=cache)
+        if state.draft_cache is not None:
+            rings = kv_cache.update_rings(state.draft_cache, state.cache, positions)
+            state = dataclasses.replace(state, draft_cache=rings)
         return state, info
 
 
@@ -257,8 +277,12 @@ def _draft(
     gamma: int,
     accept: AcceptRule,
     truncated: bool,
-) -> tuple[kv_cache.Cache, jax.Array, jax.Array | None]:
-    """Return the cache, drafts `[B, G]` and, unless coupled, logprobs `[B, G, V]`."""
+) -> tuple[DecodeState, jax.Array, jax.Array | None]:
+    """Return the state with the drafts' entries, drafts `[B, G]`, and logprobs.
+
+    The entries go to the rings, if there are any, else to the cache. Log-probabilities
+    `[B, G, V]` are needed by all rules but the coupled one; None for that.
+    """
 
     def propose(
         carry: tuple[kv_cache.Cache, jax.Array], depth: jax.Array
@@ -285,9 +309,11 @@ def _draft(
             return (cache, token), (token, logprobs)
 
     depths = jnp.arange(gamma, dtype=jnp.int32)
-    (cache, _), out = lax.scan(propose, (state.cache, last), depths)
+    name = "cache" if state.draft_cache is None else "draft_cache"
+    (cache, _), out = lax.scan(propose, (getattr(state, name), last), depths)
+    state = dataclasses.replace(state, **{name: cache})
     tokens, *logprobs = (jnp.moveaxis(x, 0, 1) for x in out)
-    return cache, tokens, logprobs[0] if logprobs else None
+    return state, tokens, logprobs[0] if logprobs else None
 
 
 def _token_noise(

@@ -24,11 +24,17 @@ from flax import struct
 
 NONE = -1
 
+# Slots of a ring come in multiples of the rows of a tile.
+RING_STEP = 16
+
 Params = Any
 """A pytree of policy (or draft) parameters."""
 
 Cache = Any
-"""A pytree of key/value entries; every leaf is `[B, S, ...]`, indexed by position."""
+"""A pytree of key/value entries; every leaf is `[B, S, ...]`, indexed by position.
+
+While a draft sees a part of the positions only, the leaves are `Ring`s.
+"""
 
 Array = Any
 """A `jax.Array` on the device, a NumPy array or scalar on the host's side of a call."""
@@ -117,6 +123,40 @@ class Policy(Protocol):
         ...
 
 
+class Span(NamedTuple):
+    """The positions that a draft sees: the first `head` and the last `window`.
+
+    A token at position p sees the position s <= p if s < head or s > p - window.
+    """
+
+    head: int
+    window: int
+
+    def ring_length(self, gamma: int) -> int:
+        """Return the slots of a ring: a round's drafts must not replace what it sees.
+
+        Rings have a multiple of `RING_STEP` slots.
+        """
+        needed = self.head + self.window + gamma
+        return -(-needed // RING_STEP) * RING_STEP
+
+
+@struct.dataclass
+class Ring:
+    """A cache leaf that holds the entries of a span, and no others.
+
+    `kv_cache.write` and `attend` take it like the array whose place it has. The entry
+    of position p is in slot p if p < head, else in slot
+    head + (p - head) % (R - head).
+
+    entries: `[B, R, ...]`, R >= head + window + the drafts of a round.
+    span: static.
+    """
+
+    entries: jax.Array
+    span: Span = struct.field(pytree_node=False)
+
+
 @struct.dataclass
 class Sampling:
     """The sampling settings as traced arrays: changing one compiles nothing.
@@ -155,6 +195,8 @@ class DecodeState:
     live: bool `[B]`.
     finish_reason: int32 `[B]`, a `Finish`.
     cache: leaves `[B, S, ...]`.
+    draft_cache: None, or the leaves as `Ring`s, while a window runs whose drafts see a
+      span of the positions: the target's entries, as in `cache`.
     """
 
     tokens: Array
@@ -166,6 +208,7 @@ class DecodeState:
     live: Array
     finish_reason: Array
     cache: Cache
+    draft_cache: Cache | None = None
 
     @property
     def rows(self) -> int:
@@ -257,12 +300,31 @@ class Program(NamedTuple):
     rows: compiled batch size. cache_length: in tokens. gamma: drafts per round.
     shared_rows: whether all devices of a mesh decode the same rows, each with a smaller
       part of the weights. Otherwise every data shard has its own rows.
+    head, window: the `Span` that its drafts see; both 0 where they see all positions.
     """
 
     rows: int
     cache_length: int
     gamma: int
     shared_rows: bool = False
+    head: int = 0
+    window: int = 0
+
+    @property
+    def span(self) -> Span | None:
+        """What its drafts see; None is all positions."""
+        return Span(self.head, self.window) if self.window else None
+
+    def seeing(self, span: Span | None) -> Program:
+        """Return the program with drafts that see a span; None is all positions."""
+        head, window = span or (0, 0)
+        return self._replace(head=head, window=window)
+
+    @property
+    def draft_length(self) -> int:
+        """The positions that a draft pass reads, per row."""
+        span = self.span
+        return span.ring_length(self.gamma) if span else self.cache_length
 
     @property
     def shape(self) -> tuple[int, int, bool]:

@@ -441,7 +441,7 @@ def toy_seconds(program: Program) -> float:
     A step of up to 16 row-positions costs the same, as does a draft of up to 5 rows,
     which is 0.3 of a step; beyond that both grow, less than in proportion.
     """
-    rows, _, gamma, _ = program
+    rows, _, gamma = program[:3]
     step = max(1.0, rows * (gamma + 1) / 16) ** 0.7
     draft = 0.3 * max(1.0, rows / 5) ** 0.7
     return 0.001 * rows**0.3 * (step + gamma * draft)

@@ -30,6 +30,7 @@ from er_jax.types import (
     Finish,
     Program,
     Sampling,
+    Span,
     WindowInfo,
 )
 
@@ -187,7 +188,9 @@ class PretendedEngine:
             return values
 
         fields = {
-            f.name: moved(getattr(state, f.name)) for f in dataclasses.fields(state)
+            f.name: moved(getattr(state, f.name))
+            for f in dataclasses.fields(state)
+            if f.name != "draft_cache"
         }
         fields["live"] &= rows >= 0
         fields["sequence_id"] = np.where(rows >= 0, fields["sequence_id"], NONE)
@@ -218,8 +221,9 @@ class PretendedEngine:
         exit_live: int,
         max_rounds: int,
         draft_kind: str | None = None,
+        span: Span | None = None,
     ) -> tuple[DecodeState, PretendedWindow]:
-        program = Program(state.rows, state.cache_length, gamma)
+        program = Program(state.rows, state.cache_length, gamma).seeing(span)
         self._name("window", *program[:3])
         if len(self.windows) == self.fail_at_window:
             raise MemoryError("out of memory, or so it is pretended")
@@ -356,7 +360,7 @@ def flat(program: Program) -> float:
 
 def sublinear(program: Program) -> float:
     """Fewer rows and shorter caches are faster; drafting pays with few rows."""
-    rows, length, gamma, _ = program
+    rows, length, gamma = program[:3]
     step = max(1.0, rows * (gamma + 1) / 16) * rows**0.3 * (length / 16) ** 0.3
     return 0.001 * (step + 0.2 * gamma)
 

@@ -25,7 +25,7 @@ from er_jax.engine.protocol import OneProcess
 from er_jax.request import Request
 from er_jax.scheduler import loop
 from er_jax.scheduler.topology import OneDevice
-from er_jax.types import Admission, Finish, Program, Sampling, WindowInfo
+from er_jax.types import Admission, Finish, Program, Sampling, Span, WindowInfo
 
 NO_PARAMS = PolicyParams(policy=None, draft=None)
 
@@ -217,9 +217,10 @@ class SimulatedEngine:
         exit_live: int,
         max_rounds: int,
         draft_kind: str | None = None,
+        span: Span | None = None,
     ) -> tuple[SimulatedState, SimulatedWindow]:
         """Run rounds until a real window would end."""
-        program = Program(len(state.length), state.cache_length, gamma)
+        program = Program(len(state.length), state.cache_length, gamma).seeing(span)
         reach = self.rounds_per_test * (gamma + 1)
         accepted, emitted = np.zeros((2, gamma + 1), int)
         num_rounds = 0
@@ -331,13 +332,14 @@ class CompilingEngine(SimulatedEngine):
         exit_live: int,
         max_rounds: int,
         draft_kind: str | None = None,
+        span: Span | None = None,
     ) -> tuple[SimulatedState, SimulatedWindow]:
         """Run rounds; compiles their window when it is needed first."""
-        program = Program(len(state.length), state.cache_length, gamma)
+        program = Program(len(state.length), state.cache_length, gamma).seeing(span)
         self._compile("window", program)
         return super().start_window(
             params, state, settings, gamma, exit_live=exit_live, max_rounds=max_rounds,
-            draft_kind=draft_kind,
+            draft_kind=draft_kind, span=span,
         )  # fmt: skip
 
     def measure_round(self, program: Program) -> float:

@@ -152,12 +152,15 @@ class Controller:
 
     def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
         """Return the speed of each program, 0 where it is unknown."""
-        gammas = {program.gamma for program in programs}
-        tokens = {gamma: self.acceptance.tokens_per_round(gamma) for gamma in gammas}
+        own = self._rollouts.current
+        tokens = {
+            (gamma, span): own.used_of(span).tokens_per_round(gamma)
+            for gamma, span in {(program.gamma, program.span) for program in programs}
+        }
         speeds = {}
         for program in programs:
             round_s = self.table.round_seconds(program)
-            emitted = tokens[program.gamma] * self._live_shares.share(
+            emitted = tokens[program.gamma, program.span] * self._live_shares.share(
                 program.rows, program.gamma
             )
             speeds[program] = emitted / round_s if round_s else 0.0
@@ -188,6 +191,9 @@ class Controller:
         length: float,
     ) -> Program:
         own = self._rollouts.current
+        if self.control != "best":
+            # These draw nothing from a choice of what drafts see.
+            options = [p for p in options if not p.window] or options
         if self._rule is not None:
             gamma = self._rule.choose(live, length)
             options = [p for p in options if p.gamma == gamma] or options
@@ -204,7 +210,7 @@ class Controller:
         best_ready = max(ready, key=speeds.__getitem__)
         worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
         own.wanted = [p for p in options if speeds[p] > worthwhile]
-        if self._rule is None and 0 in self.gammas and self._do_drafts_lose():
+        if self._rule is None and 0 in self.gammas and self._do_drafts_lose(options):
             own.wanted = [p for p in own.wanted if not p.gamma]
         paid = self._accounts.paid(own.wanted, self.patience, compile_s)
         own.is_probing = False
@@ -225,7 +231,7 @@ class Controller:
         probe = None
         if may_probe:
             earned_s = PROBE_SHARE * self._plain_s - self._probed_s
-            probe = find_probe(self.table, own.used, chosen, ready, earned_s)
+            probe = find_probe(self.table, own.used_of, chosen, ready, earned_s)
         own.is_probing = probe is not None
         return probe or chosen
 
@@ -266,8 +272,11 @@ class Controller:
                 self.table.observe(program, round_s * num_rounds, num_rounds)
             self._accounts.book_look(self.gammas, self._speeds)
 
-    def _do_drafts_lose(self) -> bool:
-        return drafts_lose(self.table, self.acceptance, self.gammas, self.least_rows)
+    def _do_drafts_lose(self, options: Sequence[Program]) -> bool:
+        spans = {program.span for program in options}
+        return drafts_lose(
+            self.table, self.acceptance, self.gammas, self.least_rows, spans
+        )
 
     def observe(
         self,
@@ -298,7 +307,7 @@ class Controller:
             self.table.observe(program, seconds, num_rounds)
             if self._rule is not None and program.gamma:
                 self._rule.observe(accepted)
-            own.observe(accepted, emitted)
+            own.observe(accepted, emitted, program.span)
             self._accounts.book(program, seconds, own.wanted, self._speeds)
 
     def state_dict(self) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class AcceptanceEstimate:
         """Return the prior estimate for drafts up to `depth`."""
         return cls(tested=np.zeros(depth), kept=np.zeros(depth))
 
+    def copy(self) -> AcceptanceEstimate:
+        """Return an estimate with the same evidence."""
+        return AcceptanceEstimate(tested=self.tested.copy(), kept=self.kept.copy())
+
     def observe(self, used: np.ndarray) -> None:
         """Take in a histogram `[G + 1]` of row-rounds by the number of drafts used."""
         if len(used) == 1:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from er_jax.acceptance import expected_tokens
 from er_jax.control.estimate import PRIOR_KEEP, AcceptanceEstimate
 from er_jax.costs.table import LatencyTable
-from er_jax.types import Program
+from er_jax.types import Program, Span
 
 # Least gain in speed for a change of program, so that noise does not move the batch.
 HYSTERESIS = 0.03
@@ -25,6 +26,7 @@ def drafts_lose(
     acceptance: AcceptanceEstimate,
     gammas: Sequence[int],
     least_rows: int,
+    spans: Iterable[Span | None] = (None,),
 ) -> bool:
     """Whether one row was measured and no draft length makes it faster.
 
@@ -33,20 +35,25 @@ def drafts_lose(
 
     Args:
       table: costs of rounds. acceptance: how likely drafts are used. gammas: draft
-        lengths to choose from. least_rows: rows of the smallest batch.
+        lengths to choose from. least_rows: rows of the smallest batch. spans: what
+        drafts may see, beside all positions.
     """
     one_row = [
         program
         for program in table.seconds
-        if program.gamma and program.rows == least_rows and not program.shared_rows
+        if program.gamma
+        and not program.window
+        and program.rows == least_rows
+        and not program.shared_rows
     ]
     if table.passes is not None or not one_row:
         return False
     is_compared = False
     for measured in one_row:
         plain_s = table.round_seconds(measured._replace(gamma=0))
-        for gamma in gammas:
-            round_s = table.round_seconds(measured._replace(gamma=gamma))
+        for gamma, span in itertools.product(gammas, {None, *spans}):
+            program = measured._replace(gamma=gamma).seeing(span)
+            round_s = table.round_seconds(program)
             if not gamma or not plain_s or not round_s:
                 continue
             is_compared = True
@@ -57,7 +64,7 @@ def drafts_lose(
 
 def find_probe(
     table: LatencyTable,
-    acceptance: AcceptanceEstimate,
+    acceptance_of: Callable[[Span | None], AcceptanceEstimate],
     plain: Program,
     ready: Sequence[Program],
     earned_s: float,
@@ -69,7 +76,8 @@ def find_probe(
     time for it has not been earned yet.
 
     Args:
-      table, acceptance: as in `drafts_lose`. plain: the program that would run.
+      table: costs of rounds. acceptance_of: how likely drafts that see a span are used;
+        None is all positions. plain: the program that would run.
       ready: the compiled programs. earned_s: seconds that may be spent.
     """
     plain_s = table.round_seconds(plain)
@@ -77,7 +85,7 @@ def find_probe(
         round_s = table.round_seconds(program)
         if not round_s or not plain_s:
             continue
-        speed = hoped_tokens(acceptance, program.gamma) / round_s
+        speed = hoped_tokens(acceptance_of(program.span), program.gamma) / round_s
         is_earned = PROBE_ROUNDS * round_s <= earned_s
         if is_earned and speed > (1 + HYSTERESIS) / plain_s:
             return program

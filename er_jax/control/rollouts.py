@@ -18,8 +18,8 @@ from er_jax.control.estimate import (
     AcceptanceEstimate,
     checked_counts,
 )
-from er_jax.costs.record import checked_list, checked_real
-from er_jax.types import Program
+from er_jax.costs.record import checked_list, checked_real, checked_whole
+from er_jax.types import Program, Span
 
 # The values of a sampling setting, and the setting of callers that name none.
 SETTING_NAMES = ("temperature", "top_k", "top_p", "min_p")
@@ -39,21 +39,44 @@ class RolloutRecord:
     """The record of one rollout; its estimates are those of its setting, and shared.
 
     used: estimate of drafts used, for the choice of programs. kept: estimate of drafts
-      kept, which tells whether the drafter is sound. broken: acceptance rates
-      (expected, found) that showed a broken drafter, or None. is_probing: whether
-      drafts run only to see if they would pay. wanted: programs for which lost time is
-      booked.
+      kept, which tells whether the drafter is sound; both of drafts that see all
+      positions. seeing: estimates of drafts used that see a span, by span.
+    broken: acceptance rates (expected, found) that showed a broken drafter, or None.
+    is_probing: whether drafts run only to see if they would pay. wanted: programs for
+      which lost time is booked.
     """
 
     setting: Setting
     used: AcceptanceEstimate
     kept: AcceptanceEstimate
+    seeing: dict[Span, AcceptanceEstimate]
     broken: tuple[float, float] | None = None
     is_probing: bool = False
     wanted: list[Program] = dataclasses.field(default_factory=list)
 
-    def observe(self, accepted: np.ndarray, emitted: np.ndarray) -> None:
+    def used_of(self, span: Span | None) -> AcceptanceEstimate:
+        """Return the estimate of drafts used that see a span; None is all positions.
+
+        A new one is as good as that of all positions, at the weight of a prior.
+        """
+        if span is None:
+            return self.used
+        if span not in self.seeing:
+            self.seeing[span] = self.used.copy()
+            self.seeing[span].forget()
+        return self.seeing[span]
+
+    def observe(
+        self, accepted: np.ndarray, emitted: np.ndarray, span: Span | None = None
+    ) -> None:
         """Take in a window's histograms of drafts kept and of tokens emitted."""
+        if span is not None:
+            # What a span leaves out says nothing about the drafter.
+            estimate = self.used_of(span)
+            if estimate.contradiction(emitted) is not None:
+                estimate.forget()
+            estimate.observe(emitted)
+            return
         rates = self.kept.contradiction(accepted)
         if rates is not None:
             self.kept.forget()
@@ -86,7 +109,7 @@ class Rollouts:
     Args:
       depth: the longest draft length.
     Attributes:
-      used, kept: estimates by setting, the latest last; see `RolloutRecord`.
+      used, kept, seeing: estimates by setting, the latest last; see `RolloutRecord`.
       running: the running rollouts.
     """
 
@@ -94,12 +117,15 @@ class Rollouts:
         self.depth = depth
         self.used = {NO_SETTING: AcceptanceEstimate.empty(depth)}
         self.kept = {NO_SETTING: AcceptanceEstimate.empty(depth)}
+        self.seeing: dict[Setting, dict[Span, AcceptanceEstimate]] = {NO_SETTING: {}}
         self.running = _Running()
         self._own = _OfThread()
         self._latest = self._record(NO_SETTING)
 
     def _record(self, setting: Setting) -> RolloutRecord:
-        return RolloutRecord(setting, self.used[setting], self.kept[setting])
+        return RolloutRecord(
+            setting, self.used[setting], self.kept[setting], self.seeing[setting]
+        )
 
     @property
     def current(self) -> RolloutRecord:
@@ -119,16 +145,21 @@ class Rollouts:
         for known, before in ((self.used, last.used), (self.kept, last.kept)):
             estimate = known.pop(setting, None)
             if estimate is None:
-                estimate = AcceptanceEstimate(
-                    tested=before.tested.copy(), kept=before.kept.copy()
-                )
+                estimate = before.copy()
                 estimate.forget()
             known[setting] = estimate
             _drop_oldest(known)
+        seeing = self.seeing.pop(setting, None)
+        if seeing is None:
+            seeing = {span: known.copy() for span, known in last.seeing.items()}
+            for estimate in seeing.values():
+                estimate.forget()
+        self.seeing[setting] = seeing
+        _drop_oldest(self.seeing)
         own = self._latest = self._own.rollout = self._record(setting)
         if all(other.setting != setting for other in self.running):
-            own.used.decay(KEEP_PER_ROLLOUT)
-            own.kept.decay(KEEP_PER_ROLLOUT)
+            for estimate in (own.used, own.kept, *own.seeing.values()):
+                estimate.decay(KEEP_PER_ROLLOUT)
         return own
 
     def enter(self, setting: Sequence[float]) -> tuple[RolloutRecord, Any]:
@@ -149,7 +180,12 @@ class Rollouts:
     def described(self) -> list[str]:
         """Return the estimates as text, a line for each setting with any evidence."""
         lines = []
-        for setting, estimate in self.used.items():
+        of_spans = [
+            (setting, span, estimate)
+            for setting, used in self.used.items()
+            for span, estimate in [(None, used), *self.seeing[setting].items()]
+        ]
+        for setting, span, estimate in of_spans:
             if not estimate.tested.any():
                 continue
             depth = int(np.flatnonzero(estimate.tested)[-1]) + 1
@@ -160,6 +196,8 @@ class Rollouts:
             )
             named = zip(SETTING_NAMES, setting, strict=False)
             label = ", ".join(f"{name} {value:g}" for name, value in named)
+            if span is not None:
+                label += f", seeing {span.head} + {span.window} positions"
             lines.append(
                 f"{label or 'drafts'}: used at each depth, if all before were: "
                 + ", ".join(f"{prob:.1f} ± {error:.1f}" for prob, error in percents)
@@ -173,6 +211,11 @@ class Rollouts:
             "setting": list(next(reversed(self.used))),
             "acceptance": _listed(self.used),
             "drafters": _listed(self.kept),
+            "spans": [
+                [list(setting), *span, known.tested.tolist(), known.kept.tolist()]
+                for setting, seeing in self.seeing.items()
+                for span, known in seeing.items()
+            ],
         }
 
     @classmethod
@@ -190,11 +233,23 @@ class Rollouts:
                 found.used = known
             else:
                 found.kept = known
+        found.seeing = {setting: {} for setting in found.used}
+        for i, row in enumerate(checked_list("spans", state["spans"])):
+            name = f"spans[{i}]"
+            setting_of, head, window, *counts = checked_list(name, row, 5)
+            span = Span(
+                checked_whole(f"head of {name}", head),
+                checked_whole(f"window of {name}", window, least=1),
+            )
+            seeing = found.seeing.get(_checked_setting(name, setting_of))
+            if seeing is None:
+                raise ValueError(f"{name} is of a setting that acceptance lacks")
+            seeing[span] = checked_counts(name, counts, depth)
         found._latest = found._record(setting)
         return found
 
 
-def _drop_oldest(known: dict[Setting, AcceptanceEstimate]) -> None:
+def _drop_oldest(known: dict[Setting, Any]) -> None:
     for old in list(known)[:-MAX_SETTINGS]:
         del known[old]
 

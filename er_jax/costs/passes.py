@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -76,12 +76,44 @@ class PassPredictor(Protocol):
 
 
 def seconds_of_passes(costs: PassPredictor, program: Program) -> float:
-    """Return the seconds of a round as the sum of its passes."""
-    rows, length, gamma, _ = program
+    """Return the seconds of a round as the sum of its passes.
+
+    A draft that sees a span costs as much as one over a cache of the ring's length.
+    """
+    rows, length, gamma = program[:3]
     if gamma == 0:
         return costs.pass_seconds("target", rows, length)
-    drafts = gamma * costs.pass_seconds("draft", rows, length, gamma)
+    seen = min(length, program.draft_length)
+    drafts = gamma * costs.pass_seconds("draft", rows, seen, gamma)
     return drafts + costs.pass_seconds("verify", rows, length, gamma)
+
+
+def seconds_with_span(
+    round_s: Callable[[Program], float | None], program: Program
+) -> float | None:
+    """Return the seconds of a round whose drafts see a span, from other rounds.
+
+    Every draft pass then reads less of the cache, and saves what a plain step would.
+    The round still costs more than its drafts and its verification would over a cache
+    of the ring's length, by at least what a step does.
+
+    Args:
+      round_s: seconds of rounds whose drafts see all positions; None if unknown.
+      program: its drafts see a span.
+    Returns:
+      Seconds; None if those of a round with all positions are unknown.
+    """
+    whole = program.seeing(None)
+    short = whole._replace(cache_length=min(program.draft_length, whole.cache_length))
+    whole_s = round_s(whole)
+    step_s, short_step_s, short_s = (
+        round_s(p) for p in (whole._replace(gamma=0), short._replace(gamma=0), short)
+    )
+    if whole_s is None or not step_s or not short_step_s:
+        return whole_s
+    saved_s = program.gamma * max(step_s - short_step_s, 0.0)
+    least_s = step_s + max((short_s or 0.0) - short_step_s, 0.0)
+    return min(max(whole_s - saved_s, least_s), whole_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,9 +352,11 @@ class PassCosts:
 
         They come from rounds timed as a whole, if there are any, else from passes.
         """
-        if program.gamma and self.gammas("round"):
-            return self.pass_seconds("round", *program[:3])
-        return seconds_of_passes(self, program)
+        if not program.gamma or not self.gammas("round"):
+            return seconds_of_passes(self, program)
+        if program.window:
+            return seconds_with_span(self.round_seconds, program) or 0.0
+        return self.pass_seconds("round", *program[:3])
 
 
 def _on_line(points: Mapping[int, float], x: int) -> float:

@@ -29,6 +29,8 @@ def listed_programs(values: Mapping[Program, float]) -> list[list[Any]]:
             int(p.cache_length),
             int(p.gamma),
             bool(p.shared_rows),
+            int(p.head),
+            int(p.window),
             float(value),
         ]
         for p, value in values.items()
@@ -109,22 +111,27 @@ def checked_list(name: str, value: Any, length: int | None = None) -> list[Any]:
 def checked_program(name: str, value: Any) -> Program:
     """Return the program with these fields; errors as in `checked_whole`."""
     fields = checked_list(name, value)
-    if len(fields) not in (3, 4) or not isinstance(fields[-1], bool | int):
+    if len(fields) not in (3, 4, 6) or not isinstance(fields[-1], bool | int):
         raise ValueError(
-            f"{name} is {shortened(value)}, and must be rows, cache length, gamma and "
-            "whether its rows are shared"
+            f"{name} is {shortened(value)}, and must be rows, cache length, gamma, "
+            "whether its rows are shared, and the head and window that drafts see"
         )
-    shared_rows = fields[3] if len(fields) == 4 else False
+    # The last fields may be missing, as in files of earlier versions.
+    defaults = [0, 0, 0, False, 0, 0]
+    fields += defaults[len(fields) :]
+    rows, cache_length, gamma, shared_rows, head, window = fields
     if not isinstance(shared_rows, bool):
         raise ValueError(
             f"shared rows of {name} are {shortened(shared_rows)}, and must be true or "
             "false"
         )
     return Program(
-        rows=checked_whole(f"rows of {name}", fields[0], least=1),
-        cache_length=checked_whole(f"cache length of {name}", fields[1], least=1),
-        gamma=checked_whole(f"gamma of {name}", fields[2]),
+        rows=checked_whole(f"rows of {name}", rows, least=1),
+        cache_length=checked_whole(f"cache length of {name}", cache_length, least=1),
+        gamma=checked_whole(f"gamma of {name}", gamma),
         shared_rows=shared_rows,
+        head=checked_whole(f"head of {name}", head),
+        window=checked_whole(f"window of {name}", window),
     )
 
 

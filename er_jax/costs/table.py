@@ -26,6 +26,7 @@ from er_jax.costs.passes import (
     PassCosts,
     Reading,
     checked_pass_costs,
+    seconds_with_span,
 )
 from er_jax.costs.record import (
     checked_list,
@@ -227,7 +228,7 @@ class LatencyTable:
             measured = list(self.seconds.items())
         for program, seconds in measured:
             kind: Kind = "round" if program.gamma else "target"
-            if not program.shared_rows:
+            if not program.shared_rows and not program.window:
                 found.append(Reading(kind, *program[:3], seconds))
         return found
 
@@ -277,10 +278,22 @@ class LatencyTable:
 
         With shared rows: the seconds of the same program in data shards, times the
         ratio of these two for the nearest program with shared rows that ran.
+
+        With drafts that see a span: what `seconds_with_span` returns, times the ratio
+        of measured to so predicted seconds of the nearest program of the kind that ran.
         """
+        if program.window:
+            expected_s = seconds_with_span(self._known, program)
+            others = [p for p in self.seconds if p != program and p.window]
+            near = min(others, key=lambda p: _distance(p, program), default=None)
+            near_s = near and seconds_with_span(self._known, near)
+            if expected_s is None or near is None or not near_s:
+                return expected_s
+            return expected_s * self.seconds[near] / near_s
         if program.shared_rows:
             in_shards_s = self._in_data_shards(program)
-            others = [p for p in self.seconds if p != program and p.shared_rows]
+            others = [p for p in self.seconds if p.shared_rows and not p.window]
+            others = [p for p in others if p != program]
             near = min(others, key=lambda p: _distance(p, program), default=None)
             if in_shards_s is None or near is None:
                 return None if in_shards_s is None else SHARED_ROWS_SHARE * in_shards_s
@@ -288,14 +301,28 @@ class LatencyTable:
             return in_shards_s * self.seconds[near] / near_in_shards_s
         if self.passes is not None and self.passes.has_rounds(program.gamma):
             expected = self.passes.round_seconds(program)
-            others = [p for p in self.seconds if p != program and not p.shared_rows]
-            others = [p for p in others if self.passes.has_rounds(p.gamma)]
+            others = self._neighbours().in_data_shards
+            others = [
+                p for p in others if p != program and self.passes.has_rounds(p.gamma)
+            ]
             near = min(others, key=lambda p: _distance(p, program), default=None)
             if near is None:
                 return expected
             return expected * self.seconds[near] / self.passes.round_seconds(near)
         if program.gamma == 0:
-            return self._curve(program)
+            curve, line = self._curve(program), self._neighbours().line(program)
+            if curve is None or line[-1].rows >= program.rows:
+                return curve
+            # Extrapolated in rows. A round that drafts holds a pass of at least a step,
+            # and its drafts: a step that looks slower than that would not be tried.
+            return min(
+                curve,
+                *(
+                    self.seconds[other] / (1 + DRAFT_SHARE * other.gamma)
+                    for other in self._neighbours().rounds_of_more(program)
+                ),
+                math.inf,
+            )
         step = self._step(program)
         nearest = self._neighbours().speculative(program)
         if step is None or nearest is None:
@@ -304,10 +331,13 @@ class LatencyTable:
         ratio = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
         return step + max(ratio, 0.0) * self._extra(program)
 
+    def _known(self, program: Program) -> float | None:
+        """Return the measured or predicted seconds of a program."""
+        return self.seconds.get(program) or self._predicted(program)
+
     def _in_data_shards(self, program: Program) -> float | None:
         """Return the seconds of a program's round with rows in data shards."""
-        program = program._replace(shared_rows=False)
-        return self.seconds.get(program) or self._predicted(program)
+        return self._known(program._replace(shared_rows=False))
 
     def _extra(self, program: Program) -> float:
         """Return the expected seconds that drafts and verification add to a step.
@@ -362,10 +392,13 @@ class _Neighbours:
     def __init__(self, measured: tuple[Program, ...]) -> None:
         self.measured = measured
         self.in_data_shards = [
-            program for program in measured if not program.shared_rows
+            program
+            for program in measured
+            if not program.shared_rows and not program.window
         ]
         self._lines: dict[Program, tuple[Program, ...]] = {}
         self._speculative: dict[Program, Program | None] = {}
+        self._of_more: dict[Program, tuple[Program, ...]] = {}
 
     def line(self, program: Program) -> tuple[Program, ...]:
         """Return the other programs of the same gamma and the nearest length."""
@@ -377,6 +410,18 @@ class _Neighbours:
                 sorted(p for p in points if p.cache_length == near.cache_length)
             )
         return self._lines[program]
+
+    def rounds_of_more(self, program: Program) -> tuple[Program, ...]:
+        """Return programs that draft, with no fewer rows and no shorter cache."""
+        if program not in self._of_more:
+            self._of_more[program] = tuple(
+                p
+                for p in self.in_data_shards
+                if p.gamma
+                and p.rows >= program.rows
+                and p.cache_length >= program.cache_length
+            )
+        return self._of_more[program]
 
     def speculative(self, program: Program) -> Program | None:
         """Return the nearest other program that drafts."""

@@ -51,6 +51,7 @@ from er_jax.types import (
     Policy,
     Program,
     Sampling,
+    Span,
     WindowInfo,
 )
 
@@ -259,7 +260,7 @@ class Engine:
         kind = draft_kind if program.gamma else None
         sizes = (program.rows, program.cache_length, program.gamma)
         compiled_in = (len(settings.stop_ids), sampling.is_truncated(settings))
-        return ("window", *sizes, *compiled_in, kind)
+        return ("window", *sizes, *compiled_in, kind, program.span)
 
     def has_window(self, program: Program, draft_kind: str, settings: Sampling) -> bool:
         """Whether a window is compiled for a kind of draft and for these settings.
@@ -287,6 +288,7 @@ class Engine:
         exit_live: int,
         max_rounds: int,
         draft_kind: str | None = None,
+        span: Span | None = None,
     ) -> tuple[DecodeState, RunningWindow]:
         """Start one window without waiting for it.
 
@@ -295,6 +297,7 @@ class Engine:
           gamma: drafts per round. exit_live, max_rounds: see `run_window`.
           draft_kind: kind of `params.draft`, so that callers of many windows find it
             only once; None finds it.
+          span: the positions that drafts see; None is all.
         Returns:
           The state after the window, and the running window.
         """
@@ -302,18 +305,22 @@ class Engine:
             params = PolicyParams(policy=params.policy, draft=None)
         limits = (np.int32(exit_live), np.int32(max_rounds))
         arguments = (params, state, settings, *limits)
-        compiled = self._window(arguments, gamma, draft_kind)
+        compiled = self._window(arguments, gamma, draft_kind, span)
         start = time.perf_counter()
         state, info, buffers = compiled.call(*arguments)
         return state, RunningWindow(info, buffers, start)
 
     def _window(
-        self, arguments: tuple[Any, ...], gamma: int, draft_kind: str | None
+        self,
+        arguments: tuple[Any, ...],
+        gamma: int,
+        draft_kind: str | None,
+        span: Span | None,
     ) -> CompiledProgram:
         params, state, settings, *limits = arguments
         if gamma and draft_kind is None:
             draft_kind = self.draft_kind(params.draft)
-        program = Program(state.rows, state.cache_length, gamma)
+        program = Program(state.rows, state.cache_length, gamma).seeing(span)
         return self._program(
             self._window_name(program, draft_kind, settings),
             run_window,
@@ -325,6 +332,7 @@ class Engine:
                 gamma=gamma,
                 accept=self.accept,
                 truncated=sampling.is_truncated(settings),
+                span=span,
                 rounds_per_test=self.rounds_per_test,
                 layout=self.layout,
             ),
@@ -348,14 +356,15 @@ class Engine:
         is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
         def compile_one(program: Program) -> None:
-            rows, length, gamma, _ = program
+            rows, length, gamma = program[:3]
             with jax.enable_x64(is_wide):
                 state = jax.eval_shape(
                     lambda: steps.empty_state(self.policy, rows, length)
                 )
                 used = params if gamma else PolicyParams(params.policy, draft=None)
                 zero = np.int32(0)
-                self._window((used, state, settings, zero, zero), gamma, None)
+                arguments = (used, state, settings, zero, zero)
+                self._window(arguments, gamma, None, program.span)
 
         # Processes compile in the same order, because they synchronise after each.
         threads = 1 if self.agreement.is_spread else os.cpu_count()

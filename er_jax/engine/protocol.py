@@ -23,6 +23,7 @@ from er_jax.types import (
     Policy,
     Program,
     Sampling,
+    Span,
     WindowInfo,
 )
 
@@ -239,6 +240,7 @@ class EngineProtocol(Protocol):
         exit_live: int,
         max_rounds: int,
         draft_kind: str | None = None,
+        span: Span | None = None,
     ) -> tuple[Any, WindowHandle]:
         """Start one window without waiting for it; see `engine.Engine`."""
 

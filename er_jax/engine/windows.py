@@ -27,6 +27,7 @@ from er_jax.types import (
     Params,
     Policy,
     Sampling,
+    Span,
     WindowInfo,
 )
 
@@ -43,6 +44,7 @@ Carry: TypeAlias = tuple[DecodeState, jax.Array, jax.Array]
         "gamma",
         "accept",
         "truncated",
+        "span",
         "rounds_per_test",
         "layout",
     ),
@@ -60,6 +62,7 @@ def run_window(
     accept: AcceptRule,
     rounds_per_test: int,
     truncated: bool = True,
+    span: Span | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
     """Run rounds until at most `exit_live` rows are live, `max_rounds` at most.
@@ -68,6 +71,7 @@ def run_window(
       policy, params, state, settings: as in `steps.decode_round`.
       exit_live: int32 `[]`. max_rounds: int32 `[]`.
       gamma, accept, truncated: static, as in `steps.decode_round`.
+      span: static; the positions that drafts see, None for all.
       rounds_per_test: static; rounds between two exit tests. A test reads one number
         back (on a mesh, a sum over devices); up to `rounds_per_test - 1` rounds run
         idle at the end.
@@ -83,6 +87,7 @@ def run_window(
         gamma=gamma,
         accept=accept,
         truncated=truncated,
+        span=span,
         rounds_per_test=rounds_per_test,
         layout=layout,
     )
@@ -102,6 +107,7 @@ def _window(
     gamma: int,
     accept: AcceptRule,
     truncated: bool,
+    span: Span | None,
     rounds_per_test: int,
     layout: Layout,
 ) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
@@ -140,8 +146,10 @@ def _window(
             )
         return state, num_rounds + rounds_per_test, counts
 
+    state = steps.begin_window(state, span, gamma)
     start = (state, jnp.int32(0), jnp.zeros((2, gamma + 1), jnp.int32))
     state, num_rounds, counts = lax.while_loop(goes_on, several, start)
+    state = steps.end_window(state)
     counts = layout.sum(counts)
     rows = jnp.stack([state.live.astype(jnp.int32), state.length, state.finish_reason])
     live, length, finish_reason = layout.all_rows(rows)

@@ -15,18 +15,23 @@ from jax.sharding import PartitionSpec
 
 from er_jax.attention import attend_whole
 from er_jax.mesh.rules import MODEL_AXIS
+from er_jax.types import Span
 
 
 def attend_by_heads(
-    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    span: Span | None,
 ) -> jax.Array:
-    """Attend with the heads sharded over `model`; see `attention.attend`.
+    """Attend with the heads sharded over `model`; see `attention.attend_whole`.
 
     It runs inside `MeshLayout.over_rows`, which has mapped the program over `data`.
     """
     parts = jax.sharding.get_abstract_mesh().shape[MODEL_AXIS]
     if parts == 1:
-        return attend_whole(query, keys, values, positions)
+        return attend_whole(query, keys, values, positions, span)
     heads, size = query.shape[2:]
     kv_heads = keys.shape[2] // size
     split, replicated = PartitionSpec(None, None, MODEL_AXIS), PartitionSpec()
@@ -40,7 +45,7 @@ def attend_by_heads(
     else:
         function, queries, entries = attend_whole, split, split
     return jax.shard_map(
-        function,
+        functools.partial(function, span=span),
         in_specs=(queries, entries, entries, replicated),
         out_specs=queries,
         axis_names={MODEL_AXIS},
@@ -55,6 +60,7 @@ def _attend_some(
     positions: jax.Array,
     *,
     group: int,
+    span: Span | None,
 ) -> jax.Array:
     """Attend with this device's query heads and replicated key/value heads.
 
@@ -73,4 +79,4 @@ def _attend_some(
         split = entries.reshape(batch, length, -1, size)
         return jnp.take(split, own, axis=2).reshape(batch, length, count * size)
 
-    return attend_whole(query, pick(keys), pick(values), positions)
+    return attend_whole(query, pick(keys), pick(values), positions, span)

@@ -240,6 +240,7 @@ class Batch:
             exit_live=min(self._exit_live(), num_live - 1),
             max_rounds=max_rounds,
             draft_kind=self.topology.draft_kind(shared),
+            span=program.span,
         )
         self._in_flight = InFlightWindow(window, program, has_run, second, num_live)
 
@@ -275,6 +276,8 @@ class Batch:
             gamma=program.gamma,
             num_rounds=num_rounds,
             shared_rows=program.shared_rows,
+            head=program.head,
+            window=program.window,
         )
         finished = FinishedWindow(
             info, window.buffers, moment, self.rows.sequence, self.rows.length

@@ -34,7 +34,8 @@ class Options:
     ) -> list[Program]:
         """Return the programs that can run the live rows now, the safest one last.
 
-        The last has the shortest drafts, the most rows and the longest cache. While
+        The last has the shortest drafts, the most rows and the longest cache, and its
+        drafts see all positions if they may. While
         sequences wait, the batch keeps all its slots. A smaller batch grows only to
         programs that are compiled, or to all slots. The cache is shortened only if the
         live rows leave a quarter of the new one free, so that it does not grow again at
@@ -64,10 +65,13 @@ class Options:
                 is_shorter = length < shape[1]
                 if (least + length // 4 if is_shorter else least) > length:
                     continue
-                program = Program(count, length, gamma, shared)
-                is_larger = len(rows) < count < slots
-                if not is_larger or self.is_compiled(program):
-                    found.append(program)
+                for span in self._request.spans_at(length, gamma):
+                    program = Program(count, length, gamma, shared).seeing(span)
+                    is_larger = len(rows) < count < slots
+                    if is_larger and not self.is_compiled(program):
+                        continue
+                    if self._have_rings_room(program):
+                        found.append(program)
         return found
 
     def _fits(self, old: Shape, new: Shape, rows: Rows) -> bool:
@@ -84,6 +88,15 @@ class Options:
             sum(map(topology.state_bytes, {*move})) <= free_bytes
             for move in itertools.pairwise(stops)
         )
+
+    def _have_rings_room(self, program: Program) -> bool:
+        """Whether memory allows a program's rings, beside its state."""
+        limit, rows = self._request.state_limit_bytes, program.rows
+        if limit is None or not program.window:
+            return True
+        rings = (rows, program.draft_length, program.shared_rows)
+        sizes = map(self._topology.state_bytes, (program.shape, rings))
+        return sum(sizes) + self._topology.weight_bytes(program.shared_rows) <= limit
 
     def is_compiled(self, program: Program) -> bool:
         """Whether a program's window is compiled."""
