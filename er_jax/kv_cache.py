@@ -39,11 +39,7 @@ def write(entries: Entries, new: jax.Array, positions: jax.Array) -> Entries:
       positions: `[B, T]` int32; those outside 0 .. S-1 are dropped (-1 is padding).
     """
     if isinstance(entries, Ring):
-        size, (head, _) = entries.entries.shape[1], entries.span
-        slots = jnp.where(
-            positions < head, positions, head + (positions - head) % (size - head)
-        )
-        written = write(entries.entries, new, slots)
+        written = write(entries.entries, new, _slots(entries, positions))
         return dataclasses.replace(entries, entries=written)
     with jax.named_scope("cache"):
         rows = jnp.arange(entries.shape[0], dtype=positions.dtype)[:, None]
@@ -57,6 +53,30 @@ def write(entries: Entries, new: jax.Array, positions: jax.Array) -> Entries:
             index = jnp.concatenate([index, jnp.full_like(index, size)], axis=1)
             new = jnp.concatenate([new, new], axis=1)
         return entries.at[rows, index].set(new.astype(entries.dtype), mode="drop")
+
+
+def read(entries: jax.Array | Ring, positions: jax.Array) -> jax.Array:
+    """Return the entries at positions, for policies that look back without attention.
+
+    Args:
+      entries: `[B, S, ...]`, or a ring; of a position that it does not hold, it returns
+        some other entry.
+      positions: int32 `[B, T]`; entries at negative ones are zero.
+    Returns:
+      `[B, T, ...]`.
+    """
+    if isinstance(entries, Ring):
+        return read(entries.entries, _slots(entries, positions))
+    index = positions.reshape(positions.shape + (1,) * (entries.ndim - 2))
+    found = jnp.take_along_axis(entries, index, axis=1, mode="clip")
+    return jnp.where(index >= 0, found, jnp.zeros((), entries.dtype))
+
+
+def _slots(ring: Ring, positions: jax.Array) -> jax.Array:
+    """Return the slots of positions in a ring, int32 `[B, T]`; see `types.Ring`."""
+    size, (head, _) = ring.entries.shape[1], ring.span
+    recent = head + (positions - head) % (size - head)
+    return jnp.where(positions < head, positions, recent)
 
 
 def rings(cache: Cache, span: Span, length: jax.Array, gamma: int) -> Cache:
@@ -78,7 +98,7 @@ def rings(cache: Cache, span: Span, length: jax.Array, gamma: int) -> Cache:
     positions = jnp.where(is_held, positions, NONE)
 
     def ring(leaf: jax.Array) -> Ring:
-        return Ring(entries=_entries_at(leaf, positions), span=span)
+        return Ring(entries=read(leaf, positions), span=span)
 
     return jax.tree.map(ring, cache)
 
@@ -124,18 +144,11 @@ def update_rings(ring_cache: Cache, cache: Cache, positions: jax.Array) -> Cache
     """
 
     def update(ring: Ring, leaf: jax.Array) -> Ring:
-        return write(ring, _entries_at(leaf, positions), positions)
+        return write(ring, read(leaf, positions), positions)
 
     return jax.tree.map(
         update, ring_cache, cache, is_leaf=lambda leaf: isinstance(leaf, Ring)
     )
-
-
-def _entries_at(leaf: jax.Array, positions: jax.Array) -> jax.Array:
-    """Return the entries at positions `[B, T]`, zeros where they are negative."""
-    index = positions.reshape(positions.shape + (1,) * (leaf.ndim - 2))
-    found = jnp.take_along_axis(leaf, index, axis=1, mode="clip")
-    return jnp.where(index >= 0, found, jnp.zeros((), leaf.dtype))
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:

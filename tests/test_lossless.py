@@ -33,6 +33,7 @@ from er_jax.types import (
     Params,
     Purpose,
     Sampling,
+    Span,
     WindowInfo,
 )
 from tests.toy import (
@@ -68,12 +69,13 @@ def run(
     *,
     policy: Toy = TOY,
     max_rounds: int = 100,
+    span: Span | None = None,
 ) -> tuple[DecodeState, WindowInfo]:
     """Run one compiled window until no row is live, and fetch it."""
     params = PolicyParams(policy=target, draft=draft)
     out = windows.run_window(
         policy, params, state, config, np.int32(0), np.int32(max_rounds),
-        gamma=gamma, accept=rule, rounds_per_test=1,
+        gamma=gamma, accept=rule, rounds_per_test=1, span=span,
     )  # fmt: skip
     return jax.device_get(out[:2])
 
@@ -82,7 +84,11 @@ def run(
 
 
 def visit_round(
-    monkeypatch: pytest.MonkeyPatch, rule: AcceptRule, gamma: int, policy: Toy
+    monkeypatch: pytest.MonkeyPatch,
+    rule: AcceptRule,
+    gamma: int,
+    policy: Toy,
+    span: Span | None,
 ) -> Any:
     """Return a compiled round whose outcomes are chosen per row, and the choices.
 
@@ -129,6 +135,7 @@ def visit_round(
 
     @jax.jit
     def one_round(params: PolicyParams, state: DecodeState, config: Sampling) -> Any:
+        state = steps.begin_window(state, span, gamma)
         state, info = steps.decode_round(
             policy, params, state, config, gamma=gamma, accept=rule
         )
@@ -137,15 +144,28 @@ def visit_round(
     return one_round, rows
 
 
-@pytest.mark.parametrize(("rule", "gamma"), [("token", 2), ("block", 2), ("block", 3)])
+@pytest.mark.parametrize(
+    ("rule", "gamma", "span"),
+    [
+        ("token", 2, None),
+        ("block", 2, None),
+        ("block", 3, None),
+        ("token", 2, Span(head=0, window=2)),
+        ("block", 2, Span(head=1, window=2)),
+    ],
+)
 def test_every_outcome_of_a_round(
-    rule: AcceptRule, gamma: int, x64: None, monkeypatch: pytest.MonkeyPatch
+    rule: AcceptRule,
+    gamma: int,
+    span: Span | None,
+    x64: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All drafts and all acceptances add up to the target, to 1e-9."""
     policy = Toy(dtype="float64")
     size = policy.vocab_size
     target, draft = toy_params(policy, seed=0), toy_params(policy, seed=1)
-    one_round, rows = visit_round(monkeypatch, rule, gamma, policy)
+    one_round, rows = visit_round(monkeypatch, rule, gamma, policy, span)
     params = PolicyParams(policy=target, draft=draft)
     # The first draft reads a page that the target wrote.
     first = target["pages"] + draft["lines"][None]
@@ -195,6 +215,7 @@ def check_completions(
     gamma: int,
     target: Params = TARGET,
     draft: Params = DRAFT,
+    span: Span | None = None,
     **setting: Any,
 ) -> tuple[float, np.ndarray]:
     """Compare 131 072 completions with the exact joint distribution.
@@ -210,7 +231,7 @@ def check_completions(
             TOY, target, same_prompt(PROMPT, ROWS), NUM_TOKENS,
             cache_length=8, sequence_ids=np.arange(ROWS) + number % 2 * ROWS,
         )  # fmt: skip
-        state, info = run(rule, gamma, state, config, target, draft)
+        state, info = run(rule, gamma, state, config, target, draft, span=span)
         assert not state.live.any()
         counts += completion_counts(state, NUM_TOKENS, 3)
         accepted += info.accepted
@@ -225,6 +246,19 @@ def check_completions(
 def test_completions_follow_the_target(rule: AcceptRule) -> None:
     _, accepted = check_completions(rule, 3)
     assert (accepted > 10_000).all(), "every number of drafts should be kept often"
+
+
+@rules
+def test_drafts_that_see_a_span_change_no_distribution(rule: AcceptRule) -> None:
+    """The toy looks back by one position, so a span of two hides nothing from it.
+
+    The same drafts are kept, which tells that rings hold the target's entries.
+    """
+    _, whole = check_completions(rule, 3, temperature=1.3, stop_ids=(2,))
+    for span in (Span(head=0, window=2), Span(head=1, window=2)):
+        setting: dict[str, Any] = {"temperature": 1.3, "stop_ids": (2,)}
+        _, accepted = check_completions(rule, 3, span=span, **setting)
+        np.testing.assert_array_equal(accepted, whole)
 
 
 @rules

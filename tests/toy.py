@@ -54,8 +54,7 @@ class Toy:
     ) -> tuple[jax.Array, Cache]:
         pages, lines = jnp.asarray(params["pages"]), jnp.asarray(params["lines"])
         cache = kv_cache.write(cache, pages[tokens], positions)
-        before = jnp.maximum(positions - 1, 0)[..., None, None]
-        page = jnp.take_along_axis(cache, before, axis=1)
+        page = kv_cache.read(cache, jnp.maximum(positions - 1, 0))
         line = jnp.take_along_axis(page, tokens[..., None, None], axis=2)
         return line[:, :, 0] + lines[tokens], cache
 

@@ -46,6 +46,7 @@ class Family:
       the attention of that name. rule: of acceptance. dtype: of the policy.
     size: a key of `MAX_LENGTH`. rows, gammas: of programs, in all combinations; gammas
       contain 0. truncated: whether top-k or top-p is on; None is drawn.
+    head, window: what drafts see; a window of None is all positions.
     """
 
     architecture: str
@@ -55,11 +56,16 @@ class Family:
     dtype: str = "float64"
     size: str = "short"
     truncated: bool | None = None
+    head: int = 0
+    window: int | None = None
 
 
 FAMILIES = (
     Family("decoder", "coupled", (1, 2, 8), (0, 1, 4)),
+    Family("decoder", "coupled", (1, 4, 8), (0, 1, 4), head=3, window=5),
     Family("decoder", "token", (1, 4), (0, 2, 7)),
+    Family("library", "coupled", (1, 2), (0, 2, 7), head=1, window=1),
+    Family("toy", "block", (1, 8), (0, 2), window=3),
     Family("decoder", "block", (1, 8), (0, 1, 4)),
     Family("toy", "coupled", (1, 4, 8), (0, 2, 7)),
     Family("toy", "token", (1, 2, 8), (0, 1, 4)),
@@ -74,6 +80,7 @@ FAMILIES = (
     Family("library", "coupled", (1, 4), (0, 4), "float32"),
     Family("plain", "block", (1, 4), (0, 2), "float32"),
     Family("decoder", "coupled", (1, 4), (0, 4), size="long"),
+    Family("decoder", "coupled", (1, 4), (0, 4), size="long", head=8, window=20),
     Family("plain", "coupled", (1, 4), (0, 7), size="long"),
     Family("library", "token", (1, 4), (0, 2), size="long"),
 )
@@ -81,9 +88,9 @@ FAMILIES = (
 # All policies and all rules, with few programs.
 QUICK_FAMILIES = (
     Family("plain", "coupled", (1, 4), (0, 4)),
-    Family("toy", "token", (4,), (0, 2), truncated=False),
+    Family("toy", "token", (4,), (0, 2), truncated=False, head=1, window=2),
     Family("plain", "coupled", (1, 4), (0, 4)),
-    Family("library", "block", (4,), (0, 2), truncated=True),
+    Family("library", "block", (4,), (0, 2), truncated=True, head=2, window=3),
     Family("plain", "coupled", (1, 4), (0, 4)),
     Family("decoder", "coupled", (4,), (0, 2), truncated=True),
 )
@@ -253,6 +260,7 @@ def drawn(seed: int, families: Sequence[Family] = FAMILIES) -> Schedule:
         "gammas": tuple(sorted(gammas)),
         "control": control,
         "max_slots": pick(slots[-1], *slots),
+        "drafter": er_jax.DrafterConfig(head=family.head, window=family.window),
     }
     # Two programs serve the two cases.
     if family.truncated is True and (config["top_k"], config["top_p"]) == (0, 1.0):
