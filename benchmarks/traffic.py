@@ -27,10 +27,13 @@ from er_jax.tools import plan, presets
 from er_jax.tools.needs import PASS_NAMES
 from er_jax.tools.traffic import PARTS, Count, Sizes, Traffic
 
+WINDOW, HEAD = 512, 64
 DRAFTS = {
-    "int8": DrafterConfig(),
-    "int4": DrafterConfig(bits=4),
-    "int4 g128": DrafterConfig(bits=4, group_size=128),
+    "int8": DrafterConfig(window=None),
+    "int4": DrafterConfig(bits=4, window=None),
+    "int4 g128": DrafterConfig(bits=4, group_size=128, window=None),
+    "int8, window": DrafterConfig(window=WINDOW, head=HEAD),
+    "int4, window": DrafterConfig(bits=4, window=WINDOW, head=HEAD),
 }
 SHAPES = ((1, 1024), (8, 2048), (32, 2048), (32, 8192), (64, 2048))
 # What names a case in the record.
@@ -44,7 +47,7 @@ class Args:
     Args:
       models: of `er_jax.tools.presets`. devices: one of each is compiled for.
       shapes: rows and positions of the cache. gammas: drafts of a round.
-      drafts: kinds of drafts: int8, int4, "int4 g128".
+      drafts: kinds of drafts, keys of `DRAFTS`.
       layers: two numbers of layers that are compiled. whole: compile all layers.
       out: where to write.
     """
@@ -105,6 +108,7 @@ def continued(low: Traffic, high: Traffic, layers: tuple[int, int], to: int) -> 
         entry=line(a.entry, b.entry),
         logits=a.logits,
         gamma=a.gamma,
+        ring_length=a.ring_length,
     )
     return Traffic(count(low.target, high.target), count(low.draft, high.draft), sizes)
 

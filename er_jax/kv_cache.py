@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from er_jax.attention import attend as attend
-from er_jax.types import NONE, Cache, Params, Policy, Ring, Span
+from er_jax.types import Cache, Params, Policy, Ring, Span
 
 Entries = TypeVar("Entries", jax.Array, Ring)
 
@@ -88,19 +88,41 @@ def rings(cache: Cache, span: Span, length: jax.Array, gamma: int) -> Cache:
         an entry are zero.
       gamma: drafts of a round.
     """
-    size = span.ring_length(gamma)
-    slots = jnp.arange(size, dtype=jnp.int32)[None]
-    last = length[:, None] - 2
-    recent = last - (last - slots) % (size - span.head)
-    positions = jnp.where(slots < span.head, slots, recent)
-    least = jnp.where(slots < span.head, 0, span.head)
-    is_held = (positions >= least) & (positions <= last)
-    positions = jnp.where(is_held, positions, NONE)
+    size, num_rows = span.ring_length(gamma), length.shape[0]
+    slots = jnp.arange(size, dtype=jnp.int32)
+    num_recent = size - span.head
+    last = jnp.asarray(length) - 2
 
-    def ring(leaf: jax.Array) -> Ring:
-        return Ring(entries=read(leaf, positions), span=span)
+    def copied(row: jax.Array) -> Cache:
+        recent = last[row] - (last[row] - slots) % num_recent
+        positions = jnp.where(slots < span.head, slots, recent)
+        is_held = (positions >= jnp.minimum(slots, span.head)) & (
+            positions <= last[row]
+        )
 
-    return jax.tree.map(ring, cache)
+        def ring(leaf: jax.Array) -> Ring:
+            rest = leaf.shape[2:]
+
+            def entries(first: jax.Array, count: int) -> jax.Array:
+                start = [row, first] + [jnp.int32(0)] * len(rest)
+                count = min(count, leaf.shape[1])
+                return lax.dynamic_slice(leaf, start, (1, count, *rest))[0]
+
+            # The last entries lie together; turned round, each is in its slot.
+            first = jnp.clip(last[row] + 1 - num_recent, 0, leaf.shape[1])
+            first = jnp.minimum(first, max(leaf.shape[1] - num_recent, 0))
+            recent = resize(entries(first, num_recent)[None], num_recent)[0]
+            recent = jnp.roll(recent, (first - span.head) % num_recent, axis=0)
+            head = resize(entries(jnp.int32(0), span.head)[None], span.head)[0]
+            both = jnp.concatenate([head, recent])
+            mask = is_held.reshape((-1,) + (1,) * len(rest))
+            both = jnp.where(mask, both, jnp.zeros((), leaf.dtype))
+            return Ring(entries=both, span=span)
+
+        return jax.tree.map(ring, cache)
+
+    # Row by row: a gather of all rows at once would move single entries.
+    return lax.map(copied, jnp.arange(num_rows, dtype=jnp.int32))
 
 
 def takes_rings(policy: Policy, params: Params) -> bool:

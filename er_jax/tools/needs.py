@@ -114,7 +114,13 @@ class Plan:
         return found[0] if found else None
 
     def pass_seconds(
-        self, count: Count, rows: int, length: int, positions: int = 1
+        self,
+        count: Count,
+        rows: int,
+        length: int,
+        positions: int = 1,
+        *,
+        is_spanned: bool = False,
     ) -> float:
         """Return the seconds of a pass by the data sheet: bytes counted, or arithmetic.
 
@@ -123,12 +129,14 @@ class Plan:
 
         Args:
           count: of the pass. rows: of all devices. length: of the cache.
-          positions: of each row.
+          positions: of each row. is_spanned: whether it is a draft that sees a span,
+            which reads as much of the cache at any length.
         """
         chip, c = self.target.chip, self.config
         assert chip is not None
         own = max(rows // self.data, 1)
-        moved = count.bytes_at(own * self.data / self.slots, length / self.max_length)
+        share = 1.0 if is_spanned else length / self.max_length
+        moved = count.bytes_at(own * self.data / self.slots, share)
         matrices = self.read_bytes[0] / jnp.dtype(c.dtype).itemsize
         attention = 4 * c.num_layers * c.num_heads * c.head_size / self.model
         operations = positions * own * (2 * matrices + attention * length)
@@ -143,7 +151,8 @@ class Plan:
         if self.target.chip is None or plain is None or drafting is None:
             return None
         step = self.pass_seconds(plain.target, rows, length)
-        draft = self.pass_seconds(drafting.draft, rows, length)
+        is_spanned = drafting.sizes.ring_length > 0
+        draft = self.pass_seconds(drafting.draft, rows, length, is_spanned=is_spanned)
         verify = self.pass_seconds(drafting.target, rows, length, gamma + 1)
         tokens = expected_tokens([self.keep] * gamma)
         return float(tokens * step / (gamma * draft + verify))

@@ -54,7 +54,8 @@ def plan(
     Args:
       config: the decoder. target: the device. slots: rows on the whole mesh.
         max_length: cache positions of each row. gammas: programs to compile.
-      drafter: how the draft is quantized. accept: acceptance rule.
+      drafter: how the draft is quantized, and the window that drafts see if it states
+        one. accept: acceptance rule.
       model_parallel: devices that share one copy of the weights; None is the fewest
         that hold parameters, draft and state.
       keep: chance that a draft is kept, for the speed-up.
@@ -102,6 +103,11 @@ def plan(
     vectors = [x for x in jax.tree.leaves(params.policy) if len(x.shape) < 2]
     read_bytes = (params_bytes - looked_up, draft_bytes + device_bytes(vectors))
     cache_bytes = device_bytes(state.cache)
+    entry_bytes = cache_bytes // max_length
+    # A window that the controller may choose is not planned for: it is never the worst.
+    span = None if None in drafter.spans else drafter.spans[0]
+    if span is not None and span.head + span.window >= max_length:
+        span = None
     vocab = config.vocab_size // (model if config.vocab_size % model == 0 else 1)
     programs = []
     for gamma in dict.fromkeys(gammas):
@@ -109,18 +115,23 @@ def plan(
         lowered = run_window.lower(
             policy, used, state, *settings, gamma=gamma, accept=accept, truncated=False,
             rounds_per_test=1 if target.kind == "cpu" else 4,
+            span=span if gamma else None,
             layout=layout.MeshLayout(mesh) if chips > 1 else ONE_DEVICE,
         )  # fmt: skip
         sizes = Sizes(
             vocab_sizes=(config.vocab_size, vocab),
             cache_length=max_length,
             weights=read_bytes,
-            cache=(cache_bytes, cache_bytes),
-            entry=cache_bytes // max_length,
+            cache=(
+                cache_bytes,
+                entry_bytes * (span.head + span.window) if span else cache_bytes,
+            ),
+            entry=entry_bytes,
             logits=slots // data * vocab * 4,
             gamma=gamma,
+            ring_length=span.ring_length(gamma) if span and gamma else 0,
         )
-        program = Program(slots, max_length, gamma)
+        program = Program(slots, max_length, gamma).seeing(span if gamma else None)
         arguments = device_bytes((used, state))
         programs.append(_counted(program, lowered, arguments, weights, sizes))
     return Plan(

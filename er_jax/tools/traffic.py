@@ -9,7 +9,8 @@ loops that mend rows with non-finite logits never; a conditional takes its cheap
 branch.
 
 The minimum of a pass: its weights once (in a draft their codes and scales), the cache
-once at its padded length, the new entries, the logits once.
+once at its padded length (in a draft that sees a span, the entries of the span), the
+new entries, the logits once.
 
 Left out: time, what caches between memory and cores save, and kernels that skip what
 is not live (they count as if they read all).
@@ -93,7 +94,8 @@ class Sizes:
     vocab_sizes: V, whole and on one device. cache_length: S. weights: bytes that a
     target pass and a draft pass must read. cache: bytes of the cache that each must.
     entry: bytes of one position of all rows. logits: bytes of the logits of one
-    position of all rows. gamma: drafts of a round.
+    position of all rows. gamma: drafts of a round. ring_length: slots of the rings that
+    drafts read; 0 where they read the cache.
     """
 
     vocab_sizes: tuple[int, ...]
@@ -103,6 +105,7 @@ class Sizes:
     entry: int
     logits: int
     gamma: int
+    ring_length: int = 0
 
     def minimum(self, kind: Kind) -> int:
         """Return the bytes that a pass must move; a target pass verifies a round."""
@@ -172,7 +175,10 @@ class _Counter:
         """Return the count of a round without its drafts."""
         entry = self.module.entry
         labels = self._labels(entry, {})
-        window = [one for one in entry if one.opcode == "while"]
+        # A loop before it, of the scope "cache", makes the rings of drafts.
+        window = [
+            one for one in entry if one.opcode == "while" and "/cache/" not in one.scope
+        ]
         if len(window) != 1 or not window[0].scope.endswith("/while"):
             raise ValueError(
                 "text is not that of a window: its entry computation has "
@@ -211,6 +217,12 @@ class _Counter:
                 labels = tuple(label for labels in operands for label in labels)
             elif one.opcode == "get-tuple-element":
                 labels = operands[0][one.index : one.index + 1]
+            elif one.opcode == "while" and "/cache/" in one.scope:
+                # It makes the rings of drafts.
+                labels = tuple(
+                    "cache" if self.sizes.ring_length in buffer.dims else ""
+                    for buffer in one.buffers
+                )
             elif one.opcode in ("while", "bitcast", "copy", "convert"):
                 labels = operands[0]
             elif one.opcode.endswith("-done"):
@@ -322,7 +334,8 @@ class _Counter:
         if any(size in buffer.dims for size in self.sizes.vocab_sizes):
             is_logits = written and PROJECTION.search(one.scope.rsplit("/", 1)[-1])
             return "logits" if is_logits else "sampling"
-        if self.sizes.cache_length in buffer.dims and len(buffer.dims) > 2:
+        lengths = {self.sizes.cache_length, self.sizes.ring_length}
+        if lengths & {*buffer.dims} and len(buffer.dims) > 2:
             return "scores"
         return "other"
 
