@@ -26,6 +26,8 @@ DRAWS = "tests/test_lossless.py::test_coupled_emits_the_targets_own_draws"
 COMPLETIONS = "tests/test_lossless.py::test_completions_follow_the_target"
 UNSOUND = "tests/test_unsound.py::test_a_drafted_token_ends_no_row"
 LEAKS = "tests/test_lossless.py::test_entries_of_drafts_that_are_no_number_bias_nothing"
+SPANS = "tests/test_spans.py"
+SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
 )
@@ -231,6 +233,84 @@ BUGS: tuple[PlantedBug, ...] = (
         "scaled = _temperature_scaled(logits, sampling)",
         "scaled = _below_best(logits)",
         ("tests/test_sampling.py::test_token_logprobs_by_each_meaning",),
+    ),
+    # -- drafts that see a span
+    PlantedBug(
+        "ring entry one slot off",
+        "er_jax::_slots",
+        "recent = head + (positions - head) % (size - head)",
+        "recent = head + (positions - head + 1) % (size - head)",
+        (f"{SPANS}::test_a_ring_shows_the_span_and_nothing_else[2+3]",),
+    ),
+    PlantedBug(
+        "head of a ring overwritten",
+        "er_jax::_slots",
+        "recent = head + (positions - head) % (size - head)",
+        "recent = positions % size",
+        (f"{SPANS}::test_a_ring_shows_the_span_and_nothing_else[2+3]",),
+    ),
+    PlantedBug(
+        "ring entry seen that left the window",
+        "er_jax::visible",
+        "newest > at - span.window",
+        "newest >= at - span.window",
+        (f"{SPANS}::test_a_ring_shows_the_span_and_nothing_else[0+5]",),
+    ),
+    PlantedBug(
+        "ring too short for the drafts of a round",
+        "er_jax::Span.ring_length",
+        "return -(-needed // RING_STEP) * RING_STEP",
+        "return self.head + self.window",
+        (f"{SPANS}::test_a_ring_shows_the_span_and_nothing_else[0+5]",),
+    ),
+    PlantedBug(
+        "ring begun with the entry of a rejected draft",
+        "er_jax::rings",
+        "last = jnp.asarray(length) - 2",
+        "last = jnp.asarray(length) - 1",
+        (f"{SPANS}::test_rings_are_made_of_what_is_known",),
+    ),
+    PlantedBug(
+        "ring begun one entry off",
+        "er_jax::rings",
+        "recent = jnp.roll(recent, (first - span.head) % num_recent, axis=0)",
+        "recent = jnp.roll(recent, (first - span.head + 1) % num_recent, axis=0)",
+        (
+            f"{SPANS}::test_a_ring_shows_the_span_and_nothing_else[2+3]",
+            f"{SPANS}::test_drafts_are_those_of_masked_attention[2+3]",
+        ),
+    ),
+    PlantedBug(
+        "ring keeps the entries of drafts",
+        "er_jax::decode_round",
+        "kv_cache.update_rings(state.draft_cache, state.cache, positions)",
+        "state.draft_cache",
+        (f"{SPANNED}[coupled]",),
+    ),
+    PlantedBug(
+        "verification reading the ring",
+        "er_jax::_verify.run",
+        "new, cache = policy.forward(params, tokens, fed, cache)",
+        """
+        seen = state.draft_cache or cache
+        new = policy.forward(params, tokens, fed, seen)[0]
+        cache = policy.forward(params, tokens, fed, cache)[1]
+        """,
+        (f"{SPANS}::test_a_span_changes_no_token[2+3]",),
+    ),
+    PlantedBug(
+        "span that the window's name leaves out",
+        "er_jax::Engine._window_name",
+        """return ("window", *sizes, *compiled_in, kind, program.span)""",
+        """return ("window", *sizes, *compiled_in, kind)""",
+        (f"{SPANS}::test_a_program_of_spans_is_another_one",),
+    ),
+    PlantedBug(
+        "acceptance of a span taken for that of all positions",
+        "er_jax::RolloutRecord.used_of",
+        "span is None",
+        "True",
+        (f"{SPANS}::test_the_controller_takes_the_faster_kind",),
     ),
     # -- the round
     PlantedBug(

@@ -148,6 +148,16 @@ def test_tokens_are_those_of_one_device(name: str) -> None:
     assert found.stats.num_prefilled >= 9
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_drafts_that_see_a_span_change_no_token(name: str) -> None:
+    config = config_of(drafter=er_jax.DrafterConfig(window=40, head=5))
+    found = sample(mesh_of(**SHAPES[name]), config, Moving("fixed:4", (0, 4)))
+    assert_same(found, on_one_device())
+    assert {moment.window for moment in found.stats.timeline} == {40}
+    whole = on_one_device().stats.accepted[4]
+    assert (found.stats.accepted[4] != whole).any(), "the span should hide something"
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -28,6 +28,10 @@ GAMMA = 3
 SPANS = [Span(*sizes) for sizes in ((0, 1), (0, 5), (2, 3), (5, 1), (7, 13), (20, 9))]
 
 
+def named(span: Span) -> str:
+    return f"{span.head}+{span.window}"
+
+
 # -- rings
 
 
@@ -38,7 +42,7 @@ def seen_by(position: int, span: Span) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("span", SPANS, ids=named)
 def test_a_ring_shows_the_span_and_nothing_else(span: Span) -> None:
     """Over many rounds of any outcome: the newest entry of every position in sight.
 
@@ -148,7 +152,7 @@ def prefilled(params: Any, tokens: np.ndarray, known: np.ndarray) -> Any:
     return forward(params, jnp.asarray(tokens), positions, POLICY.init_cache(B, S))[1]
 
 
-@pytest.mark.parametrize("span", [Span(2, 3), Span(0, 1), Span(16, 20)])
+@pytest.mark.parametrize("span", [Span(2, 3), Span(0, 1), Span(16, 20)], ids=named)
 def test_a_span_changes_no_token(span: Span) -> None:
     plain, _ = decoded(0, None)
     state, info = decoded(GAMMA, span)
@@ -168,7 +172,7 @@ def test_a_span_changes_no_token(span: Span) -> None:
             )
 
 
-@pytest.mark.parametrize("span", [Span(0, 96), Span(96, 1), Span(40, 70)])
+@pytest.mark.parametrize("span", [Span(0, 96), Span(96, 1), Span(40, 70)], ids=named)
 def test_a_span_that_hides_nothing_keeps_the_same_drafts(span: Span) -> None:
     _, wanted = decoded(GAMMA, None)
     _, found = decoded(GAMMA, span)
@@ -204,7 +208,7 @@ def masked(span: Span) -> attention.Attention:
     return attend
 
 
-@pytest.mark.parametrize("span", [Span(2, 3), Span(16, 20)])
+@pytest.mark.parametrize("span", [Span(2, 3), Span(16, 20)], ids=named)
 def test_drafts_are_those_of_masked_attention(span: Span) -> None:
     """The same drafts are kept as where a mask hides all but the span."""
     _, found = decoded(GAMMA, span)
