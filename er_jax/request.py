@@ -90,6 +90,28 @@ def request_of(
     )
 
 
+def offered_spans(
+    spans: Sequence[Span | None], cache_length: int, gamma: int
+) -> list[Span | None]:
+    """Return what the drafts of a program may see, all positions last.
+
+    A stated window is used wherever there are positions outside of it. One of several
+    choices must leave out half of the cache, or it could not pay.
+
+    Args:
+      spans: see `DrafterConfig.spans`. cache_length, gamma: of the program.
+    """
+    is_stated = None not in spans
+    found: list[Span | None] = []
+    for span in spans if gamma else ():
+        if span is not None:
+            seen = span.head + span.window
+            most = cache_length - 1 if is_stated else cache_length // 2
+            if (seen if is_stated else span.ring_length(gamma)) <= most:
+                found.append(span)
+    return found if found and is_stated else [*found, None]
+
+
 def sampling_of(config: RolloutConfig, key: jax.Array) -> Sampling:
     """Return the traced settings of a config and a key.
 
@@ -149,25 +171,8 @@ class Request:
     spans: tuple[Span | None, ...] = (None,)
 
     def spans_at(self, cache_length: int, gamma: int) -> list[Span | None]:
-        """Return what the drafts of a program may see, all positions last.
-
-        A stated window is used wherever there are positions outside of it. One that the
-        controller chose itself must leave out half of the cache, or it cannot pay.
-        """
-        if not gamma:
-            return [None]
-        stated = None not in self.spans
-        found: list[Span | None] = [
-            span
-            for span in self.spans
-            if span is not None
-            and (
-                span.head + span.window < cache_length
-                if stated
-                else 2 * span.ring_length(gamma) <= cache_length
-            )
-        ]
-        return found if found and stated else [*found, None]
+        """Return what the drafts of a program may see; see `offered_spans`."""
+        return offered_spans(self.spans, cache_length, gamma)
 
     def limit(self, sequence: int) -> int:
         """Return the length in tokens at which a sequence ends, prompt included."""

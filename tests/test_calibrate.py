@@ -25,7 +25,7 @@ from er_jax.costs.passes import Cell
 from er_jax.costs.store import CACHE_VARIABLE
 from er_jax.costs.table import LatencyTable
 from er_jax.engine.engine import Engine
-from er_jax.tools import cli
+from er_jax.tools import calibrate, cli
 from er_jax.tools.survey import Survey, plot_speed_up, speed_up, survey
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE
@@ -560,3 +560,27 @@ def test_a_first_rollout_is_not_held_up_for_long(
         # The first window of each only says how long to read.
         assert started == [0] * (1 + readings) + [2] * (1 + readings)
         assert controller.table.seconds.keys() == {Program(1, 64, 0), Program(1, 64, 2)}
+
+
+def test_rounds_with_a_window_are_measured_at_the_longest_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command; they are kept, and the plain costs stay the survey's."""
+    out = tmp_path / "costs.json"
+    calibrate.Calibrate(
+        decoder=SIZES,
+        drafter=er_jax.DrafterConfig(window=9, head=7),
+        slots=2,
+        max_length=64,
+        gammas=(0, 2),
+        budget=0.1,
+        out=out,
+    ).run()
+    assert "drafts of 2 that see 7 first and 9 last positions of 64" in (
+        capsys.readouterr().out
+    )
+    table = LatencyTable.load(out)
+    assert set(table.seconds) == {
+        Program(rows, 64, 2, head=7, window=9) for rows in (1, 2)
+    }
+    assert table.passes is not None

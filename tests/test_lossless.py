@@ -153,7 +153,6 @@ def visit_round(
         ("token", 2, Span(head=0, window=2)),
         ("block", 2, Span(head=1, window=2)),
     ],
-    ids=["token-2", "block-2", "block-3", "token-2 span", "block-2 span"],
 )
 def test_every_outcome_of_a_round(
     rule: AcceptRule,

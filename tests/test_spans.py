@@ -54,7 +54,7 @@ def test_a_ring_shows_the_span_and_nothing_else(span: Span) -> None:
     start = int(rng.integers(1, 12))
     cache[0, : start - 1] = [(s, 0) for s in range(start - 1)]
     newest = {s: 0 for s in range(start - 1)}
-    at = np.array([start], np.int32)
+    at = jnp.array([start], jnp.int32)
     ring = kv_cache.rings(jnp.asarray(cache), span, at, GAMMA)
     assert ring.entries.shape[1] == span.ring_length(GAMMA)
     written, writes = int(start), 0
@@ -421,7 +421,7 @@ def test_a_window_holds_rings_and_no_second_cache() -> None:
             policy, params, state, settings(), np.int32(0), np.int32(9), gamma=2,
             accept="coupled", rounds_per_test=1, truncated=False, span=seen,
         ).compile()  # fmt: skip
-        found = compiled.memory_analysis()
+        found: Any = compiled.memory_analysis()
         temporary[seen] = found.temp_size_in_bytes
         assert found.alias_size_in_bytes >= rows * length * 2 * 64 * 4
     entry = 2 * sizes.num_kv_heads * sizes.head_size * 4
@@ -483,4 +483,5 @@ def test_a_state_between_windows_has_no_rings() -> None:
     begun = steps.begin_window(state, Span(1, 2), 2)
     assert isinstance(begun.draft_cache, list)
     ended: DecodeState = steps.end_window(begun)
-    assert jax.tree.structure(ended) == jax.tree.structure(state)
+    assert ended.draft_cache is None
+    assert len(jax.tree.leaves(ended)) == len(jax.tree.leaves(state))

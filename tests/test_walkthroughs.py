@@ -95,7 +95,7 @@ def test_every_outcome_of_its_rounds(
     with_rule: None, x64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The enumeration that `token` and `block` pass, of whole rounds, in float64."""
-    test_lossless.test_every_outcome_of_a_round(RULE, 2, None, monkeypatch)
+    test_lossless.test_every_outcome_of_a_round(RULE, 2, None, None, monkeypatch)
 
 
 def test_a_wrong_residual_is_noticed(
@@ -111,7 +111,7 @@ def test_a_wrong_residual_is_noticed(
     made = module_of("er_jax/steps.py", text.replace(line, ""))
     monkeypatch.setattr(steps, "_accept", made._accept)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        test_lossless.test_every_outcome_of_a_round(RULE, 2, None, monkeypatch)
+        test_lossless.test_every_outcome_of_a_round(RULE, 2, None, None, monkeypatch)
 
 
 @pytest.mark.parametrize("gamma", [1, 3])

@@ -48,7 +48,7 @@ from er_jax.costs.record import (
 )
 from er_jax.costs.roofline import Roofline
 from er_jax.costs.table import UNCERTAINTY_DISCOUNT, LatencyTable, OwnLock
-from er_jax.types import Program
+from er_jax.types import Program, Span
 
 # A change of gamma alone moves no rows; its gain need only exceed rounding.
 GAMMA_HYSTERESIS = 0.005
@@ -110,6 +110,10 @@ class Controller:
         """Estimate of drafts used, at the setting of this thread's rollout."""
         return self._rollouts.current.used
 
+    def acceptance_of(self, span: Span | None) -> AcceptanceEstimate:
+        """Return the estimate of drafts used that see a span; None is all positions."""
+        return self._rollouts.current.used_of(span)
+
     @property
     def broken_drafter(self) -> tuple[float, float] | None:
         """Acceptance rates (expected, found) that show one in this rollout."""
@@ -152,9 +156,8 @@ class Controller:
 
     def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
         """Return the speed of each program, 0 where it is unknown."""
-        own = self._rollouts.current
         tokens = {
-            (gamma, span): own.used_of(span).tokens_per_round(gamma)
+            (gamma, span): self.acceptance_of(span).tokens_per_round(gamma)
             for gamma, span in {(program.gamma, program.span) for program in programs}
         }
         speeds = {}

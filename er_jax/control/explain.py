@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from er_jax.control.controller import Controller
-from er_jax.types import Program
+from er_jax.types import Program, Span
 
 # Batch sizes to show at most; of more, the smallest, the largest and some between.
 MAX_SIZES = 4
@@ -36,17 +36,41 @@ def explain(controller: Controller, ran: Sequence[Program]) -> str:
     if not costs:
         return head
     middle = min(drafting, key=lambda gamma: abs(gamma - 4))
-    lines = [head, _round_costs(controller, costs, middle), _used(controller, middle)]
+    spans = sorted({program.span for program in ran if program.span})
+    lines = [head, *_costs_and_use(controller, costs, middle, None)]
+    for span in spans:
+        lines += _costs_and_use(controller, costs, middle, span)
     ups = [
-        (rows, *_best(controller, Program(rows, length, 0))) for rows, length in costs
+        (rows, *_best(controller, Program(rows, length, 0), spans))
+        for rows, length in costs
     ]
     shown = ", ".join(
-        f"{up:.2f} at {_rows(rows)} (gamma {gamma})" for rows, gamma, up in ups
+        f"{up:.2f} at {_rows(rows)} ({_named(best)})" for rows, best, up in ups
     )
     lines.append(f"predicted speed-up of the best draft length: {shown}")
     if count == 0 and max(up for *_, up in ups) < 1:
         lines.append("so plain decoding is the fastest here: nothing is amiss")
     return "\n  ".join(lines)
+
+
+def _named(program: Program) -> str:
+    span = program.span
+    seeing = f", seeing {span.head} + {span.window} positions" if span else ""
+    return f"gamma {program.gamma}{seeing}"
+
+
+def _costs_and_use(
+    controller: Controller,
+    sizes: Sequence[tuple[int, int]],
+    gamma: int,
+    span: Span | None,
+) -> list[str]:
+    """Return the lines about drafts of one kind: their costs, and how many are used."""
+    costs = _round_costs(controller, sizes, gamma, span)
+    used = _used(controller, gamma, span)
+    if span is None:
+        return [costs, used]
+    return [f"drafts that see {span.head} + {span.window} positions: {costs}", used]
 
 
 def _rows(rows: int) -> str:
@@ -69,13 +93,16 @@ def _sizes(controller: Controller, ran: Sequence[Program]) -> list[tuple[int, in
 
 
 def _round_costs(
-    controller: Controller, sizes: Sequence[tuple[int, int]], gamma: int
+    controller: Controller,
+    sizes: Sequence[tuple[int, int]],
+    gamma: int,
+    span: Span | None,
 ) -> str:
     """Return the line about costs of rounds with drafts, in plain steps."""
     table, found = controller.table, []
     for rows, length in sizes:
         plain_s = table.round_seconds(Program(rows, length, 0))
-        program = Program(rows, length, gamma)
+        program = Program(rows, length, gamma).seeing(span)
         round_s = table.round_seconds(program)
         if plain_s and round_s:
             how = "" if program in table.seconds else ", predicted"
@@ -83,9 +110,9 @@ def _round_costs(
     return f"a round of {gamma} drafts costs plain steps: {', '.join(found)}"
 
 
-def _used(controller: Controller, gamma: int) -> str:
+def _used(controller: Controller, gamma: int, span: Span | None) -> str:
     """Return the line about how many drafts are used, and how that is known."""
-    estimate = controller.acceptance
+    estimate = controller.acceptance_of(span)
     tokens = estimate.tokens_per_round(gamma)
     tested = float(estimate.tested[:gamma].sum())
     if tested < 1:
@@ -96,13 +123,17 @@ def _used(controller: Controller, gamma: int) -> str:
     return f"such a round emits {tokens:.2f} tokens of {gamma + 1} ({how})"
 
 
-def _best(controller: Controller, plain: Program) -> tuple[int, float]:
-    """Return the fastest draft length and its speed over plain decoding."""
+def _best(
+    controller: Controller, plain: Program, spans: Sequence[Span]
+) -> tuple[Program, float]:
+    """Return the fastest program with drafts and its speed over plain decoding."""
     plain_speed = controller.speed(plain) or 1.0
-    speeds = {
-        gamma: (controller.speed(plain._replace(gamma=gamma)) or 0.0) / plain_speed
+    programs = [
+        plain._replace(gamma=gamma).seeing(span)
         for gamma in controller.gammas
+        for span in (None, *spans)
         if gamma
-    }
+    ]
+    speeds = {p: (controller.speed(p) or 0.0) / plain_speed for p in programs}
     best = max(speeds, key=speeds.__getitem__)
     return best, speeds[best]

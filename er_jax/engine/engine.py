@@ -12,6 +12,7 @@ Left out: which program to run (`control`), when to run it (`scheduler`).
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import time
@@ -391,6 +392,8 @@ class Engine:
 
     def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
         """Return policy parameters with a newly derived draft."""
+        # What drafts see is no part of how they are quantized.
+        config = dataclasses.replace(config, window=None, head=0)
         program = self._program(
             ("attach", config),
             self._attach_function(params, config),

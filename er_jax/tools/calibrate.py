@@ -9,19 +9,22 @@ from pathlib import Path
 
 import jax
 
-from er_jax.acceptance import AcceptRule
+from er_jax.acceptance import AcceptRule, expected_tokens
 from er_jax.arguments import check_chance, check_gammas, check_number, check_whole
 from er_jax.config import DEFAULT_GAMMAS
 from er_jax.control.estimate import PRIOR_KEEP
 from er_jax.costs import store
 from er_jax.costs.passes import Cell
-from er_jax.costs.table import LatencyTable
+from er_jax.costs.table import TRUSTED_POSITIONS, LatencyTable
+from er_jax.costs.timing import measure_round
 from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.devices import device_bytes, device_memory_bytes
-from er_jax.drafter import DrafterConfig
+from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine.engine import Engine
+from er_jax.request import offered_spans
 from er_jax.tools import plan, survey
 from er_jax.tools.outputs import check_output, with_directory
+from er_jax.types import Program, Span
 
 # Length of the shortest cache that is surveyed, in positions.
 SHORTEST = 64
@@ -113,12 +116,46 @@ class Calibrate:
             cells = [Cell(r, length) for length in lengths]
             ups = [survey.speed_up(found.costs, cell, self.keep) for cell in cells]
             print("".join([f"{r:>8}", *(f"{up:>8.2f}" for up in ups)]))
+        table = LatencyTable(passes=found.costs)
+        for span in self.drafter.spans:
+            if span is not None:
+                self._measure_span(engine, params, rows, span, table)
         kept = store.cache_path(about)
         for path in (kept, self.out):
             if path is not None:
-                LatencyTable(passes=found.costs).save(path, about)
+                table.save(path, about)
         if kept is not None:
             print(f"kept for rollouts of such a policy in {kept}")
         if self.plot is not None:
             path = with_directory(self.plot)
             survey.plot_speed_up(found, rows, lengths, self.keep, path)
+
+    def _measure_span(
+        self,
+        engine: Engine,
+        params: PolicyParams,
+        rows: list[int],
+        span: Span,
+        table: LatencyTable,
+    ) -> None:
+        """Measure rounds whose drafts see a span, at the longest cache, and print them.
+
+        The fewest and the most rows are measured; the others are predicted.
+        """
+        gamma = min((g for g in self.gammas if g), key=lambda g: abs(g - 4))
+        if span not in offered_spans(self.drafter.spans, self.max_length, gamma):
+            return
+        programs = [Program(r, self.max_length, gamma).seeing(span) for r in rows]
+        for program in dict.fromkeys((programs[0], programs[-1])):
+            seconds = measure_round(engine, params, program)
+            table.observe(program, seconds * TRUSTED_POSITIONS, TRUSTED_POSITIONS)
+        tokens = expected_tokens([self.keep] * gamma)
+        print(
+            f"speed-up of drafts of {gamma} that see {span.head} first and "
+            f"{span.window} last positions of {self.max_length}, by rows"
+        )
+        for program in programs:
+            plain_s = table.round_seconds(program.seeing(None)._replace(gamma=0))
+            round_s = table.round_seconds(program)
+            assert plain_s and round_s
+            print(f"{program.rows:>8}{tokens * plain_s / round_s:>8.2f}")
