@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from er_jax.attention import attend_whole
-from er_jax.mesh.rules import MODEL_AXIS
+from er_jax.attention import MERGED_QUERIES, attend_whole
+from er_jax.kernels import choice
+from er_jax.mesh.rules import AXES, DATA_AXIS, MODEL_AXIS
 
 
 def attend_by_heads(
@@ -25,7 +26,10 @@ def attend_by_heads(
     It runs inside `MeshLayout.over_rows`, which has mapped the program over `data`.
     """
     parts = jax.sharding.get_abstract_mesh().shape[MODEL_AXIS]
-    if parts == 1:
+    # The compiler cannot partition a kernel: around it, all axes are mapped.
+    is_kernel = choice.used() != choice.XLA and query.shape[1] <= MERGED_QUERIES
+    mapped = {axis for axis in AXES if axis != DATA_AXIS} if is_kernel else {MODEL_AXIS}
+    if parts == 1 and not is_kernel:
         return attend_whole(query, keys, values, positions)
     heads, size = query.shape[2:]
     kv_heads = keys.shape[2] // size
@@ -43,7 +47,7 @@ def attend_by_heads(
         function,
         in_specs=(queries, entries, entries, replicated),
         out_specs=queries,
-        axis_names={MODEL_AXIS},
+        axis_names=mapped,
         check_vma=False,
     )(query, keys, values, positions)
 
