@@ -33,7 +33,8 @@ class Kernel(Protocol):
     """A module with a kernel.
 
     refusal: returns why it does not take these arrays, None if it does.
-    attend: as `attention.attend`; queries are over the square root of D already.
+    attend: as `attention.attend`, but that queries are over the square root of D
+      already, and that the results of padding mean nothing.
     """
 
     refusal: Callable[..., str | None]
@@ -41,7 +42,7 @@ class Kernel(Protocol):
 
 
 # By the platform whose name the implementation has.
-KERNELS: dict[str, Any] = {"tpu": tpu, "cuda": cuda}
+KERNELS: dict[str, Kernel] = {"tpu": tpu, "cuda": cuda}
 
 _log = logging.getLogger(__name__)
 _used: contextvars.ContextVar[str] = contextvars.ContextVar("kernel", default=XLA)
@@ -126,12 +127,8 @@ def _attend(
     values: jax.Array,
     positions: jax.Array,
 ) -> jax.Array:
-    """Attend by a kernel, with what `attention.attend` promises of odd queries."""
+    """Attend by a kernel; padding returns zeros."""
     out = KERNELS[name].attend(query, keys, values, positions)
-    # A kernel reads of an entry the head of a query only. If that is not finite, no
-    # head of the query may go on.
-    is_sound = jnp.all(jnp.isfinite(out), axis=-1, keepdims=True)
-    out = jnp.where(is_sound, out, jnp.asarray(jnp.nan, out.dtype))
     return jnp.where((positions >= 0)[..., None], out, jnp.zeros((), out.dtype))
 
 

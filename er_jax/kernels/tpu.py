@@ -6,8 +6,7 @@ blocks go by, with a running maximum and a running sum (Milakov and Gimelshein 2
 arXiv 1805.02867; over the cache of a decoder, Dao et al. 2023, "Flash-Decoding").
 Blocks behind the last entry that a row's queries see are neither fetched nor computed.
 
-Left out: gradients, quantized entries, pages, what is done where a query sees a
-non-finite entry in another head (`choice`).
+Left out: gradients, quantized entries, pages.
 """
 
 from __future__ import annotations
@@ -96,8 +95,7 @@ def attend(
         entry of its row.
       interpret: run on any device, as Pallas interprets; for tests.
     Returns:
-      `[B, T, H * D]`. Where a query sees a non-finite entry of a head, the results of
-      that head are NaN.
+      `[B, T, H * D]`, NaN where a query sees a non-finite entry.
     Accuracy: sums and softmax are in float32; weights are rounded to the type of the
       values before they are multiplied by these.
     """
@@ -159,7 +157,11 @@ def attend(
     # Of a line that heads share, each has its own part.
     parts = [out[:, :, :, head, :, head] for head in range(together)]
     out = jnp.moveaxis(jnp.stack(parts, axis=3), 1, 2)
-    return out.reshape(batch, num_queries, heads * size)
+    out = out.reshape(batch, num_queries, heads * size)
+    # Of an entry the kernel reads the head of a query only. If that is not finite, no
+    # head of the query may go on.
+    is_sound = jnp.all(jnp.isfinite(out), axis=-1, keepdims=True)
+    return jnp.where(is_sound, out, jnp.asarray(jnp.nan, out.dtype))
 
 
 def _attend_block(
