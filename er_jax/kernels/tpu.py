@@ -28,8 +28,9 @@ LANES = 128
 TILE = 16
 
 # Bytes of a block of keys. Large enough to hide what a step of the grid costs beside
-# the transfer; small enough that little is read behind a row's last entry.
-BLOCK_BYTES = 2**19
+# the transfer; small enough that little is read behind a row's last entry. And most
+# entries of one, so that the scores of many queries fit beside it.
+BLOCK_BYTES, BLOCK_ENTRIES = 2**19, 1024
 
 # On-chip memory that the kernel asks for: two blocks of keys and of values in flight,
 # and what it computes. Fewer than any TPU has since v4.
@@ -62,7 +63,7 @@ def _block(keys: jax.Array) -> int:
     """Return the entries of a block."""
     _, length, width = keys.shape
     fitting = BLOCK_BYTES // (width * keys.dtype.itemsize)
-    return min(max(fitting // LANES, 1) * LANES, length)
+    return min(max(fitting // LANES, 1) * LANES, BLOCK_ENTRIES, length)
 
 
 def _memory_bytes(query: jax.Array, keys: jax.Array) -> int:
@@ -77,7 +78,7 @@ def _memory_bytes(query: jax.Array, keys: jax.Array) -> int:
     return entries + scores + num_queries * heads * row
 
 
-@functools.partial(jax.named_call, name="tpu_kernel")
+@jax.named_scope("kernel")
 def attend(
     query: jax.Array,
     keys: jax.Array,
