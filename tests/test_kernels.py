@@ -26,6 +26,7 @@ from er_jax.engine.engine import Engine
 from er_jax.engine.kept import engine_for
 from er_jax.engine.protocol import OneDevice
 from er_jax.kernels import choice, cuda, tpu
+from er_jax.mesh import engine as mesh_engine
 from er_jax.mesh import layout
 from er_jax.tools import plan, presets
 from tests.test_kv_cache import attend_oracle, normal
@@ -368,6 +369,39 @@ def test_a_kernel_on_a_mesh(
     )
     found = np.asarray(jax.jit(run)(*arrays))
     np.testing.assert_allclose(found, in_float64(arrays), rtol=0, atol=3e-6)
+
+
+class Told:
+    """An agreement in which other processes refuse a kernel, or fail."""
+
+    def __init__(self, refusals: int, failure: Exception | None = None) -> None:
+        self.refusals, self.failure = refusals, failure
+
+    def sync_or_raise(self, values: Any, failure: Any = None) -> tuple[Any, Any]:
+        return values, failure or self.failure
+
+    def sum(self, own: np.ndarray) -> np.ndarray:
+        return own + self.refusals
+
+
+def test_a_kernel_that_one_process_refuses_none_uses(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = layout.rollout_mesh(Mesh(np.array(jax.devices()[:2]), ("data",)))
+    kind = jax.devices()[0].device_kind
+
+    def used(wanted: str, told: Any) -> str:
+        return mesh_engine._implementation(wanted, mesh, told)
+
+    monkeypatch.setattr(first_use, "_found", {("cpu", kind): None})
+    assert used("auto", Told(0)) == "cpu"
+    assert used("auto", Told(1)) == used("xla", Told(0)) == choice.XLA
+    assert mesh_engine.MeshEngine(POLICY, "coupled", mesh).layout.attention == "cpu"
+    with pytest.raises(RuntimeError, match="another process"):
+        used("auto", Told(0, RuntimeError("another process has failed")))
+    monkeypatch.setattr(first_use, "_found", {("cpu", kind): "it differs"})
+    with pytest.raises(ValueError, match="fails on this"):
+        used("kernel", Told(0))
 
 
 def needs(device: str) -> presets.Target:

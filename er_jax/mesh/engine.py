@@ -265,9 +265,16 @@ def _implementation(attention: str, mesh: Mesh, agreement: Processes) -> str:
     """Return the implementation of attention for a mesh, the same in all processes."""
     here = (d for d in mesh.devices.flat if d.process_index == jax.process_index())
     device = next(here)
-    name = first_use.implementation(attention, device)
     if choice.on_platform(attention, choice.platform_of(device)) == choice.XLA:
-        return name
+        return choice.XLA
+    name, failure = choice.XLA, None
+    try:
+        name = first_use.implementation(attention, device)
+    except ValueError as error:
+        failure = error
+    _, raised = agreement.sync_or_raise([0.0], failure)
+    if raised is not None:
+        raise raised
     # A kernel that one process refuses, none may use: they run the same programs.
     (refusals,) = agreement.sum(np.array([name == choice.XLA], np.int32))
     return choice.XLA if refusals else name
