@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.lib import records, tables
 from er_jax import DrafterConfig
+from er_jax.kernels.choice import AttentionChoice
 from er_jax.tools import plan, presets
 from er_jax.tools.needs import PASS_NAMES
 from er_jax.tools.traffic import PARTS, Count, Sizes, Traffic
@@ -48,6 +49,7 @@ class Args:
       models: of `er_jax.tools.presets`. devices: one of each is compiled for.
       shapes: rows and positions of the cache. gammas: drafts of a round.
       drafts: kinds of drafts, keys of `DRAFTS`.
+      attention: "auto" (the kernels of the devices) or "xla".
       layers: two numbers of layers that are compiled. whole: compile all layers.
       out: where to write.
     """
@@ -57,13 +59,21 @@ class Args:
     shapes: tuple[tuple[int, int], ...] = SHAPES
     gammas: tuple[int, ...] = (4, 8)
     drafts: tuple[str, ...] = tuple(DRAFTS)
+    attention: AttentionChoice = "auto"
     layers: tuple[int, int] = (2, 4)
     whole: bool = False
     out: Path | None = None
 
 
 def counted(
-    model: str, device: str, rows: int, length: int, gamma: int, draft: str, layers: int
+    model: str,
+    device: str,
+    rows: int,
+    length: int,
+    gamma: int,
+    draft: str,
+    layers: int,
+    attention: str = "auto",
 ) -> Traffic:
     """Return the traffic of a window of a model with so many layers."""
     target = presets.target_of(device)
@@ -74,6 +84,7 @@ def counted(
         max_length=length,
         gammas=(gamma,),
         drafter=DRAFTS[draft],
+        attention=attention,
     )
     (program,) = found.programs
     if program.traffic is None:
@@ -119,8 +130,11 @@ def traffic_of(
     """Return the traffic of a whole model."""
     num_layers = presets.PRESETS[model].num_layers
     if args.whole:
-        return counted(model, device, *shape, gamma, draft, num_layers)
-    low, high = (counted(model, device, *shape, gamma, draft, n) for n in args.layers)
+        return counted(model, device, *shape, gamma, draft, num_layers, args.attention)
+    low, high = (
+        counted(model, device, *shape, gamma, draft, n, args.attention)
+        for n in args.layers
+    )
     return continued(low, high, args.layers, num_layers)
 
 

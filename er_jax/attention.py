@@ -4,6 +4,9 @@ Entry s of a row is visible to a query at position p when s <= p. Few queries pe
 are bound by reading the cache; many are bound by arithmetic, and are taken in blocks,
 so that their scores never cover all queries and all entries at once.
 
+What stands here is the form of XLA, which runs everywhere. Where queries are few, a
+program may use a kernel of its platform instead (`kernels.choice`).
+
 Left out: what the cache is and how it is written (`kv_cache`).
 """
 
@@ -18,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from er_jax.kernels import choice
 from er_jax.types import NONE, Ring, Span, wide_dtype
 
 # Up to this many queries per row, attention is bound by reading the cache.
@@ -102,8 +106,16 @@ def attend_whole(
     span: of the ring whose entries `keys` and `values` are; None if they are indexed by
     position.
     """
-    attend_to = _attend_many if query.shape[1] > MERGED_QUERIES else _attend_few
-    return attend_to(query, keys, values, positions, span)
+    if query.shape[1] > MERGED_QUERIES:
+        return _attend_many(query, keys, values, positions, span)
+    # A ring is short, and its scores are few: they need no kernel.
+    if span is not None:
+        return _attend_few(query, keys, values, positions, span)
+    kernel = choice.kernel_for(query, keys, values, positions)
+    if kernel is None:
+        return _attend_few(query, keys, values, positions, None)
+    scaled = _scaled(query, keys.shape[2] // query.shape[3]).reshape(query.shape)
+    return kernel(scaled, keys, values, positions)
 
 
 def _scaled(query: jax.Array, kv_heads: int) -> jax.Array:

@@ -12,6 +12,7 @@ from er_jax.arguments import MOST, is_number, is_whole, whole_numbers
 from er_jax.drafter import (
     DrafterConfig,
 )
+from er_jax.kernels.choice import ATTENTION_CHOICES, AttentionChoice
 from er_jax.types import (
     LogprobKind,
 )
@@ -64,8 +65,9 @@ LOGPROB_KINDS = tuple(kind.name.lower() for kind in LogprobKind)
 class RolloutConfig:
     """The settings of a rollout.
 
-    Programs are compiled for `max_new_tokens`, `max_slots`, `accept`, `drafter` and the
-    gammas that `control` allows. Changing anything else between calls compiles nothing.
+    Programs are compiled for `max_new_tokens`, `max_slots`, `accept`, `attention`,
+    `drafter` and the gammas that `control` allows. Changing anything else between calls
+    compiles nothing.
 
     Args:
       max_new_tokens: limit of each completion in tokens, >= 1.
@@ -84,6 +86,10 @@ class RolloutConfig:
       logprobs: "raw" (the model's own distribution), "temperature" (after temperature,
         before truncation: what RL trainers recompute) or "processed" (what is sampled).
       max_slots: rows decoded at once, >= 1.
+      attention: "auto" (the kernel of the platform, where there is one and it passes
+        its check on the device), "xla" (never a kernel) or "kernel" (an error where
+        there is none, or it fails). Where a kernel does not take the shapes or dtypes
+        of a policy, XLA's form is used in any case, and the log says why.
       drafter: how to derive a draft when `params` has none.
     Raises:
       ValueError: a wrong argument; it names the value, the limit and the remedy.
@@ -102,6 +108,7 @@ class RolloutConfig:
     control: str = "best"
     logprobs: str = "temperature"
     max_slots: int = 64
+    attention: AttentionChoice = "auto"
     drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
 
     def __post_init__(self) -> None:
@@ -143,7 +150,11 @@ class RolloutConfig:
                 f"top_p={self.top_p} must be above 0 and at most 1; use 1 to switch it "
                 "off"
             )
-        for name, known in (("accept", ACCEPT_RULES), ("logprobs", LOGPROB_KINDS)):
+        for name, known in (
+            ("accept", ACCEPT_RULES),
+            ("logprobs", LOGPROB_KINDS),
+            ("attention", ATTENTION_CHOICES),
+        ):
             value = getattr(self, name)
             if value not in known:
                 names = ", ".join(repr(word) for word in known)

@@ -359,8 +359,12 @@ def _engine_of(
         checks.check_placement(params)
     policy_params = params.policy if isinstance(params, PolicyParams) else params
     if mesh is None:
-        return params, engine_for(policy, policy_params, config.accept)
-    return params, mesh_engines_for(policy, config.accept, [(policy_params, mesh)])[0]
+        engine = engine_for(policy, policy_params, config.accept, config.attention)
+        return params, engine
+    (engine,) = mesh_engines_for(
+        policy, config.accept, [(policy_params, mesh)], config.attention
+    )
+    return params, engine
 
 
 def _topology(engine: Engine, params: PolicyParams, request: Request) -> Topology:

@@ -20,6 +20,7 @@ INTEGRATIONS = (
     "tests/test_integrations.py::test_the_quantized_kernels_are_what_is_multiplied"
 )
 DAMAGE = "tests/test_train_damage.py"
+KERNELS = "tests/test_kernels.py"
 ENUMERATION = "tests/test_acceptance.py::test_every_outcome_adds_up_to_the_target"
 ROUND = "tests/test_lossless.py::test_every_outcome_of_a_round"
 DRAWS = "tests/test_lossless.py::test_coupled_emits_the_targets_own_draws"
@@ -458,6 +459,55 @@ BUGS: tuple[PlantedBug, ...] = (
         "return slots <= at",
         "return slots < at",
         ("tests/test_kv_cache.py::test_attention_by_either_path_equals_the_oracle",),
+    ),
+    PlantedBug(
+        "a kernel stops a block early where the last entry is the first of a block",
+        "er_jax/kernels/tpu::attend",
+        "jnp.maximum(jnp.max(positions, axis=1), 0) // block",
+        "(jnp.maximum(jnp.max(positions, axis=1), 1) - 1) // block",
+        (f"{KERNELS}::test_the_kernel_equals_the_oracle[1-4-2-128]",),
+    ),
+    PlantedBug(
+        "a kernel's running sum of weights is not rescaled",
+        "er_jax/kernels::_attend_block",
+        "rescale * total[part]",
+        "total[part]",
+        (f"{KERNELS}::test_the_kernel_equals_the_oracle[5-7-1-128]",),
+    ),
+    PlantedBug(
+        "a kernel takes what lies behind the cache for entries",
+        "er_jax/kernels::_attend_block",
+        "place < length",
+        "place <= length",
+        (f"{KERNELS}::test_the_kernel_equals_the_oracle[5-7-1-128]",),
+    ),
+    PlantedBug(
+        "an entry with a score of -inf weighs nothing",
+        "er_jax/kernels::_attend_block",
+        "jnp.where(is_sound, scores, jnp.float32(jnp.nan))",
+        "scores",
+        (f"{KERNELS}::test_what_is_not_finite_makes_no_wrong_number",),
+    ),
+    PlantedBug(
+        "cuDNN's queries for non-finite keys look for +inf only",
+        "er_jax/kernels/cuda::attend",
+        "jnp.concatenate([q, mean, -mean], axis=1)",
+        "jnp.concatenate([q, mean, mean], axis=1)",
+        (f"{KERNELS}::test_the_kernel_for_gpus_asks_for_attention[5]",),
+    ),
+    PlantedBug(
+        "padding has a result where a kernel attends",
+        "er_jax/kernels::_attend",
+        "jnp.where((positions >= 0)[..., None], out, jnp.zeros((), out.dtype))",
+        "out",
+        (f"{KERNELS}::test_the_kernel_for_gpus_asks_for_attention[5]",),
+    ),
+    PlantedBug(
+        "a kernel is used however far it is from XLA's form",
+        "er_jax::_difference",
+        "difference.max() > TOLERANCE",
+        "difference.max() > np.inf",
+        (f"{KERNELS}::test_a_kernel_that_is_wrong_is_not_used",),
     ),
     PlantedBug(
         "blocks of queries put together in another order",

@@ -193,6 +193,7 @@ def test_counts_that_are_not_whole(refused: Refused, name: str) -> None:
         ("min_p", float("nan"), ["min_p=nan", "0.0", "1.0", "off"]),
         ("accept", "all", ["accept='all'", "'coupled'", "'token'", "'block'"]),
         ("accept", None, ["accept=None", "'coupled'", "'token'", "'block'"]),
+        ("attention", "fast", ["attention='fast'", "'auto'", "'kernel'"]),
         (
             "logprobs",
             "log",

@@ -38,3 +38,41 @@ def test_a_round_by_hand() -> None:
     assert target.num_bytes["logits"] == LOGITS
     assert "sampling" not in target.num_bytes
     assert target.branches == 2 + 1 + 1
+
+
+SCORES = "%scores = f32[8,6,64]{2,1,0} dot(%b3, %b0)"
+QUERY, SCRATCH = B * 4 * 6 * 32 * 2, 4096
+
+
+def attending(call: str) -> traffic.Count:
+    """Count the verification of a window whose attention is a custom call."""
+    query = "  %queries = bf16[8,4,6,32]{3,2,1,0} broadcast(%b0)\n"
+    assert SCORES in WINDOW
+    return traffic.count_window(
+        WINDOW.replace("  " + SCORES, query + call), SIZES
+    ).target
+
+
+def test_a_kernel_reads_its_operands_once_and_writes_its_result() -> None:
+    """Of a TPU: the cache is read at its padded length, and no scores are written."""
+    found = attending(
+        "  %out.1 = bf16[8,4,6,32]{3,2,1,0} custom-call(%where, %queries, %b3, %b3), "
+        'custom_call_target="tpu_custom_call"'
+    ).num_bytes
+    plain = traffic.count_window(WINDOW, SIZES).target.num_bytes
+    assert "scores" not in found
+    assert found["cache"] == 2 * CACHE  # keys, and values that are the same here
+    # Queries are written, and read; the result is written; and the call's numbers.
+    assert found["other"] == plain["other"] - 4 + 3 * QUERY + 4 + B * 2 * 4
+
+
+def test_attention_of_cudnn_also_writes_its_workspace() -> None:
+    call = (
+        "  %out.1 = (bf16[8,4,6,32]{{3,1,2,0}}, u8[4096]{{0}}) "
+        "custom-call(%queries, %b3, %b3, %where), "
+        'custom_call_target="{}"'
+    )
+    found = attending(call.format("__cudnn$fmhaSoftmax")).num_bytes
+    other = attending(call.format("__cublas$gemm")).num_bytes
+    assert found["other"] == other["other"] + SCRATCH
+    assert found["cache"] == other["cache"] == 2 * CACHE

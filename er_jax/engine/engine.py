@@ -26,17 +26,23 @@ from tqdm import tqdm
 
 from er_jax import sampling, steps
 from er_jax.acceptance import AcceptRule
-from er_jax.devices import device_bytes
+from er_jax.devices import default_device, device_bytes
 from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.engine import first_use
 from er_jax.engine.programs import (
     CompiledProgram,
     ExecutableCache,
     abstract,
     signature,
 )
-from er_jax.engine.protocol import Agreement, Layout, OneProcess, TokenBuffers
+from er_jax.engine.protocol import (
+    Agreement,
+    Layout,
+    OneDevice,
+    OneProcess,
+    TokenBuffers,
+)
 from er_jax.engine.windows import (
-    ONE_DEVICE,
     run_admission,
     run_allocation,
     run_attach,
@@ -113,12 +119,24 @@ class Engine:
 
     Args:
       policy: the model. accept: the acceptance rule.
+      attention: which implementation its programs use, a `choice.AttentionChoice`.
+      layout: of its programs; None is that of the default device.
     """
 
-    def __init__(self, policy: Policy, accept: AcceptRule) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        accept: AcceptRule,
+        attention: str = "auto",
+        *,
+        layout: Layout | None = None,
+    ) -> None:
         self.policy = policy
         self.accept: AcceptRule = accept
-        self.layout: Layout = ONE_DEVICE
+        if layout is None:
+            name = first_use.implementation(attention, default_device())
+            layout = OneDevice(name)
+        self.layout = layout
         self.agreement: Agreement = OneProcess()
         self._executables = ExecutableCache()
         # Begins the names of programs, to tell engines apart that share executables.

@@ -27,14 +27,16 @@ _living: weakref.WeakValueDictionary[Hashable, Engine] = weakref.WeakValueDictio
 _lock = threading.Lock()
 
 
-def engine_for(policy: Policy, params: Params, accept: AcceptRule) -> Engine:
-    """Return the engine of a policy, parameter shapes and acceptance rule.
+def engine_for(
+    policy: Policy, params: Params, accept: AcceptRule, attention: str = "auto"
+) -> Engine:
+    """Return the engine of a policy, parameter shapes, acceptance rule and attention.
 
     It runs on the default device. Engines are kept (the least recently used is dropped
     first), so that calls of `rollout` share programs and the caller holds nothing.
     """
-    name = (policy, signature(params), accept, default_device())
-    return kept_engines({name: lambda: Engine(policy, accept)})[0]
+    name = (policy, signature(params), accept, attention, default_device())
+    return kept_engines({name: lambda: Engine(policy, accept, attention)})[0]
 
 
 def kept_engines(wanted: Mapping[Hashable, Callable[[], Kind]]) -> list[Kind]:

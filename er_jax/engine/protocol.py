@@ -9,13 +9,14 @@ how processes come to the same decisions; `OneDevice` and `OneProcess` are trivi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from er_jax.drafter import PolicyParams
+from er_jax.kernels import choice
 from er_jax.types import (
     Admission,
     DecodeState,
@@ -37,6 +38,10 @@ ROWS, SAME = "rows", "same"
 
 class Layout(Protocol):
     """How a program's arrays lie on devices; hashable, as a static argument."""
+
+    @property
+    def attention(self) -> str:
+        """The implementation of attention in its programs; see `kernels.choice`."""
 
     @property
     def name(self) -> str:
@@ -72,13 +77,22 @@ class Layout(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
-    """The layout of a single device: every method returns its argument."""
+    """The layout of a single device: methods return their argument.
 
-    name, num_shards = "one device", 1
+    attention: the implementation that programs are traced with.
+    """
+
+    attention: str = choice.XLA
+    num_shards: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        """One device; and how it attends, unless by XLA."""
+        return described("one device", self.attention)
 
     def over_rows(self, function: Any, in_marks: Any, out_marks: Any) -> Any:
-        """Return the function."""
-        return function
+        """Return the function, traced with this implementation of attention."""
+        return choice.traced_with(self.attention, function)
 
     def sum(self, x: jax.Array) -> jax.Array:
         """Return the array."""
@@ -99,6 +113,11 @@ class OneDevice:
     def replicate(self, tree: Any) -> Any:
         """Return the tree."""
         return tree
+
+
+def described(name: str, attention: str) -> str:
+    """Return the name of a layout with its implementation of attention."""
+    return name if attention == choice.XLA else f"{name}, kernel for {attention}"
 
 
 class Agreement(Protocol):

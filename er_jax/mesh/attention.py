@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from er_jax.attention import attend_whole
-from er_jax.mesh.rules import MODEL_AXIS
+from er_jax.attention import MERGED_QUERIES, attend_whole
+from er_jax.kernels import choice
+from er_jax.mesh.rules import AXES, DATA_AXIS, MODEL_AXIS
 from er_jax.types import Span
 
 
@@ -30,7 +31,11 @@ def attend_by_heads(
     It runs inside `MeshLayout.over_rows`, which has mapped the program over `data`.
     """
     parts = jax.sharding.get_abstract_mesh().shape[MODEL_AXIS]
-    if parts == 1:
+    # The compiler cannot partition a kernel: around it, all axes are mapped.
+    is_few = span is None and query.shape[1] <= MERGED_QUERIES
+    is_kernel = is_few and choice.used() != choice.XLA
+    mapped = {axis for axis in AXES if axis != DATA_AXIS} if is_kernel else {MODEL_AXIS}
+    if parts == 1 and not is_kernel:
         return attend_whole(query, keys, values, positions, span)
     heads, size = query.shape[2:]
     kv_heads = keys.shape[2] // size
@@ -48,7 +53,7 @@ def attend_by_heads(
         functools.partial(function, span=span),
         in_specs=(queries, entries, entries, replicated),
         out_specs=queries,
-        axis_names={MODEL_AXIS},
+        axis_names=mapped,
         check_vma=False,
     )(query, keys, values, positions)
 

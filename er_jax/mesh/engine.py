@@ -24,11 +24,13 @@ from er_jax import steps
 from er_jax.acceptance import AcceptRule
 from er_jax.devices import device_bytes
 from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.engine import first_use
 from er_jax.engine.engine import Engine
 from er_jax.engine.kept import kept_engines
 from er_jax.engine.programs import abstract
 from er_jax.engine.protocol import ROWS, SAME, TokenBuffers
 from er_jax.engine.windows import derive_draft
+from er_jax.kernels import choice
 from er_jax.mesh import moves
 from er_jax.mesh.layout import (
     MeshLayout,
@@ -80,6 +82,7 @@ class MeshEngine(Engine):
 
     Args:
       policy: the model. accept: the acceptance rule. mesh: from `layout.rollout_mesh`.
+      attention: which implementation its programs use, a `choice.AttentionChoice`.
       owner: None, or the engine that this one is the `for_shared_rows` of; it keeps the
         executables of both.
     """
@@ -89,13 +92,19 @@ class MeshEngine(Engine):
         policy: Policy,
         accept: AcceptRule,
         mesh: Mesh,
+        attention: str = "auto",
         *,
         owner: MeshEngine | None = None,
     ) -> None:
-        super().__init__(policy, accept)
+        agreement = Processes(mesh)
+        name = (
+            _implementation(attention, mesh, agreement)
+            if owner is None
+            else owner.layout.attention
+        )
+        super().__init__(policy, accept, layout=MeshLayout(mesh, name))
         self.mesh = mesh
-        self.layout = MeshLayout(mesh)
-        self.agreement = Processes(mesh)
+        self.agreement = agreement
         self._for_shared_rows: MeshEngine | None = None
         if owner is not None:
             self._executables, self._prefix = owner._executables, "shared rows: "
@@ -252,6 +261,25 @@ class MeshEngine(Engine):
         return jax.tree.map(lambda s: as_sharded(s, self.mesh), shardings)
 
 
+def _implementation(attention: str, mesh: Mesh, agreement: Processes) -> str:
+    """Return the implementation of attention for a mesh, the same in all processes."""
+    here = (d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    device = next(here)
+    if choice.on_platform(attention, choice.platform_of(device)) == choice.XLA:
+        return choice.XLA
+    name, failure = choice.XLA, None
+    try:
+        name = first_use.implementation(attention, device)
+    except ValueError as error:
+        failure = error
+    _, raised = agreement.sync_or_raise([0.0], failure)
+    if raised is not None:
+        raise raised
+    # A kernel that one process refuses, none may use: they run the same programs.
+    (refusals,) = agreement.sum(np.array([name == choice.XLA], np.int32))
+    return choice.XLA if refusals else name
+
+
 def mesh_signature(tree: Any, mesh: Mesh) -> Hashable:
     """Return a hashable description of arrays, shardings included."""
     leaves, structure = jax.tree.flatten(tree)
@@ -263,18 +291,23 @@ def mesh_engines_for(
     policy: Policy,
     accept: AcceptRule,
     params_and_meshes: Sequence[tuple[Params, Mesh]],
+    attention: str = "auto",
 ) -> list[MeshEngine]:
     """Return the engines of one call; they are kept and dropped together.
 
     Args:
-      policy, accept: as for `engine.kept.engine_for`.
+      policy, accept, attention: as for `engine.kept.engine_for`.
       params_and_meshes: policy parameters and mesh of each engine.
     """
     return kept_engines(
         {
-            (policy, mesh_signature(params, mesh), accept, mesh): functools.partial(
-                MeshEngine, policy, accept, mesh
-            )
+            (
+                policy,
+                mesh_signature(params, mesh),
+                accept,
+                attention,
+                mesh,
+            ): functools.partial(MeshEngine, policy, accept, mesh, attention)
             for params, mesh in params_and_meshes
         }
     )

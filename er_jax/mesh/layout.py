@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from er_jax import attention
 from er_jax.decoder import Decoder
 from er_jax.drafter import PolicyParams
-from er_jax.engine.protocol import ROWS
+from er_jax.engine.protocol import ROWS, described
+from er_jax.kernels import choice
 from er_jax.mesh.attention import attend_by_heads
 from er_jax.mesh.rules import (
     AXES,
@@ -215,15 +216,17 @@ def put_on_mesh(policy: Policy, params: Any, mesh: Mesh) -> Any:
 class MeshLayout:
     """How the arrays of a program lie on a mesh; see `engine.protocol.Layout`.
 
-    mesh: from `rollout_mesh`.
+    mesh: from `rollout_mesh`. attention: the implementation that programs are traced
+    with.
     """
 
     mesh: Mesh
+    attention: str = choice.XLA
 
     @property
     def name(self) -> str:
         """The number of devices along each axis, as text."""
-        return str(dict(self.mesh.shape))
+        return described(str(dict(self.mesh.shape)), self.attention)
 
     @property
     def num_shards(self) -> int:
@@ -241,7 +244,7 @@ class MeshLayout:
             return PartitionSpec(DATA_AXIS) if mark == ROWS else PartitionSpec()
 
         def run(*arguments: Any) -> Any:
-            with attention.replaced(attend_by_heads):
+            with attention.replaced(attend_by_heads), choice.using(self.attention):
                 return function(*arguments)
 
         return jax.shard_map(

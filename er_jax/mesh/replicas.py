@@ -258,6 +258,7 @@ def rollout_replicas(
             (_policy_params(params), whole_mesh),
             *((_policy_params(own_params[i]), part) for i, part in own.items()),
         ],
+        config.attention,
     )
     agreement = engine.agreement
     # The first collective may have a time limit, so it runs now, while all processes

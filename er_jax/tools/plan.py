@@ -26,7 +26,9 @@ from er_jax.costs.timing import neutral_sampling
 from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.devices import device_bytes
 from er_jax.drafter import DrafterConfig, PolicyParams, attach_draft
-from er_jax.engine.windows import ONE_DEVICE, run_window
+from er_jax.engine.protocol import OneDevice
+from er_jax.engine.windows import run_window
+from er_jax.kernels import choice
 from er_jax.mesh import layout, rules
 from er_jax.tools.hlo import collectives, weight_copies
 from er_jax.tools.needs import RESERVED_SHARE, Plan, ProgramCount
@@ -46,6 +48,7 @@ def plan(
     gammas: Sequence[int] = (0, GAMMA),
     drafter: DrafterConfig | None = None,
     accept: AcceptRule = "coupled",
+    attention: str = "auto",
     model_parallel: int | None = None,
     keep: float = PRIOR_KEEP,
 ) -> Plan:
@@ -56,6 +59,8 @@ def plan(
         max_length: cache positions of each row. gammas: programs to compile.
       drafter: how the draft is quantized, and the window that drafts see if it states
         one. accept: acceptance rule.
+      attention: a `choice.AttentionChoice`. A kernel is taken for right: it cannot be
+        run here.
       model_parallel: devices that share one copy of the weights; None is the fewest
         that hold parameters, draft and state.
       keep: chance that a draft is kept, for the speed-up.
@@ -72,6 +77,7 @@ def plan(
         raise ValueError(
             f"accept={accept!r} is unknown; use one of {', '.join(ACCEPT_RULES)}"
         )
+    attending = choice.on_platform(attention, target.kind)
     chips = len(target.devices)
     if model_parallel is not None:
         check_whole("model_parallel", model_parallel, 1, chips)
@@ -116,7 +122,11 @@ def plan(
             policy, used, state, *settings, gamma=gamma, accept=accept, truncated=False,
             rounds_per_test=1 if target.kind == "cpu" else 4,
             span=span if gamma else None,
-            layout=layout.MeshLayout(mesh) if chips > 1 else ONE_DEVICE,
+            layout=(
+                layout.MeshLayout(mesh, attending)
+                if chips > 1
+                else OneDevice(attending)
+            ),
         )  # fmt: skip
         sizes = Sizes(
             vocab_sizes=(config.vocab_size, vocab),

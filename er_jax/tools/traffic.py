@@ -6,14 +6,16 @@ buffer in on-chip memory (a TPU's S(1)) is free. An instruction that reads a sli
 writes into an existing buffer, moves the slice. A round is the body of the window's
 inner loop: the loop of drafts runs gamma times, the verification's loop once, the
 loops that mend rows with non-finite logits never; a conditional takes its cheapest
-branch.
+branch. A custom call, such as a kernel of attention, reads its operands once and writes
+its results; cuDNN's attention also writes its workspace.
 
 The minimum of a pass: its weights once (in a draft their codes and scales), the cache
 once at its padded length (in a draft that sees a span, the entries of the span), the
 new entries, the logits once.
 
-Left out: time, what caches between memory and cores save, and kernels that skip what
-is not live (they count as if they read all).
+Left out: time, what caches between memory and cores save, and what kernels skip because
+it is not live: they count as if they read entries at the cache's padded length, as the
+minimum does. `Count.bytes_at` scales both to a live length.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ SLICES = {"slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-star
 ELEMENTWISE = {"bitcast", "convert", "copy", "reshape", "transpose"}
 # Custom calls that do not touch memory.
 ALLOCATIONS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
+# What the custom calls of cuDNN's attention are named.
+ATTENTION = 'custom_call_target="__cudnn$fmha'
 # Numbers of a vocabulary's width that a pass writes once: the projection does.
 PROJECTION = re.compile(r"dot_general|convolution|custom_call")
 
@@ -382,8 +386,12 @@ class _Counter:
         if one.opcode in ("dynamic-update-slice", "scatter"):
             return [(one.buffers[0], self.buffers[one.operands[-1]][0].num_bytes, True)]
         if one.opcode == "custom-call":
-            # Scratch memory of a library's kernel is not a result.
-            results = [b for b in one.buffers if b.dtype not in ("s8", "u8")]
+            # Scratch memory of a library's kernel is not a result; but attention keeps
+            # parts of its sums there.
+            is_attention = ATTENTION in one.attributes
+            results = [
+                b for b in one.buffers if is_attention or b.dtype not in ("s8", "u8")
+            ]
             return [(b, b.num_bytes, False) for b in results or one.buffers[:1]]
         if one.opcode != "fusion":
             return [(b, b.num_bytes, False) for b in one.buffers]
