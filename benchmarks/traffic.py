@@ -31,6 +31,8 @@ DRAFTS = {
     "int8": DrafterConfig(),
     "int4": DrafterConfig(bits=4),
     "int4 g128": DrafterConfig(bits=4, group_size=128),
+    "int4, head 8": DrafterConfig(bits=4, head_bits=8),
+    "int4 g128, head 8": DrafterConfig(bits=4, head_bits=8, group_size=128),
 }
 SHAPES = ((1, 1024), (8, 2048), (32, 2048), (32, 8192), (64, 2048))
 # What names a case in the record.
@@ -44,7 +46,8 @@ class Args:
     Args:
       models: of `er_jax.tools.presets`. devices: one of each is compiled for.
       shapes: rows and positions of the cache. gammas: drafts of a round.
-      drafts: kinds of drafts: int8, int4, "int4 g128".
+      drafts: kinds of drafts: int8, int4, "int4 g128" in groups of 128, "int4, head 8"
+        and "int4 g128, head 8" with a vocabulary projection in 8 bits.
       layers: two numbers of layers that are compiled. whole: compile all layers.
       out: where to write.
     """

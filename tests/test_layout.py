@@ -29,11 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
-    *("arguments", "types", "figures", "devices", "sampling", "acceptance", "drafter"),
+    *("arguments", "types", "figures", "devices", "sampling", "acceptance"),
+    *("products", "drafter"),
     *("attention", "kv_cache", "decoder", "prefill", "steps"),
     *("config", "request", "stats"),
-    *("engine.protocol", "engine.programs", "engine.windows", "engine.engine"),
-    *("engine.kept", "engine"),
+    *("engine.protocol", "engine.programs", "engine.lowering", "engine.windows"),
+    *("engine.engine", "engine.kept", "engine"),
     *("costs.record", "costs.passes", "costs.roofline", "costs.table"),
     *("costs.timing", "costs.store", "costs"),
     *("control.protocol", "control.estimate", "control.rollouts", "control.accounts"),
