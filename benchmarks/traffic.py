@@ -33,6 +33,10 @@ DRAFTS = {
     "int8": DrafterConfig(window=None),
     "int4": DrafterConfig(bits=4, window=None),
     "int4 g128": DrafterConfig(bits=4, group_size=128, window=None),
+    "int4, head 8": DrafterConfig(bits=4, projection_bits=8, window=None),
+    "int4 g128, head 8": DrafterConfig(
+        bits=4, projection_bits=8, group_size=128, window=None
+    ),
     "int8, window": DrafterConfig(window=WINDOW, head=HEAD),
     "int4, window": DrafterConfig(bits=4, window=WINDOW, head=HEAD),
 }

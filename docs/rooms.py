@@ -22,7 +22,7 @@ NOTE = "Description"  # where the picture holds what is drawn, as text
 # Modules outside of packages that are one room.
 TOGETHER = {
     "words": ("types", "arguments", "devices", "figures"),
-    "the policy": ("decoder", "drafter", "kv_cache"),
+    "the policy": ("decoder", "drafter", "kv_cache", "products"),
     "a round": ("acceptance", "sampling", "steps"),
     "a request": ("config", "request", "stats"),
     "checks and result": ("checks", "result"),

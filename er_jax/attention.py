@@ -213,8 +213,10 @@ def _attend_few(
     wide = wide_dtype(query.dtype)
     q, seen = _scaled(query, kv_heads), visible(positions, length, span)
     # [.., K, 1, K, 1]: the query of head i meets only the part of head i in an entry.
-    own = jnp.eye(kv_heads, dtype=query.dtype)[None, None, :, None, :, None]
-    merged = (q[..., None, :] * own).reshape(
+    # Chosen, not multiplied by zero: a product that XLA tiles for a GPU may hold scales
+    # inside (`engine.lowering`), but fails with this one.
+    own = jnp.eye(kv_heads, dtype=jnp.bool_)[None, None, :, None, :, None]
+    merged = jnp.where(own, q[..., None, :], jnp.zeros((), q.dtype)).reshape(
         batch, num_queries * heads, kv_heads * size
     )
 

@@ -19,6 +19,11 @@ def default_device() -> jax.Device:
     return device or jax.local_devices()[0]
 
 
+def is_cuda(device: jax.Device) -> bool:
+    """Whether a device is an NVIDIA GPU; those of AMD have the same platform."""
+    return device.platform == "gpu" and "cuda" in device.client.platform_version
+
+
 def device_bytes(tree: Any) -> int:
     """Return the bytes of arrays, or of their shapes and shardings, on one device."""
 

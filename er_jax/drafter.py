@@ -2,14 +2,8 @@
 
 The draft is a pure function of the policy: a sibling pytree, never optimised and never
 saved. AQT's quantizer makes the codes (symmetric, absolute maximum, one scale per
-output channel or per group of input channels). The multiplication is this module's own,
-because the fast and small form differs by platform:
-
-* TPU, GPU: weight-only. Codes are cast to the activation type *inside* the fused dot
-  and the *output* is scaled, so no dequantized weight ever exists.
-* CPU: int8 x int8 -> int32 with one activation scale per token. With a weight-only dot
-  the compiler would cast the codes once, outside the decoding loop, and the loop would
-  read floats.
+output channel or per group of input channels). The multiplication is this project's own
+(`products`), because the fast and small form differs by platform.
 
 A stale or broken draft costs acceptance, never correctness.
 
@@ -23,24 +17,22 @@ with the quantized policy itself; the format here is another (see docs/design.md
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from aqt.jax.v2 import aqt_quantizer, aqt_tensor
 from flax import struct
-from jax import lax
 
+from er_jax import products
 from er_jax.arguments import MOST, is_whole
-from er_jax.types import Params, Span, wide_dtype
+from er_jax.types import Params, Span
 
 # The window of drafts that "auto" chooses from, beside all positions.
 AUTO_WINDOW = 512
 
-# On CPU, codes with at least this many entries are the left factor (`_integer_dot`):
-# 768 x 768 is faster that way, 256 x 704 slower.
-CODES_FIRST_SIZE = 2**19
+# A weight whose path contains this word is the vocabulary projection.
+PROJECTION = "lm_head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +41,8 @@ class DrafterConfig:
 
     Args:
       bits: 8 or 4, of every quantized weight.
+      projection_bits: 8 or 4, of the vocabulary projection: a `TiedEmbedding`, or a
+        weight whose path contains "lm_head". None is `bits`.
       group_size: input channels that share a scale; None is one scale per output
         channel. Must divide the input size of every quantized weight.
       act_bits: 8 quantizes activations per token, 16 leaves them alone, "auto" is 8 on
@@ -65,6 +59,7 @@ class DrafterConfig:
     """
 
     bits: int = 8
+    projection_bits: int | None = None
     group_size: int | None = None
     act_bits: int | Literal["auto"] = "auto"
     skip: tuple[str, ...] = ("embed", "norm")
@@ -74,6 +69,12 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (4, 8):
             raise ValueError(f"bits={self.bits!r} is not supported; use 8 or 4")
+        head = self.projection_bits
+        if head is not None and (type(head) is not int or head not in (4, 8)):
+            raise ValueError(
+                f"projection_bits={head!r} is not supported; use 8, 4 or None, which "
+                "is the value of bits"
+            )
         size = self.group_size
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(
@@ -118,16 +119,18 @@ class DrafterConfig:
 class QuantizedWeight:
     """An integer weight and its scales, in the place of the float weight.
 
-    tensor: AQT's container. Codes int8 or int4, `[out, in]`, or `[in/g, g, out]` with
-      groups of g; scales float32 `[out, 1]`, or `[in/g, 1, out]`. Leading axes, as of
+    tensor: AQT's container. Codes int8 or int4, `[out, in]`, or `[out, in/g, g]` with
+      groups of g; scales float32 `[out, 1]`, or `[out, in/g, 1]`. Leading axes, as of
       stacked layers, come before these.
     is_grouped: static; whether the layout is the grouped one.
     act_bits: static; see `DrafterConfig`.
+    scales_inside: static; see `with_scales_inside`.
     """
 
     tensor: aqt_tensor.QTensor
     is_grouped: bool = struct.field(pytree_node=False)
     act_bits: int | str = struct.field(pytree_node=False)
+    scales_inside: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def codes(self) -> jax.Array:
@@ -174,13 +177,19 @@ def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedWeight | TiedEmbedding)
 
 
-def _quantize_weight(weight: jax.Array, path: str, config: DrafterConfig) -> Any:
+def _quantize_weight(
+    weight: jax.Array, path: str, config: DrafterConfig, bits: int
+) -> Any:
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(
             f"parameter {path} has dtype {weight.dtype}; only floating-point weights "
             "can be quantized: name it in DrafterConfig.skip"
         )
-    axis = weight.ndim - 2
+    axis = weight.ndim - 1
+    # Output channels first: an integer product on CPU or GPU reads this layout as it
+    # is, and would copy `[in, out]` into it at every call; so would a GPU that unpacks
+    # int4, which wants to find neighbours of a sum in one byte.
+    weight = jnp.swapaxes(weight, axis - 1, axis)
     if config.group_size is not None:
         size = weight.shape[axis]
         if size % config.group_size:
@@ -189,15 +198,10 @@ def _quantize_weight(weight: jax.Array, path: str, config: DrafterConfig) -> Any
                 f"of {path}; use a divisor of it, or name {path} in DrafterConfig.skip"
             )
         groups = (size // config.group_size, config.group_size)
-        weight = weight.reshape(weight.shape[:axis] + groups + weight.shape[axis + 1 :])
-        axis += 1
-    else:
-        # Output channels first: an integer product on CPU or GPU reads this layout as
-        # it is, and would copy `[in, out]` into it at every call.
-        weight = jnp.swapaxes(weight, axis, axis + 1)
+        weight = weight.reshape(weight.shape[:axis] + groups)
         axis += 1
     quantizer = aqt_quantizer.quantizer_make(
-        config.bits, preserve_max_val=True, scale_dtype=jnp.float32
+        bits, preserve_max_val=True, scale_dtype=jnp.float32
     )
     # Quantized in float32: bfloat16 would round the scale, its inverse and the product
     # before the codes are rounded.
@@ -211,17 +215,21 @@ def _quantize_weight(weight: jax.Array, path: str, config: DrafterConfig) -> Any
 
 def _quantized_leaves(params: Params, config: DrafterConfig) -> Params:
     """Map every quantized leaf to its codes and every other leaf to None."""
+    projection_bits = config.projection_bits or config.bits
 
     def leaf(path: tuple[Any, ...], value: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if isinstance(value, TiedEmbedding):
             return TiedEmbedding(
                 table=None,  # type: ignore[arg-type]
-                projection=_quantize_weight(value.table.T, name, config),
+                projection=_quantize_weight(
+                    value.table.T, name, config, projection_bits
+                ),
             )
         if value.ndim < 2 or any(word in name for word in config.skip):
             return None
-        return _quantize_weight(value, name, config)
+        bits = projection_bits if PROJECTION in name else config.bits
+        return _quantize_weight(value, name, config, bits)
 
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_weight)
 
@@ -237,6 +245,29 @@ def draft_params(params: PolicyParams) -> Params:
         return draft
 
     return jax.tree.map(fill, params.policy, params.draft, is_leaf=is_weight)
+
+
+def with_scales_inside(params: PolicyParams) -> PolicyParams:
+    """Have a program for NVIDIA GPUs scale the groups of a draft inside its products.
+
+    Codes are then scaled one by one on their way into the product, in float32, and
+    rounded once to the type of the activations. That moves the codes and scales only,
+    where sums per group would be written to memory. But XLA does so only when told to
+    (`engine.lowering`); else it would write the whole scaled weight. Programs for other
+    devices are as before.
+    """
+
+    def inside(leaf: Any) -> Any:
+        if isinstance(leaf, TiedEmbedding):
+            return leaf.replace(  # type: ignore[attr-defined]
+                projection=inside(leaf.projection)
+            )
+        if isinstance(leaf, QuantizedWeight):
+            return leaf.replace(scales_inside=True)  # type: ignore[attr-defined]
+        return leaf
+
+    draft = jax.tree.map(inside, params.draft, is_leaf=is_weight)
+    return PolicyParams(policy=params.policy, draft=draft)
 
 
 def attach_draft(params: Params, config: DrafterConfig) -> PolicyParams:
@@ -295,7 +326,7 @@ def check_draft(params: PolicyParams) -> None:
         if isinstance(leaf, TiedEmbedding):
             return tuple(leaf.table.shape)
         if isinstance(leaf, QuantizedWeight) and leaf.is_grouped:
-            *stack, groups, size, out = leaf.codes.shape
+            *stack, out, groups, size = leaf.codes.shape
             return (*stack, groups * size, out)
         if isinstance(leaf, QuantizedWeight):
             *stack, out, size = leaf.codes.shape
@@ -332,100 +363,11 @@ def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
     if isinstance(w, TiedEmbedding):
         if w.projection is not None:
             return dot(x, w.projection, out_dtype=out_dtype)
-        return _float_dot(x, w.table, 1, out_dtype)
-    if isinstance(w, QuantizedWeight):
-        return _quantized_dot(x, w, out_dtype)
-    return _float_dot(x, w, 0, out_dtype)
-
-
-def _float_dot(x: jax.Array, w: jax.Array, axis: int, out_dtype: Any) -> jax.Array:
-    wide = wide_dtype(x.dtype)
-    dims = (((x.ndim - 1,), (axis,)), ((), ()))
-
-    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.dot_general(x, w, dims, preferred_element_type=wide)
-
-    if x.dtype == jnp.bfloat16:
-        product = lax.platform_dependent(x, w, cpu=_two_rows(plain), default=plain)
-    else:
-        product = plain(x, w)
-    return product.astype(out_dtype or x.dtype)
-
-
-def _two_rows(product: Any) -> Any:
-    """Have a product pad a single row to two.
-
-    XLA's CPU backend compiles a product with a single row of bfloat16 or int8 into an
-    untuned loop, ten to twenty-five times slower than with two rows.
-    """
-
-    def padded(x: jax.Array, *rest: Any) -> jax.Array:
-        if x.size != x.shape[-1]:
-            return product(x, *rest)
-        twice = jnp.concatenate([x, jnp.zeros_like(x)], axis=0)
-        return product(twice, *rest)[:1]
-
-    return padded
-
-
-def _quantized_dot(x: jax.Array, w: QuantizedWeight, out_dtype: Any) -> jax.Array:
-    codes_first = w.codes.size >= CODES_FIRST_SIZE
-    on_cpu = _two_rows(functools.partial(_integer_dot, codes_first=codes_first))
-    if w.act_bits == 8:
-        product = lax.platform_dependent(x, w, cpu=on_cpu, default=_integer_dot)
-    elif w.act_bits == 16:
-        product = _weight_only_dot(x, w)
-    else:
-        product = lax.platform_dependent(x, w, cpu=on_cpu, default=_weight_only_dot)
-    return product.astype(out_dtype or x.dtype)
-
-
-def _weight_only_dot(x: jax.Array, w: QuantizedWeight) -> jax.Array:
-    wide = wide_dtype(x.dtype)
-    codes, scale = w.codes.astype(x.dtype), w.scale.astype(wide)
-    if not w.is_grouped:
-        dims = (((x.ndim - 1,), (1,)), ((), ()))
-        return lax.dot_general(x, codes, dims, preferred_element_type=wide) * (
-            scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        product = products.of_floats(x, w.table, 1)
+    elif isinstance(w, QuantizedWeight):
+        product = products.of_codes(
+            x, w.codes, w.scale, act_bits=w.act_bits, scales_inside=w.scales_inside
         )
-    return _sum_groups(x, codes, scale, wide)
-
-
-def _integer_dot(
-    x: jax.Array, w: QuantizedWeight, *, codes_first: bool = False
-) -> jax.Array:
-    """Multiply in int8 x int8 -> int32 with one activation scale per token.
-
-    codes_first: make the codes the left factor. XLA's CPU backend repacks the right
-    factor at every call, which is dear for large codes. The barrier keeps the compiler
-    from moving the transposition back into the product.
-    """
-    wide = wide_dtype(x.dtype)
-    x32 = x.astype(jnp.float32)
-    peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
-    step = jnp.where(peak == 0, jnp.ones((), jnp.float32), peak) / 127.0
-    x8 = jnp.round(x32 / step).astype(jnp.int8)
-    # int4 codes are widened first: a mixed product would become int32 x int32.
-    codes, scale = w.codes.astype(jnp.int8), w.scale.astype(wide)
-    if not w.is_grouped:
-        if codes_first:
-            dims = (((1,), (x.ndim - 1,)), ((), ()))
-            total = lax.dot_general(codes, x8, dims, preferred_element_type=jnp.int32)
-            total = jnp.moveaxis(lax.optimization_barrier(total), 0, -1)
-        else:
-            dims = (((x.ndim - 1,), (1,)), ((), ()))
-            total = lax.dot_general(x8, codes, dims, preferred_element_type=jnp.int32)
-        total = total.astype(wide) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
     else:
-        total = _sum_groups(x8, codes, scale, wide)
-    return total * step.astype(wide)
-
-
-def _sum_groups(x: jax.Array, codes: jax.Array, scale: jax.Array, wide: Any) -> Any:
-    """Multiply `[..., in] x [in/g, g, out]` group by group; sum the scaled products."""
-    grouped = x.reshape(x.shape[:-1] + codes.shape[:2])
-    dims = (((grouped.ndim - 1,), (1,)), ((grouped.ndim - 2,), (0,)))
-    accumulate = jnp.int32 if codes.dtype == jnp.int8 else wide
-    partial = lax.dot_general(grouped, codes, dims, preferred_element_type=accumulate)
-    shape = (scale.shape[0],) + (1,) * (x.ndim - 1) + (scale.shape[-1],)
-    return jnp.sum(partial.astype(wide) * scale.reshape(shape), axis=0)
+        product = products.of_floats(x, w, 0)
+    return product.astype(out_dtype or x.dtype)

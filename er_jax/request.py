@@ -86,7 +86,10 @@ def request_of(
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
         chunk=min(max(chunk_tokens // bucket, 1), 16),
-        spans=config.drafter.spans,
+        # Only "best" chooses what drafts see.
+        spans=(None,)
+        if None in config.drafter.spans and config.control != "best"
+        else config.drafter.spans,
     )
 
 

@@ -219,8 +219,6 @@ def _worth_compiling(
         for gamma in controller.gammas
         for span in request.spans_at(cache_length, gamma)
     ]
-    if controller.control != "best":
-        programs = [p for p in programs if not p.window] or programs
     speeds = {program: controller.speed(program) or 0.0 for program in programs}
     if any(speeds.values()):
         return [max(programs, key=speeds.__getitem__)]

@@ -841,6 +841,50 @@ BUGS: tuple[PlantedBug, ...] = (
         '""',
         ("tests/test_calibrate.py::test_caches_of_another_kind_are_told_apart",),
     ),
+    # -- the draft's products
+    PlantedBug(
+        "a group multiplied with the scales of another",
+        "er_jax::_add_groups",
+        "scale[:, group]",
+        "scale[:, 0]",
+        (
+            "tests/test_drafter.py::test_dot_of_a_quantized_weight[w8g8aauto-auto-shape1]",
+        ),
+    ),
+    PlantedBug(
+        "products for NVIDIA left to XLA to merge",
+        "er_jax::_alone",
+        "lax.optimization_barrier((x, codes))",
+        "(x, codes)",
+        ("tests/test_drafter.py::test_products_for_nvidia_are_kept_apart[4]",),
+    ),
+    PlantedBug(
+        "scaled weights in memory where an option is refused",
+        "er_jax::Lowering.compile",
+        "self.lower(scales_inside=False)",
+        "self.lower(scales_inside=True)",
+        ("tests/test_lowering.py::test_what_fails_with_options_is_compiled_without",),
+    ),
+    PlantedBug(
+        "sums split among blocks of a GPU, and scales inside all the same",
+        "er_jax::Lowering.compile",
+        "WHOLE_SUMS | (SCALES_INSIDE if in_groups else {})",
+        "SCALES_INSIDE if in_groups else WHOLE_SUMS",
+        (
+            "tests/test_lowering.py::"
+            "test_only_nvidia_has_options_and_only_groups_are_scaled_inside[8]",
+        ),
+    ),
+    PlantedBug(
+        "a vocabulary projection in the bits of the rest",
+        "er_jax::_quantized_leaves",
+        "projection_bits if PROJECTION in name else config.bits",
+        "config.bits",
+        (
+            "tests/test_drafter.py::"
+            "test_the_vocabulary_projection_has_bits_of_its_own[None]",
+        ),
+    ),
 )
 
 

@@ -26,7 +26,7 @@ import pytest
 import er_jax
 from benchmarks.lib import rooflines
 from docs import rooms
-from er_jax import config, drafter
+from er_jax import config, products
 from er_jax.control import accounts, controller, estimate, paper, probes, rollouts
 from er_jax.control.explain import explain
 from er_jax.control.protocol import ControllerProtocol
@@ -536,7 +536,7 @@ NUMBERS: list[tuple[str, str, float, float]] = [
     ("design.md", "Until a program has run 50 positions", 50, table.TRUSTED_POSITIONS),
     ("design.md", "up to a fifth lower", 1 / 5, table.UNCERTAINTY_DISCOUNT),
     ("design.md", "moves by three hundredths", 0.03, table.STALE),
-    ("design.md", "half a million entries or more", 2**19, drafter.CODES_FIRST_SIZE),
+    ("design.md", "half a million entries or more", 2**19, products.CODES_FIRST_SIZE),
     ("design.md", "ladder 5, 7, 9, 11", 11, config.PAPER_LADDER[-1]),
     ("design.md", ">= 1.05, one way", 1.05, paper.PAPER_SPEED_UP),
     ("system-aware.md", "another gamma at the same shape costs nothing and must "

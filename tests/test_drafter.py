@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import er_jax
-from er_jax import drafter
+from er_jax import drafter, products
 from er_jax.drafter import DrafterConfig, PolicyParams, QuantizedWeight, TiedEmbedding
 from er_jax.engine import windows
 
@@ -45,15 +45,13 @@ def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
 def reference_codes(
     weight: jax.Array, bits: int, group: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Round to nearest: codes `[out, in]` or `[in/g, g, out]`, and their scales."""
+    """Round to nearest: codes `[out, in]` or `[out, in/g, g]`, and their scales."""
     num_in, num_out = weight.shape
-    weight = weight.astype(jnp.float32)
-    if group is None:
-        weight, axis = weight.T, 1
-    else:
-        weight, axis = weight.reshape(num_in // group, group, num_out), 1
+    weight = weight.astype(jnp.float32).T
+    if group is not None:
+        weight = weight.reshape(num_out, num_in // group, group)
     largest = jnp.float32(2 ** (bits - 1) - 1)
-    peak = jnp.max(jnp.abs(weight), axis=axis, keepdims=True)
+    peak = jnp.max(jnp.abs(weight), axis=-1, keepdims=True)
     scale = jnp.where(peak == 0, jnp.float32(1), peak) / largest
     codes = jnp.round(weight * (jnp.float32(1) / scale))
     return codes, scale
@@ -62,7 +60,7 @@ def reference_codes(
 def dense(weight: QuantizedWeight) -> np.ndarray:
     """Return the float64 matrix `[in, out]` that a quantized weight stands for."""
     whole = np.asarray(weight.codes, np.float64) * np.asarray(weight.scale, np.float64)
-    return whole.T if whole.ndim == 2 else whole.reshape(-1, whole.shape[-1])
+    return whole.reshape(len(whole), -1).T
 
 
 def small_decoder(**changes: Any) -> er_jax.Decoder:
@@ -97,7 +95,7 @@ def test_codes_are_round_to_nearest_bit_for_bit(
         np.testing.assert_array_equal(np.asarray(made.codes, np.float32), codes)
         np.testing.assert_array_equal(made.scale, scale)
     # The largest weight of a channel is a code of its own: the whole range is used.
-    peak = np.abs(np.asarray(eager.codes, np.int32)).max(axis=1)
+    peak = np.abs(np.asarray(eager.codes, np.int32)).max(axis=-1)
     assert set(np.unique(peak)) == {0, 2 ** (config.bits - 1) - 1}
 
 
@@ -134,6 +132,23 @@ def test_what_is_quantized_and_what_is_not() -> None:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in expected:
             assert names[name] is leaf
+
+
+@pytest.mark.parametrize("group", [None, 8])
+def test_the_vocabulary_projection_has_bits_of_its_own(group: int | None) -> None:
+    for bits, projection_bits in ((4, 8), (8, 4), (4, None)):
+        config = DrafterConfig(
+            bits=bits, projection_bits=projection_bits, group_size=group
+        )
+        for tied in (False, True):
+            policy = small_decoder(tied_embeddings=tied)
+            draft = er_jax.quantize(policy.init(jax.random.key(0)), config)
+            head = draft["embed"].projection if tied else draft["lm_head"]
+            assert head.codes.dtype == f"int{projection_bits or bits}"
+            assert head.is_grouped == (group is not None)
+            for name, leaf in draft["layers"][0].items():
+                if isinstance(leaf, QuantizedWeight):
+                    assert leaf.codes.dtype == f"int{bits}", name
 
 
 def test_skip_names_decide() -> None:
@@ -196,6 +211,8 @@ def test_integer_weight() -> None:
     [
         ("bits", 2, "8 or 4"),
         ("bits", "8", "8 or 4"),
+        ("projection_bits", 16, "8, 4 or None"),
+        ("projection_bits", True, "8, 4 or None"),
         ("group_size", 0, "None"),
         ("act_bits", 4, "8, 16 or 'auto'"),
         ("act_bits", None, "8, 16 or 'auto'"),
@@ -281,7 +298,7 @@ def test_codes_may_be_either_factor(
     x = normal(*shape, seed=1)
     out, programs = [], []
     for size in (32 * 24, 32 * 24 + 1):
-        monkeypatch.setattr(drafter, "CODES_FIRST_SIZE", size)
+        monkeypatch.setattr(products, "CODES_FIRST_SIZE", size)
         # A new function each time, or the first trace would be used again.
         traced = jax.jit(lambda x, w: er_jax.dot(x, w)).trace(x, weight)
         programs.append(str(traced.jaxpr))
@@ -379,7 +396,7 @@ def test_one_row_equals_the_same_row_among_others(config: DrafterConfig) -> None
 
 def test_operand_types_by_platform() -> None:
     x = normal(4, 32).astype(jnp.bfloat16)
-    for group, shapes in ((None, ("4x32", "24x32")), (8, ("4x4x8", "4x8x24"))):
+    for group, shapes in ((None, ("4x32", "24x32")), (8, ("4x4x8", "24x4x8"))):
         for bits in (8, 4):
             made = {
                 act: quantize(
@@ -398,9 +415,66 @@ def test_operand_types_by_platform() -> None:
                 ("tpu", 8, integer, "i32"),
                 ("cpu", 16, by_cast, "f32"),
             ):
-                (found,) = dots_in(x, made[act], platform)
+                dots = dots_in(x, made[act], platform)
+                if group is not None and operands == integer and platform == "cpu":
+                    # A product of every group: of all at once, codes are transposed.
+                    assert dots == 4 * ["4x8xi8 24x8xi8 4x24xi32"]
+                    continue
+                (found,) = dots
                 assert found.startswith(operands), (platform, act, bits)
                 assert found.endswith(result), (platform, act, bits)
+
+
+def scaled_inside(weight: QuantizedWeight) -> QuantizedWeight:
+    params = PolicyParams(policy=None, draft={"w": weight})
+    return drafter.with_scales_inside(params).draft["w"]
+
+
+def test_scales_inside_are_for_groups_and_nvidia_only() -> None:
+    x = normal(4, 32).astype(jnp.bfloat16)
+    cases: list[tuple[int | None, int, Any]]
+    cases = [(8, 4, "auto"), (8, 8, 16), (None, 4, "auto"), (8, 4, 8)]
+    for group, bits, act in cases:
+        config = DrafterConfig(bits=bits, group_size=group, act_bits=act)
+        weight = quantize({"w": normal(32, 24)}, config)["w"]
+        inside = scaled_inside(weight)
+        for platform in ("cpu", "tpu", "cuda"):
+            plain, found = (dots_in(x, w, platform) for w in (weight, inside))
+            if platform == "cuda" and group is not None and act != 8:
+                assert found == ["4x32xf32 24x32xf32 4x24xf32"]
+            else:
+                assert found == plain
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_scales_inside_change_the_rounding_only(x64: None, dtype: str) -> None:
+    """The form for NVIDIA GPUs, run here; bfloat16 rounds each scaled code once."""
+    config = DrafterConfig(bits=4, group_size=8)
+    weight = quantize({"w": normal(64, 24, seed=2).astype(dtype)}, config)["w"]
+    x = normal(2, 3, 64, seed=1).astype(dtype)
+    exact = np.asarray(x, np.float64) @ dense(weight)
+    for inside in (False, True):
+        out = products._alone(x, weight.codes, weight.scale, scales_inside=inside)
+        assert out.shape == exact.shape
+        assert out.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+        # A rounded factor is off by 2^-9 of itself, in either direction.
+        size = np.abs(np.asarray(x, np.float64)) @ np.abs(dense(weight))
+        error = 2.0**-9 if inside and dtype == "bfloat16" else 1e-6
+        assert (np.abs(np.asarray(out, np.float64) - exact) <= error * size).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_for_nvidia_are_kept_apart(bits: int) -> None:
+    """XLA would unpack int4 codes, or scale codes, in memory to merge products."""
+    x = normal(4, 32).astype(jnp.bfloat16)
+    for group in (None, 8):
+        config = DrafterConfig(bits=bits, group_size=group)
+        weight = quantize({"w": normal(32, 24)}, config)["w"]
+        for platform in ("tpu", "cuda"):
+            traced = jax.jit(er_jax.dot).trace(x, weight)
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            is_apart = platform == "cuda" and (bits == 4 or group is not None)
+            assert text.count("optimization_barrier") == is_apart
 
 
 # Transformations, buffers, shardings.

@@ -29,11 +29,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
-    *("arguments", "types", "figures", "devices", "sampling", "acceptance", "drafter"),
+    *("arguments", "types", "figures", "devices", "sampling", "acceptance"),
+    *("products", "drafter"),
     *("kernels.tpu", "kernels.cuda", "kernels.choice", "kernels"),
     *("attention", "kv_cache", "decoder", "prefill", "steps"),
     *("config", "request", "stats"),
-    *("engine.protocol", "engine.programs", "engine.windows", "engine.first_use"),
+    *("engine.protocol", "engine.programs", "engine.lowering", "engine.windows"),
+    *("engine.first_use",),
     *("engine.engine", "engine.kept", "engine"),
     *("costs.record", "costs.passes", "costs.roofline", "costs.table"),
     *("costs.timing", "costs.store", "costs"),

@@ -437,7 +437,7 @@ def test_a_draft_lies_as_its_policy() -> None:
     sharded = layout.put_on_mesh(POLICY, parameters(), mesh)
     params = engine.attach_draft(sharded, er_jax.DrafterConfig(bits=4, group_size=16))
     codes = params.draft["layers"][0]["down_proj"].codes
-    assert codes.sharding.spec == PartitionSpec("model", None, "fsdp")
+    assert codes.sharding.spec == PartitionSpec("fsdp", "model", None)
     params = engine.attach_draft(sharded, er_jax.DrafterConfig())
     codes = params.draft["layers"][0]["down_proj"].codes
     assert codes.sharding.spec == PartitionSpec("fsdp", "model")

@@ -113,8 +113,8 @@ def test_a_draft_lies_as_its_policy(group: int | None, tied: bool) -> None:
         assert q.scale.spec == PartitionSpec("model", None)
         assert down.codes.spec == PartitionSpec("fsdp", "model")
     else:
-        assert q.codes.spec == PartitionSpec("fsdp", None, "model")
-        assert q.scale.spec == PartitionSpec("fsdp", None, "model")
+        assert q.codes.spec == PartitionSpec("model", "fsdp", None)
+        assert q.scale.spec == PartitionSpec("model", "fsdp", None)
     head = found["embed"].projection if tied else found["lm_head"]
     if group is None:
         assert head.codes.spec == PartitionSpec("model", "fsdp")

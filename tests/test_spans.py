@@ -290,9 +290,11 @@ def test_wrong_windows_are_refused(changes: dict[str, Any], message: str) -> Non
 # -- requests and choices
 
 
-def request(length: int, **drafter: Any) -> Request:
+def request(length: int, control: str = "best", **drafter: Any) -> Request:
     config = er_jax.RolloutConfig(
-        max_new_tokens=length, drafter=er_jax.DrafterConfig(**drafter)
+        max_new_tokens=length,
+        control=control,
+        drafter=er_jax.DrafterConfig(**drafter),
     )
     return request_of([np.ones(3, np.int32)], np.arange(1), config)
 
@@ -327,15 +329,11 @@ def test_the_controller_takes_the_faster_kind() -> None:
 
 
 def test_other_controls_see_all_unless_told() -> None:
-    for control in ("fixed:4", "paper"):
-        controller = Controller(control, (0, 4))
-        gamma = max(controller.gammas) if control == "fixed:4" else 5
-        options = [p._replace(gamma=gamma) for p in (SPANNED, WHOLE)]
-        controller.table.seconds = {p: 0.01 for p in options}
-        if control == "paper":
-            continue
-        assert controller.choose(options, None, compile_s=FREE) == options[1]
-        assert controller.choose(options[:1], None, compile_s=FREE) == options[0]
+    for control in ("fixed:4", "paper", "ar"):
+        assert request(4096, control=control).spans == (None,)
+        stated = request(4096, control=control, window=100)
+        assert stated.spans == (Span(64, 100),)
+    assert request(4096).spans == (None, Span(64, 512))
 
 
 def test_what_was_learnt_of_spans_is_saved() -> None:

@@ -194,9 +194,6 @@ class Controller:
         length: float,
     ) -> Program:
         own = self._rollouts.current
-        if self.control != "best":
-            # These draw nothing from a choice of what drafts see.
-            options = [p for p in options if not p.window] or options
         if self._rule is not None:
             gamma = self._rule.choose(live, length)
             options = [p for p in options if p.gamma == gamma] or options

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from er_jax import sampling, steps
 from er_jax.acceptance import AcceptRule
-from er_jax.devices import default_device, device_bytes
+from er_jax.devices import default_device, device_bytes, is_cuda
 from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine import first_use
+from er_jax.engine.lowering import Lowering
 from er_jax.engine.programs import (
     CompiledProgram,
     ExecutableCache,
@@ -170,6 +171,11 @@ class Engine:
         """Bytes of one position of one row: cache entry, token, log-probability."""
         state = jax.eval_shape(lambda: steps.empty_state(self.policy, 1, 1))
         return device_bytes((state.cache, state.tokens, state.logprobs))
+
+    @property
+    def _device(self) -> jax.Device:
+        """A device of the programs."""
+        return default_device()
 
     def signature(self, tree: Any) -> Hashable:
         """Return a hashable description of arrays: structure, shapes, dtypes."""
@@ -343,17 +349,22 @@ class Engine:
         return self._program(
             self._window_name(program, draft_kind, settings),
             run_window,
-            lambda f: f.lower(
-                self.policy,
-                self._abstract_params(params),
-                self._abstract_state(state),
-                *self._abstract_same((settings, *limits)),
-                gamma=gamma,
-                accept=self.accept,
-                truncated=sampling.is_truncated(settings),
-                span=span,
-                rounds_per_test=self.rounds_per_test,
-                layout=self.layout,
+            lambda f: Lowering(
+                functools.partial(
+                    f.lower,
+                    self.policy,
+                    self._abstract_params(params),
+                    self._abstract_state(state),
+                    *self._abstract_same((settings, *limits)),
+                    gamma=gamma,
+                    accept=self.accept,
+                    truncated=sampling.is_truncated(settings),
+                    span=span,
+                    rounds_per_test=self.rounds_per_test,
+                    layout=self.layout,
+                ),
+                params.draft,
+                is_cuda(self._device),
             ),
         )
 

@@ -47,6 +47,7 @@ Carry: TypeAlias = tuple[DecodeState, jax.Array, jax.Array]
         "span",
         "rounds_per_test",
         "layout",
+        "scales_inside",
     ),
     donate_argnames=("state",),
 )
@@ -64,6 +65,7 @@ def run_window(
     truncated: bool = True,
     span: Span | None = None,
     layout: Layout = ONE_DEVICE,
+    scales_inside: bool = False,
 ) -> tuple[DecodeState, WindowInfo, TokenBuffers]:
     """Run rounds until at most `exit_live` rows are live, `max_rounds` at most.
 
@@ -76,11 +78,15 @@ def run_window(
         back (on a mesh, a sum over devices); up to `rounds_per_test - 1` rounds run
         idle at the end.
       layout: static; how the arrays lie on devices.
+      scales_inside: static; whether the program is compiled with the options of
+        `lowering` for `drafter.with_scales_inside`.
     Returns:
       The state; the window's info; copies of the state's tokens and log-probabilities,
       from which rows that ended can be fetched while the next window runs.
     Effects: donates `state`.
     """
+    if scales_inside:
+        params = drafter.with_scales_inside(params)
     window = functools.partial(
         _window,
         policy,

@@ -136,6 +136,10 @@ class MeshEngine(Engine):
         """Return a hashable description of arrays, shardings included."""
         return mesh_signature(tree, self.mesh)
 
+    @property
+    def _device(self) -> jax.Device:
+        return self.mesh.devices.flat[0]
+
     def _sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 

@@ -128,8 +128,8 @@ def draft_shardings(draft: Params, params: Params) -> Params:
 
     def quantized(weight: QuantizedWeight, sharding: NamedSharding) -> Any:
         ins, outs = (*sharding.spec, None, None)[:2]
-        codes = (ins, None, outs) if weight.is_grouped else (outs, ins)
-        scale = (ins, None, outs) if weight.is_grouped else (outs, None)
+        codes = (outs, ins, None) if weight.is_grouped else (outs, ins)
+        scale = (outs, ins, None) if weight.is_grouped else (outs, None)
 
         def leaf(x: Any) -> NamedSharding:
             spec = codes if x.shape == weight.codes.shape else scale

@@ -10,6 +10,7 @@ TPUs need the extra `tpu-plan`, NVIDIA GPUs `cuda-plan`.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from er_jax.costs.timing import neutral_sampling
 from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.devices import device_bytes
 from er_jax.drafter import DrafterConfig, PolicyParams, attach_draft
+from er_jax.engine.lowering import Lowering
 from er_jax.engine.protocol import OneDevice
 from er_jax.engine.windows import run_window
 from er_jax.kernels import choice
@@ -118,7 +120,8 @@ def plan(
     programs = []
     for gamma in dict.fromkeys(gammas):
         used = params if gamma else PolicyParams(policy=params.policy, draft=None)
-        lowered = run_window.lower(
+        lower = functools.partial(
+            run_window.lower,
             policy, used, state, *settings, gamma=gamma, accept=accept, truncated=False,
             rounds_per_test=1 if target.kind == "cpu" else 4,
             span=span if gamma else None,
@@ -128,6 +131,7 @@ def plan(
                 else OneDevice(attending)
             ),
         )  # fmt: skip
+        lowering = Lowering(lower, used.draft, is_cuda=target.kind == "cuda")
         sizes = Sizes(
             vocab_sizes=(config.vocab_size, vocab),
             cache_length=max_length,
@@ -143,7 +147,7 @@ def plan(
         )
         program = Program(slots, max_length, gamma).seeing(span if gamma else None)
         arguments = device_bytes((used, state))
-        programs.append(_counted(program, lowered, arguments, weights, sizes))
+        programs.append(_counted(program, lowering, arguments, weights, sizes))
     return Plan(
         config=config,
         target=target,
@@ -163,7 +167,7 @@ def plan(
 
 def _counted(
     program: Program,
-    lowered: Any,
+    lowering: Lowering,
     arguments: int,
     weights: set[tuple[int, ...]],
     sizes: Sizes,
@@ -171,12 +175,12 @@ def _counted(
     """Compile a window and read what came out.
 
     Args:
-      arguments: bytes of its arguments by their shapes. weights: shapes of the weights.
-      sizes: what its passes must move.
+      lowering: of the window. arguments: bytes of its arguments by their shapes.
+      weights: shapes of the weights. sizes: what its passes must move.
     """
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowering.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
