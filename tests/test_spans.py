@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,17 @@ import pytest
 import er_jax
 from er_jax import attention, kv_cache, steps
 from er_jax.control.controller import Controller
+from er_jax.costs.passes import Kind, PassCosts, Reading
+from er_jax.costs.table import LatencyTable
 from er_jax.engine import windows
 from er_jax.request import Request, request_of
+from er_jax.tools import cli
+from er_jax.tools.deciders import SpanCosts
 from er_jax.types import NONE, DecodeState, Program, Ring, Span
 from tests.learned import Learned
 from tests.small import SIZES, small_policy
 from tests.test_control import FREE, made
+from tests.test_pass_costs import ROOFLINE
 from tests.toy import Toy, settings
 
 GAMMA = 3
@@ -376,8 +382,6 @@ def test_a_span_is_predicted_from_what_a_step_saves(how: str) -> None:
         table.seconds[program] = round_s(length, length)
         table.seconds[program._replace(gamma=0)] = step_s(length)
     if how == "passes":
-        from er_jax.costs.passes import PassCosts
-
         table.passes = PassCosts(table.readings())
         table.seconds = {}
     wanted = round_s(4096, ring)
@@ -483,3 +487,43 @@ def test_a_state_between_windows_has_no_rings() -> None:
     ended: DecodeState = steps.end_window(begun)
     assert ended.draft_cache is None
     assert len(jax.tree.leaves(ended)) == len(jax.tree.leaves(state))
+
+
+def test_a_replay_prices_drafts_by_what_they_see(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A long cache costs drafts nothing more; short ones are seen as a whole."""
+    costs = SpanCosts(ROOFLINE, Span(64, 512))
+    for length in (256, 4096):
+        program = Program(8, length, 4)
+        seen = program.seeing(Span(64, 512)) if length > 576 else program
+        assert costs.round_seconds(program) == ROOFLINE.round_seconds(seen)
+    short, long_ = (costs.round_seconds(Program(8, n, 4)) for n in (4096, 8192))
+    verify = [ROOFLINE.pass_seconds("verify", 8, n, 4) for n in (4096, 8192)]
+    assert long_ - short == pytest.approx(verify[1] - verify[0])
+    table = LatencyTable(
+        passes=PassCosts(
+            [
+                Reading(cast(Kind, kind), rows, length, gamma, seconds)
+                for rows, length in itertools.product((1, 8, 32), (512, 8192))
+                for kind, gamma, seconds in (
+                    ("target", 0, ROOFLINE.pass_seconds("target", rows, length)),
+                    ("draft", 4, ROOFLINE.pass_seconds("draft", rows, length, 4)),
+                    ("verify", 4, ROOFLINE.pass_seconds("verify", rows, length, 4)),
+                )
+            ]
+        )
+    )
+    path = tmp_path / "costs.json"
+    table.save(path, {})
+    saved = {}
+    for window in ([], ["--window", "512"]):
+        cli.main(
+            ["replay", str(path), "--trace", "capped", "--num", "32", "--seeds", "2",
+             "--controls", "best", "--keep", "0.9", *window]
+        )  # fmt: skip
+        text = capsys.readouterr().out
+        (line,) = [one for one in text.splitlines() if one.startswith("best")]
+        saved[bool(window)] = float(line.split()[3])
+    assert "drafts see 64 + 512" in text
+    assert saved[True] > saved[False] + 1

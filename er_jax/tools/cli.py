@@ -38,6 +38,7 @@ from er_jax.result import Completion, RolloutError
 from er_jax.rollout import rollout
 from er_jax.tools import plan, presets, replay, sweep, traces
 from er_jax.tools.calibrate import Calibrate
+from er_jax.tools.deciders import RoundCosts, SpanCosts
 from er_jax.tools.outputs import check_output, with_directory
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -86,6 +87,8 @@ class Replay:
       cap: limit of a generated completion, in tokens.
       slots: rows decoded at once; all if not given.
       keep: chance that a draft is kept.
+      window, head: positions that drafts see, the last and the first ones; all if no
+        window is given. The published rule decides as if they saw all.
       controls: any of fixed:N, paper, best, oracle; ar is always there.
       gammas: draft lengths that best and oracle may choose from.
       seeds: number of generated traces, or of replays of a file with other draws of
@@ -99,6 +102,8 @@ class Replay:
     cap: int = 8192
     slots: int | None = None
     keep: float = 0.95
+    window: int | None = None
+    head: int = 64
     controls: tuple[str, ...] = ("paper", "best", "oracle")
     gammas: tuple[int, ...] = tuple(range(13))
     seeds: int = 20
@@ -117,7 +122,11 @@ class Replay:
                 f"trace={self.trace} is neither a file nor one of "
                 f"{', '.join(traces.TRACES)}"
             )
+        drafter = DrafterConfig(window=self.window, head=self.head)
         measured = replay.read_costs(self.costs)
+        costs: RoundCosts = PassCosts(measured)
+        for span in drafter.spans:
+            costs = costs if span is None else SpanCosts(costs, span)
         if isinstance(self.trace, Path):
             found = [traces.Trace.load(self.trace)] * self.seeds
         else:
@@ -125,7 +134,7 @@ class Replay:
             found = [make(self.num, cap=self.cap, seed=i) for i in range(self.seeds)]
         comparison = replay.compare(
             found,
-            PassCosts(measured),
+            costs,
             Roofline.fit(measured),
             self.controls,
             gammas=self.gammas,
@@ -137,6 +146,7 @@ class Replay:
             f"{self.trace}: {len(found)} rollouts of {len(found[0].lengths)} "
             f"completions, mean length {found[0].lengths.mean():.0f}, longest "
             f"{found[0].lengths.max()}; keep {self.keep}"
+            + (f"; drafts see {self.head} + {self.window}" if self.window else "")
         )
         print(comparison.summary())
         if self.plot is not None:

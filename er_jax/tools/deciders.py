@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -10,7 +11,8 @@ import numpy as np
 from er_jax.arguments import MOST_DRAFTS, check_chance, check_gammas, check_whole
 from er_jax.control.controller import Controller
 from er_jax.control.paper import PaperRule
-from er_jax.types import Program
+from er_jax.request import offered_spans
+from er_jax.types import Program, Span
 
 
 class RoundCosts(Protocol):
@@ -18,6 +20,22 @@ class RoundCosts(Protocol):
 
     def round_seconds(self, program: Program) -> float:
         """Return the seconds of a whole round."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCosts:
+    """Costs of rounds whose drafts see a span wherever it hides something.
+
+    costs: predict rounds whose drafts see a span, and others. span: what drafts see.
+    """
+
+    costs: RoundCosts
+    span: Span
+
+    def round_seconds(self, program: Program) -> float:
+        """Return the seconds of a whole round."""
+        seen = offered_spans((self.span,), program.cache_length, program.gamma)
+        return self.costs.round_seconds(program.seeing(seen[0]))
 
 
 class DecisionPoint(NamedTuple):
