@@ -44,6 +44,9 @@ PAGES = {
     "traffic": records.ROOT / "docs" / "limits.md",
 }
 
+# Records that stand on the page of another one.
+BESIDE = {"limits": "traffic"}
+
 Record = Mapping[str, Any]
 
 # Records whose points are one table.
@@ -178,8 +181,15 @@ def section(record: Record) -> str:
         parts += pass_points.page_tables(points, ("preset", "cache_length", "dtype"))
     elif name == "predicted":
         parts += predicted_tables(points)
-    else:
+    elif name != "limits":
         parts += parts_tables(points)
+    if name == "limits":
+        parts += [
+            "The best speed over plain decoding of a batch, and the gamma it takes:",
+            markdown(limits.batch_rows(points)),
+            "Time that a rollout takes less than with plain decoding:",
+            markdown(limits.rollout_rows(points)),
+        ]
     if name == "published":
         parts.append(markdown(published.control_rows(record["controls"])))
     for check in record.get("checks", ()):
@@ -200,10 +210,13 @@ def report(directory: Path = records.RESULTS, page: str | None = None) -> str:
         the README.
     """
     found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+
+    def page_of(name: str) -> str | None:
+        name = BESIDE.get(name, name)
+        return name if name in PAGES else None
+
     return "\n\n".join(
-        section(record)
-        for record in found
-        if page == (record["benchmark"] if record["benchmark"] in PAGES else None)
+        section(record) for record in found if page == page_of(record["benchmark"])
     )
 
 

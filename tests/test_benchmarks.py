@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from benchmarks import (
     fuzz,
     host,
     imitation,
+    limits,
     plans,
     report,
     rollout,
@@ -416,3 +418,43 @@ def test_other_tokens_of_a_commit_are_told() -> None:
         same_tokens=False,
     )  # fmt: skip
     assert commits.rows_of([point])[1][0][-1] == "NO"
+
+
+def counted_points() -> list[dict[str, Any]]:
+    """Return counts of a step, a draft that sees a span, and a verification of five."""
+
+    def one(kind: str, weights: float, cache: float) -> dict[str, Any]:
+        return {"kind": kind, "num_bytes": {"weights": weights, "cache": cache}}
+
+    case = {"preset": "qwen2.5-7b", "device": "h100", "rows": 32, "length": 8192}
+    return [
+        {**case, "gamma": 0, "draft": "", "passes": [one("step", 14e9, 15e9)]},
+        {
+            **case,
+            "gamma": 4,
+            "draft": "int4, window",
+            "passes": [one("verify", 14e9, 16e9), one("draft", 4e9, 1e9)],
+        },
+    ]
+
+
+def test_what_drafts_are_worth_by_hand() -> None:
+    points = counted_points()
+    arguments = ("qwen2.5-7b", "h100", (32, 8192))
+    costs = limits.costs_of(points, *arguments, "int4, window")
+    per_s = 3350e9
+    step = costs.round_seconds(Program(32, 8192, 0))
+    assert step == pytest.approx(29e9 / per_s)
+    # Half the rows and half the length: a quarter of the cache, and the span's half.
+    halved = costs.round_seconds(Program(16, 4096, 4))
+    assert halved == pytest.approx((14e9 + 16e9 / 4 + 4 * (4e9 + 1e9 / 2)) / per_s)
+    gamma, speed_up = limits.best_of(costs, 1.0)
+    round_s = costs.round_seconds(Program(32, 8192, gamma))
+    assert speed_up == pytest.approx((gamma + 1) * step / round_s)
+    assert gamma == max(limits.GAMMAS)
+    assert limits.best_of(costs, 0.0) == (0, 1.0)
+    args = limits.Args(num=16, seeds=2, cap=8192)
+    saved = limits.saved(costs, "capped", 0.9, args)
+    assert 0.4 < saved["best"] <= saved["oracle"] + 0.02 < 0.7
+    with pytest.raises(ValueError, match=r"run python -m benchmarks\.traffic"):
+        limits.costs_of(points, *arguments, "int8")
