@@ -24,6 +24,7 @@ from benchmarks import (
     fuzz,
     host,
     imitation,
+    limits,
     plans,
     predicted,
     published,
