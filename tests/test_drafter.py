@@ -430,7 +430,10 @@ def scaled_inside(weight: QuantizedWeight) -> QuantizedWeight:
 
 def test_scales_inside_are_for_groups_and_nvidia_only() -> None:
     x = normal(4, 32).astype(jnp.bfloat16)
-    for group, bits, act in ((8, 4, "auto"), (8, 8, 16), (None, 4, "auto"), (8, 4, 8)):
+    formats: list[tuple[int | None, int, Any]] = [
+        (8, 4, "auto"), (8, 8, 16), (None, 4, "auto"), (8, 4, 8)
+    ]  # fmt: skip
+    for group, bits, act in formats:
         config = DrafterConfig(bits=bits, group_size=group, act_bits=act)
         weight = quantize({"w": normal(32, 24)}, config)["w"]
         inside = scaled_inside(weight)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -74,7 +75,7 @@ def test_only_nvidia_has_options_and_only_groups_are_scaled_inside(
 
 
 def test_a_tied_projection_in_groups_is_found() -> None:
-    table = drafter.TiedEmbedding(table=jax.ShapeDtypeStruct((16, 8), np.float32))
+    table = drafter.TiedEmbedding(table=jnp.zeros((16, 8)))
     draft = jax.eval_shape(
         lambda p: er_jax.attach_draft(p, DrafterConfig(group_size=4)).draft, [table]
     )
