@@ -229,6 +229,12 @@ class Plan:
                     (name, _gb(minimum), _gb(one.total), ratio, *parts,
                      one.kernels, one.branches)
                 )  # fmt: skip
+        spans = {count.program.span for count in self.programs} - {None}
+        seeing = "".join(
+            f"; drafts see {span.head} first and {span.window} last positions"
+            for span in spans
+            if span is not None
+        )
         header = (
             "pass",
             "least GB",
@@ -240,7 +246,7 @@ class Plan:
         )
         return (
             f"bytes of one pass on each device, {self.slots} rows of "
-            f"{self.max_length} positions, counted in the compiled program\n"
+            f"{self.max_length} positions, counted in the compiled program{seeing}\n"
             + text_table(body, header)
         )
 
