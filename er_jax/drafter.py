@@ -106,6 +106,11 @@ class DrafterConfig:
             )
 
     @property
+    def quantization(self) -> DrafterConfig:
+        """The same without what drafts see, for programs that depend on the rest."""
+        return dataclasses.replace(self, window=None, head=0)
+
+    @property
     def spans(self) -> tuple[Span | None, ...]:
         """What drafts may see, the choices of the controller; None is all positions."""
         if self.window is None:

@@ -36,7 +36,8 @@ def write(entries: Entries, new: jax.Array, positions: jax.Array) -> Entries:
 
     Args:
       entries: `[B, S, ...]`, or a ring. new: `[B, T, ...]`.
-      positions: `[B, T]` int32; those outside 0 .. S-1 are dropped (-1 is padding).
+      positions: `[B, T]` int32; negative ones are dropped (-1 is padding), and in an
+        array those from S on.
     """
     if isinstance(entries, Ring):
         written = write(entries.entries, new, _slots(entries, positions))

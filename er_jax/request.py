@@ -76,6 +76,8 @@ def request_of(
         lengths.append(-(-lengths[-1] // 2 // step) * step)
     is_cpu = jax.default_backend() == "cpu"
     chunk_tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
+    # Only "best" chooses what drafts see.
+    is_left_out = None in config.drafter.spans and config.control != "best"
     slots = min(config.max_slots, power_of_two(len(sequence_ids), 1))
     return Request(
         prompts=unique,
@@ -86,10 +88,7 @@ def request_of(
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
         chunk=min(max(chunk_tokens // bucket, 1), 16),
-        # Only "best" chooses what drafts see.
-        spans=(None,)
-        if None in config.drafter.spans and config.control != "best"
-        else config.drafter.spans,
+        spans=(None,) if is_left_out else config.drafter.spans,
     )
 
 
@@ -105,13 +104,13 @@ def offered_spans(
       spans: see `DrafterConfig.spans`. cache_length, gamma: of the program.
     """
     is_stated = None not in spans
-    found: list[Span | None] = []
-    for span in spans if gamma else ():
-        if span is not None:
-            seen = span.head + span.window
-            most = cache_length - 1 if is_stated else cache_length // 2
-            if (seen if is_stated else span.ring_length(gamma)) <= most:
-                found.append(span)
+
+    def pays(span: Span) -> bool:
+        if is_stated:
+            return span.head + span.window < cache_length
+        return 2 * span.ring_length(gamma) <= cache_length
+
+    found: list[Span | None] = [s for s in spans if gamma and s is not None and pays(s)]
     return found if found and is_stated else [*found, None]
 
 

@@ -40,7 +40,7 @@ from er_jax.result import Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
 from er_jax.scheduler.topology import OneDevice, Topology
 from er_jax.stats import RolloutStats
-from er_jax.types import Params, Policy, Program
+from er_jax.types import Params, Policy, Program, Span
 
 
 def rollout(
@@ -96,7 +96,8 @@ def rollout(
       KeyboardInterrupt: Ctrl-C; its attribute `completions` holds them as well.
     Warns:
       RuntimeWarning: rows ended at a non-finite logit (it names their sequence ids), or
-        drafts were kept far less often than expected: a stale or broken draft.
+        drafts were kept far less often than expected: a stale or broken draft; or the
+        policy's drafts cannot see a window that is stated.
     Example:
       >>> import jax, er_jax
       >>> policy = er_jax.Decoder(er_jax.DecoderConfig(
@@ -439,4 +440,6 @@ def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
 def _program_name(name: Any) -> str:
     kind, *sizes = name
     numbers = [str(size) for size in sizes if isinstance(size, int)]
+    spans = [size for size in sizes if isinstance(size, Span)]
+    numbers += [f"seeing {span.head} + {span.window}" for span in spans]
     return f"{kind}({', '.join(numbers)})"

@@ -202,8 +202,7 @@ class RolloutStats:
             if window:
                 lines.append(
                     f"drafts that see {head} first and {window} last positions: "
-                    f"{len(seeing)} of {len(self.timeline)} windows, "
-                    f"{sum(m.duration_s for m in seeing):.2f} s"
+                    f"{sum(m.duration_s for m in seeing):.2f} s of decoding"
                 )
         shared = [moment for moment in self.timeline if moment.shared_rows]
         if shared:

@@ -149,7 +149,7 @@ class Ring:
     of position p is in slot p if p < head, else in slot
     head + (p - head) % (R - head).
 
-    entries: `[B, R, ...]`, R >= head + window + the drafts of a round.
+    entries: `[B, R, ...]`, R = `Span.ring_length` of the drafts of a round.
     span: static.
     """
 
@@ -317,8 +317,9 @@ class Program(NamedTuple):
 
     def seeing(self, span: Span | None) -> Program:
         """Return the program with drafts that see a span; None is all positions."""
-        head, window = span or (0, 0)
-        return self._replace(head=head, window=window)
+        if span is None:
+            return self._replace(head=0, window=0)
+        return self._replace(head=span.head, window=span.window)
 
     @property
     def draft_length(self) -> int:

@@ -308,7 +308,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "acceptance of a span taken for that of all positions",
-        "er_jax::RolloutRecord.used_of",
+        "er_jax::RolloutRecord.of",
         "span is None",
         "True",
         (f"{SPANS}::test_the_controller_takes_the_faster_kind",),
@@ -401,7 +401,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "drafts are compiled although one row loses by them",
         "er_jax::Controller._choose",
-        "self._do_drafts_lose(options)",
+        "self._do_drafts_lose()",
         "not options",
         (
             "tests/test_control.py::"

@@ -37,7 +37,8 @@ ORDER = (
     *("engine.protocol", "engine.programs", "engine.lowering", "engine.windows"),
     *("engine.first_use",),
     *("engine.engine", "engine.kept", "engine"),
-    *("costs.record", "costs.passes", "costs.roofline", "costs.table"),
+    *("costs.record", "costs.passes", "costs.roofline"),
+    *("costs.neighbours", "costs.table"),
     *("costs.timing", "costs.store", "costs"),
     *("control.protocol", "control.estimate", "control.rollouts", "control.accounts"),
     *(

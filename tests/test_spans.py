@@ -14,18 +14,25 @@ import numpy as np
 import pytest
 
 import er_jax
+from benchmarks.lib.simulated import NO_PARAMS, SimulatedEngine
 from er_jax import attention, kv_cache, steps
 from er_jax.control.controller import Controller
+from er_jax.control.estimate import AcceptanceEstimate
+from er_jax.control.explain import explain
+from er_jax.control.probes import drafts_lose
 from er_jax.costs.passes import Kind, PassCosts, Reading
 from er_jax.costs.table import LatencyTable
 from er_jax.engine import windows
 from er_jax.request import Request, request_of
+from er_jax.scheduler.admission import Rows
+from er_jax.scheduler.options import Options
+from er_jax.scheduler.topology import OneDevice
 from er_jax.tools import cli
 from er_jax.tools.deciders import SpanCosts
 from er_jax.types import NONE, DecodeState, Program, Ring, Span
 from tests.learned import Learned
 from tests.small import SIZES, small_policy
-from tests.test_control import FREE, made
+from tests.test_control import FREE, compiled_are, made
 from tests.test_pass_costs import ROOFLINE
 from tests.toy import Toy, settings
 
@@ -348,16 +355,15 @@ def test_what_was_learnt_of_spans_is_saved() -> None:
     other = Controller("best", controller.gammas)
     other.load_state_dict(controller.state_dict())
     assert other.table.seconds == controller.table.seconds
-    mine, theirs = (
-        c._rollouts.current.used_of(SPANNED.span) for c in (controller, other)
-    )
+    mine, theirs = (c.acceptance_of(SPANNED.span) for c in (controller, other))
     np.testing.assert_array_equal(mine.tested, theirs.tested)
     assert "seeing 64 + 512 positions" in other.summary()
     # A new sampling setting begins with it, and a later rollout with less of it.
     controller.start_rollout((0.7, 0, 1.0, 0.0))
-    begun = controller._rollouts.current.seeing[Span(64, 512)]
+    begun = controller._rollouts.current.seeing[Span(64, 512)].used
     assert 0 < begun.tested[0] <= mine.tested[0]
-    for change in ([[1.0], 0, 5, [0], [0]], [[], 0, 0, [0], [0]], [[], 0, 5, [0]]):
+    good = [[], 0, 5, *[[0.0] * 8] * 4]
+    for change in ([[1.0], *good[1:]], [[], 0, 0, *good[3:]], good[:-1]):
         state = controller.state_dict() | {"spans": [change]}
         with pytest.raises(ValueError, match=r"spans\[0\]"):
             other.load_state_dict(state)
@@ -395,7 +401,7 @@ def test_a_span_is_predicted_from_what_a_step_saves(how: str) -> None:
     assert table.round_seconds(LONG) == pytest.approx(step_s(4096))
 
 
-def test_a_program_of_spans_is_another_one(compile_counter: Any) -> None:
+def test_a_program_of_spans_is_another_one() -> None:
     policy = small_policy("spans are named")
     params = policy.init(jax.random.key(0))
     first = sample(policy, params, "fixed:2", window=4, head=1)
@@ -527,3 +533,132 @@ def test_a_replay_prices_drafts_by_what_they_see(
         saved[bool(window)] = float(line.split()[3])
     assert "drafts see 64 + 512" in text
     assert saved[True] > saved[False] + 1
+
+
+# -- decisions
+
+
+def test_what_is_looked_up_follows_what_drafts_of_all_positions_do() -> None:
+    """No kind that never ran keeps a good opinion of a drafter found broken."""
+    controller = Controller("best", (0, 4))
+    controller.table.seconds = {LONG: 0.010, WHOLE: 0.030}
+    controller.choose(OPTIONS, LONG, compile_s=FREE)
+    before = controller.acceptance_of(SPANNED.span).keep_probs(4)[0]
+    controller.observe(WHOLE, 100, np.array([900, 100, 0, 0, 0]), 1.0)
+    assert controller.broken_drafter is not None
+    assert controller.acceptance_of(SPANNED.span).keep_probs(4)[0] < before - 0.3
+    assert controller.state_dict()["spans"] == []
+
+
+def test_a_drop_shows_a_broken_drafter_with_a_stated_window_too() -> None:
+    controller = Controller("fixed:4", (0, 4))
+    low = np.array([50, 20, 10, 10, 10])
+    controller.observe(SPANNED, 100, low, 1.0)
+    controller.observe(SPANNED, 500, 5 * low, 5.0)
+    assert controller.broken_drafter is None, "seeing little is no defect"
+    controller.observe(SPANNED, 100, np.array([200, 0, 0, 0, 0]), 1.0)
+    assert controller.broken_drafter is not None
+
+
+def test_compiled_drafts_with_a_window_are_tried_without_a_look() -> None:
+    controller = Controller("best", (0, 4))
+    controller.table.seconds = {LONG: 0.010}
+    assert controller.choose((SPANNED, LONG), LONG, compile_s=FREE) == SPANNED
+
+
+def test_the_first_look_is_booked_for_what_drafts_may_see() -> None:
+    controller = Controller("best", (0, 4))
+    one = Program(1, 4096, 0)
+    controller.table.seconds = {LONG: 0.010, LONG._replace(cache_length=1024): 0.004}
+    price = compiled_are([LONG], cost=2.0)
+    controller.choose(OPTIONS, LONG, compile_s=price)
+    for _ in range(60):
+        controller.observe(LONG, 100, np.zeros(1), 1.0)
+    look = controller.first_look(1, 4096, price)
+    assert look == (one, one._replace(gamma=4))
+    controller.observe_first_look({look[0]: 0.006, look[1]: 0.012}, 50)
+    lost = controller.state_dict()["lost_s"]
+    assert {row[5] for row in lost if row[1] == 4096} == {0, 512}
+    assert controller.choose(OPTIONS, LONG, compile_s=price).gamma == 4
+
+
+def test_a_stated_window_is_predicted_from_itself() -> None:
+    """Where drafts never see all positions, no such round is ever measured."""
+    table = LatencyTable()
+    for rows in (1, 4):
+        table.seconds[Program(rows, 4096, 0)] = 0.010 * rows**0.5
+    one = Program(1, 4096, 4).seeing(SPANNED.span)
+    table.seconds[one] = 0.015
+    found = table.round_seconds(one._replace(rows=4))
+    assert found is not None
+    assert 0.020 < found < 0.060
+    assert not drafts_lose(table, AcceptanceEstimate.empty(4), (0, 4), 1)
+    table.seconds[one] = 0.060
+    assert drafts_lose(table, AcceptanceEstimate.empty(4), (0, 4), 1)
+
+
+def test_a_step_of_many_rows_is_bounded_by_rounds_at_each_length() -> None:
+    table = LatencyTable(
+        {Program(1, 4096, 0): 0.010, Program(1, 4096, 4): 0.030,
+         Program(32, 4096, 4): 0.040}
+    )  # fmt: skip
+    found = [table.round_seconds(Program(32, n, 0)) or 0.0 for n in (512, 1024, 4096)]
+    assert found == sorted(set(found))
+    assert found[-1] == pytest.approx(0.040 / 3)
+
+
+def test_one_bad_reading_changes_other_windows_by_a_bounded_factor() -> None:
+    costs = {LONG: 0.010, WHOLE: 0.030, LONG._replace(cache_length=512): 0.004}
+    table = LatencyTable(dict(costs))
+    wanted = table.round_seconds(SPANNED)
+    table.observe(SPANNED._replace(gamma=2), 5.0, 1)
+    found = table.round_seconds(SPANNED)
+    assert wanted is not None
+    assert found is not None
+    assert found <= 2 * wanted
+
+
+def test_where_rings_have_no_room_drafts_see_all() -> None:
+    """The batch is never left without a program."""
+    wanted = dataclasses.replace(
+        request(2000, control="fixed:4", window=1000), state_limit_bytes=2_600_000
+    )
+    engine: Any = SimulatedEngine(
+        ROOFLINE, lambda count: 0.0, {}, np.ones(4), rounds_per_test=1
+    )
+    engine.position_bytes = 1200.0
+    options = Options(OneDevice(engine, NO_PARAMS, wanted), wanted, settings())
+    length = wanted.cache_lengths[-1]
+    rows = dataclasses.replace(
+        Rows.empty(1),
+        sequence=np.zeros(1, int),
+        length=np.array([1500]),
+        limit=np.array([length]),
+    )
+    found = options.programs(rows, (1, length, False), False, (4,))
+    assert [(p.cache_length, p.window) for p in found] == [(length, 0)]
+    roomy = dataclasses.replace(wanted, state_limit_bytes=None)
+    options = Options(OneDevice(engine, NO_PARAMS, roomy), roomy, settings())
+    found = options.programs(rows, (1, length, False), False, (4,))
+    assert found[-1].window == 1000
+
+
+def test_the_switch_is_explained_by_what_was_offered() -> None:
+    controller = made({LONG: 0.010, WHOLE: 0.030, SPANNED: 0.020})
+    short = Program(4, 256, 0)
+    controller.table.seconds |= {short: 0.004, short._replace(gamma=4): 0.016}
+    controller.choose(OPTIONS, LONG, compile_s=FREE)
+    text = explain(controller, [SPANNED, LONG])
+    assert "drafts that see 64 + 512 positions: a round of 4 drafts costs" in text
+    assert "seeing 64 + 512" in text.splitlines()[-1]
+    assert "seeing" not in explain(controller, [short]).splitlines()[-1]
+
+
+def test_states_of_earlier_versions_are_read() -> None:
+    controller = made({LONG: 0.010, WHOLE: 0.030})
+    state = controller.state_dict()
+    del state["spans"]
+    state["seconds"] = [[*row[:4], row[-1]] for row in state["seconds"]]
+    other = Controller("best", controller.gammas)
+    other.load_state_dict(state)
+    assert other.table.seconds == controller.table.seconds

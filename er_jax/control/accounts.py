@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from er_jax.types import Program
+from er_jax.request import offered_spans
+from er_jax.types import Program, Span
 
 # Assumed speed-up of drafts before any were timed: a sixth of plain decoding is lost.
 # Measuring drafts then costs at most a sixth of the time spent so far.
@@ -74,11 +75,21 @@ class Accounts:
         """Whether plain decoding has, by assumption, lost the price of measuring."""
         return sum(self.plain_s.values()) * (1 - 1 / UNKNOWN_SPEED_UP) >= price_s
 
-    def book_look(self, gammas: Sequence[int], speeds: Speeds) -> None:
-        """Book the time that plain decoding has lost, now that drafts were measured."""
+    def book_look(
+        self, gammas: Sequence[int], spans: Sequence[Span | None], speeds: Speeds
+    ) -> None:
+        """Book the time that plain decoding has lost, now that drafts were measured.
+
+        Args:
+          gammas: draft lengths. spans: what drafts may see. speeds: see `Speeds`.
+        """
         plain_s, self.plain_s = self.plain_s, {}
         for (rows, length, shared), seconds in plain_s.items():
-            programs = [Program(rows, length, gamma, shared) for gamma in gammas]
+            programs = [
+                Program(rows, length, gamma, shared).seeing(span)
+                for gamma in gammas
+                for span in offered_spans(spans, length, gamma)
+            ]
             found = speeds(programs)
             plain = next(program for program in programs if not program.gamma)
             for program in programs:

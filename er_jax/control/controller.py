@@ -92,6 +92,7 @@ class Controller:
         self._live_shares = LiveShares()
         self._accounts = Accounts()
         self._plain_s = self._probed_s = 0.0
+        self._spans: set[Span | None] = set()
         self.least_rows = 1
         """Rows of the smallest batch: 1, or one per data shard."""
         self._rule = PaperRule(_TableRoofline(self)) if control == "paper" else None
@@ -110,9 +111,14 @@ class Controller:
         """Estimate of drafts used, at the setting of this thread's rollout."""
         return self._rollouts.current.used
 
+    @property
+    def spans(self) -> tuple[Span | None, ...]:
+        """What drafts could see so far; None is all positions."""
+        return tuple(self._spans) or (None,)
+
     def acceptance_of(self, span: Span | None) -> AcceptanceEstimate:
         """Return the estimate of drafts used that see a span; None is all positions."""
-        return self._rollouts.current.used_of(span)
+        return self._rollouts.current.of(span).used
 
     @property
     def broken_drafter(self) -> tuple[float, float] | None:
@@ -194,6 +200,7 @@ class Controller:
         length: float,
     ) -> Program:
         own = self._rollouts.current
+        self._spans |= {program.span for program in options if program.gamma}
         if self._rule is not None:
             gamma = self._rule.choose(live, length)
             options = [p for p in options if p.gamma == gamma] or options
@@ -204,13 +211,13 @@ class Controller:
             if program not in self.table.seconds:
                 # Compiled but never timed (another controller ran it): cheap to try.
                 if program.gamma and not self.knows_drafts:
-                    plain = speeds.get(program._replace(gamma=0), 0.0)
+                    plain = speeds.get(program._replace(gamma=0).seeing(None), 0.0)
                     speeds[program] = UNKNOWN_SPEED_UP * plain
                 speeds[program] /= 1 - UNCERTAINTY_DISCOUNT
         best_ready = max(ready, key=speeds.__getitem__)
         worthwhile = speeds[best_ready] * (1 + HYSTERESIS)
         own.wanted = [p for p in options if speeds[p] > worthwhile]
-        if self._rule is None and 0 in self.gammas and self._do_drafts_lose(options):
+        if self._rule is None and 0 in self.gammas and self._do_drafts_lose():
             own.wanted = [p for p in own.wanted if not p.gamma]
         paid = self._accounts.paid(own.wanted, self.patience, compile_s)
         own.is_probing = False
@@ -231,7 +238,7 @@ class Controller:
         probe = None
         if may_probe:
             earned_s = PROBE_SHARE * self._plain_s - self._probed_s
-            probe = find_probe(self.table, own.used_of, chosen, ready, earned_s)
+            probe = find_probe(self.table, self.acceptance_of, chosen, ready, earned_s)
         own.is_probing = probe is not None
         return probe or chosen
 
@@ -270,12 +277,11 @@ class Controller:
         with self._lock:
             for program, round_s in seconds.items():
                 self.table.observe(program, round_s * num_rounds, num_rounds)
-            self._accounts.book_look(self.gammas, self._speeds)
+            self._accounts.book_look(self.gammas, self.spans, self._speeds)
 
-    def _do_drafts_lose(self, options: Sequence[Program]) -> bool:
-        spans = {program.span for program in options}
+    def _do_drafts_lose(self) -> bool:
         return drafts_lose(
-            self.table, self.acceptance, self.gammas, self.least_rows, spans
+            self.table, self.acceptance, self.gammas, self.least_rows, self.spans
         )
 
     def observe(
@@ -335,6 +341,8 @@ class Controller:
           ValueError: the state is of another control or other gammas, or not what
             `state_dict` returns; it names what is wrong. Nothing is replaced then.
         """
+        if isinstance(state, dict):
+            state = {"spans": [], **state}  # Earlier versions had none.
         check_names("state", state, self.state_dict())
         mine = (self.control, list(self.gammas))
         theirs = (state["control"], checked_list("gammas", state["gammas"]))

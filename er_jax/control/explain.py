@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from er_jax.control.controller import Controller
+from er_jax.request import offered_spans
 from er_jax.types import Program, Span
 
 # Batch sizes to show at most; of more, the smallest, the largest and some between.
@@ -36,13 +37,17 @@ def explain(controller: Controller, ran: Sequence[Program]) -> str:
     if not costs:
         return head
     middle = min(drafting, key=lambda gamma: abs(gamma - 4))
-    spans = sorted({program.span for program in ran if program.span})
-    lines = [head, *_costs_and_use(controller, costs, middle, None)]
-    for span in spans:
-        lines += _costs_and_use(controller, costs, middle, span)
+    lines = [head]
+    for span in sorted(controller.spans, key=lambda span: span or (0, 0)):
+        at = [
+            (rows, length)
+            for rows, length in costs
+            if span in offered_spans(controller.spans, length, middle)
+        ]
+        if at:
+            lines += _costs_and_use(controller, at, middle, span)
     ups = [
-        (rows, *_best(controller, Program(rows, length, 0), spans))
-        for rows, length in costs
+        (rows, *_best(controller, Program(rows, length, 0))) for rows, length in costs
     ]
     shown = ", ".join(
         f"{up:.2f} at {_rows(rows)} ({_named(best)})" for rows, best, up in ups
@@ -123,16 +128,14 @@ def _used(controller: Controller, gamma: int, span: Span | None) -> str:
     return f"such a round emits {tokens:.2f} tokens of {gamma + 1} ({how})"
 
 
-def _best(
-    controller: Controller, plain: Program, spans: Sequence[Span]
-) -> tuple[Program, float]:
+def _best(controller: Controller, plain: Program) -> tuple[Program, float]:
     """Return the fastest program with drafts and its speed over plain decoding."""
     plain_speed = controller.speed(plain) or 1.0
     programs = [
         plain._replace(gamma=gamma).seeing(span)
         for gamma in controller.gammas
-        for span in (None, *spans)
         if gamma
+        for span in offered_spans(controller.spans, plain.cache_length, gamma)
     ]
     speeds = {p: (controller.speed(p) or 0.0) / plain_speed for p in programs}
     best = max(speeds, key=speeds.__getitem__)

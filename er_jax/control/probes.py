@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -26,7 +27,7 @@ def drafts_lose(
     acceptance: AcceptanceEstimate,
     gammas: Sequence[int],
     least_rows: int,
-    spans: Iterable[Span | None] = (None,),
+    spans: Iterable[Span | None] = (),
 ) -> bool:
     """Whether one row was measured and no draft length makes it faster.
 
@@ -36,22 +37,19 @@ def drafts_lose(
     Args:
       table: costs of rounds. acceptance: how likely drafts are used. gammas: draft
         lengths to choose from. least_rows: rows of the smallest batch. spans: what
-        drafts may see, beside all positions.
+        drafts may see, beside what those that were measured see.
     """
     one_row = [
         program
         for program in table.seconds
-        if program.gamma
-        and not program.window
-        and program.rows == least_rows
-        and not program.shared_rows
+        if program.gamma and program.rows == least_rows and not program.shared_rows
     ]
     if table.passes is not None or not one_row:
         return False
     is_compared = False
     for measured in one_row:
-        plain_s = table.round_seconds(measured._replace(gamma=0))
-        for gamma, span in itertools.product(gammas, {None, *spans}):
+        plain_s = table.round_seconds(measured._replace(gamma=0).seeing(None))
+        for gamma, span in itertools.product(gammas, {measured.span, *spans}):
             program = measured._replace(gamma=gamma).seeing(span)
             round_s = table.round_seconds(program)
             if not gamma or not plain_s or not round_s:
@@ -72,8 +70,9 @@ def find_probe(
     """Return a program to run instead of plain decoding, to see if drafts would pay.
 
     It has the shortest drafts, at the same rows and cache length, that would be faster
-    if they were used as often as a good drafter's. None if there is none, or if the
-    time for it has not been earned yet.
+    if they were used as often as a good drafter's; of those that see more or less of
+    the cache, the fastest. None if there is none, or if the time for it has not been
+    earned yet.
 
     Args:
       table: costs of rounds. acceptance_of: how likely drafts that see a span are used;
@@ -81,7 +80,12 @@ def find_probe(
       ready: the compiled programs. earned_s: seconds that may be spent.
     """
     plain_s = table.round_seconds(plain)
-    for program in sorted(p for p in ready if p.gamma and p.shape == plain.shape):
+
+    def order(program: Program) -> tuple[int, float]:
+        return program.gamma, table.round_seconds(program) or math.inf
+
+    same = [p for p in ready if p.gamma and p.shape == plain.shape]
+    for program in sorted(same, key=order):
         round_s = table.round_seconds(program)
         if not round_s or not plain_s:
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,26 @@ MAX_SETTINGS = 16
 # A drafter is broken if its acceptance rate is below this share of the expected one.
 DEAD_SHARE = 0.5
 
+# First drafts that must have been tested before a drop shows a broken drafter, where
+# drafts see a span: with less, the expected rate is only that of other drafts.
+SPAN_EVIDENCE = 200.0
+
+
+class Estimates(NamedTuple):
+    """Estimates of drafts that see one span: used, and kept; see `RolloutRecord`."""
+
+    used: AcceptanceEstimate
+    kept: AcceptanceEstimate
+
+    def copy(self) -> Estimates:
+        """Return estimates with the same evidence."""
+        return Estimates(self.used.copy(), self.kept.copy())
+
+    def forget(self) -> None:
+        """Reduce the weight of all evidence to that of the prior, at most."""
+        self.used.forget()
+        self.kept.forget()
+
 
 @dataclasses.dataclass(eq=False)
 class RolloutRecord:
@@ -40,7 +60,7 @@ class RolloutRecord:
 
     used: estimate of drafts used, for the choice of programs. kept: estimate of drafts
       kept, which tells whether the drafter is sound; both of drafts that see all
-      positions. seeing: estimates of drafts used that see a span, by span.
+      positions. seeing: the same of drafts that see a span, by span.
     broken: acceptance rates (expected, found) that showed a broken drafter, or None.
     is_probing: whether drafts run only to see if they would pay. wanted: programs for
       which lost time is booked.
@@ -49,42 +69,46 @@ class RolloutRecord:
     setting: Setting
     used: AcceptanceEstimate
     kept: AcceptanceEstimate
-    seeing: dict[Span, AcceptanceEstimate]
+    seeing: dict[Span, Estimates]
     broken: tuple[float, float] | None = None
     is_probing: bool = False
     wanted: list[Program] = dataclasses.field(default_factory=list)
 
-    def used_of(self, span: Span | None) -> AcceptanceEstimate:
-        """Return the estimate of drafts used that see a span; None is all positions.
+    def of(self, span: Span | None) -> Estimates:
+        """Return the estimates of drafts that see a span; None is all positions.
 
-        A new one is as good as that of all positions, at the weight of a prior.
+        Without evidence they are those of all positions, at the weight of a prior, and
+        are not kept.
         """
         if span is None:
-            return self.used
-        if span not in self.seeing:
-            self.seeing[span] = self.used.copy()
-            self.seeing[span].forget()
-        return self.seeing[span]
+            return Estimates(self.used, self.kept)
+        if span in self.seeing:
+            return self.seeing[span]
+        found = Estimates(self.used, self.kept).copy()
+        found.forget()
+        return found
 
     def observe(
         self, accepted: np.ndarray, emitted: np.ndarray, span: Span | None = None
     ) -> None:
         """Take in a window's histograms of drafts kept and of tokens emitted."""
-        if span is not None:
-            # What a span leaves out says nothing about the drafter.
-            estimate = self.used_of(span)
-            if estimate.contradiction(emitted) is not None:
-                estimate.forget()
-            estimate.observe(emitted)
+        if len(accepted) == 1:
             return
-        rates = self.kept.contradiction(accepted)
+        found = self.of(span)
+        rates = found.kept.contradiction(accepted)
         if rates is not None:
-            self.kept.forget()
-            self.used.forget()
-            if rates[1] < DEAD_SHARE * rates[0]:
+            # A low rate alone says nothing of a drafter that sees little; a drop does.
+            is_known = span is None or found.kept.tested[0] >= SPAN_EVIDENCE
+            found.forget()
+            if span is None:
+                for other in self.seeing.values():
+                    other.forget()
+            if is_known and rates[1] < DEAD_SHARE * rates[0]:
                 self.broken = rates
-        self.kept.observe(accepted)
-        self.used.observe(emitted)
+        found.kept.observe(accepted)
+        found.used.observe(emitted)
+        if span is not None:
+            self.seeing[span] = found
 
 
 class _OfThread(threading.local):
@@ -117,7 +141,7 @@ class Rollouts:
         self.depth = depth
         self.used = {NO_SETTING: AcceptanceEstimate.empty(depth)}
         self.kept = {NO_SETTING: AcceptanceEstimate.empty(depth)}
-        self.seeing: dict[Setting, dict[Span, AcceptanceEstimate]] = {NO_SETTING: {}}
+        self.seeing: dict[Setting, dict[Span, Estimates]] = {NO_SETTING: {}}
         self.running = _Running()
         self._own = _OfThread()
         self._latest = self._record(NO_SETTING)
@@ -151,15 +175,16 @@ class Rollouts:
             _drop_oldest(known)
         seeing = self.seeing.pop(setting, None)
         if seeing is None:
-            seeing = {span: known.copy() for span, known in last.seeing.items()}
-            for estimate in seeing.values():
-                estimate.forget()
+            seeing = {span: found.copy() for span, found in last.seeing.items()}
+            for estimates in seeing.values():
+                estimates.forget()
         self.seeing[setting] = seeing
         _drop_oldest(self.seeing)
         own = self._latest = self._own.rollout = self._record(setting)
         if all(other.setting != setting for other in self.running):
-            for estimate in (own.used, own.kept, *own.seeing.values()):
-                estimate.decay(KEEP_PER_ROLLOUT)
+            for estimates in (own.of(None), *own.seeing.values()):
+                estimates.used.decay(KEEP_PER_ROLLOUT)
+                estimates.kept.decay(KEEP_PER_ROLLOUT)
         return own
 
     def enter(self, setting: Sequence[float]) -> tuple[RolloutRecord, Any]:
@@ -183,7 +208,10 @@ class Rollouts:
         of_spans = [
             (setting, span, estimate)
             for setting, used in self.used.items()
-            for span, estimate in [(None, used), *self.seeing[setting].items()]
+            for span, estimate in [
+                (None, used),
+                *((span, found.used) for span, found in self.seeing[setting].items()),
+            ]
         ]
         for setting, span, estimate in of_spans:
             if not estimate.tested.any():
@@ -212,9 +240,9 @@ class Rollouts:
             "acceptance": _listed(self.used),
             "drafters": _listed(self.kept),
             "spans": [
-                [list(setting), *span, known.tested.tolist(), known.kept.tolist()]
+                [list(setting), *span, *_counts(found.used), *_counts(found.kept)]
                 for setting, seeing in self.seeing.items()
-                for span, known in seeing.items()
+                for span, found in seeing.items()
             ],
         }
 
@@ -236,7 +264,7 @@ class Rollouts:
         found.seeing = {setting: {} for setting in found.used}
         for i, row in enumerate(checked_list("spans", state["spans"])):
             name = f"spans[{i}]"
-            setting_of, head, window, *counts = checked_list(name, row, 5)
+            setting_of, head, window, *counts = checked_list(name, row, 7)
             span = Span(
                 checked_whole(f"head of {name}", head),
                 checked_whole(f"window of {name}", window, least=1),
@@ -244,7 +272,10 @@ class Rollouts:
             seeing = found.seeing.get(_checked_setting(name, setting_of))
             if seeing is None:
                 raise ValueError(f"{name} is of a setting that acceptance lacks")
-            seeing[span] = checked_counts(name, counts, depth)
+            seeing[span] = Estimates(
+                used=checked_counts(name, counts[:2], depth),
+                kept=checked_counts(name, counts[2:], depth),
+            )
         found._latest = found._record(setting)
         return found
 
@@ -256,9 +287,12 @@ def _drop_oldest(known: dict[Setting, Any]) -> None:
 
 def _listed(estimates: dict[Setting, AcceptanceEstimate]) -> list[Any]:
     return [
-        [list(setting), estimate.tested.tolist(), estimate.kept.tolist()]
-        for setting, estimate in estimates.items()
+        [list(setting), *_counts(estimate)] for setting, estimate in estimates.items()
     ]
+
+
+def _counts(estimate: AcceptanceEstimate) -> tuple[list[float], list[float]]:
+    return estimate.tested.tolist(), estimate.kept.tolist()
 
 
 def _checked(name: str, values: Any, depth: int) -> dict[Setting, AcceptanceEstimate]:

@@ -93,9 +93,9 @@ def seconds_with_span(
 ) -> float | None:
     """Return the seconds of a round whose drafts see a span, from other rounds.
 
-    Every draft pass then reads less of the cache, and saves what a plain step would.
-    The round still costs more than its drafts and its verification would over a cache
-    of the ring's length, by at least what a step does.
+    Every draft pass then reads less of the cache, and saves what a plain step would
+    save. It never costs less than a step over the whole cache, and what drafts add to a
+    step over a cache of the ring's length; nor more than with all positions.
 
     Args:
       round_s: seconds of rounds whose drafts see all positions; None if unknown.

@@ -125,7 +125,7 @@ def checked_program(name: str, value: Any) -> Program:
             f"shared rows of {name} are {shortened(shared_rows)}, and must be true or "
             "false"
         )
-    return Program(
+    found = Program(
         rows=checked_whole(f"rows of {name}", rows, least=1),
         cache_length=checked_whole(f"cache length of {name}", cache_length, least=1),
         gamma=checked_whole(f"gamma of {name}", gamma),
@@ -133,6 +133,11 @@ def checked_program(name: str, value: Any) -> Program:
         head=checked_whole(f"head of {name}", head),
         window=checked_whole(f"window of {name}", window),
     )
+    if (found.head and not found.window) or (found.window and not found.gamma):
+        raise ValueError(
+            f"{name} is {shortened(value)}: a head needs a window, and a window drafts"
+        )
+    return found
 
 
 def shortened(value: Any) -> str:

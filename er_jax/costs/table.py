@@ -19,9 +19,9 @@ import os
 import threading
 from collections.abc import Mapping
 
+from er_jax.costs.neighbours import Neighbours, distance, power_law
 from er_jax.costs.passes import (
     LENGTH_EXPONENT,
-    ROWS_EXPONENT,
     Kind,
     PassCosts,
     Reading,
@@ -68,6 +68,9 @@ STALE = 0.03
 # as measured. Before that, its uncertainty makes it faster by up to this share.
 TRUSTED_POSITIONS = 50
 UNCERTAINTY_DISCOUNT = 0.2
+
+# Most that one measured round with a span changes the predictions of others by.
+MOST_CORRECTION = 2.0
 
 # Most programs in a file: no rollout has so many, and every prediction looks at all.
 MAX_PROGRAMS = 10_000
@@ -123,8 +126,8 @@ class LatencyTable:
     _kept_rounds: int = dataclasses.field(
         default=0, init=False, repr=False, compare=False
     )
-    _found: _Neighbours = dataclasses.field(
-        default_factory=lambda: _Neighbours(()), init=False, repr=False, compare=False
+    _found: Neighbours = dataclasses.field(
+        default_factory=lambda: Neighbours(()), init=False, repr=False, compare=False
     )
     _steps: dict[Program, float | None] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -279,22 +282,15 @@ class LatencyTable:
         With shared rows: the seconds of the same program in data shards, times the
         ratio of these two for the nearest program with shared rows that ran.
 
-        With drafts that see a span: what `seconds_with_span` returns, times the ratio
-        of measured to so predicted seconds of the nearest program of the kind that ran.
+        With drafts that see a span: see `_with_span`.
         """
         if program.window:
-            expected_s = seconds_with_span(self._known, program)
-            others = [p for p in self.seconds if p != program and p.window]
-            near = min(others, key=lambda p: _distance(p, program), default=None)
-            near_s = near and seconds_with_span(self._known, near)
-            if expected_s is None or near is None or not near_s:
-                return expected_s
-            return expected_s * self.seconds[near] / near_s
+            return self._with_span(program)
         if program.shared_rows:
             in_shards_s = self._in_data_shards(program)
             others = [p for p in self.seconds if p.shared_rows and not p.window]
             others = [p for p in others if p != program]
-            near = min(others, key=lambda p: _distance(p, program), default=None)
+            near = min(others, key=lambda p: distance(p, program), default=None)
             if in_shards_s is None or near is None:
                 return None if in_shards_s is None else SHARED_ROWS_SHARE * in_shards_s
             near_in_shards_s = self._in_data_shards(near) or in_shards_s
@@ -305,7 +301,7 @@ class LatencyTable:
             others = [
                 p for p in others if p != program and self.passes.has_rounds(p.gamma)
             ]
-            near = min(others, key=lambda p: _distance(p, program), default=None)
+            near = min(others, key=lambda p: distance(p, program), default=None)
             if near is None:
                 return expected
             return expected * self.seconds[near] / self.passes.round_seconds(near)
@@ -314,15 +310,15 @@ class LatencyTable:
             if curve is None or line[-1].rows >= program.rows:
                 return curve
             # Extrapolated in rows. A round that drafts holds a pass of at least a step,
-            # and its drafts: a step that looks slower than that would not be tried.
-            return min(
-                curve,
-                *(
-                    self.seconds[other] / (1 + DRAFT_SHARE * other.gamma)
-                    for other in self._neighbours().rounds_of_more(program)
-                ),
-                math.inf,
-            )
+            # and drafts of about half a step each: a step that looks slower than that
+            # would never be tried.
+            bounds = [
+                self.seconds[other]
+                / (1 + DRAFT_SHARE * other.gamma)
+                * (program.cache_length / other.cache_length) ** LENGTH_EXPONENT
+                for other in self._neighbours().rounds_of_more(program)
+            ]
+            return min([curve, *bounds])
         step = self._step(program)
         nearest = self._neighbours().speculative(program)
         if step is None or nearest is None:
@@ -330,6 +326,33 @@ class LatencyTable:
         nearest_step = self._step(nearest) or 0.0
         ratio = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
         return step + max(ratio, 0.0) * self._extra(program)
+
+    def _with_span(self, program: Program) -> float | None:
+        """Predict a round whose drafts see a span.
+
+        It is what `seconds_with_span` returns, times the ratio of measured to so
+        predicted seconds of the nearest program of the kind that ran. Where no drafts
+        that see all positions ran, it is predicted from that program alone, like them.
+        """
+        expected_s = seconds_with_span(self._known, program)
+        others = [p for p in self.seconds if p != program and p.window]
+        near = min(others, key=lambda p: distance(p, program), default=None)
+        if near is None:
+            return expected_s
+        near_s = seconds_with_span(self._known, near)
+        if expected_s is not None and near_s:
+            ratio = self.seconds[near] / near_s
+            return expected_s * min(max(ratio, 1 / MOST_CORRECTION), MOST_CORRECTION)
+        step, near_step = (
+            self._step(program.seeing(None)),
+            self._step(near.seeing(None)),
+        )
+        if step is None or near_step is None:
+            return None
+        ratio = max(self.seconds[near] - near_step, 0.0) / self._extra(
+            near.seeing(None)
+        )
+        return step + ratio * self._extra(program.seeing(None))
 
     def _known(self, program: Program) -> float | None:
         """Return the measured or predicted seconds of a program."""
@@ -367,12 +390,12 @@ class LatencyTable:
             return None
         points = [(other.rows, self.seconds[other]) for other in line]
         ratio = program.cache_length / line[0].cache_length
-        return _power_law(points, program.rows) * ratio**LENGTH_EXPONENT
+        return power_law(points, program.rows) * ratio**LENGTH_EXPONENT
 
-    def _neighbours(self) -> _Neighbours:
+    def _neighbours(self) -> Neighbours:
         """Return the neighbours among measured programs, which are never removed."""
         if len(self._found.measured) != len(self.seconds):
-            self._found = _Neighbours(tuple(self.seconds))
+            self._found = Neighbours(tuple(self.seconds))
             self._forget_predictions()
         return self._found
 
@@ -380,74 +403,3 @@ class LatencyTable:
         self._steps.clear()
         self._predictions.clear()
         self._predicted_from.clear()
-
-
-class _Neighbours:
-    """The measured programs that a program is predicted from, remembered once found.
-
-    Dozens of predictions are needed before every window. The neighbours depend on which
-    programs were measured, not on their seconds.
-    """
-
-    def __init__(self, measured: tuple[Program, ...]) -> None:
-        self.measured = measured
-        self.in_data_shards = [
-            program
-            for program in measured
-            if not program.shared_rows and not program.window
-        ]
-        self._lines: dict[Program, tuple[Program, ...]] = {}
-        self._speculative: dict[Program, Program | None] = {}
-        self._of_more: dict[Program, tuple[Program, ...]] = {}
-
-    def line(self, program: Program) -> tuple[Program, ...]:
-        """Return the other programs of the same gamma and the nearest length."""
-        if program not in self._lines:
-            points = [p for p in self.in_data_shards if p.gamma == program.gamma]
-            points = [p for p in points if p != program]
-            near = min(points, key=lambda p: _distance(p, program), default=program)
-            self._lines[program] = tuple(
-                sorted(p for p in points if p.cache_length == near.cache_length)
-            )
-        return self._lines[program]
-
-    def rounds_of_more(self, program: Program) -> tuple[Program, ...]:
-        """Return programs that draft, with no fewer rows and no shorter cache."""
-        if program not in self._of_more:
-            self._of_more[program] = tuple(
-                p
-                for p in self.in_data_shards
-                if p.gamma
-                and p.rows >= program.rows
-                and p.cache_length >= program.cache_length
-            )
-        return self._of_more[program]
-
-    def speculative(self, program: Program) -> Program | None:
-        """Return the nearest other program that drafts."""
-        if program not in self._speculative:
-            points = [p for p in self.in_data_shards if p.gamma and p != program]
-            self._speculative[program] = min(
-                points, key=lambda p: _distance(p, program), default=None
-            )
-        return self._speculative[program]
-
-
-def _distance(one: Program, other: Program) -> float:
-    """Return how far programs differ: in cache length most, then rows, then gamma."""
-    return (
-        abs(math.log2(one.cache_length / other.cache_length))
-        + 0.25 * abs(math.log2(one.rows / other.rows))
-        + 0.1 * abs(one.gamma - other.gamma)
-    )
-
-
-def _power_law(line: list[tuple[int, float]], rows: int) -> float:
-    """Interpolate (rows, seconds) points linearly in logarithms."""
-    if len(line) == 1:
-        at, seconds = line[0]
-        return seconds * (rows / at) ** ROWS_EXPONENT
-    after = next((i for i, (at, _) in enumerate(line) if at >= rows), len(line) - 1)
-    (r0, t0), (r1, t1) = line[max(after, 1) - 1], line[max(after, 1)]
-    exponent = math.log(t1 / t0) / math.log(r1 / r0)
-    return t0 * (rows / r0) ** min(max(exponent, 0.0), 1.0)

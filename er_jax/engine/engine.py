@@ -12,7 +12,6 @@ Left out: which program to run (`control`), when to run it (`scheduler`).
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import functools
 import os
 import time
@@ -76,7 +75,7 @@ def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
     Returns:
       The same policy with its new draft.
     """
-    draft = run_refresh(params.policy, params.draft, config=config)
+    draft = run_refresh(params.policy, params.draft, config=config.quantization)
     return PolicyParams(policy=params.policy, draft=draft)
 
 
@@ -421,8 +420,7 @@ class Engine:
 
     def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
         """Return policy parameters with a newly derived draft."""
-        # What drafts see is no part of how they are quantized.
-        config = dataclasses.replace(config, window=None, head=0)
+        config = config.quantization
         program = self._program(
             ("attach", config),
             self._attach_function(params, config),

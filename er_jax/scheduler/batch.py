@@ -179,12 +179,19 @@ class Batch:
             return  # It has nothing to choose.
         longest = self.request.cache_lengths[-1]
         least = self.topology.row_buckets(False)[0]
+
+        def offered(program: Program) -> Program:
+            # With a stated window there are no drafts that see all positions.
+            span = self.request.spans_at(longest, program.gamma)[-1]
+            return program.seeing(span)
+
         with controller.measuring:
-            programs = controller.first_look(
-                least, longest, self._options.window_compile_s
+            found = controller.first_look(
+                least, longest, lambda p: self._options.window_compile_s(offered(p))
             )
-            if not programs:
+            if not found:
                 return
+            programs = [offered(program) for program in found]
             engine, params = self.topology.engine, self.topology.params_of(False)
             with self.stats.timed("calibration", lambda: engine.compile_s):
                 seconds, num_rounds = timing.measure_rounds(

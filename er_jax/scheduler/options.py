@@ -35,7 +35,8 @@ class Options:
         """Return the programs that can run the live rows now, the safest one last.
 
         The last has the shortest drafts, the most rows and the longest cache, and its
-        drafts see all positions if they may. While
+        drafts see all positions if they may. Where there is no room for rings, drafts
+        see all positions. While
         sequences wait, the batch keeps all its slots. A smaller batch grows only to
         programs that are compiled, or to all slots. The cache is shortened only if the
         live rows leave a quarter of the new one free, so that it does not grow again at
@@ -58,7 +59,7 @@ class Options:
             )
             if count >= num_live and self._fits(shape, (count, length, shared), rows)
         ]
-        found = []
+        found: list[Program] = []
         for gamma in sorted(gammas, reverse=True):
             least = max(rows.needed_length(self.reach(shape, gamma)), prompts)
             for count, length, shared in shapes:
@@ -67,10 +68,12 @@ class Options:
                     continue
                 for span in self._request.spans_at(length, gamma):
                     program = Program(count, length, gamma, shared).seeing(span)
+                    if not self._have_rings_room(program):
+                        program = program.seeing(None)
                     is_larger = len(rows) < count < slots
                     if is_larger and not self.is_compiled(program):
                         continue
-                    if self._have_rings_room(program):
+                    if program not in found[-1:]:
                         found.append(program)
         return found
 

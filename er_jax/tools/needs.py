@@ -229,10 +229,9 @@ class Plan:
                     (name, _gb(minimum), _gb(one.total), ratio, *parts,
                      one.kernels, one.branches)
                 )  # fmt: skip
-        spans = {count.program.span for count in self.programs} - {None}
         seeing = "".join(
             f"; drafts see {span.head} first and {span.window} last positions"
-            for span in spans
+            for span in {count.program.span for count in self.programs}
             if span is not None
         )
         header = (

@@ -112,7 +112,8 @@ def plan(
     read_bytes = (params_bytes - looked_up, draft_bytes + device_bytes(vectors))
     cache_bytes = device_bytes(state.cache)
     entry_bytes = cache_bytes // max_length
-    # A window that the controller may choose is not planned for: it is never the worst.
+    # A window that the controller may choose is not planned for: it leaves it out where
+    # there is no room for rings.
     span = None if None in drafter.spans else drafter.spans[0]
     if span is not None and span.head + span.window >= max_length:
         span = None
