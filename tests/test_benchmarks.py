@@ -16,7 +16,6 @@ import pytest
 import er_jax
 from benchmarks import (
     accelerator,
-    acceptance,
     cold,
     commits,
     disturbed,
@@ -31,7 +30,14 @@ from benchmarks import (
     steps,
     trace,
 )
-from benchmarks.lib import pass_bytes, presets, records, rooflines, trained
+from benchmarks.lib import (
+    kept_formats,
+    pass_bytes,
+    presets,
+    records,
+    rooflines,
+    trained,
+)
 from benchmarks.lib.bandwidth import Device
 from benchmarks.lib.controllers import Oracle, Plan
 from benchmarks.lib.schedules import POLICIES
@@ -205,16 +211,16 @@ def test_drafts_are_counted_as_rollouts_count_them() -> None:
         params, er_jax.DrafterConfig(bits=4, act_bits=16)
     )
     prompts = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
-    texts = acceptance.sample_texts(policy, params, prompts, 2)
+    texts = kept_formats.sample_texts(policy, params, prompts, 2)
     assert {len(rows) for rows in texts.batches} == {6}
-    found = acceptance.measured(texts, policy_and_draft, gamma, rule)
+    found = kept_formats.measured(texts, policy_and_draft, gamma, rule)
     out = er_jax.rollout(
         policy,
         policy_and_draft,
         prompts,
-        key=jax.random.key(acceptance.SEED),
+        key=jax.random.key(kept_formats.SEED),
         config=er_jax.RolloutConfig(
-            max_new_tokens=acceptance.MAX_NEW_TOKENS,
+            max_new_tokens=kept_formats.MAX_NEW_TOKENS,
             n=2,
             stop_token_ids=(trained.STOP_ID,),
             accept=rule,
