@@ -51,7 +51,8 @@ def test_chances_are_those_of_the_library() -> None:
         (kept_chances.token_rule, rules.expected_accept_prob),
     ):
         found = rule(target, draft, tokens).mean
-        np.testing.assert_allclose(found, closed(target, draft), rtol=1e-5)
+        wanted = closed(jnp.asarray(target), jnp.asarray(draft))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
         assert found[0] == pytest.approx(1, abs=1e-6)
         assert found[1:].max() < 0.99
 

@@ -58,7 +58,8 @@ def load_corpus(root: Path | None = None) -> Corpus:
       FileNotFoundError: there are no files to train on, or none to hold out.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    train, held_out = [], []
+    train: list[np.ndarray] = []
+    held_out: list[np.ndarray] = []
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*"))
     for name in names:
         path = root / name
@@ -103,7 +104,7 @@ def held_out_pieces(corpus: Corpus, count: int, length: int) -> np.ndarray:
             f"length={length}: no held-out file has that many bytes; give less"
         )
     room = np.array([len(tokens) - length - 1 for tokens in files], float)
-    found = []
+    found: list[np.ndarray] = []
     while len(found) < count:
         tokens = files[rng.choice(len(files), p=room / room.sum())]
         lines = np.flatnonzero(tokens[: len(tokens) - length - 1] == ord("\n")) + 1

@@ -48,7 +48,7 @@ def token_rule(target: np.ndarray, draft: np.ndarray, tokens: np.ndarray) -> Kep
 
 def coupled_rule(target: np.ndarray, draft: np.ndarray, tokens: np.ndarray) -> Kept:
     """Return the chances of the coupled rule; arguments as of `token_rule`."""
-    order = np.argsort(draft - target, axis=-1, kind="stable")
+    order = np.argsort(draft - target, axis=-1)
     p, q = (
         np.exp(np.take_along_axis(x, order, -1).astype(np.float64))
         for x in (target, draft)
