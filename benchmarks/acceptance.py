@@ -233,7 +233,7 @@ def plot_views(record: dict[str, Any], path: Path) -> None:
             for number, head in enumerate(dict.fromkeys(p["head"] for p in own)):
                 part = [p for p in own if p["head"] == head and p["window"]]
                 windows = [p["window"] for p in part]
-                for rule, style in zip(RULES, ("-", ":"), strict=True):
+                for rule, style in zip(RULES, (".-", ".:"), strict=True):
                     chances = [p[rule]["expected"] for p in part]
                     name = f"head {head}" if rule == "coupled" else None
                     axis.plot(windows, chances, style, color=f"C{number}", label=name)
@@ -243,7 +243,9 @@ def plot_views(record: dict[str, Any], path: Path) -> None:
             axis.set(title=f"{label}, {draft}: kept", xlabel="window")
             axis.set_xscale("log", base=2)
             axis.legend(
-                fontsize="xx-small", title="dotted: token rule; grey: no window"
+                title="dotted: token rule; grey: no window",
+                fontsize="xx-small",
+                title_fontsize="xx-small",
             )
     records.save_figure(picture, record, path)
 
