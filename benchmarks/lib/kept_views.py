@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -319,7 +320,7 @@ def measured(texts: Sampled, pair: PolicyParams, plan: Plan) -> dict[str, Any]:
 
 
 def study(texts: Sampled, plan: Plan, common: dict[str, Any]) -> Iterator[dict]:
-    """Yield one point per draft and view, then those by depth, then rollouts.
+    """Yield the points of every draft: its views, its rollouts, its views by depth.
 
     Args:
       texts: of one policy. plan: what to look at. common: fields of every point.
@@ -337,20 +338,20 @@ def study(texts: Sampled, plan: Plan, common: dict[str, Any]) -> Iterator[dict]:
     longest = common["longest"]
     windows = [window for window in plan.windows if window < longest]
     chosen = views(windows, plan.heads, plan.bits)
-    pairs = {name: draft_params_of(texts.params, name) for name in plan.drafts}
-    cases = [(n, v) for n in pairs for v in chosen if (n, v) != ("float", View())]
-    for name, view in tqdm(cases, desc="views", unit="draft"):
-        told = {"part": "views", "draft": name, **dataclasses.asdict(view)}
-        yield {**common, **told, **beside.first_drafts(pairs[name], view)}
-    for name in pairs:
-        if name == "float":
+    for name in tqdm(plan.drafts, desc="drafts", unit="draft"):
+        pair = draft_params_of(texts.params, name)
+        is_float = name == "float"
+        # One that sees all and is the policy itself says what the policy does.
+        cases = [view for view in chosen if not is_float or view != View()]
+        for view in tqdm(cases, desc=name, unit="view"):
+            told = {"part": "views", "draft": name, **dataclasses.asdict(view)}
+            yield {**common, **told, **beside.first_drafts(pair, view)}
+        if is_float:
             continue
-        for view in plan.deep:
-            if view not in chosen:
-                continue
-            for gamma in plan.gammas:
-                told = {"part": "depths", "draft": name, **dataclasses.asdict(view)}
-                found = beside.by_depth(pairs[name], view, gamma)
-                yield {**common, **told, "gamma": gamma, **found}
         told = {"part": "rollouts", "draft": name, "gamma": plan.gamma}
-        yield {**common, **told, **measured(texts, pairs[name], plan)}
+        yield {**common, **told, **measured(texts, pair, plan)}
+        for view, gamma in itertools.product(plan.deep, plan.gammas):
+            if view in chosen:
+                told = {"part": "depths", "draft": name, **dataclasses.asdict(view)}
+                found = beside.by_depth(pair, view, gamma)
+                yield {**common, **told, "gamma": gamma, **found}

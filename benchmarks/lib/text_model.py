@@ -255,9 +255,10 @@ def train(
         saved_s = progress.seconds
         with tqdm(total=round(60 * recipe.minutes), unit="s", desc="training") as bar:
             for _ in steps(policy, recipe, progress, tokens):
-                bar.n = round(progress.seconds)
                 bits = progress.loss / math.log(2)
-                bar.set_postfix_str(f"step {progress.step}, {bits:.3f} bits/byte")
+                told = f"step {progress.step}, {bits:.3f} bits/byte"
+                bar.set_postfix_str(told, refresh=False)
+                bar.update(round(progress.seconds) - bar.n)
                 if progress.seconds - saved_s > 60 * recipe.save_minutes:
                     save()
                     saved_s = progress.seconds
