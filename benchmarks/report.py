@@ -25,11 +25,13 @@ from benchmarks import (
     host,
     imitation,
     limits,
+    long_caches,
     plans,
     predicted,
     published,
     sampling,
     scaling,
+    text,
     traffic,
 )
 from benchmarks.lib import measure, pass_points, records
@@ -52,17 +54,18 @@ Record = Mapping[str, Any]
 
 # Records whose points are one table.
 POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
-    "acceptance": acceptance.rows_of,
     "cold": cold.rows_of,
     "commits": commits.rows_of,
     "disturbed": disturbed.rows_of,
     "fuzz": fuzz.rows_of,
     "host": host.rows_of,
     "imitation": imitation.rows_of,
+    "long_caches": long_caches.rows_of,
     "plans": plans.rows_of,
     "published": published.setting_rows,
     "sampling": sampling.rows_of,
     "scaling": scaling.rows_of,
+    "text": text.rows_of,
     "traffic": traffic.rows_of,
 }
 
@@ -176,8 +179,12 @@ def section(record: Record) -> str:
     parts = [f"### {name}", records.conditions(record) + "."]
     if name == "fuzz":
         parts.append(fuzz.summary(record))
+    if name == "text":
+        parts.append(text.summary(record))
     if name in POINT_TABLES:
         parts.append(markdown(POINT_TABLES[name](points)))
+    elif name == "acceptance":
+        parts += acceptance.page_tables(points)
     elif name == "steps":
         parts += pass_points.page_tables(points, ("preset", "cache_length", "dtype"))
     elif name == "predicted":
@@ -222,7 +229,7 @@ def report(directory: Path = records.RESULTS, page: str | None = None) -> str:
 
 
 def updated(
-    text: str, directory: Path = records.RESULTS, page: str | None = None
+    before: str, directory: Path = records.RESULTS, page: str | None = None
 ) -> str:
     """Return a page with the tables of its records below its marker.
 
@@ -232,9 +239,9 @@ def updated(
     marker = MARKER
     if page is not None:
         marker = MARKER.replace("results/*.json", f"benchmarks/results/{page}.json")
-    if marker not in text:
+    if marker not in before:
         raise ValueError(f"the page has no line {marker!r}")
-    head, _, _ = text.partition(marker)
+    head, _, _ = before.partition(marker)
     return f"{head}{marker}\n\n{report(directory, page)}".rstrip() + "\n"
 
 

@@ -17,7 +17,6 @@ import pytest
 import er_jax
 from benchmarks import (
     accelerator,
-    acceptance,
     cold,
     commits,
     disturbed,
@@ -25,6 +24,7 @@ from benchmarks import (
     host,
     imitation,
     limits,
+    long_caches,
     plans,
     report,
     rollout,
@@ -33,7 +33,14 @@ from benchmarks import (
     steps,
     trace,
 )
-from benchmarks.lib import pass_bytes, presets, records, rooflines, trained
+from benchmarks.lib import (
+    kept_formats,
+    pass_bytes,
+    presets,
+    records,
+    rooflines,
+    trained,
+)
 from benchmarks.lib.bandwidth import Device
 from benchmarks.lib.controllers import Oracle, Plan
 from benchmarks.lib.schedules import POLICIES
@@ -207,16 +214,16 @@ def test_drafts_are_counted_as_rollouts_count_them() -> None:
         params, er_jax.DrafterConfig(bits=4, act_bits=16)
     )
     prompts = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
-    texts = acceptance.sample_texts(policy, params, prompts, 2)
+    texts = kept_formats.sample_texts(policy, params, prompts, 2)
     assert {len(rows) for rows in texts.batches} == {6}
-    found = acceptance.measured(texts, policy_and_draft, gamma, rule)
+    found = kept_formats.measured(texts, policy_and_draft, gamma, rule)
     out = er_jax.rollout(
         policy,
         policy_and_draft,
         prompts,
-        key=jax.random.key(acceptance.SEED),
+        key=jax.random.key(kept_formats.SEED),
         config=er_jax.RolloutConfig(
-            max_new_tokens=acceptance.MAX_NEW_TOKENS,
+            max_new_tokens=kept_formats.MAX_NEW_TOKENS,
             n=2,
             stop_token_ids=(trained.STOP_ID,),
             accept=rule,
@@ -329,7 +336,7 @@ def test_no_draft_is_compiled_that_one_row_rules_out() -> None:
     policy, controller = cold.POLICIES["in the cache"], Controller()
     engine, _ = cold.calls(policy, controller, 80, DEFAULT_GAMMAS)
     drafting = [n[1] for n in engine.compiled if n[0] == "window" and n[1].gamma]
-    assert [program[0::2] for program in drafting] == [(1, 4)]
+    assert [(program.rows, program.gamma) for program in drafting] == [(1, 4)]
     assert controller.knows_drafts
 
 
@@ -458,3 +465,17 @@ def test_what_drafts_are_worth_by_hand() -> None:
     assert 0.4 < saved["best"] <= saved["oracle"] + 0.02 < 0.7
     with pytest.raises(ValueError, match=r"run python -m benchmarks\.traffic"):
         limits.costs_of(points, *arguments, "int8")
+
+
+def test_long_caches_run_and_sample_the_same_tokens(tmp_path: Path) -> None:
+    long_caches.main(long_caches.Args(quick=True, out=tmp_path))
+    record = json.loads((tmp_path / "long_caches.json").read_text())
+    assert records.problems(record) == []
+    (point,) = record["points"]
+    assert [c["control"] for c in point["controls"]] == list(long_caches.CONTROLS)
+    assert {c["num_sequences_that_differ"] for c in point["controls"]} == {0}
+    window = point["controls"][2]
+    assert window["windows"] == [20]
+    header, rows = long_caches.rows_of(record["points"])
+    assert len(rows) == 4
+    assert len(header) == len(rows[0])

@@ -21,8 +21,18 @@ What is run:
 * `pass_bytes`: the bytes that a pass must read.
 * `pass_points`: the record of timed passes.
 * `draft_formats`: drafts by quantization format.
+* `views`: what of the target's cache a draft reads.
+* `corpus`: real text that every machine has.
+* `text_model`: a byte-level policy trained on it.
 * `subjects`: a policy with surveyed costs and measured acceptance.
 * `schedules`: random rollouts for the fuzzer.
+
+How often drafts are kept:
+
+* `kept_formats`: by format, drafting in every round of a trained policy.
+* `kept_views`: by what drafts read, at every position of sampled texts.
+* `kept_chances`: the closed forms.
+* `whole_texts`: passes of a target, and of drafts beside its cache, over whole texts.
 
 What stands in for a part of the library:
 

@@ -87,8 +87,9 @@ class Replay:
       cap: limit of a generated completion, in tokens.
       slots: rows decoded at once; all if not given.
       keep: chance that a draft is kept.
-      window, head: positions that drafts see, the last and the first ones; all if no
-        window is given. The published rule decides as if they saw all.
+      window: last positions that drafts see; all if not given. The published rule
+        decides as if they saw all.
+      head: first positions that drafts see where they see a window.
       controls: any of fixed:N, paper, best, oracle; ar is always there.
       gammas: draft lengths that best and oracle may choose from.
       seeds: number of generated traces, or of replays of a file with other draws of
