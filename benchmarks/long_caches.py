@@ -172,7 +172,7 @@ def main(args: Args) -> None:
     sizes = ((2, 150),) if args.quick else args.sizes
     if args.quick:
         args = dataclasses.replace(args, window=20, head=4, new_tokens=8, repeats=2)
-    record = records.new_record("long_caches", records.settings_of(args))
+    record = records.new_record("long_caches", records.settings_of(args, "text"))
     directory = records.results_dir(args.out, args.quick)
     random = np.random.default_rng(0)
     for rows, length in sizes:
