@@ -28,6 +28,9 @@ from er_jax import DrafterConfig, Rollout, RolloutConfig
 
 GAMMAS = (0, 2, 4, 6)
 CONTROLS = ("ar", "all positions", "window", "best")
+# Of what attention adds with random parameters; see `looking_back_little`.
+ATTENTION_SHARE = 0.1
+
 # Rows, and positions of the prompt.
 SIZES = ((4, 1900), (4, 3900), (16, 1900))
 
@@ -137,6 +140,20 @@ class Subject:
         }
 
 
+def looking_back_little(params: Any) -> Any:
+    """Return random parameters whose attention adds little to the residual stream.
+
+    Random attention looks at all positions alike, so a window would hide most of what
+    it adds, and trained attention does not. With a tenth of it, drafts with a window
+    are kept about as often as a trained policy's; every pass costs the same.
+    """
+    layers = [
+        {**layer, "o_proj": layer["o_proj"] * ATTENTION_SHARE}
+        for layer in params["layers"]
+    ]
+    return {**params, "layers": layers}
+
+
 def rows_of(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the table: a line for every size and control."""
     rows: list[tuple[Any, ...]] = []
@@ -177,7 +194,7 @@ def main(args: Args) -> None:
     random = np.random.default_rng(0)
     for rows, length in sizes:
         policy = er_jax.Decoder(presets.PRESETS[preset])
-        params = policy.init(jax.random.key(0))
+        params = looking_back_little(policy.init(jax.random.key(0)))
         prompt = random.integers(0, policy.vocab_size, length).tolist()
         record["points"].append(
             Subject(policy, params, prompt, rows, args).point(preset)
