@@ -165,6 +165,7 @@ def prefilled(params: Any, tokens: np.ndarray, known: np.ndarray) -> Any:
     return forward(params, jnp.asarray(tokens), positions, POLICY.init_cache(B, S))[1]
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("span", [Span(2, 3), Span(0, 1), Span(16, 20)], ids=named)
 def test_a_span_changes_no_token(span: Span) -> None:
     plain, _ = decoded(0, None)
@@ -185,6 +186,7 @@ def test_a_span_changes_no_token(span: Span) -> None:
             )
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("span", [Span(0, 96), Span(96, 1), Span(40, 70)], ids=named)
 def test_a_span_that_hides_nothing_keeps_the_same_drafts(span: Span) -> None:
     _, wanted = decoded(GAMMA, None)
@@ -221,6 +223,7 @@ def masked(span: Span) -> attention.Attention:
     return attend
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("span", [Span(2, 3), Span(16, 20)], ids=named)
 def test_drafts_are_those_of_masked_attention(span: Span) -> None:
     """The same drafts are kept as where a mask hides all but the span."""
@@ -266,6 +269,7 @@ def sample(policy: Any, params: Any, control: str, **drafter: Any) -> er_jax.Rol
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_a_policy_of_arrays_drafts_over_all_positions() -> None:
     policy = Learned(attention="plain")
     params = policy.init(0)
@@ -276,6 +280,7 @@ def test_a_policy_of_arrays_drafts_over_all_positions() -> None:
     np.testing.assert_array_equal(out.stats.accepted[2], whole.stats.accepted[2])
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_a_stated_window_is_used_and_told() -> None:
     policy = small_policy("a stated window")
     params = policy.init(jax.random.key(0))
@@ -401,6 +406,7 @@ def test_a_span_is_predicted_from_what_a_step_saves(how: str) -> None:
     assert table.round_seconds(LONG) == pytest.approx(step_s(4096))
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_a_program_of_spans_is_another_one() -> None:
     policy = small_policy("spans are named")
     params = policy.init(jax.random.key(0))
@@ -440,6 +446,7 @@ def test_a_window_holds_rings_and_no_second_cache() -> None:
     assert 2 * rings + 2 * scores < rows * length * entry / 4
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_all_windows_may_be_chosen(x64: None) -> None:
     """Switching between all positions and a span, in mid-rollout, changes no token."""
 
