@@ -69,10 +69,10 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (4, 8):
             raise ValueError(f"bits={self.bits!r} is not supported; use 8 or 4")
-        head = self.projection_bits
-        if head is not None and (type(head) is not int or head not in (4, 8)):
+        bits = self.projection_bits
+        if bits is not None and (type(bits) is not int or bits not in (4, 8)):
             raise ValueError(
-                f"projection_bits={head!r} is not supported; use 8, 4 or None, which "
+                f"projection_bits={bits!r} is not supported; use 8, 4 or None, which "
                 "is the value of bits"
             )
         size = self.group_size

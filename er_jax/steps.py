@@ -20,9 +20,9 @@ drafts is verified again with the same drafts, one position at a time, so that n
 entry exists yet (`_verify`); afterwards the drafts' entries are cleared. Drafting anew
 instead would not be exact: whether drafts are given up would depend on their tokens.
 
-Drafts may see a span of the positions only (`begin_window`). They are then written to
-rings, which get the target's entries after every round, and the cache itself never
-holds the entry of a token that was only drafted by the draft's own computation.
+Drafts may see a span of the positions only (`begin_window`). Their entries are then
+written to rings, which get the target's entries after every round. The cache itself
+then holds only entries that the target has computed.
 
 Left out: starting rows (`prefill`), the loop over rounds (`engine`), every decision
 (`scheduler`).

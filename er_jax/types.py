@@ -315,6 +315,11 @@ class Program(NamedTuple):
         """What its drafts see; None is all positions."""
         return Span(self.head, self.window) if self.window else None
 
+    @property
+    def plain(self) -> Program:
+        """The plain step of the same shape: no drafts, and nothing for them to see."""
+        return self._replace(gamma=0, head=0, window=0)
+
     def seeing(self, span: Span | None) -> Program:
         """Return the program with drafts that see a span; None is all positions."""
         if span is None:

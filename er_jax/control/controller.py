@@ -211,7 +211,7 @@ class Controller:
             if program not in self.table.seconds:
                 # Compiled but never timed (another controller ran it): cheap to try.
                 if program.gamma and not self.knows_drafts:
-                    plain = speeds.get(program._replace(gamma=0).seeing(None), 0.0)
+                    plain = speeds.get(program.plain, 0.0)
                     speeds[program] = UNKNOWN_SPEED_UP * plain
                 speeds[program] /= 1 - UNCERTAINTY_DISCOUNT
         best_ready = max(ready, key=speeds.__getitem__)

@@ -48,7 +48,7 @@ def drafts_lose(
         return False
     is_compared = False
     for measured in one_row:
-        plain_s = table.round_seconds(measured._replace(gamma=0).seeing(None))
+        plain_s = table.round_seconds(measured.plain)
         for gamma, span in itertools.product(gammas, {measured.span, *spans}):
             program = measured._replace(gamma=gamma).seeing(span)
             round_s = table.round_seconds(program)

@@ -107,7 +107,7 @@ def seconds_with_span(
     short = whole._replace(cache_length=min(program.draft_length, whole.cache_length))
     whole_s = round_s(whole)
     step_s, short_step_s, short_s = (
-        round_s(p) for p in (whole._replace(gamma=0), short._replace(gamma=0), short)
+        round_s(p) for p in (whole.plain, short.plain, short)
     )
     if whole_s is None or not step_s or not short_step_s:
         return whole_s
@@ -293,7 +293,7 @@ class PassCosts:
             target = self.surfaces["target", 0].seconds(rows, length)
             # More positions never cost less, whatever noise the readings have.
             rising = np.maximum.accumulate([target, *seconds]).tolist()
-            return _on_line(dict(zip([0, *known], rising, strict=True)), gamma)
+            return on_line(dict(zip([0, *known], rising, strict=True)), gamma)
         return float(np.interp(gamma, known, seconds))
 
     def _round_pass(self, rows: int, length: int, gamma: int) -> float:
@@ -316,7 +316,7 @@ class PassCosts:
         known |= {g: ratio * excess for g, ratio in ratios.items()}
         if len(known) == 1:
             known[0] = 0.0
-        return target + max(_on_line(known, gamma), 0.0)
+        return target + max(on_line(known, gamma), 0.0)
 
     @functools.cached_property
     def _rounds(self) -> tuple[list[int], dict[int, float]]:
@@ -359,7 +359,7 @@ class PassCosts:
         return self.pass_seconds("round", *program[:3])
 
 
-def _on_line(points: Mapping[int, float], x: int) -> float:
+def on_line(points: Mapping[int, float], x: int) -> float:
     """Interpolate between two points or more; extrapolate from the nearest two."""
     xs = sorted(points)
     if xs[0] <= x <= xs[-1]:

@@ -319,13 +319,16 @@ class LatencyTable:
                 for other in self._neighbours().rounds_of_more(program)
             ]
             return min([curve, *bounds])
-        step = self._step(program)
         nearest = self._neighbours().speculative(program)
-        if step is None or nearest is None:
+        if self._step(program) is None or nearest is None:
             return self._curve(program)
-        nearest_step = self._step(nearest) or 0.0
-        ratio = (self.seconds[nearest] - nearest_step) / self._extra(nearest)
-        return step + max(ratio, 0.0) * self._extra(program)
+        return self._like(nearest, program)
+
+    def _like(self, near: Program, program: Program) -> float:
+        """Return a step, and what drafts cost in `near`, in proportion to `_extra`."""
+        drafts_s = self.seconds[near] - (self._step(near) or 0.0)
+        ratio = max(drafts_s / self._extra(near), 0.0)
+        return (self._step(program) or 0.0) + ratio * self._extra(program)
 
     def _with_span(self, program: Program) -> float | None:
         """Predict a round whose drafts see a span.
@@ -343,16 +346,8 @@ class LatencyTable:
         if expected_s is not None and near_s:
             ratio = self.seconds[near] / near_s
             return expected_s * min(max(ratio, 1 / MOST_CORRECTION), MOST_CORRECTION)
-        step, near_step = (
-            self._step(program.seeing(None)),
-            self._step(near.seeing(None)),
-        )
-        if step is None or near_step is None:
-            return None
-        ratio = max(self.seconds[near] - near_step, 0.0) / self._extra(
-            near.seeing(None)
-        )
-        return step + ratio * self._extra(program.seeing(None))
+        is_known = self._step(program) and self._step(near)
+        return self._like(near, program) if is_known else None
 
     def _known(self, program: Program) -> float | None:
         """Return the measured or predicted seconds of a program."""
@@ -377,7 +372,7 @@ class LatencyTable:
 
     def _step(self, program: Program) -> float | None:
         """Return the seconds of its autoregressive step, kept like predictions."""
-        program = program._replace(gamma=0)
+        program = program.plain
         if program not in self._steps:
             known = self.seconds.get(program)
             self._steps[program] = self._curve(program) if known is None else known

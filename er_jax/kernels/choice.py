@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
+from er_jax.devices import is_cuda
 from er_jax.kernels import cuda, tpu
 
 # What a caller may ask for: the kernel of the platform where there is one and it
@@ -51,7 +52,7 @@ _used: contextvars.ContextVar[str] = contextvars.ContextVar("kernel", default=XL
 def platform_of(device: jax.Device) -> str:
     """Return the platform of a device, as kernels are named by it."""
     if device.platform == "gpu":
-        return "cuda" if "cuda" in device.client.platform_version else "rocm"
+        return "cuda" if is_cuda(device) else "rocm"
     return device.platform
 
 

@@ -35,12 +35,11 @@ class Options:
         """Return the programs that can run the live rows now, the safest one last.
 
         The last has the shortest drafts, the most rows and the longest cache, and its
-        drafts see all positions if they may. Where there is no room for rings, drafts
-        see all positions. While
-        sequences wait, the batch keeps all its slots. A smaller batch grows only to
-        programs that are compiled, or to all slots. The cache is shortened only if the
-        live rows leave a quarter of the new one free, so that it does not grow again at
-        once.
+        drafts see all positions if they may. They also do where there is no room for
+        rings. While sequences wait, the batch keeps all its slots. A smaller batch
+        grows only to programs that are compiled, or to all slots. The cache is
+        shortened only if the live rows leave a quarter of the new one free, so that it
+        does not grow again at once.
 
         Args:
           rows: the batch. shape: of its state. is_waiting: whether sequences wait for

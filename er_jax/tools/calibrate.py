@@ -155,7 +155,7 @@ class Calibrate:
             f"{span.window} last positions of {self.max_length}, by rows"
         )
         for program in programs:
-            plain_s = table.round_seconds(program.seeing(None)._replace(gamma=0))
+            plain_s = table.round_seconds(program.plain)
             round_s = table.round_seconds(program)
             assert plain_s and round_s
             print(f"{program.rows:>8}{tokens * plain_s / round_s:>8.2f}")
