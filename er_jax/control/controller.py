@@ -162,9 +162,10 @@ class Controller:
 
     def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
         """Return the speed of each program, 0 where it is unknown."""
+        used = {span: self.acceptance_of(span) for span in {p.span for p in programs}}
         tokens = {
-            (gamma, span): self.acceptance_of(span).tokens_per_round(gamma)
-            for gamma, span in {(program.gamma, program.span) for program in programs}
+            (gamma, span): used[span].tokens_per_round(gamma)
+            for gamma, span in {(p.gamma, p.span) for p in programs}
         }
         speeds = {}
         for program in programs:
