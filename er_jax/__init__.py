@@ -14,7 +14,7 @@ from er_jax.drafter import (
     dot,
     quantize,
 )
-from er_jax.engine.engine import refresh_draft
+from er_jax.engine.windows import refresh_draft
 from er_jax.io.hf_save import save_hf
 from er_jax.io.hf_weights import load_hf
 from er_jax.mesh.prompts import gather_prompts

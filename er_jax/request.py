@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from er_jax.config import LOGPROB_KINDS, RolloutConfig
-from er_jax.types import NONE, Sampling, Span
+from er_jax.types import FIRST_DRAFT, NONE, Sampling, Span, View
 
 
 @functools.cache
@@ -76,8 +76,6 @@ def request_of(
         lengths.append(-(-lengths[-1] // 2 // step) * step)
     is_cpu = jax.default_backend() == "cpu"
     chunk_tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
-    # Only "best" chooses what drafts see.
-    is_left_out = None in config.drafter.spans and config.control != "best"
     slots = min(config.max_slots, power_of_two(len(sequence_ids), 1))
     return Request(
         prompts=unique,
@@ -88,7 +86,20 @@ def request_of(
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
         chunk=min(max(chunk_tokens // bucket, 1), 16),
-        spans=(None,) if is_left_out else config.drafter.spans,
+        views=_views_of(config),
+    )
+
+
+def _views_of(config: RolloutConfig) -> tuple[View, ...]:
+    """Return the drafts to choose from; only "best" chooses."""
+    drafters = config.drafters
+    if config.control != "best":
+        spans = drafters[0].spans
+        return (FIRST_DRAFT.seeing(None if None in spans else spans[0]),)
+    return tuple(
+        View(number).seeing(span)
+        for number, drafter in enumerate(drafters)
+        for span in drafter.spans
     )
 
 
@@ -112,6 +123,25 @@ def offered_spans(
 
     found: list[Span | None] = [s for s in spans if gamma and s is not None and pays(s)]
     return found if found and is_stated else [*found, None]
+
+
+def offered_views(views: Sequence[View], cache_length: int, gamma: int) -> list[View]:
+    """Return the drafts that a program may run, the first draft last.
+
+    Args:
+      views: all drafts to choose from. cache_length, gamma: of the program.
+    Returns:
+      For each draft, what `offered_spans` returns; without drafts, `FIRST_DRAFT`.
+    """
+    if not gamma:
+        return [FIRST_DRAFT]
+    return [
+        View(draft).seeing(span)
+        for draft in sorted({view.draft for view in views}, reverse=True)
+        for span in offered_spans(
+            [view.span for view in views if view.draft == draft], cache_length, gamma
+        )
+    ]
 
 
 def sampling_of(config: RolloutConfig, key: jax.Array) -> Sampling:
@@ -158,7 +188,7 @@ class Request:
     chunk: C, prompts prefilled together.
     state_limit_bytes: bytes of a device that all states together may take; None where
       its memory is unknown.
-    spans: what drafts may see; see `DrafterConfig.spans`.
+    views: the drafts to choose from.
     """
 
     prompts: Sequence[np.ndarray]
@@ -170,11 +200,11 @@ class Request:
     prompt_bucket: int
     chunk: int
     state_limit_bytes: int | None = None
-    spans: tuple[Span | None, ...] = (None,)
+    views: tuple[View, ...] = (FIRST_DRAFT,)
 
-    def spans_at(self, cache_length: int, gamma: int) -> list[Span | None]:
-        """Return what the drafts of a program may see; see `offered_spans`."""
-        return offered_spans(self.spans, cache_length, gamma)
+    def views_at(self, cache_length: int, gamma: int) -> list[View]:
+        """Return the drafts that a program may run; see `offered_views`."""
+        return offered_views(self.views, cache_length, gamma)
 
     def limit(self, sequence: int) -> int:
         """Return the length in tokens at which a sequence ends, prompt included."""

@@ -29,7 +29,8 @@ from er_jax.config import RolloutConfig, parse_control
 from er_jax.control.controller import Controller
 from er_jax.control.explain import explain
 from er_jax.costs import store
-from er_jax.drafter import PolicyParams, attach_draft, check_draft
+from er_jax.devices import device_bytes
+from er_jax.drafter import PolicyParams, attach_draft, check_draft, check_number
 from er_jax.engine.engine import Engine
 from er_jax.engine.kept import engine_for
 from er_jax.mesh import layout
@@ -40,7 +41,7 @@ from er_jax.result import Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
 from er_jax.scheduler.topology import OneDevice, Topology
 from er_jax.stats import RolloutStats
-from er_jax.types import Params, Policy, Program, Span
+from er_jax.types import Params, Policy, Program, Span, View
 
 
 def rollout(
@@ -216,15 +217,16 @@ def _worth_compiling(
 ) -> list[Program]:
     """Return the programs to compile ahead for a state of this shape."""
     programs = [
-        Program(rows, cache_length, gamma).seeing(span)
+        Program(rows, cache_length, gamma).drafting(view)
         for gamma in controller.gammas
-        for span in request.spans_at(cache_length, gamma)
+        for view in request.views_at(cache_length, gamma)
     ]
     speeds = {program: controller.speed(program) or 0.0 for program in programs}
     if any(speeds.values()):
         return [max(programs, key=speeds.__getitem__)]
     drafting = sorted(
-        (p for p in programs if p.gamma), key=lambda p: (abs(p.gamma - 4), p.window)
+        (p for p in programs if p.gamma),
+        key=lambda p: (abs(p.gamma - 4), p.draft, p.window),
     )
     return [*(p for p in programs if not p.gamma), *drafting[:1]]
 
@@ -299,6 +301,8 @@ def _prepare(
     checks.check_length(arrays, config, getattr(policy, "max_length", None))
     if isinstance(params, PolicyParams):
         check_draft(params)
+        if is_drafting:
+            check_number(params, config.drafters)
     checks.check_alive(params)
     params, engine = _engine_of(policy, params, config, mesh)
     if controller is None:
@@ -313,8 +317,11 @@ def _prepare(
         if max(controller.gammas):
             checks.check_drafting(policy, params, config)
     if not _can_draft_with_spans(call, config):
-        request = dataclasses.replace(request, spans=(None,))
-    limit_bytes = checks.check_memory(engine, params, request, is_drafting)
+        drafts = {view.draft for view in request.views}
+        views = tuple(View(draft) for draft in sorted(drafts))
+        request = dataclasses.replace(request, views=views)
+    drafters = config.drafters if is_drafting else ()
+    limit_bytes = checks.check_memory(engine, params, request, drafters)
     request = dataclasses.replace(request, state_limit_bytes=limit_bytes)
     return dataclasses.replace(call, request=request)
 
@@ -327,15 +334,17 @@ def _can_draft_with_spans(call: _Call, config: RolloutConfig) -> bool:
     request, engine = call.request, call.engine
     drafting = [gamma for gamma in call.controller.gammas if gamma]
     longest = request.cache_lengths[-1]
-    if not any(any(request.spans_at(longest, gamma)) for gamma in drafting):
+    offered = [view for g in drafting for view in request.views_at(longest, g)]
+    if not any(view.window for view in offered):
         return True
     if "takes rings" not in engine.defaults:
         can = kv_cache.takes_rings(engine.policy, call.policy_params)
         engine.defaults["takes rings"] = can
     can = engine.defaults["takes rings"]
-    if not can and config.drafter.window != "auto":
+    stated = [d.window for d in config.drafters if d.window not in (None, "auto")]
+    if not can and stated:
         warnings.warn(
-            f"drafter.window={config.drafter.window} is not used: the policy handles "
+            f"drafter.window={stated[0]} is not used: the policy handles "
             "the arrays of its cache itself, so drafts see all positions; use "
             "er_jax.kv_cache.write and attend in forward, or set window=None",
             RuntimeWarning,
@@ -383,7 +392,7 @@ def _with_draft(
     engine = call.engine
     with stats.timed("draft refresh", lambda: engine.compile_s):
         params = engine.attach_draft(call.params, config.drafter)
-        jax.block_until_ready(params.draft)
+        jax.block_until_ready(params.drafts)
     return params
 
 
@@ -396,6 +405,8 @@ def _load_costs(call: _Call, params: PolicyParams) -> None:
         if len(controller.gammas) > 1 and is_empty:
             found = store.load_costs(call.engine, params)
             controller.table = table if found is None else found
+        if params.others:
+            controller.table.weigh_drafts([device_bytes(d) for d in params.drafts])
 
 
 def _uncommitted_codes(params: PolicyParams) -> PolicyParams:
@@ -411,7 +422,8 @@ def _uncommitted_codes(params: PolicyParams) -> PolicyParams:
         is_bound = isinstance(x, jax.Array) and x.dtype == jnp.int4 and x.committed
         return jnp.asarray(np.asarray(x)) if is_bound else x
 
-    return dataclasses.replace(params, draft=jax.tree.map(leaf, params.draft))
+    draft, *others = jax.tree.map(leaf, params.drafts)
+    return PolicyParams(policy=params.policy, draft=draft, others=tuple(others))
 
 
 def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:

@@ -28,6 +28,7 @@ COMPLETIONS = "tests/test_lossless.py::test_completions_follow_the_target"
 UNSOUND = "tests/test_unsound.py::test_a_drafted_token_ends_no_row"
 LEAKS = "tests/test_lossless.py::test_entries_of_drafts_that_are_no_number_bias_nothing"
 SPANS = "tests/test_spans.py"
+DRAFTS = "tests/test_several_drafts.py"
 SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
@@ -309,9 +310,23 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "acceptance of a span taken for that of all positions",
         "er_jax::RolloutRecord.of",
-        "span is None",
+        "view == FIRST_DRAFT",
         "True",
         (f"{SPANS}::test_the_controller_takes_the_faster_kind",),
+    ),
+    PlantedBug(
+        "another draft run than the program names",
+        "er_jax::Batch.start_window",
+        "self.topology.params_of(shared).only(program.draft)",
+        "self.topology.params_of(shared).only(0)",
+        (f"{DRAFTS}::test_each_draft_is_the_one_that_its_program_names",),
+    ),
+    PlantedBug(
+        "a draft of few bytes taken for the first one",
+        "er_jax::LatencyTable._of_draft",
+        "first_s - (1 - share) * drafts_s",
+        "first_s",
+        (f"{DRAFTS}::test_a_draft_that_never_ran_is_predicted_by_its_bytes",),
     ),
     # -- the round
     PlantedBug(

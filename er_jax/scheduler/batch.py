@@ -182,8 +182,7 @@ class Batch:
 
         def offered(program: Program) -> Program:
             # With a stated window there are no drafts that see all positions.
-            span = self.request.spans_at(longest, program.gamma)[-1]
-            return program.seeing(span)
+            return program.drafting(self.request.views_at(longest, program.gamma)[-1])
 
         with controller.measuring:
             found = controller.first_look(
@@ -240,13 +239,13 @@ class Batch:
         shared = self._shape[2]
         engine = self.topology.engine_of(shared)
         self.state, window = engine.start_window(
-            self.topology.params_of(shared),
+            self.topology.params_of(shared).only(program.draft),
             self.state,
             self.settings,
             program.gamma,
             exit_live=min(self._exit_live(), num_live - 1),
             max_rounds=max_rounds,
-            draft_kind=self.topology.draft_kind(shared),
+            draft_kind=self.topology.draft_kind(shared, program.draft),
             span=program.span,
         )
         self._in_flight = InFlightWindow(window, program, has_run, second, num_live)
@@ -285,6 +284,7 @@ class Batch:
             shared_rows=program.shared_rows,
             head=program.head,
             window=program.window,
+            draft=program.draft,
         )
         finished = FinishedWindow(
             info, window.buffers, moment, self.rows.sequence, self.rows.length
