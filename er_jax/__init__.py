@@ -23,6 +23,7 @@ from er_jax.result import Completion, Rollout, RolloutError
 from er_jax.rollout import compile_ahead, rollout
 from er_jax.stats import RolloutStats
 from er_jax.types import Policy
+from er_jax.until import Stop, Until
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,9 @@ __all__ = [
     "RolloutError",
     "RolloutStats",
     "RopeScaling",
+    "Stop",
     "TiedEmbedding",
+    "Until",
     "attach_draft",
     "compile_ahead",
     "dot",

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from er_jax import devices
+from er_jax.arguments import MOST, is_whole
 from er_jax.config import RolloutConfig, parse_control
 from er_jax.control.protocol import ControllerProtocol
 from er_jax.drafter import (
@@ -26,6 +27,7 @@ from er_jax.drafter import (
 from er_jax.engine.protocol import EngineProtocol
 from er_jax.request import Request
 from er_jax.types import Params, Policy
+from er_jax.until import Until
 
 
 def check_outside_jit(params: Any, prompts: Any, key: Any = None) -> None:
@@ -260,6 +262,17 @@ def check_controller(controller: ControllerProtocol, config: RolloutConfig) -> N
             f"{config.control!r} asks for {gammas}; make it with "
             "er_jax.Controller(config.control, config.gammas)"
         )
+
+
+def check_version(version: int, until: Until | None) -> None:
+    """Refuse a wrong number of a call, and an `until` of another type."""
+    if not is_whole(version, 0, MOST):
+        raise ValueError(
+            f"version={version!r} must be a whole number of at least 0, such as the "
+            "step of training"
+        )
+    if until is not None and not isinstance(until, Until):
+        raise ValueError(f"until={until!r} must be an er_jax.Until(...)")
 
 
 def check_finite(bad: Sequence[str]) -> None:

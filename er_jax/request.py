@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -55,6 +56,9 @@ def request_of(
     sequence_ids: np.ndarray,
     config: RolloutConfig,
     num_shards: int = 1,
+    *,
+    begun: Mapping[int, np.ndarray] = MappingProxyType({}),
+    ended: Collection[int] = (),
 ) -> Request:
     """Return the request of some prompts, with sizes rounded up to buckets.
 
@@ -62,26 +66,43 @@ def request_of(
       prompts: int32 `[length]` each. sequence_ids: int `[len(prompts) * n]`.
       config: settings of the rollout. num_shards: data shards; the slots are divided
         evenly among them.
+      begun: tokens that sequences have already, int32 `[length]` each; they go on
+        behind them. ended: sequences that are not sampled.
     """
     distinct: dict[bytes, int] = {}
     prompt_of = np.repeat(
         [distinct.setdefault(p.tobytes(), len(distinct)) for p in prompts], config.n
     )
+    num_begun = np.zeros(len(sequence_ids), int)
+    for sequence, tokens in begun.items():
+        known = np.concatenate([prompts[sequence // config.n], tokens])
+        data = known.astype(np.int32).tobytes()
+        prompt_of[sequence] = distinct.setdefault(data, len(distinct))
+        num_begun[sequence] = len(tokens)
     unique = [np.frombuffer(data, np.int32) for data in distinct]
-    bucket = power_of_two(max(len(p) for p in prompts), MIN_PROMPT_BUCKET)
+    waiting = [s for s in range(len(sequence_ids)) if s not in ended]
+    starts = [len(unique[prompt_of[s]]) for s in waiting] or [1]
+    bucket = power_of_two(max(starts), MIN_PROMPT_BUCKET)
     longest = bucket + config.max_new_tokens
+    if begun:
+        # Rows that have little left need no more room than for that.
+        left = config.max_new_tokens - num_begun[waiting]
+        longest = max(bucket, int((np.array(starts) + left).max(initial=1)))
     step = 64 if longest <= 512 else 128
     lengths = [-(-longest // step) * step]
     while lengths[-1] // 2 >= max(bucket + 64, 128):
         lengths.append(-(-lengths[-1] // 2 // step) * step)
     is_cpu = jax.default_backend() == "cpu"
     chunk_tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
-    slots = min(config.max_slots, power_of_two(len(sequence_ids), 1))
+    slots = min(config.max_slots, power_of_two(max(len(waiting), 1), 1))
     return Request(
         prompts=unique,
         prompt_of=prompt_of,
         sequence_ids=sequence_ids,
         max_new_tokens=config.max_new_tokens,
+        num_begun=num_begun,
+        waiting=tuple(waiting),
+        group=config.n,
         slots=-(-slots // num_shards) * num_shards,
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
@@ -179,9 +200,12 @@ def sampling_of(config: RolloutConfig, key: jax.Array) -> Sampling:
 class Request:
     """What to sample, as host values.
 
-    prompts: the distinct prompts, int32 arrays.
+    prompts: the distinct prompts, int32 arrays; that of a sequence which goes on ends
+      with its tokens so far.
     prompt_of: int `[N]`, index into `prompts` for each sequence.
     sequence_ids: int `[N]`. max_new_tokens: limit of each completion in tokens.
+    num_begun: int `[N]`, tokens of each completion that are part of its prompt.
+    waiting: the sequences to sample. group: n, sequences of a prompt.
     slots: rows of the full batch.
     cache_lengths: lengths the cache may have, ascending; the last holds any row.
     prompt_bucket: T, tokens of a prefilled prompt, padding included.
@@ -195,6 +219,9 @@ class Request:
     prompt_of: np.ndarray
     sequence_ids: np.ndarray
     max_new_tokens: int
+    num_begun: np.ndarray
+    waiting: Sequence[int]
+    group: int
     slots: int
     cache_lengths: tuple[int, ...]
     prompt_bucket: int
@@ -208,4 +235,5 @@ class Request:
 
     def limit(self, sequence: int) -> int:
         """Return the length in tokens at which a sequence ends, prompt included."""
-        return len(self.prompts[self.prompt_of[sequence]]) + self.max_new_tokens
+        known = len(self.prompts[self.prompt_of[sequence]])
+        return known + self.max_new_tokens - int(self.num_begun[sequence])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +15,7 @@ from er_jax.config import RolloutConfig
 from er_jax.engine.protocol import Agreement
 from er_jax.request import Request
 from er_jax.stats import RolloutStats
-from er_jax.types import (
-    FINISH_NAMES,
-)
+from er_jax.types import FINISH_NAMES, NONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Rollout:
     logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
       under the target, of the kind `config.logprobs`; 0 where masked.
     lengths: int32 `[N]`, sampled tokens.
-    finish_reason: strings `[N]`, "stop", "length" or "nonfinite".
+    finish_reason: strings `[N]`, "stop", "length", "nonfinite", or "unfinished" where
+      the rollout ended early.
+    version: int32 `[N, max_new_tokens]`, the argument `version` of the call that
+      sampled each token; -1 where masked.
     sequence_ids: int32 `[N]`, the ids that select each completion's noise.
     stats: what the rollout did; see `RolloutStats`.
     """
@@ -41,8 +45,46 @@ class Rollout:
     logprobs: np.ndarray
     lengths: np.ndarray
     finish_reason: np.ndarray
+    version: np.ndarray
     sequence_ids: np.ndarray
     stats: RolloutStats
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all but the statistics to a file of NumPy arrays (`.npz`).
+
+        The file is written under another name and renamed when it is complete.
+        """
+        arrays = {name: getattr(self, name) for name in _array_names()}
+        part = Path(f"{path}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Rollout:
+        """Return the rollout that `save` wrote, with empty statistics.
+
+        Raises:
+          ValueError: the file holds no rollout. OSError: it cannot be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in _array_names()}
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{os.fspath(path)} holds no rollout: {error}; give a file that "
+                "Rollout.save wrote"
+            ) from error
+        return cls(**arrays, stats=RolloutStats())
+
+
+def _array_names() -> list[str]:
+    fields = dataclasses.fields(Rollout)
+    return [field.name for field in fields if field.name != "stats"]
 
 
 def assemble(
@@ -52,6 +94,8 @@ def assemble(
     config: RolloutConfig,
     stats: RolloutStats,
     agreement: Agreement,
+    version: int = 0,
+    earlier: Rollout | None = None,
 ) -> Rollout:
     """Lay completions out as a `Rollout`, the same in every process.
 
@@ -60,6 +104,7 @@ def assemble(
         several processes, each gives those it has.
       sequence_ids: int `[N]`. config: settings of the rollout. stats: passed through.
       agreement: of the processes.
+      version: of the tokens that were sampled now. earlier: has those of the others.
     """
     count, width = len(sequence_ids), max(len(p) for p in prompts)
     prompt_ids = np.full((count, width), config.pad_id, np.int32)
@@ -71,6 +116,7 @@ def assemble(
     completion_ids = np.zeros((count, config.max_new_tokens), np.int32)
     logprobs = np.zeros((count, config.max_new_tokens), np.float32)
     lengths, reasons = np.zeros((2, count), np.int32)
+    assert len(completions) == count or agreement.is_spread
     for row, completion in completions.items():
         length = len(completion.token_ids)
         completion_ids[row, :length] = completion.token_ids
@@ -83,6 +129,11 @@ def assemble(
     )
     completion_mask = np.arange(config.max_new_tokens)[None] < lengths[:, None]
     completion_ids = np.where(completion_mask, completion_ids, np.int32(config.pad_id))
+    versions = np.where(completion_mask, np.int32(version), np.int32(NONE))
+    if earlier is not None:
+        known = min(config.max_new_tokens, earlier.version.shape[1])
+        old = earlier.version[:, :known]
+        versions[:, :known] = np.where(old == NONE, versions[:, :known], old)
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -91,6 +142,7 @@ def assemble(
         logprobs=logprobs,
         lengths=lengths,
         finish_reason=np.array(FINISH_NAMES)[reasons],
+        version=versions,
         sequence_ids=sequence_ids.astype(np.int32),
         stats=stats,
     )
@@ -98,10 +150,10 @@ def assemble(
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One finished sequence.
+    """One sequence, finished unless the rollout ended early.
 
     token_ids: int32 `[length]`, a stop token included. logprobs: float32 `[length]`.
-    finish_reason: "stop", "length" or "nonfinite".
+    finish_reason: "stop", "length", "nonfinite" or "unfinished".
     """
 
     token_ids: np.ndarray
@@ -112,6 +164,14 @@ class Completion:
         """Return a copy with its own arrays."""
         return dataclasses.replace(
             self, token_ids=self.token_ids.copy(), logprobs=self.logprobs.copy()
+        )
+
+    def followed_by(self, later: Completion) -> Completion:
+        """Return this completion with the tokens that were sampled later."""
+        return Completion(
+            token_ids=np.concatenate([self.token_ids, later.token_ids]),
+            logprobs=np.concatenate([self.logprobs, later.logprobs]),
+            finish_reason=later.finish_reason,
         )
 
 
@@ -133,7 +193,9 @@ class RolloutError(RuntimeError):
 
 @contextlib.contextmanager
 def keeping(
-    completions: Callable[[], Mapping[int, Completion]], request: Request
+    completions: Callable[[], Mapping[int, Completion]],
+    request: Request,
+    unfinished: Callable[[], Mapping[int, Completion]] = dict,
 ) -> Iterator[None]:
     """Attach the finished completions to an exception that leaves the block.
 
@@ -145,6 +207,8 @@ def keeping(
     Args:
       completions: called when the block raises; returns sequence -> completion.
       request: maps sequences to sequence ids.
+      unfinished: called after it on Ctrl-C and the like; with the finished ones they
+        become the attribute `unfinished`, sequence -> completion.
     """
     try:
         yield
@@ -162,6 +226,9 @@ def keeping(
             failure.request = request
             raise failure from error
         error.completions = done  # type: ignore[attr-defined]
+        with contextlib.suppress(Exception):
+            everything = {**unfinished(), **completions()}
+            error.unfinished = everything  # type: ignore[attr-defined]
         error.request = request  # type: ignore[attr-defined]
         error.add_note(f"{state} had finished; `completions` holds them")
         raise

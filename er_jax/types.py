@@ -45,16 +45,20 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-FINISH_NAMES = ("", "stop", "length", "nonfinite")
+FINISH_NAMES = ("", "stop", "length", "nonfinite", "unfinished")
 
 
 class Finish(enum.IntEnum):
-    """Why a row ended: the value on the device; `FINISH_NAMES` has its name."""
+    """Why a row ended: the value on the device; `FINISH_NAMES` has its name.
+
+    UNFINISHED is a completion's on the host alone: its row still runs.
+    """
 
     RUNNING = 0
     STOP = 1
     LENGTH = 2
     NONFINITE = 3
+    UNFINISHED = 4
 
 
 class LogprobKind(enum.IntEnum):

@@ -14,7 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,16 @@ from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import Shape, Topology
 from er_jax.stats import Moment, RolloutStats
-from er_jax.types import FINISH_NAMES, NONE, Admission, Program, Sampling, WindowInfo
+from er_jax.types import (
+    FINISH_NAMES,
+    NONE,
+    Admission,
+    Finish,
+    Program,
+    Sampling,
+    WindowInfo,
+)
+from er_jax.until import Until
 
 # Longest duration of a window, about, so that progress shows and decisions stay fresh.
 WINDOW_S = 0.25
@@ -81,6 +90,7 @@ class Batch:
     Args:
       topology: the devices. request: the sequences. stats: filled in. settings: traced
         sampling settings.
+      begun: completions that go on, by sequence; their tokens are part of the prompt.
     Attributes:
       rows: the host's record. queue: sequences that wait for a row. completions:
         sequence -> completion of those that finished. program: the program that ran
@@ -93,10 +103,11 @@ class Batch:
         request: Request,
         stats: RolloutStats,
         settings: Sampling,
+        begun: Mapping[int, Completion],
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
-        self.settings = settings
-        self.queue = collections.deque(range(len(request.prompt_of)))
+        self.settings, self.begun = settings, begun
+        self.queue = collections.deque(request.waiting)
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
         self.program: Program | None = None
@@ -209,8 +220,9 @@ class Batch:
             index = self.topology.rows_after(keep, self._shape, shape)
             rows = self.rows.moved(index)
             with self._timed("moves"):
-                self.state = self.topology.move(self.state, self._shape, shape, index)
-                self.rows, self._shape = rows, shape
+                state = self.topology.move(self.state, self._shape, shape, index)
+                # Together, so that they are of one shape after an interruption.
+                self.state, self.rows, self._shape = state, rows, shape
 
     def _exit_live(self) -> int:
         """Return the live count at which the next decision is due."""
@@ -324,14 +336,67 @@ class Batch:
         found = engine.fetch_rows(buffers, ended) if len(ended) else {}
         for slot, (tokens, logprobs) in found.items():
             sequence = int(sequences[slot])
-            prompt = self.request.prompts[self.request.prompt_of[sequence]]
-            sampled = slice(len(prompt), int(info.length[slot]))
-            self.completions[sequence] = Completion(
-                token_ids=np.array(tokens[sampled]),
-                logprobs=np.array(logprobs[sampled]),
-                finish_reason=FINISH_NAMES[int(info.finish_reason[slot])],
+            self.completions[sequence] = self._completion(
+                sequence,
+                tokens[: info.length[slot]],
+                logprobs[: info.length[slot]],
+                FINISH_NAMES[int(info.finish_reason[slot])],
             )
         num_tokens = int((info.length - length_before)[was_live].sum())
         self.stats.add_window(moment, num_tokens, info.accepted)
         self._finished = None  # Last, so that an interrupted fetch can be repeated.
         return [int(sequences[slot]) for slot in found]
+
+    def _completion(
+        self, sequence: int, tokens: np.ndarray, logprobs: np.ndarray, reason: str
+    ) -> Completion:
+        """Return the completion of a sequence from all tokens of its row."""
+        prompt = self.request.prompts[self.request.prompt_of[sequence]]
+        sampled = slice(len(prompt), None)
+        found = Completion(
+            token_ids=np.array(tokens[sampled]),
+            logprobs=np.array(logprobs[sampled]),
+            finish_reason=reason,
+        )
+        begun = self.begun.get(sequence)
+        return found if begun is None else begun.followed_by(found)
+
+    def unfinished(self) -> dict[int, Completion]:
+        """Return the completions of rows that still run, and of those that wait.
+
+        Called between windows. Each of several processes returns the rows on its own
+        devices, and the first process those that wait.
+        """
+        reason = FINISH_NAMES[Finish.UNFINISHED]
+        live = np.flatnonzero(self.rows.is_live)
+        buffers = (self.state.tokens, self.state.logprobs)
+        rows = self.topology.engine.fetch_rows(buffers, live) if len(live) else {}
+        found = {
+            sequence: self._completion(
+                sequence, tokens[:length], logprobs[:length], reason
+            )
+            for slot, (tokens, logprobs) in rows.items()
+            for sequence, length in [
+                (int(self.rows.sequence[slot]), self.rows.length[slot])
+            ]
+        }
+        if self.topology.engine.agreement.is_leader:
+            nothing = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), reason)
+            found |= {s: self.begun.get(s, nothing) for s in self.queue}
+        return found
+
+    def is_reached(self, until: Until) -> bool:
+        """Whether the rollout ends early now; the same in all processes."""
+        is_open = np.zeros(len(self.request.prompt_of), bool)
+        is_open[list(self.queue)] = True
+        is_open[self.rows.sequence[self.rows.is_live]] = True
+        is_reached = until.is_reached(
+            seconds=time.perf_counter() - self.start_s,
+            finished=int((~is_open).sum()),
+            groups=int((~is_open.reshape(-1, self.request.group).any(axis=1)).sum()),
+            tokens=self.stats.num_tokens,
+        )
+        agreement = self.topology.engine.agreement
+        if agreement.is_spread and until.asks_leader:
+            is_reached = bool(agreement.broadcast_from_leader([is_reached])[0])
+        return is_reached
