@@ -307,11 +307,8 @@ class LatencyTable:
             return self._of_kind(program, self._of_draft(program))
         if program.shared_rows:
             in_shards_s = self._in_data_shards(program)
-            others = [
-                p
-                for p in self.seconds
-                if p.shared_rows and p.view == FIRST_DRAFT and p != program
-            ]
+            others = [p for p in self.seconds if p.shared_rows]
+            others = [p for p in others if p.view == FIRST_DRAFT and p != program]
             near = min(others, key=lambda p: distance(p, program), default=None)
             if in_shards_s is None or near is None:
                 return None if in_shards_s is None else SHARED_ROWS_SHARE * in_shards_s
