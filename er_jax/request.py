@@ -73,21 +73,23 @@ def request_of(
     prompt_of = np.repeat(
         [distinct.setdefault(p.tobytes(), len(distinct)) for p in prompts], config.n
     )
-    num_begun = np.zeros(len(sequence_ids), int)
     for sequence, tokens in begun.items():
         known = np.concatenate([prompts[sequence // config.n], tokens])
         data = known.astype(np.int32).tobytes()
         prompt_of[sequence] = distinct.setdefault(data, len(distinct))
-        num_begun[sequence] = len(tokens)
     unique = [np.frombuffer(data, np.int32) for data in distinct]
     waiting = [s for s in range(len(sequence_ids)) if s not in ended]
-    starts = [len(unique[prompt_of[s]]) for s in waiting] or [1]
-    bucket = power_of_two(max(starts), MIN_PROMPT_BUCKET)
+    starts = {s: len(unique[prompt_of[s]]) for s in waiting}
+    bucket = power_of_two(max(starts.values(), default=1), MIN_PROMPT_BUCKET)
+    num_begun = {sequence: len(tokens) for sequence, tokens in begun.items()}
     longest = bucket + config.max_new_tokens
     if begun:
-        # Rows that have little left need no more room than for that.
-        left = config.max_new_tokens - num_begun[waiting]
-        longest = max(bucket, int((np.array(starts) + left).max(initial=1)))
+        # A row needs no room for the tokens that it has twice.
+        ends = [
+            start + config.max_new_tokens - num_begun.get(s, 0)
+            for s, start in starts.items()
+        ]
+        longest = max(bucket, *ends)
     step = 64 if longest <= 512 else 128
     lengths = [-(-longest // step) * step]
     while lengths[-1] // 2 >= max(bucket + 64, 128):
@@ -100,14 +102,14 @@ def request_of(
         prompt_of=prompt_of,
         sequence_ids=sequence_ids,
         max_new_tokens=config.max_new_tokens,
-        num_begun=num_begun,
-        waiting=tuple(waiting),
-        group=config.n,
         slots=-(-slots // num_shards) * num_shards,
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
         chunk=min(max(chunk_tokens // bucket, 1), 16),
         views=_views_of(config),
+        group=config.n,
+        ended=frozenset(ended),
+        num_begun=num_begun,
     )
 
 
@@ -204,8 +206,6 @@ class Request:
       with its tokens so far.
     prompt_of: int `[N]`, index into `prompts` for each sequence.
     sequence_ids: int `[N]`. max_new_tokens: limit of each completion in tokens.
-    num_begun: int `[N]`, tokens of each completion that are part of its prompt.
-    waiting: the sequences to sample. group: n, sequences of a prompt.
     slots: rows of the full batch.
     cache_lengths: lengths the cache may have, ascending; the last holds any row.
     prompt_bucket: T, tokens of a prefilled prompt, padding included.
@@ -213,21 +213,23 @@ class Request:
     state_limit_bytes: bytes of a device that all states together may take; None where
       its memory is unknown.
     views: the drafts to choose from.
+    group: n, sequences of a prompt. ended: sequences that are not sampled.
+    num_begun: tokens of a completion that are part of its prompt, by sequence.
     """
 
     prompts: Sequence[np.ndarray]
     prompt_of: np.ndarray
     sequence_ids: np.ndarray
     max_new_tokens: int
-    num_begun: np.ndarray
-    waiting: Sequence[int]
-    group: int
     slots: int
     cache_lengths: tuple[int, ...]
     prompt_bucket: int
     chunk: int
     state_limit_bytes: int | None = None
     views: tuple[View, ...] = (FIRST_DRAFT,)
+    group: int = 1
+    ended: Collection[int] = frozenset()
+    num_begun: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     def views_at(self, cache_length: int, gamma: int) -> list[View]:
         """Return the drafts that a program may run; see `offered_views`."""
@@ -236,4 +238,9 @@ class Request:
     def limit(self, sequence: int) -> int:
         """Return the length in tokens at which a sequence ends, prompt included."""
         known = len(self.prompts[self.prompt_of[sequence]])
-        return known + self.max_new_tokens - int(self.num_begun[sequence])
+        return known + self.max_new_tokens - self.num_begun.get(sequence, 0)
+
+    @property
+    def waiting(self) -> list[int]:
+        """The sequences to sample."""
+        return [s for s in range(len(self.prompt_of)) if s not in self.ended]

@@ -15,7 +15,7 @@ from er_jax.config import RolloutConfig
 from er_jax.engine.protocol import Agreement
 from er_jax.request import Request
 from er_jax.stats import RolloutStats
-from er_jax.types import FINISH_NAMES, NONE
+from er_jax.types import FINISH_NAMES, NONE, Finish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,10 @@ class Rollout:
           ValueError: the file holds no rollout. OSError: it cannot be read.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here: NumPy leaves a damaged file open.
+            with open(path, "rb") as stream, np.load(stream) as file:
                 arrays = {name: file[name] for name in _array_names()}
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{os.fspath(path)} holds no rollout: {error}; give a file that "
                 "Rollout.save wrote"
@@ -173,6 +174,14 @@ class Completion:
             logprobs=np.concatenate([self.logprobs, later.logprobs]),
             finish_reason=later.finish_reason,
         )
+
+
+NOTHING = Completion(
+    token_ids=np.zeros(0, np.int32),
+    logprobs=np.zeros(0, np.float32),
+    finish_reason=FINISH_NAMES[Finish.UNFINISHED],
+)
+"""A completion that has no token yet."""
 
 
 class RolloutError(RuntimeError):

@@ -22,15 +22,14 @@ import jax
 from jax.sharding import Mesh
 
 from er_jax import checks
-from er_jax.call import load_costs, prepare, topology_of, with_draft
+from er_jax.call import Call, load_saved_costs, prepare, topology_of, with_draft
 from er_jax.config import RolloutConfig
 from er_jax.control.controller import Controller
 from er_jax.control.explain import explain
 from er_jax.costs import store
 from er_jax.drafter import PolicyParams, attach_draft
-from er_jax.engine.engine import Engine
 from er_jax.request import Request, row_buckets, sampling_of
-from er_jax.result import Completion, Rollout, assemble, keeping
+from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
 from er_jax.stats import RolloutStats
 from er_jax.types import Params, Policy, Program, Span
@@ -130,7 +129,7 @@ def rollout(
             checks.check_finite(engine.find_nonfinite(call.policy_params))
         params = with_draft(call, config, stats)
         with stats.timed("calibration", lambda: engine.compile_s):
-            load_costs(call, params)
+            load_saved_costs(call, params)
         completions: dict[int, Completion] = {}
 
         def assembled(found: Mapping[int, Completion]) -> Rollout:
@@ -148,7 +147,7 @@ def rollout(
             )
 
         # A failure from here on, even a warning raised as an error, loses nothing.
-        with _interruption(engine, assembled), keeping(lambda: completions, request):
+        with _interruption(call, assembled), keeping(lambda: completions, request):
             with controller.sampling(_setting(config)), profiled(profile):
                 completions = loop.run(
                     topology_of(engine, params, request),
@@ -251,7 +250,7 @@ def _worth_compiling(
 
 @contextlib.contextmanager
 def _interruption(
-    engine: Engine, assembled: Callable[[Mapping[int, Completion]], Rollout]
+    call: Call, assembled: Callable[[Mapping[int, Completion]], Rollout]
 ) -> Iterator[None]:
     """Give a `KeyboardInterrupt` everything there is, as its attribute `rollout`.
 
@@ -260,8 +259,11 @@ def _interruption(
     try:
         yield
     except KeyboardInterrupt as error:
-        if hasattr(error, "unfinished") and not engine.agreement.is_spread:
-            error.rollout = assembled(error.unfinished)  # type: ignore[attr-defined]
+        if hasattr(error, "unfinished") and not call.engine.agreement.is_spread:
+            # A row that was about to start when it came is as far as it was before.
+            count = range(len(call.sequence_ids))
+            found = {s: call.begun.get(s, NOTHING) for s in count} | error.unfinished
+            error.rollout = assembled(found)  # type: ignore[attr-defined]
         raise
 
 

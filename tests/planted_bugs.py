@@ -29,6 +29,7 @@ UNSOUND = "tests/test_unsound.py::test_a_drafted_token_ends_no_row"
 LEAKS = "tests/test_lossless.py::test_entries_of_drafts_that_are_no_number_bias_nothing"
 SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
+RESUME = "tests/test_resume.py"
 SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
@@ -327,6 +328,28 @@ BUGS: tuple[PlantedBug, ...] = (
         "first_s - (1 - share) * drafts_s",
         "first_s",
         (f"{DRAFTS}::test_a_draft_that_never_ran_is_predicted_by_its_bytes",),
+    ),
+    # -- going on from an earlier rollout
+    PlantedBug(
+        "tokens so far counted twice against the limit",
+        "er_jax::Request.limit",
+        "known + self.max_new_tokens - self.num_begun.get(sequence, 0)",
+        "known + self.max_new_tokens",
+        (f"{RESUME}::test_what_has_begun_is_part_of_the_prompt",),
+    ),
+    PlantedBug(
+        "a completion without the tokens it began with",
+        "er_jax::Batch._completion",
+        "begun is None",
+        "True",
+        (f"{RESUME}::test_going_on_equals_never_having_stopped",),
+    ),
+    PlantedBug(
+        "tokens of an earlier call given the number of this one",
+        "er_jax::assemble",
+        "np.where(old == NONE, versions[:, :known], old)",
+        "versions[:, :known]",
+        (f"{RESUME}::test_nothing_is_sampled_where_all_has_ended",),
     ),
     # -- the round
     PlantedBug(

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from er_jax.control.protocol import ControllerProtocol
 from er_jax.costs import timing
 from er_jax.engine.protocol import WindowHandle
 from er_jax.request import Request
-from er_jax.result import Completion
+from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import Shape, Topology
@@ -103,7 +104,7 @@ class Batch:
         request: Request,
         stats: RolloutStats,
         settings: Sampling,
-        begun: Mapping[int, Completion],
+        begun: Mapping[int, Completion] = MappingProxyType({}),
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
         self.settings, self.begun = settings, begun
@@ -381,8 +382,7 @@ class Batch:
             ]
         }
         if self.topology.engine.agreement.is_leader:
-            nothing = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), reason)
-            found |= {s: self.begun.get(s, nothing) for s in self.queue}
+            found |= {s: self.begun.get(s, NOTHING) for s in self.queue}
         return found
 
     def is_reached(self, until: Until) -> bool:
