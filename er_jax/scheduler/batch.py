@@ -370,8 +370,10 @@ class Batch:
         """
         reason = FINISH_NAMES[Finish.UNFINISHED]
         live = np.flatnonzero(self.rows.is_live)
-        buffers = (self.state.tokens, self.state.logprobs)
-        rows = self.topology.engine.fetch_rows(buffers, live) if len(live) else {}
+        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        if len(live):
+            buffers = (self.state.tokens, self.state.logprobs)
+            rows = self.topology.engine.fetch_rows(buffers, live)
         found = {
             sequence: self._completion(
                 sequence, tokens[:length], logprobs[:length], reason
