@@ -464,7 +464,10 @@ BUGS: tuple[PlantedBug, ...] = (
         "logits rounded by the product, on NVIDIA GPUs",
         "er_jax::of_floats",
         "return lax.dot_general(x, w, dims, preferred_element_type=out_dtype)",
-        "return lax.dot_general(x, w, dims, preferred_element_type=x.dtype)",
+        """
+        product = lax.dot_general(x, w, dims, preferred_element_type=x.dtype)
+        return product.astype(out_dtype)
+        """,
         (f"{LOWERING}::test_products_on_nvidia_round_to_what_is_asked",),
     ),
     # -- the cache
