@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.lib import records, tables
-from benchmarks.traffic import SHAPES
+from benchmarks.traffic import SHAPES, newest_first
 from er_jax.acceptance import expected_tokens
 from er_jax.costs.passes import Kind, on_line, seconds_of_passes
 from er_jax.tools import presets, replay
@@ -121,6 +121,7 @@ def costs_of(
     """Return the costs of rounds with a kind of draft, by the counts of one shape.
 
     With `COPY` in its name, the draft reads that much less of the cache than counted.
+    Verifications are those that were counted last, of whichever draft.
 
     Raises:
       ValueError: the record lacks a case; it says which command makes it.
@@ -129,23 +130,25 @@ def costs_of(
     is_copy, draft = COPY in draft, draft.replace(COPY, "")
     at = [
         p
-        for p in points
+        for p in newest_first(points)
         if p["preset"] == model and p["device"].partition(":")[0] == device
-        and (p["rows"], p["length"]) == shape and p["draft"] in ("", draft)
+        and (p["rows"], p["length"]) == shape
     ]  # fmt: skip
     found: dict[tuple[str, int], Count] = {}
     for point in at:
         for one in point["passes"]:
-            count = Count(num_bytes=dict(one["num_bytes"]))
-            found[one["kind"], point["gamma"]] = count
+            if one["kind"] != "draft" or point["draft"] == draft:
+                count = Count(num_bytes=dict(one["num_bytes"]))
+                found.setdefault((one["kind"], point["gamma"]), count)
+    drafts = [found[key] for key in sorted(found) if key[0] == "draft"]
     verify = {gamma: one for (kind, gamma), one in found.items() if kind == "verify"}
-    if ("step", 0) not in found or not verify:
+    if ("step", 0) not in found or not drafts:
         raise ValueError(
             f"results/traffic.json has no step, or no {draft!r} draft, of {model} on "
             f"{device} at {rows} x {length}; run python -m benchmarks.traffic "
             f"--models {model} --devices {device} --drafts {draft!r}"
         )
-    draft_pass, step = found["draft", min(verify)], found["step", 0]
+    draft_pass, step = drafts[0], found["step", 0]
     if is_copy:
         sizes = draft_pass.num_bytes
         sizes["cache"] = round(sizes["cache"] * COPY_SHARE)

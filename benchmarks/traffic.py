@@ -6,7 +6,7 @@ Compiles windows for one device of each kind and counts in the compiled programs
 (`er_jax.tools.traffic`). The layers of a model are alike: models of few layers are
 compiled, and their counts continued in a straight line to the real number
 (`--whole` compiles all layers). Nothing is timed. Cases that are in the record already
-and not asked for stay as they are.
+and not asked for stay as they are; each names the commit that it was counted at.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ DRAFTS = {
     "int4, window": DrafterConfig(bits=4, window=WINDOW, head=HEAD),
 }
 SHAPES = ((1, 1024), (8, 2048), (32, 2048), (32, 8192), (64, 2048))
+# Passes in the order of the table.
+PASSES = ("step", "draft", "verify")
 # What names a case in the record.
 CASE = ("preset", "device", "rows", "length", "gamma", "draft")
 
@@ -142,7 +144,9 @@ def traffic_of(
     return continued(low, high, args.layers, num_layers)
 
 
-def point_of(case: Mapping[str, Any], found: Traffic, args: Args) -> dict[str, Any]:
+def point_of(
+    case: Mapping[str, Any], found: Traffic, args: Args, environment: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return a case and its counts, ready for JSON."""
     config = presets.PRESETS[case["preset"]]
     passes = [
@@ -156,7 +160,13 @@ def point_of(case: Mapping[str, Any], found: Traffic, args: Args) -> dict[str, A
         for kind, count in found.passes.items()
     ]
     layers = [config.num_layers] if args.whole else list(args.layers)
-    return {**case, "dtype": config.dtype, "layers": layers, "passes": passes}
+    when = {name: environment[name] for name in ("commit", "date")}
+    return {**case, "dtype": config.dtype, "layers": layers, **when, "passes": passes}
+
+
+def newest_first(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the cases, those that were counted last first."""
+    return sorted(points, key=lambda p: p.get("date", ""), reverse=True)
 
 
 def cases_of(args: Args) -> list[dict[str, Any]]:
@@ -174,9 +184,10 @@ def cases_of(args: Args) -> list[dict[str, Any]]:
 
 
 def rows_of(points: Sequence[Mapping[str, Any]]) -> tables.Table:
-    """Return header and rows of the table: a line for every pass."""
-    rows: list[tuple[Any, ...]] = []
-    for p in points:
+    """Return header and rows of the table: a line for every pass, as counted last."""
+    # A draft of other rounds, or a verification of other drafts, moves the same.
+    known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for p in newest_first(points):
         for one in p["passes"]:
             name = one["kind"]
             if name == "verify":
@@ -184,24 +195,20 @@ def rows_of(points: Sequence[Mapping[str, Any]]) -> tables.Table:
             if name == "draft":
                 name = f"draft, {p['draft']}"
             parts = one["num_bytes"]
-            rows.append(
-                (
-                    p["preset"], p["device"].split(":")[0],
-                    f"{p['rows']} x {p['length']}",
-                    name, one["minimum_bytes"] / 1e9, f"{one['ratio']:.2f}",
-                    *(parts.get(part, 0) / 1e9 for part in PARTS),
-                    one["kernels"], one["branches"],
-                )
+            case = (p["preset"], p["device"], p["rows"], p["length"])
+            row = (
+                p["preset"], p["device"].split(":")[0],
+                f"{p['rows']} x {p['length']}",
+                name, one["minimum_bytes"] / 1e9, f"{one['ratio']:.2f}",
+                *(parts.get(part, 0) / 1e9 for part in PARTS),
+                one["kernels"], one["branches"], p.get("commit", "")[:7],
             )  # fmt: skip
+            known.setdefault((*case, PASSES.index(one["kind"]), name), row)
     header = (
         "model", "device", "rows x positions", "pass", "least GB", "moved / least",
-        *(f"{part} GB" for part in PARTS), "kernels", "branches",
+        *(f"{part} GB" for part in PARTS), "kernels", "branches", "commit",
     )  # fmt: skip
-    # A draft of other rounds, or a verification of other drafts, moves the same.
-    known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    for row in rows:
-        known.setdefault(row[:4], row)
-    return header, list(known.values())
+    return header, [known[key] for key in sorted(known)]
 
 
 def main(args: Args) -> None:
@@ -219,7 +226,7 @@ def main(args: Args) -> None:
         model, device, rows, length, gamma, draft = case.values()
         draft = draft or args.drafts[0]
         found = traffic_of(model, device, (rows, length), gamma, draft, args)
-        record["points"].append(point_of(case, found, args))
+        record["points"].append(point_of(case, found, args, record["environment"]))
         record["points"].sort(key=lambda p: tuple(p[name] for name in CASE))
         records.save(path, record)
 

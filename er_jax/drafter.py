@@ -418,14 +418,14 @@ def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
     """
     if x.ndim == 1:
         return dot(x[None], w, out_dtype=out_dtype)[0]
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
     if isinstance(w, TiedEmbedding):
         if w.projection is not None:
             return dot(x, w.projection, out_dtype=out_dtype)
-        product = products.of_floats(x, w.table, 1)
-    elif isinstance(w, QuantizedWeight):
+        return products.of_floats(x, w.table, 1, out_dtype)
+    if isinstance(w, QuantizedWeight):
         product = products.of_codes(
             x, w.codes, w.scale, act_bits=w.act_bits, scales_inside=w.scales_inside
         )
-    else:
-        product = products.of_floats(x, w, 0)
-    return product.astype(out_dtype or x.dtype)
+        return product.astype(out_dtype)
+    return products.of_floats(x, w, 0, out_dtype)

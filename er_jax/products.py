@@ -29,20 +29,30 @@ from er_jax.types import wide_dtype
 CODES_FIRST_SIZE = 2**19
 
 
-def of_floats(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+def of_floats(x: jax.Array, w: jax.Array, axis: int, out_dtype: Any) -> jax.Array:
     """Multiply `[..., in]` by a float matrix whose axis `axis` is the input.
 
+    Sums are float32 or wider. On an NVIDIA GPU the product itself rounds to
+    `out_dtype`: XLA joins products that share their activations, as of q, k and v, and
+    writes the joint one before it is cut and rounded.
+
     Returns:
-      `[..., out]`, float32 or wider.
+      `[..., out]` in `out_dtype`.
     """
     wide = wide_dtype(x.dtype)
     dims = (((x.ndim - 1,), (axis,)), ((), ()))
 
     def plain(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.dot_general(x, w, dims, preferred_element_type=wide)
+        product = lax.dot_general(x, w, dims, preferred_element_type=wide)
+        return product.astype(out_dtype)
+
+    def rounded(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(x, w, dims, preferred_element_type=out_dtype)
 
     if x.dtype == jnp.bfloat16:
-        return lax.platform_dependent(x, w, cpu=_two_rows(plain), default=plain)
+        return lax.platform_dependent(
+            x, w, cpu=_two_rows(plain), cuda=rounded, default=plain
+        )
     return plain(x, w)
 
 

@@ -28,21 +28,36 @@ from er_jax.types import LogprobKind, Purpose, Sampling
 NEVER = -1e30
 
 
-def _below_best(logits: jax.Array) -> jax.Array:
-    """Return the logits minus their maximum, so that the highest is 0."""
-    return logits - jnp.max(logits, axis=-1, keepdims=True)
+def _best(logits: jax.Array) -> jax.Array:
+    """Return the highest logit `[..., 1]`.
+
+    Whoever needs it asks for it: a compiled program finds it once.
+    """
+    return jnp.max(logits, axis=-1, keepdims=True)
 
 
-def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Return (logits - max) / temperature, with temperature 0 read as 1.
+def _below_best(values: jax.Array, best: jax.Array) -> jax.Array:
+    """Return logits minus the highest one, so that this is 0.
 
-    Subtracting the maximum first keeps the largest score finite (0) at any temperature;
+    All are 0 where the highest is not finite: such logits mean nothing, and NaN would
+    bias what is drawn before them in a round.
+    """
+    zero = jnp.zeros((), values.dtype)
+    return jnp.where(jnp.isfinite(best), values - best, zero)
+
+
+def _temperature_scaled(
+    values: jax.Array, best: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """Return (logits - highest) / temperature, with temperature 0 read as 1.
+
+    Subtracting the highest first keeps the largest score finite (0) at any temperature;
     the others may go to -inf.
     """
-    one = jnp.ones((), logits.dtype)
-    temperature = sampling.temperature.astype(logits.dtype)
+    one = jnp.ones((), values.dtype)
+    temperature = sampling.temperature.astype(values.dtype)
     temperature = jnp.where(temperature == 0, one, temperature)
-    return _below_best(logits) / temperature
+    return _below_best(values, best) / temperature
 
 
 def _log_total(scores: jax.Array) -> jax.Array:
@@ -159,7 +174,7 @@ def is_truncated(sampling: Sampling) -> bool:
 
 def _kept_scores(logits: jax.Array, sampling: Sampling, truncated: bool) -> jax.Array:
     """Return scores relative to the best, `NEVER` where a token cannot be drawn."""
-    scores = _temperature_scaled(logits, sampling)
+    scores = _temperature_scaled(logits, _best(logits), sampling)
     if truncated:
         scores = _truncated(scores, sampling)
     # Scores are relative to the maximum, so min-p is a threshold at log(min_p).
@@ -176,7 +191,8 @@ def target_logprobs(
     (relative to the most likely token).
 
     Args:
-      logits: `[..., V]` float32 or wider; -inf masks a token.
+      logits: `[..., V]` float32 or wider; -inf masks a token. Those that are no
+        distribution (`is_distribution`) are read as equal.
       sampling: traced settings.
       truncated: static; False leaves top-k and top-p out, and is right only where both
         are off.
@@ -185,9 +201,9 @@ def target_logprobs(
       probability is 0. At temperature 0 the first largest logit has probability 1.
     """
     logprobs = _log_normalized(_kept_scores(logits, sampling, truncated))
-    best = jnp.argmax(logits, axis=-1)
+    first = jnp.argmax(_below_best(logits, _best(logits)), axis=-1)
     greedy = jnp.where(
-        jax.nn.one_hot(best, logits.shape[-1], dtype=jnp.bool_),
+        jax.nn.one_hot(first, logits.shape[-1], dtype=jnp.bool_),
         jnp.zeros((), logprobs.dtype),
         jnp.asarray(NEVER, logprobs.dtype),
     )
@@ -200,7 +216,7 @@ def is_distribution(logits: jax.Array) -> jax.Array:
     False where one is NaN or +inf, or all are -inf. A single -inf masks its token.
     """
     # The maximum propagates NaN.
-    return jnp.isfinite(jnp.max(logits, axis=-1))
+    return jnp.isfinite(_best(logits))[..., 0]
 
 
 def draw(
@@ -215,8 +231,8 @@ def draw(
       logits: `[..., V]`. noise: `[..., V]`, by `gumbel`. sampling, truncated: as in
         `target_logprobs`.
     """
-    noised = _kept_scores(logits, sampling, truncated) + noise
-    noised = jnp.where(sampling.temperature == 0, logits, noised)
+    scores = _kept_scores(logits, sampling, truncated)
+    noised = jnp.where(sampling.temperature == 0, scores, scores + noise)
     return jnp.argmax(noised, axis=-1).astype(jnp.int32)
 
 
@@ -233,20 +249,31 @@ def drawn_logprobs(
     Returns:
       `[...]` float32.
     """
-    kept = _kept_scores(logits, sampling, truncated)
     is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
-    scores = jnp.where(is_processed, kept, _unprocessed(logits, sampling))
-    logprobs = _pick(scores, tokens) - _log_total(scores)[..., 0]
+    best, kept = _best(logits), _kept_scores(logits, sampling, truncated)
+    scores = jnp.where(is_processed, kept, _unprocessed(logits, best, sampling))
+    # A drawn token is a kept one.
+    logprobs = _of_tokens(logits, tokens, sampling) - _log_total(scores)[..., 0]
     # Greedy decoding draws from a distribution with one token.
     is_certain = is_processed & (sampling.temperature == 0)
     return jnp.where(is_certain, jnp.zeros_like(logprobs), logprobs).astype(jnp.float32)
 
 
-def _unprocessed(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def _unprocessed(values: jax.Array, best: jax.Array, sampling: Sampling) -> jax.Array:
     """Return scores without truncation: raw, or after the temperature."""
     is_raw = sampling.logprob_kind == LogprobKind.RAW
-    scaled = _temperature_scaled(logits, sampling)
-    return jnp.where(is_raw, _below_best(logits), scaled)
+    scaled = _temperature_scaled(values, best, sampling)
+    return jnp.where(is_raw, _below_best(values, best), scaled)
+
+
+def _of_tokens(logits: jax.Array, tokens: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return the `_unprocessed` scores of given tokens.
+
+    They are looked up among the logits: in an array of scores they would be another
+    pass over the vocabulary.
+    """
+    own = _pick(logits, tokens)[..., None]
+    return _unprocessed(own, _best(logits), sampling)[..., 0]
 
 
 def _pick(values: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -267,8 +294,8 @@ def token_logprobs(
       `[...]` float32.
     """
     # Raw and temperature scores are both untruncated: one normalisation serves them.
-    scores = _unprocessed(logits, sampling)
-    full = _pick(scores, tokens) - _log_total(scores)[..., 0]
+    scores = _unprocessed(logits, _best(logits), sampling)
+    full = _of_tokens(logits, tokens, sampling) - _log_total(scores)[..., 0]
     is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
     return jnp.where(is_processed, _pick(target, tokens), full).astype(jnp.float32)
 

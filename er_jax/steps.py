@@ -154,17 +154,16 @@ def decode_round(
         )
         logits = policy.logits(params.policy, hidden)
         is_finite = sampling.is_distribution(logits)
-        # `_emit` drops tokens of bad logits; NaN here would bias the tokens before.
-        usable = jnp.where(is_finite[..., None], logits, jnp.zeros((), logits.dtype))
+        # `_emit` drops tokens of bad logits.
         with jax.named_scope("sample"):
             if accept == "coupled":
                 # The target's draws are emitted; drafts only say how many.
                 position = state.length[:, None] + _offsets(gamma + 1)
-                noise = _token_noise(state, settings, usable, position)
-                emitted = sampling.draw(usable, settings, noise, truncated)
-                logprobs = sampling.drawn_logprobs(usable, emitted, settings, truncated)
+                noise = _token_noise(state, settings, logits, position)
+                emitted = sampling.draw(logits, settings, noise, truncated)
+                logprobs = sampling.drawn_logprobs(logits, emitted, settings, truncated)
             else:
-                target = sampling.target_logprobs(usable, settings, truncated)
+                target = sampling.target_logprobs(logits, settings, truncated)
     with jax.named_scope("accept"):
         if accept == "coupled":
             num_accepted = acceptance.coupled_num_accepted(drafted, emitted)
@@ -172,7 +171,7 @@ def decode_round(
             num_accepted, emitted = _accept(
                 state, settings, target, draft_logprobs, drafted, accept
             )
-            logprobs = sampling.token_logprobs(usable, target, emitted, settings)
+            logprobs = sampling.token_logprobs(logits, target, emitted, settings)
     with jax.named_scope("emit"):
         state = dataclasses.replace(state, cache=cache)
         state, info = _emit(state, settings, emitted, logprobs, num_accepted, is_finite)
@@ -292,9 +291,7 @@ def _draft(
         hidden, cache = policy.forward(draft, token[:, None], positions, cache)
         logits = policy.logits(draft, hidden)[:, 0]
         with jax.named_scope("sample"):
-            # A broken draft proposes uniformly; NaN would spoil the residual.
-            is_finite = sampling.is_distribution(logits)[..., None]
-            logits = jnp.where(is_finite, logits, jnp.zeros((), logits.dtype))
+            # A broken draft proposes uniformly.
             position = state.length + depth
             if accept == "coupled":
                 noise = _token_noise(state, settings, logits, position)

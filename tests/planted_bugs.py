@@ -30,6 +30,7 @@ LEAKS = "tests/test_lossless.py::test_entries_of_drafts_that_are_no_number_bias_
 SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
+LOWERING = "tests/test_lowering.py"
 SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
@@ -187,7 +188,7 @@ BUGS: tuple[PlantedBug, ...] = (
         "scores = _truncated(scores, sampling)",
         """
         cold = _truncated(logits - jnp.max(logits, -1, keepdims=True), sampling)
-        scores = _temperature_scaled(cold, sampling)
+        scores = _temperature_scaled(cold, _best(cold), sampling)
         """,
         ("tests/test_sampling.py::test_truncation_keeps_ties",),
     ),
@@ -201,8 +202,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "greedy decoding with noise",
         "er_jax::draw",
-        "noised = jnp.where(sampling.temperature == 0, logits, noised)",
-        "pass",
+        "noised = jnp.where(sampling.temperature == 0, scores, scores + noise)",
+        "noised = scores + noise",
         ("tests/test_sampling.py::test_draws_are_the_best_of_logprobs_plus_noise",),
     ),
     PlantedBug(
@@ -222,19 +223,26 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "log-probability of the draft",
         "er_jax::decode_round",
-        "logprobs = sampling.drawn_logprobs(usable, emitted, settings, truncated)",
+        "logprobs = sampling.drawn_logprobs(logits, emitted, settings, truncated)",
         """
         hidden, _ = policy.forward(draft_params(params), tokens, positions, cache)
-        usable = policy.logits(draft_params(params), hidden)
-        logprobs = sampling.drawn_logprobs(usable, emitted, settings, truncated)
+        logits = policy.logits(draft_params(params), hidden)
+        logprobs = sampling.drawn_logprobs(logits, emitted, settings, truncated)
         """,
         ("tests/test_lossless.py::test_logprobs_are_the_targets[coupled]",),
     ),
     PlantedBug(
         "log-probability before the temperature",
         "er_jax::_unprocessed",
-        "scaled = _temperature_scaled(logits, sampling)",
-        "scaled = _below_best(logits)",
+        "scaled = _temperature_scaled(values, best, sampling)",
+        "scaled = _below_best(values, best)",
+        ("tests/test_sampling.py::test_token_logprobs_by_each_meaning",),
+    ),
+    PlantedBug(
+        "score of a token relative to itself",
+        "er_jax::_of_tokens",
+        "return _unprocessed(own, _best(logits), sampling)[..., 0]",
+        "return _unprocessed(own, _best(own), sampling)[..., 0]",
         ("tests/test_sampling.py::test_token_logprobs_by_each_meaning",),
     ),
     # -- drafts that see a span
@@ -475,9 +483,9 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "bad logits reach the acceptance of the tokens before them",
-        "er_jax::decode_round",
-        "target = sampling.target_logprobs(usable, settings, truncated)",
-        "target = sampling.target_logprobs(logits, settings, truncated)",
+        "er_jax::_below_best",
+        "return jnp.where(jnp.isfinite(best), values - best, zero)",
+        "return values - best",
         (
             "tests/test_lossless.py::"
             "test_bad_logits_leave_the_rest_of_the_distribution[block]",
@@ -489,6 +497,16 @@ BUGS: tuple[PlantedBug, ...] = (
         "num_emitted = jnp.where(state.live, jnp.minimum(wanted, num_finite), 0)",
         "num_emitted = jnp.where(state.live, wanted, 0)",
         ("tests/test_lossless.py::test_bad_logits_inside_a_draft[nan-good-coupled]",),
+    ),
+    PlantedBug(
+        "logits rounded by the product, on NVIDIA GPUs",
+        "er_jax::of_floats",
+        "return lax.dot_general(x, w, dims, preferred_element_type=out_dtype)",
+        """
+        product = lax.dot_general(x, w, dims, preferred_element_type=x.dtype)
+        return product.astype(out_dtype)
+        """,
+        (f"{LOWERING}::test_products_on_nvidia_round_to_what_is_asked",),
     ),
     # -- the cache
     PlantedBug(

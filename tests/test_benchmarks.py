@@ -32,6 +32,7 @@ from benchmarks import (
     scaling,
     steps,
     trace,
+    traffic,
 )
 from benchmarks.lib import (
     kept_formats,
@@ -465,6 +466,31 @@ def test_what_drafts_are_worth_by_hand() -> None:
     assert 0.4 < saved["best"] <= saved["oracle"] + 0.02 < 0.7
     with pytest.raises(ValueError, match=r"run python -m benchmarks\.traffic"):
         limits.costs_of(points, *arguments, "int8")
+
+
+def test_passes_are_as_they_were_counted_last() -> None:
+    """Of the same pass in two cases, the later one."""
+    old = counted_points()
+    for point in old:
+        for one in point["passes"]:
+            one |= {"ratio": 1.5, "minimum_bytes": 1e9, "kernels": 1, "branches": 0}
+    new = json.loads(json.dumps(old[1])) | {"draft": "int8", "commit": "abcdef012"}
+    new["date"] = "2026-11-27T04:00:00+00:00"
+    new["passes"][0]["num_bytes"]["cache"] = 15e9
+    new["passes"][0]["ratio"] = 1.25
+    for points in ([*old, new], [new, *old]):
+        costs = limits.costs_of(
+            points, "qwen2.5-7b", "h100", (32, 8192), "int4, window"
+        )
+        assert costs.verify[4].num_bytes["cache"] == 15e9
+        header, rows = traffic.rows_of(points)
+        ratio, commit = header.index("moved / least"), header.index("commit")
+        assert [(row[3], row[ratio], row[commit]) for row in rows] == [
+            ("step", "1.50", ""),
+            ("draft, int4, window", "1.50", ""),
+            ("draft, int8", "1.50", "abcdef0"),
+            ("verify of 5", "1.25", "abcdef0"),
+        ]
 
 
 def test_long_caches_run_and_sample_the_same_tokens(tmp_path: Path) -> None:

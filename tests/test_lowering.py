@@ -6,6 +6,7 @@ The last test compiles for a GPU that is not here, where the compiler is install
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import logging
 from types import SimpleNamespace
@@ -148,6 +149,27 @@ def test_scales_inside_is_a_program_of_its_own() -> None:
     assert texts["tpu", True] == texts["tpu", False]
 
 
+def test_products_on_nvidia_round_to_what_is_asked() -> None:
+    """Joined products are written as what they are rounded to, and logits are wide."""
+    x, w = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((3, 8), (8, 5)))
+    for platform, out, inside in (
+        ("cuda", "bf16", "bf16"),
+        ("cuda", "f32", "f32"),
+        ("tpu", "bf16", "f32"),
+    ):
+        dtype = np.float32 if out == "f32" else None
+        traced = jax.jit(functools.partial(er_jax.dot, out_dtype=dtype)).trace(x, w)
+        assert traced.out_info.dtype == (dtype or "bfloat16")
+        (product,) = [
+            line
+            for line in traced.lower(lowering_platforms=(platform,))
+            .as_text()
+            .splitlines()
+            if "dot_general" in line
+        ]
+        assert product.rpartition("-> ")[2] == f"tensor<3x5x{inside}>", platform
+
+
 @pytest.mark.parametrize(
     ("platform", "version", "is_one"),
     [
@@ -198,6 +220,10 @@ def test_a_draft_on_an_h100_moves_its_codes_and_scales(
     widths = 6 * c.dim + 3 * c.hidden_dim + 4 * c.num_heads * c.head_size
     activations = rows * c.num_layers * widths * 4
     assert count.num_bytes["other"] <= 2 * activations + 2**20
+    # A verification reads its logits for the highest one, and once more. With a single
+    # row XLA cuts the reductions differently, and they are small.
+    verify = program.traffic.target
+    assert rows == 1 or verify.num_bytes["sampling"] <= 2.1 * 5 * sizes.logits
 
 
 def test_drafts_differ_in_what_they_must_move() -> None:
