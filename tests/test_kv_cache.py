@@ -141,13 +141,33 @@ def test_attention_to_a_long_cache_equals_the_oracle(
     """Heads merged and apart; one block of queries and several; padding."""
     query = normal(2, num_queries, 4, 6)
     keys, values = normal(2, S, kv_heads * 6, seed=1), normal(2, S, kv_heads * 6)
-    positions = np.random.default_rng(2).integers(-1, S, (2, num_queries))
-    positions[0, 0], positions[1, 0] = S - 1, -1
-    positions = positions.astype(np.int32)
-    out = fresh_attend(request, True)(query, keys, values, positions)
-    expected = attend_oracle(query, keys, values, positions)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
-    assert (np.asarray(out)[1, 0] == 0).all()  # padding sees nothing
+    attend = fresh_attend(request, is_long=True)
+    for last in (S - 1, 10):  # of the cache, and the first one of a block
+        positions = np.random.default_rng(2).integers(-1, last + 1, (2, num_queries))
+        positions[0, 0], positions[1, 0] = last, -1
+        positions = positions.astype(np.int32)
+        out = attend(query, keys, values, positions)
+        expected = attend_oracle(query, keys, values, positions)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
+        assert (np.asarray(out)[1, 0] == 0).all()  # padding sees nothing
+
+
+def test_a_key_of_minus_infinity_hides_nowhere(
+    request: pytest.FixtureRequest,
+) -> None:
+    """Its score may be -inf, which has no weight; five queries meet heads apart."""
+    query = normal(2, 5, 4, 6).astype(np.float32)
+    query[..., 2] = 1
+    keys = normal(2, S, 12, seed=1).astype(np.float32)
+    values = normal(2, S, 12, seed=2).astype(np.float32)
+    positions = np.tile(np.arange(5, dtype=np.int32) + 9, (2, 1))
+    attend = fresh_attend(request, is_long=True)
+    clean = np.asarray(attend(query, keys, values, positions))
+    keys[0, 12, [2, 8]] = -np.inf  # of both key heads
+    out = np.asarray(attend(query, keys, values, positions))
+    assert np.isnan(out[0, 3:]).all()
+    np.testing.assert_array_equal(out[0, :3], clean[0, :3])
+    np.testing.assert_array_equal(out[1], clean[1])
 
 
 @pytest.mark.parametrize("num_queries", [1, 5, 20])
