@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -33,11 +34,29 @@ CAREFUL_ENTRIES = 128
 # Up to this many merged queries per row, the keys are the left factor on CPU.
 KEYS_FIRST_QUERIES = 16
 
+# From this length on, a CPU takes the cache in blocks, as far as there are entries.
+LONG_CACHE = 1024
+
+# Entries of such a block, of all rows together, and at least of each row. 2048 keys of
+# 256 numbers are 2 MB in float32.
+BLOCK_ENTRIES, LEAST_ENTRIES = 2048, 128
+
+# Queries of a row that meet such a block together, at most.
+LIVE_QUERIES = 64
+
+# What an entry scores that a query does not see, and the least maximum of a query. The
+# exponential of their distance is zero.
+UNSEEN, LEAST_SCORE = -1e30, -1e29
+
 # Most scores of one head and row at a time, where queries are many: 2 MB in float32.
 BLOCK_SCORES = 2**19
 
 # Fewest queries of a block: smaller products would not fill a device.
 LEAST_BLOCK = 32
+
+# Of the blocks so far, for every query: whether it has seen a non-finite entry, its
+# highest score, the sum of its weights and that of weighted values.
+Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 # query, keys, values, positions, span -> output, as in `attend_whole`.
 Attention: TypeAlias = Callable[
@@ -106,16 +125,19 @@ def attend_whole(
     span: of the ring whose entries `keys` and `values` are; None if they are indexed by
     position.
     """
-    if query.shape[1] > MERGED_QUERIES:
-        return _attend_many(query, keys, values, positions, span)
+    is_many = query.shape[1] > MERGED_QUERIES
     # A ring is short, and its scores are few: they need no kernel.
-    if span is not None:
-        return _attend_few(query, keys, values, positions, span)
-    kernel = choice.kernel_for(query, keys, values, positions)
-    if kernel is None:
-        return _attend_few(query, keys, values, positions, None)
-    scaled = _scaled(query, keys.shape[2] // query.shape[3]).reshape(query.shape)
-    return kernel(scaled, keys, values, positions)
+    if not is_many and span is None:
+        kernel = choice.kernel_for(query, keys, values, positions)
+        if kernel is not None:
+            scaled = _scaled(query, keys.shape[2] // query.shape[3])
+            return kernel(scaled.reshape(query.shape), keys, values, positions)
+    form = functools.partial(_attend_many if is_many else _attend_few, span=span)
+    if span is not None or keys.shape[1] < LONG_CACHE:
+        return form(query, keys, values, positions)
+    return lax.platform_dependent(
+        query, keys, values, positions, cpu=_attend_live, default=form
+    )
 
 
 def _scaled(query: jax.Array, kv_heads: int) -> jax.Array:
@@ -123,6 +145,30 @@ def _scaled(query: jax.Array, kv_heads: int) -> jax.Array:
     *front, heads, size = query.shape
     scale = jnp.asarray(size**-0.5, query.dtype)
     return (query * scale).reshape(*front, kv_heads, heads // kv_heads, size)
+
+
+def _block_diagonal(q: jax.Array) -> jax.Array:
+    """Merge queries `[B, T, K, H / K, D]` to `[B, T * H, K * D]`, zero but for a head.
+
+    The query of head i meets only the part of head i in a merged entry.
+    """
+    batch, num_queries, kv_heads, group, size = q.shape
+    # [.., K, 1, K, 1]. Chosen, not multiplied by zero: a product that XLA tiles for a
+    # GPU may hold scales inside (`engine.lowering`), but fails with this one.
+    own = jnp.eye(kv_heads, dtype=jnp.bool_)[None, None, :, None, :, None]
+    merged = jnp.where(own, q[..., None, :], jnp.zeros((), q.dtype))
+    return merged.reshape(batch, num_queries * kv_heads * group, kv_heads * size)
+
+
+def _diagonal(out: jax.Array, num_queries: int, kv_heads: int) -> jax.Array:
+    """Take each head's own part of `[B, T * H, K * D]`, as `[B, T, H * D]`."""
+    batch = len(out)
+    out = out.reshape(
+        batch, num_queries, kv_heads, -1, kv_heads, out.shape[2] // kv_heads
+    )
+    # Slices; a product with the mask of `_block_diagonal` would read all K parts again.
+    parts = [out[:, :, head, :, head] for head in range(kv_heads)]
+    return jnp.stack(parts, axis=2).reshape(batch, num_queries, -1)
 
 
 def visible(positions: jax.Array, length: int, span: Span | None) -> jax.Array:
@@ -163,7 +209,7 @@ def _attend_many(
     span: Span | None,
 ) -> jax.Array:
     """Attend with heads as a batch axis, a block of queries after the other."""
-    batch, num_queries, heads, size = query.shape
+    batch, _, heads, size = query.shape
     length, kv_heads = keys.shape[1], keys.shape[2] // size
     wide = wide_dtype(query.dtype)
     is_sound = _is_sound(keys, values)
@@ -180,6 +226,21 @@ def _attend_many(
         return _with_nan(out, _sees_bad(seen, is_sound))
 
     block = max(BLOCK_SCORES // length, LEAST_BLOCK)
+    return _in_blocks(attend_block, query, positions, block)
+
+
+def _in_blocks(
+    attend_block: Callable[[jax.Array, jax.Array], jax.Array],
+    query: jax.Array,
+    positions: jax.Array,
+    block: int,
+) -> jax.Array:
+    """Attend with `block` queries after the other, each computed again for gradients.
+
+    attend_block: queries `[B, block, H, D]` and positions `[B, block]` ->
+      `[B, block, H * D]`.
+    """
+    batch, num_queries, heads, size = query.shape
     if num_queries <= block:
         return attend_block(query, positions)
     num_blocks = -(-num_queries // block)
@@ -209,16 +270,9 @@ def _attend_few(
     """Attend with all heads as one block-diagonal query against the merged entries."""
     batch, num_queries, heads, size = query.shape
     length, kv_heads = keys.shape[1], keys.shape[2] // size
-    group = heads // kv_heads
     wide = wide_dtype(query.dtype)
     q, seen = _scaled(query, kv_heads), visible(positions, length, span)
-    # [.., K, 1, K, 1]: the query of head i meets only the part of head i in an entry.
-    # Chosen, not multiplied by zero: a product that XLA tiles for a GPU may hold scales
-    # inside (`engine.lowering`), but fails with this one.
-    own = jnp.eye(kv_heads, dtype=jnp.bool_)[None, None, :, None, :, None]
-    merged = jnp.where(own, q[..., None, :], jnp.zeros((), q.dtype)).reshape(
-        batch, num_queries * heads, kv_heads * size
-    )
+    merged = _block_diagonal(q)
 
     def product(merged: jax.Array, keys: jax.Array) -> jax.Array:
         return jnp.einsum("bqf,bsf->bqs", merged, keys, preferred_element_type=wide)
@@ -236,10 +290,7 @@ def _attend_few(
 
     def combined(probs: jax.Array, values: jax.Array) -> jax.Array:
         out = jnp.einsum("bqs,bsf->bqf", probs, values)
-        out = out.reshape(len(out), num_queries, kv_heads, group, kv_heads, size)
-        # Slices of the diagonal; a product with `own` would read all K parts again.
-        parts = [out[:, :, head, :, head] for head in range(kv_heads)]
-        return jnp.stack(parts, axis=2).reshape(len(out), num_queries, heads * size)
+        return _diagonal(out, num_queries, kv_heads)
 
     def careful(probs: jax.Array, values: jax.Array) -> jax.Array:
         # Cleans some entries of a row at a time; a copy of all would double the memory.
@@ -287,6 +338,133 @@ def _attend_few(
         return lax.cond(jnp.all(is_clean), lambda *_: out, mended, probs, values)
 
     return lax.platform_dependent(probs, values, cpu=checked, default=combined)
+
+
+def _attend_live(
+    query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Attend on a CPU to a long cache: blocks of entries, up to the last one seen."""
+    batch, length = keys.shape[:2]
+    block = min(max(BLOCK_ENTRIES // batch, LEAST_ENTRIES), length)
+
+    def run(
+        query: jax.Array, positions: jax.Array, is_sound: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return _attend_entries(query, keys, values, positions, block, is_sound)
+
+    if query.shape[1] > MERGED_QUERIES:
+        is_sound = _is_sound(keys, values)
+        return _in_blocks(
+            lambda query, positions: _with_nan(*run(query, positions, is_sound)),
+            query, positions, LIVE_QUERIES,
+        )  # fmt: skip
+    # What is not finite is looked at again, as in `_attend_few`.
+    out, _ = run(query, positions, None)
+    out = jnp.where((positions >= 0)[..., None], out, jnp.zeros((), out.dtype))
+    is_clean = jnp.all(jnp.isfinite(out), axis=(1, 2), keepdims=True)
+
+    def mended() -> jax.Array:
+        careful = _with_nan(*run(query, positions, _is_sound(keys, values)))
+        return jnp.where(is_clean, out, careful)
+
+    return lax.cond(jnp.all(is_clean), lambda: out, mended)
+
+
+def _attend_entries(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    block: int,
+    is_sound: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend to `block` entries of all rows after the other, with a running softmax.
+
+    The scores of a block stay in a core's cache between the two products. Up to
+    `KEYS_FIRST_QUERIES` merged queries meet whole entries, as in `_attend_few`; for
+    more, K times the multiplications cost more than a copy of each head's part.
+
+    is_sound: which entries are finite, bool `[B, S]`; the others are looked for, and
+      their values left out. None takes all for finite.
+    Returns:
+      `[B, T, H * D]`, and whether a query sees a non-finite entry, `[B, T, 1]`.
+    """
+    batch, num_queries, heads, size = query.shape
+    length, kv_heads = keys.shape[1], keys.shape[2] // size
+    wide = wide_dtype(query.dtype)
+    q = _scaled(query, kv_heads)
+    is_merged = num_queries * heads <= KEYS_FIRST_QUERIES
+    if is_merged:
+        q = _block_diagonal(q)[:, None]
+    else:
+        q = jnp.moveaxis(q, 2, 1).reshape(batch, kv_heads, -1, size)
+    parts, count, width = q.shape[1:]
+    last = jnp.max(positions)
+    of_query = jnp.repeat(positions, count // num_queries, axis=1)[..., None]
+
+    def add(carry: Carry, index: jax.Array) -> Carry:
+        # The last block begins earlier, with entries of the one before it.
+        start = jnp.minimum(index * block, length - block)
+        slots = (start + jnp.arange(block, dtype=jnp.int32))[None, None]
+        seen = (slots <= of_query) & (slots >= index * block)
+        sees_bad, are_sound = carry[0], None
+        if is_sound is not None:
+            are_sound = lax.dynamic_slice_in_dim(is_sound, start, block, axis=1)
+            sees_bad |= _sees_bad(seen, are_sound)
+
+        def part_of(entries: jax.Array, part: int) -> jax.Array:
+            first = (jnp.int32(0), start, jnp.int32(part * width))
+            return lax.dynamic_slice(
+                entries, first, (batch, block, width), allow_negative_indices=False
+            )
+
+        def add_part(part: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+            k, v = part_of(keys, part), part_of(values, part)
+            old_top, total, out = (x[:, part] for x in carry[1:])
+            scores = jnp.einsum(
+                "bqd,bsd->bqs", q[:, part], k, preferred_element_type=wide
+            )
+            # A key of -inf would weigh nothing.
+            nan = jnp.asarray(jnp.nan, wide)
+            scores = jnp.where(scores == -jnp.inf, nan, scores)
+            scores = jnp.where(seen, scores, jnp.asarray(UNSEEN, wide))
+            top = jnp.max(scores, -1, keepdims=True)
+            top = lax.stop_gradient(jnp.maximum(old_top, top))
+            weights, kept = jnp.exp(scores - top), jnp.exp(old_top - top)
+            if are_sound is not None:
+                v = jnp.where(are_sound[..., None], v, jnp.zeros((), v.dtype))
+            total = total * kept + jnp.sum(weights, -1, keepdims=True)
+            added = jnp.einsum(
+                "bqs,bsd->bqd", weights.astype(v.dtype), v, preferred_element_type=wide
+            )
+            return top, total, out * kept + added
+
+        found = zip(*map(add_part, range(parts)), strict=True)
+        top, total, out = (jnp.stack(x, axis=1) for x in found)
+        return sees_bad, top, total, out
+
+    def step(carry: Carry, index: jax.Array) -> tuple[Carry, None]:
+        # A conditional, because a loop of unknown length has no gradient.
+        is_live = index * block <= last
+        return lax.cond(is_live, add, lambda carry, _: carry, carry, index), None
+
+    start = (
+        jnp.zeros((batch, count, 1), jnp.bool_),
+        jnp.full((batch, parts, count, 1), LEAST_SCORE, wide),
+        jnp.zeros((batch, parts, count, 1), wide),
+        jnp.zeros((batch, parts, count, width), wide),
+    )
+    blocks = jnp.arange(-(-length // block), dtype=jnp.int32)
+    # For gradients, scores are computed again: those of all blocks would be a square.
+    step = jax.checkpoint(step, prevent_cse=False)
+    sees_bad, _, total, out = lax.scan(step, start, blocks)[0]
+    out = (out / jnp.maximum(total, jnp.asarray(1e-30, wide))).astype(query.dtype)
+    if is_merged:
+        out = _diagonal(out[:, 0], num_queries, kv_heads)
+    else:
+        out = out.reshape(batch, kv_heads, num_queries, -1, size)
+        out = jnp.moveaxis(out, 1, 2).reshape(batch, num_queries, heads * size)
+    return out, sees_bad[:, :: count // num_queries]
 
 
 _attention: contextvars.ContextVar[Attention] = contextvars.ContextVar(

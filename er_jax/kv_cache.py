@@ -224,7 +224,14 @@ def insert_row(
 
     def insert(leaf: jax.Array, short: jax.Array) -> jax.Array:
         row = lax.dynamic_slice_in_dim(short, source, 1, axis=0)
-        row = resize(row, leaf.shape[1])
-        return lax.dynamic_update_slice_in_dim(leaf, row, slot, axis=0)
+        zeros = jnp.zeros(
+            (1, leaf.shape[1] - row.shape[1], *leaf.shape[2:]), leaf.dtype
+        )
+        first = [slot] + [jnp.int32(0)] * (leaf.ndim - 1)
+        leaf = lax.dynamic_update_slice(leaf, row, first)
+        first[1] = jnp.int32(row.shape[1])
+        # Written apart: a padded row is one more copy of the prefix, which XLA makes of
+        # all leaves before a loop over rows that start from the same prompt.
+        return lax.dynamic_update_slice(leaf, zeros, first)
 
     return jax.tree.map(insert, cache, prefix)

@@ -21,6 +21,7 @@ INTEGRATIONS = (
 )
 DAMAGE = "tests/test_train_damage.py"
 KERNELS = "tests/test_kernels.py"
+LONG_CACHE = "tests/test_kv_cache.py::test_attention_to_a_long_cache_equals_the_oracle"
 ENUMERATION = "tests/test_acceptance.py::test_every_outcome_adds_up_to_the_target"
 ROUND = "tests/test_lossless.py::test_every_outcome_of_a_round"
 DRAWS = "tests/test_lossless.py::test_coupled_emits_the_targets_own_draws"
@@ -517,6 +518,41 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_kv_cache.py::test_attention_by_either_path_equals_the_oracle",),
     ),
     PlantedBug(
+        "entries that two blocks of a long cache share count twice",
+        "er_jax::_attend_entries.add",
+        "(slots <= of_query) & (slots >= index * block)",
+        "slots <= of_query",
+        (f"{LONG_CACHE}[5-2]",),
+    ),
+    PlantedBug(
+        "a long cache is left a block early where the last entry is the first of one",
+        "er_jax::_attend_entries.step",
+        "index * block <= last",
+        "index * block < last",
+        (f"{LONG_CACHE}[5-2]",),
+    ),
+    PlantedBug(
+        "a running sum of weights is not rescaled",
+        "er_jax::_attend_entries.add.add_part",
+        "total * kept",
+        "total",
+        (f"{LONG_CACHE}[5-2]",),
+    ),
+    PlantedBug(
+        "the highest score so far is forgotten",
+        "er_jax::_attend_entries.add.add_part",
+        "lax.stop_gradient(jnp.maximum(old_top, top))",
+        "lax.stop_gradient(top)",
+        (f"{LONG_CACHE}[5-2]",),
+    ),
+    PlantedBug(
+        "a key of -inf in a long cache weighs nothing",
+        "er_jax::_attend_entries.add.add_part",
+        "jnp.where(scores == -jnp.inf, nan, scores)",
+        "scores",
+        ("tests/test_kv_cache.py::test_a_key_of_minus_infinity_hides_nowhere",),
+    ),
+    PlantedBug(
         "a kernel stops a block early where the last entry is the first of a block",
         "er_jax/kernels/tpu::attend",
         "jnp.maximum(jnp.max(positions, axis=1), 0) // block",
@@ -567,7 +603,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "blocks of queries put together in another order",
-        "er_jax::_attend_many",
+        "er_jax::_in_blocks",
         "out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads * size)",
         "out = out.reshape(batch, -1, heads * size)",
         ("tests/test_kv_cache.py::test_many_queries_are_taken_in_blocks",),

@@ -116,12 +116,118 @@ def test_many_queries_are_taken_in_blocks(
     assert part in in_blocks
 
 
+@pytest.fixture
+def long_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take caches of 24 for long: three blocks, the last of which overlaps."""
+    monkeypatch.setattr(attention, "LONG_CACHE", S)
+    monkeypatch.setattr(attention, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(attention, "LEAST_ENTRIES", 10)
+    monkeypatch.setattr(attention, "LIVE_QUERIES", 7)
+
+
+def fresh_attend(request: pytest.FixtureRequest, is_long: bool) -> Any:
+    """Return a jitted `attend` for short caches, or for those of `long_caches`."""
+    if not is_long:
+        return attend
+    request.getfixturevalue("long_caches")
+    return jax.jit(lambda *arrays: kv_cache.attend(*arrays))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("num_queries", [1, 5, 20])
+def test_attention_to_a_long_cache_equals_the_oracle(
+    request: pytest.FixtureRequest, x64: None, num_queries: int, kv_heads: int
+) -> None:
+    """Heads merged and apart; one block of queries and several; padding."""
+    query = normal(2, num_queries, 4, 6)
+    keys, values = normal(2, S, kv_heads * 6, seed=1), normal(2, S, kv_heads * 6)
+    attend = fresh_attend(request, is_long=True)
+    for last in (S - 1, 10):  # of the cache, and the first one of a block
+        positions = np.random.default_rng(2).integers(-1, last + 1, (2, num_queries))
+        positions[0, 0], positions[1, 0] = last, -1
+        positions = positions.astype(np.int32)
+        out = attend(query, keys, values, positions)
+        expected = attend_oracle(query, keys, values, positions)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
+        assert (np.asarray(out)[1, 0] == 0).all()  # padding sees nothing
+
+
+def test_a_key_of_minus_infinity_hides_nowhere(
+    request: pytest.FixtureRequest,
+) -> None:
+    """Its score may be -inf, which has no weight; five queries meet heads apart."""
+    query = normal(2, 5, 4, 6).astype(np.float32)
+    query[..., 2] = 1
+    keys = normal(2, S, 12, seed=1).astype(np.float32)
+    values = normal(2, S, 12, seed=2).astype(np.float32)
+    positions = np.tile(np.arange(5, dtype=np.int32) + 9, (2, 1))
+    attend = fresh_attend(request, is_long=True)
+    clean = np.asarray(attend(query, keys, values, positions))
+    keys[0, 12, [2, 8]] = -np.inf  # of both key heads
+    out = np.asarray(attend(query, keys, values, positions))
+    assert np.isnan(out[0, 3:]).all()
+    np.testing.assert_array_equal(out[0, :3], clean[0, :3])
+    np.testing.assert_array_equal(out[1], clean[1])
+
+
+@pytest.mark.parametrize("num_queries", [1, 5, 20])
+def test_blocks_behind_the_last_live_entry_are_not_read(
+    x64: None, long_caches: None, num_queries: int
+) -> None:
+    """Values there that are not finite spoil nothing, though nothing is cleaned."""
+    query = normal(2, num_queries, 4, 6)
+    keys, values = normal(2, S, 12, seed=1), normal(2, S, 12, seed=2)
+    positions = np.full((2, num_queries), 9, np.int32)  # all of the first block
+    positions[1] = 3
+
+    def run(query: Any, keys: Any, values: Any) -> Any:
+        out = attention._attend_entries(
+            query, keys, values, jnp.asarray(positions), 10, None
+        )
+        return out[0]
+
+    clean = jax.jit(run)(query, keys, values)
+    values[:, 10:] = np.nan  # would be NaN times zero
+    np.testing.assert_array_equal(jax.jit(run)(query, keys, values), clean)
+    values[:, 9] = np.nan
+    assert np.isnan(jax.jit(run)(query, keys, values)).all()
+
+
+def test_gradients_through_a_long_cache(x64: None, long_caches: None) -> None:
+    """Those of the whole form; scores of all blocks are not kept for them."""
+    query = normal(2, 20, 4, 6)
+    keys, values = normal(2, S, 12, seed=1), normal(2, S, 12, seed=2)
+    values[1, 5] = np.nan
+    positions = np.tile(np.arange(20, dtype=np.int32) - 1, (2, 1))
+    positions[1] = np.minimum(positions[1], 11)
+
+    def gradients(attend: Any) -> Any:
+        def total(query: Any, keys: Any, values: Any) -> Any:
+            out = attend(query, keys, values, jnp.asarray(positions))
+            return jnp.sum(jnp.sin(out[0]))
+
+        lowered = jax.jit(jax.grad(total, (0, 1, 2))).lower(query, keys, values)
+        return lowered.compile()(query, keys, values), lowered.as_text()
+
+    found, text = gradients(lambda *x: kv_cache.attend(*x))
+    expected, _ = gradients(lambda *x: attention._attend_many(*x, None))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12),
+        found,
+        expected,
+    )
+    assert "2x14x10xf64" in text  # scores of one block, of seven queries of two heads
+    assert "3x2x14x10xf64" not in text
+
+
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("junk", [1e30, np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("num_queries", [3, 20])
 def test_entries_that_are_not_visible_change_nothing(
-    num_queries: int, junk: float
+    request: pytest.FixtureRequest, num_queries: int, junk: float, is_long: bool
 ) -> None:
     """Bit for bit, whatever they hold, and by either path."""
+    attend = fresh_attend(request, is_long)
     query = normal(2, num_queries, 4, 6).astype(np.float32)
     keys = normal(2, S, 12, seed=1).astype(np.float32)
     values = normal(2, S, 12, seed=2).astype(np.float32)
@@ -138,13 +244,19 @@ def test_entries_that_are_not_visible_change_nothing(
     assert not np.array_equal(attend(query, keys, values, positions)[1], clean[1])
 
 
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("where", ["keys", "values"])
 @pytest.mark.parametrize("junk", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("num_queries", [1, 3, 20])
 def test_a_query_that_sees_a_non_finite_entry_is_nan_and_no_other(
-    num_queries: int, junk: float, where: str
+    request: pytest.FixtureRequest,
+    num_queries: int,
+    junk: float,
+    where: str,
+    is_long: bool,
 ) -> None:
     """As the entry of a token that was only drafted is seen by those behind it."""
+    attend = fresh_attend(request, is_long)
     query = normal(2, num_queries, 4, 6).astype(np.float32)
     keys = normal(2, S, 12, seed=1).astype(np.float32)
     values = normal(2, S, 12, seed=2).astype(np.float32)

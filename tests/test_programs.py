@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import er_jax
+from configs import arithmetic
 from er_jax import steps
 from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine import windows
@@ -394,6 +395,30 @@ def test_long_sequences_need_no_square_of_scores(program: str) -> None:
     assert memory is not None
     assert memory.temp_size_in_bytes < 60e6
     assert f"x{length}x{length}x" not in lowered.as_text()
+
+
+@pytest.mark.slow
+def test_a_long_prompt_takes_little_more_than_weights_and_caches() -> None:
+    """16 384 tokens and 64 new ones of the demo's policy: the peak of admission.
+
+    The caches are the batch's and that of the prefill, whose entries it gets.
+    """
+    policy = arithmetic.CONFIG.model.decoder(64, "float32")
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    prompt, new = 16_384, 64
+    given = jax.eval_shape(lambda: steps.empty_state(policy, 1, prompt + new))
+    prefix = jax.eval_shape(lambda: policy.init_cache(1, prompt))
+    lowered = windows.run_admission.lower(
+        policy, params, given, admission_shapes(1, prompt, 1)
+    )
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= num_bytes(given)
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed = sum(map(num_bytes, (params, given.cache, prefix)))
+    # 1.13; with a padded copy of the prefix 1.5, and with scores of all heads and
+    # entries for 32 queries as much.
+    assert peak < 1.25 * needed
 
 
 @pytest.mark.parametrize("program", ["admission", "refresh"])

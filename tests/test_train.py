@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import er_jax
-from configs import tiny
+from configs import arithmetic, tiny
 from er_jax.types import Program
 from train import losses, metrics, report, sft
 from train.batching import Buckets, Example, batch_of, make_batches, stack_chunks
@@ -360,6 +360,30 @@ def test_update_reuses_every_buffer_of_the_state():
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= size
+
+
+@pytest.mark.slow
+def test_an_update_of_long_rows_keeps_no_square_of_scores():
+    """Rows of 4096 tokens: a square of six heads is 403 MB a layer in float32."""
+    length = 4096
+    policy = arithmetic.CONFIG.model.decoder(64, "float32")
+    example = Example(prompt=[1] * 2048, completion=[1] * 2049)
+    lowered = update.lower(
+        policy,
+        OPTIMIZER,
+        jax.eval_shape(lambda: some_state(policy)),
+        None,
+        stack_chunks([example], Buckets((length,), length), capacity=1),
+        jnp.float32(1),
+        jnp.float32(2),
+        options=OPTIONS,
+        drafter=DRAFTER,
+    )
+    assert f"{length}x{length}x" not in lowered.as_text()
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    # Activations of all layers, logits and gradients: 368 MB.
+    assert memory.temp_size_in_bytes < policy.config.num_heads * length**2 * 4
 
 
 # -------------------------------------------------------------------- controller
