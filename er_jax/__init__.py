@@ -21,6 +21,7 @@ from er_jax.mesh.prompts import gather_prompts
 from er_jax.mesh.replicas import ExpectedLengths, rollout_replicas
 from er_jax.result import Completion, Rollout, RolloutError
 from er_jax.rollout import compile_ahead, rollout
+from er_jax.score import Scores, score
 from er_jax.stats import RolloutStats
 from er_jax.types import Policy
 
@@ -44,6 +45,7 @@ __all__ = [
     "RolloutError",
     "RolloutStats",
     "RopeScaling",
+    "Scores",
     "TiedEmbedding",
     "attach_draft",
     "compile_ahead",
@@ -55,4 +57,5 @@ __all__ = [
     "rollout",
     "rollout_replicas",
     "save_hf",
+    "score",
 ]

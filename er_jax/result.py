@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
+import jax
 import numpy as np
 
 from er_jax.config import RolloutConfig
@@ -21,7 +22,12 @@ from er_jax.types import (
 class Rollout:
     """Completions of a request, N = len(prompts) * n in prompt order.
 
-    The n completions of a prompt are adjacent. With T the longest prompt:
+    The n completions of a prompt are adjacent. A rollout is a pytree of its arrays, all
+    with N in front: `jax.tree.map(lambda a: a[:8], out)` is a rollout of its first
+    eight rows, and `jax.jit` and `jax.device_put` take and return one. `stats` tells of
+    a whole call and stays behind: it is None in what such a function returns.
+
+    With T the longest prompt:
 
     prompt_ids: int32 `[N, T]`, left-padded. prompt_mask: bool `[N, T]`.
     completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token included.
@@ -29,7 +35,8 @@ class Rollout:
     logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
       under the target, of the kind `config.logprobs`; 0 where masked.
     lengths: int32 `[N]`, sampled tokens.
-    finish_reason: strings `[N]`, "stop", "length" or "nonfinite".
+    finish: int32 `[N]`, why each completion ended, a `types.Finish`; `finish_reason`
+      has the names.
     sequence_ids: int32 `[N]`, the ids that select each completion's noise.
     stats: what the rollout did; see `RolloutStats`.
     """
@@ -40,9 +47,23 @@ class Rollout:
     completion_mask: np.ndarray
     logprobs: np.ndarray
     lengths: np.ndarray
-    finish_reason: np.ndarray
+    finish: np.ndarray
     sequence_ids: np.ndarray
-    stats: RolloutStats
+    # As `rollout` returns it. Pytrees are made without.
+    stats: RolloutStats = None  # type: ignore[assignment]
+
+    @property
+    def finish_reason(self) -> np.ndarray:
+        """Strings `[N]`: "stop", "length" or "nonfinite"; not inside `jax.jit`."""
+        return np.array(FINISH_NAMES)[np.asarray(self.finish)]
+
+
+jax.tree_util.register_dataclass(
+    Rollout,
+    data_fields=[f.name for f in dataclasses.fields(Rollout) if f.name != "stats"],
+    meta_fields=[],
+    drop_fields=["stats"],
+)
 
 
 def assemble(
@@ -90,7 +111,7 @@ def assemble(
         completion_mask=completion_mask,
         logprobs=logprobs,
         lengths=lengths,
-        finish_reason=np.array(FINISH_NAMES)[reasons],
+        finish=reasons,
         sequence_ids=sequence_ids.astype(np.int32),
         stats=stats,
     )

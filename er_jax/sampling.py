@@ -29,8 +29,11 @@ NEVER = -1e30
 
 
 def _below_best(logits: jax.Array) -> jax.Array:
-    """Return the logits minus their maximum, so that the highest is 0."""
-    return logits - jnp.max(logits, axis=-1, keepdims=True)
+    """Return the logits minus their maximum, so that the highest is 0.
+
+    What is made of them does not depend on the maximum, so nor does the gradient.
+    """
+    return logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
 
 def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -121,6 +124,8 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
     function of the scores alone, and not of a sort's order among equals.
     """
     top_k = jnp.minimum(sampling.top_k, jnp.int32(scores.shape[-1]))
+    # Which tokens are kept has no gradient, and the search need not be differentiated.
+    given, scores = scores, lax.stop_gradient(scores)
 
     def count(scores: jax.Array, last: jax.Array) -> jax.Array:
         kept = _keys(scores) <= last
@@ -145,7 +150,7 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
 
     nucleus = lax.cond(sampling.top_p < 1, by_mass, all_of, scores)
     is_kept = _keys(scores) <= jnp.minimum(by_rank, nucleus)
-    return jnp.where(is_kept, scores, jnp.asarray(NEVER, scores.dtype))
+    return jnp.where(is_kept, given, jnp.asarray(NEVER, scores.dtype))
 
 
 def is_truncated(sampling: Sampling) -> bool:
@@ -233,13 +238,56 @@ def drawn_logprobs(
     Returns:
       `[...]` float32.
     """
-    kept = _kept_scores(logits, sampling, truncated)
-    is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
-    scores = jnp.where(is_processed, kept, _unprocessed(logits, sampling))
+    scores = _scores_of_kind(logits, sampling, truncated)
     logprobs = _pick(scores, tokens) - _log_total(scores)[..., 0]
-    # Greedy decoding draws from a distribution with one token.
-    is_certain = is_processed & (sampling.temperature == 0)
+    is_certain = _is_certain(sampling)
     return jnp.where(is_certain, jnp.zeros_like(logprobs), logprobs).astype(jnp.float32)
+
+
+def scored_logprobs(
+    logits: jax.Array, tokens: jax.Array, sampling: Sampling, truncated: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log-probability of tokens that other logits may have drawn.
+
+    It is that of `drawn_logprobs`, and differentiable. A token that truncation leaves
+    out for these logits counts as kept beside the others: it was drawn, so the logits
+    that drew it kept it, and its log-probability stays finite with a gradient.
+
+    Args:
+      logits: `[..., V]`. tokens: `[...]` int32. sampling, truncated: as in
+        `target_logprobs`.
+    Returns:
+      logprobs: `[...]` in the dtype of `logits`.
+      entropy: `[...]`, of the distribution of the same kind, in nats.
+    """
+    scores = _scores_of_kind(logits, sampling, truncated)
+    own = _pick(_unprocessed(logits, sampling), tokens)
+    zero, never = jnp.zeros((), own.dtype), jnp.asarray(NEVER, own.dtype)
+    weights = jnp.exp(scores)
+    total = jnp.sum(weights, axis=-1)
+    is_left_out = _pick(scores, tokens) == never
+    logprobs = own - jnp.log(total + jnp.where(is_left_out, jnp.exp(own), zero))
+    # A score may be -inf where the weight is 0.
+    summed = jnp.sum(weights * jnp.where(weights > 0, scores, zero), axis=-1)
+    entropy = jnp.log(total) - summed / total
+    is_certain = _is_certain(sampling)
+    return (
+        jnp.where(is_certain, zero, jnp.maximum(logprobs, never)),
+        jnp.where(is_certain, zero, entropy),
+    )
+
+
+def _is_certain(sampling: Sampling) -> jax.Array:
+    """Whether tokens have probability 1: greedy decoding draws from one token."""
+    is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
+    return is_processed & (sampling.temperature == 0)
+
+
+def _scores_of_kind(logits: jax.Array, sampling: Sampling, truncated: bool) -> jax.Array:
+    """Return scores relative to the best, of the kind that `sampling` asks for."""
+    is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
+    kept = _kept_scores(logits, sampling, truncated)
+    return jnp.where(is_processed, kept, _unprocessed(logits, sampling))
 
 
 def _unprocessed(logits: jax.Array, sampling: Sampling) -> jax.Array:
