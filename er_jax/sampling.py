@@ -29,11 +29,8 @@ NEVER = -1e30
 
 
 def _below_best(logits: jax.Array) -> jax.Array:
-    """Return the logits minus their maximum, so that the highest is 0.
-
-    What is made of them does not depend on the maximum, so nor does the gradient.
-    """
-    return logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    """Return the logits minus their maximum, so that the highest is 0."""
+    return logits - jnp.max(logits, axis=-1, keepdims=True)
 
 
 def _temperature_scaled(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -124,8 +121,6 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
     function of the scores alone, and not of a sort's order among equals.
     """
     top_k = jnp.minimum(sampling.top_k, jnp.int32(scores.shape[-1]))
-    # Which tokens are kept has no gradient, and the search need not be differentiated.
-    given, scores = scores, lax.stop_gradient(scores)
 
     def count(scores: jax.Array, last: jax.Array) -> jax.Array:
         kept = _keys(scores) <= last
@@ -150,7 +145,7 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
 
     nucleus = lax.cond(sampling.top_p < 1, by_mass, all_of, scores)
     is_kept = _keys(scores) <= jnp.minimum(by_rank, nucleus)
-    return jnp.where(is_kept, given, jnp.asarray(NEVER, scores.dtype))
+    return jnp.where(is_kept, scores, jnp.asarray(NEVER, scores.dtype))
 
 
 def is_truncated(sampling: Sampling) -> bool:
@@ -244,14 +239,16 @@ def drawn_logprobs(
     return jnp.where(is_certain, jnp.zeros_like(logprobs), logprobs).astype(jnp.float32)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def scored_logprobs(
     logits: jax.Array, tokens: jax.Array, sampling: Sampling, truncated: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Return the log-probability of tokens that other logits may have drawn.
 
-    It is that of `drawn_logprobs`, and differentiable. A token that truncation leaves
-    out for these logits counts as kept beside the others: it was drawn, so the logits
-    that drew it kept it, and its log-probability stays finite with a gradient.
+    It is that of `drawn_logprobs`, and differentiable by the logits. A token that
+    truncation leaves out for these logits counts as kept beside the others: it was
+    drawn, so the logits that drew it kept it, and its log-probability stays finite with
+    a gradient.
 
     Args:
       logits: `[..., V]`. tokens: `[...]` int32. sampling, truncated: as in
@@ -260,21 +257,59 @@ def scored_logprobs(
       logprobs: `[...]` in the dtype of `logits`.
       entropy: `[...]`, of the distribution of the same kind, in nats.
     """
+    return _score(logits, tokens, sampling, truncated)[0]
+
+
+@scored_logprobs.defjvp
+def _scored_logprobs_jvp(truncated: bool, primals: Any, tangents: Any) -> Any:
+    # By hand: the search for thresholds has no gradient, nor has the maximum, and what
+    # is kept for the backward pass should be the logits alone.
+    found, slopes = _score(*primals, truncated)
+    return found, tuple(jnp.sum(slope * tangents[0], axis=-1) for slope in slopes)
+
+
+def _score(
+    logits: jax.Array, tokens: jax.Array, sampling: Sampling, truncated: bool
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return log-probability and entropy `[...]`, and by the logits their derivatives.
+
+    With scores s that are logits over the temperature (or as they are), a kept token
+    has probability p = exp(s) / sum exp(s). The derivative by s of the log-probability
+    of the token t is [is t] - p, of the entropy it is -p (s - mean of s).
+    """
+    zero, one, never = (jnp.asarray(value, logits.dtype) for value in (0, 1, NEVER))
+    ids = lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
+    is_own = ids == tokens[..., None]
+
+    def pick(values: jax.Array) -> jax.Array:
+        # Not by a look-up: it would gather a vocabulary that is spread over devices.
+        return jnp.sum(jnp.where(is_own, values, zero), axis=-1, keepdims=True)
+
     scores = _scores_of_kind(logits, sampling, truncated)
-    own = _pick(_unprocessed(logits, sampling), tokens)
-    zero, never = jnp.zeros((), own.dtype), jnp.asarray(NEVER, own.dtype)
+    own = pick(_unprocessed(logits, sampling))
     weights = jnp.exp(scores)
-    total = jnp.sum(weights, axis=-1)
-    is_left_out = _pick(scores, tokens) == never
-    logprobs = own - jnp.log(total + jnp.where(is_left_out, jnp.exp(own), zero))
-    # A score may be -inf where the weight is 0.
-    summed = jnp.sum(weights * jnp.where(weights > 0, scores, zero), axis=-1)
-    entropy = jnp.log(total) - summed / total
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    added = jnp.where(pick(scores) == never, jnp.exp(own), zero)
+    logprobs = jnp.maximum(own - jnp.log(total + added), never)
+    # A score may be -inf, where the weight is 0.
+    finite = jnp.where(weights > 0, scores, zero)
+    mean = jnp.sum(weights * finite, axis=-1, keepdims=True) / total
+    entropy = jnp.log(total) - mean
+
+    is_raw = sampling.logprob_kind == LogprobKind.RAW
+    temperature = sampling.temperature.astype(logits.dtype)
+    is_scaled = ~is_raw & (temperature != 0)
+    scale = one / jnp.where(is_scaled, temperature, one)
     is_certain = _is_certain(sampling)
-    return (
-        jnp.where(is_certain, zero, jnp.maximum(logprobs, never)),
-        jnp.where(is_certain, zero, entropy),
+    scale = jnp.where(is_certain, zero, scale)
+    chance = jnp.where(is_own, weights + added, weights) / (total + added)
+    slopes = (
+        (is_own.astype(logits.dtype) - chance) * scale,
+        (mean - finite) * (weights / total) * scale,
     )
+    found = (jnp.where(is_certain, zero, x)[..., 0] for x in (logprobs, entropy))
+    logprobs, entropy = found
+    return (logprobs, entropy), slopes
 
 
 def _is_certain(sampling: Sampling) -> jax.Array:
@@ -283,7 +318,9 @@ def _is_certain(sampling: Sampling) -> jax.Array:
     return is_processed & (sampling.temperature == 0)
 
 
-def _scores_of_kind(logits: jax.Array, sampling: Sampling, truncated: bool) -> jax.Array:
+def _scores_of_kind(
+    logits: jax.Array, sampling: Sampling, truncated: bool
+) -> jax.Array:
     """Return scores relative to the best, of the kind that `sampling` asks for."""
     is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
     kept = _kept_scores(logits, sampling, truncated)

@@ -27,23 +27,28 @@ from er_jax.types import Array, Params, Policy
 class Completions(Protocol):
     """What `score` reads: the arrays of a `Rollout` that say which tokens are scored.
 
-    prompt_ids, prompt_mask: `[N, P]`, left-padded, P >= 1.
-    completion_ids: `[N, C]`, right-padded. completion_mask: `[N, C]`, true on the
-      tokens to score.
-    lengths: `[N]`, tokens of each completion; those that are not to be scored are read
-      all the same.
+    Anything that has them will do.
     """
 
     @property
-    def prompt_ids(self) -> Array: ...
+    def prompt_ids(self) -> Array:
+        """Whole numbers `[N, P]`, left-padded, P >= 1."""
+
     @property
-    def prompt_mask(self) -> Array: ...
+    def prompt_mask(self) -> Array:
+        """`[N, P]`, true on tokens."""
+
     @property
-    def completion_ids(self) -> Array: ...
+    def completion_ids(self) -> Array:
+        """Whole numbers `[N, C]`, right-padded."""
+
     @property
-    def completion_mask(self) -> Array: ...
+    def completion_mask(self) -> Array:
+        """`[N, C]`, true on the tokens to score; the others are context."""
+
     @property
-    def lengths(self) -> Array: ...
+    def lengths(self) -> Array:
+        """Whole numbers `[N]`, tokens of each completion."""
 
 
 @struct.dataclass
@@ -141,9 +146,9 @@ _ARRAYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "le
 
 def _checked(rollout: Any) -> tuple[Array, ...]:
     """Return the arrays of completions; refuse any that do not fit."""
-    arrays = {name: getattr(rollout, name, None) for name in _ARRAYS}
+    arrays: dict[str, Any] = {n: getattr(rollout, n, None) for n in _ARRAYS}
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray | jax.Array):
+        if not isinstance(array, np.ndarray | np.generic | jax.Array):
             raise ValueError(
                 f"rollout.{name}={array!r} is no array; give a Rollout, a part of one, "
                 f"or an object with its arrays {', '.join(_ARRAYS)}"
@@ -170,11 +175,11 @@ def _checked(rollout: Any) -> tuple[Array, ...]:
             f"rollout.lengths has shape {shapes['lengths']}, for prompts of shape "
             f"{shapes['prompt_ids']}; take the same rows of all arrays"
         )
-    mask = arrays["prompt_mask"]
-    if isinstance(mask, np.ndarray) and (mask[:, 1:] < mask[:, :-1]).any():
-        row = int(np.argmax((mask[:, 1:] < mask[:, :-1]).any(axis=1)))
+    filled = arrays["prompt_mask"]
+    if isinstance(filled, np.ndarray) and (filled[:, 1:] < filled[:, :-1]).any():
+        row = int(np.argmax((filled[:, 1:] < filled[:, :-1]).any(axis=1)))
         raise ValueError(
-            f"rollout.prompt_mask is not left-padded in row {row}: a completion follows "
-            "the last column; move padding to the front"
+            f"rollout.prompt_mask is not left-padded in row {row}: a completion "
+            "follows the last column; move padding to the front"
         )
     return tuple(arrays.values())

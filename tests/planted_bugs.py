@@ -206,7 +206,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "log-probability of a certain token normalised",
         "er_jax::drawn_logprobs",
-        "is_certain = is_processed & (sampling.temperature == 0)",
+        "is_certain = _is_certain(sampling)",
         "is_certain = jnp.zeros((), jnp.bool_)",
         ("tests/test_sampling.py::test_draws_are_the_best_of_logprobs_plus_noise",),
     ),

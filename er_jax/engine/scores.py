@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from er_jax import sampling
-from er_jax.types import NONE, Array, Params, Policy, Sampling, wide_dtype
+from er_jax.types import NONE, Array, Params, Policy, Sampling
 
 # Logits up to this many are made at once, however few tokens a chunk may have: 4 MB in
 # float32. Smaller products would gain no memory worth having.
@@ -102,7 +102,9 @@ def _sequences(
     """
     offsets = jnp.arange(completion_ids.shape[1], dtype=jnp.int32)[None]
     lengths = lengths.astype(jnp.int32)[:, None]
-    is_token = jnp.concatenate([prompt_mask.astype(bool), offsets < lengths - 1], axis=1)
+    is_token = jnp.concatenate(
+        [prompt_mask.astype(bool), offsets < lengths - 1], axis=1
+    )
     is_token = is_token[:, :-1]
     positions = jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
     targets = completion_ids.astype(jnp.int32)
@@ -164,23 +166,52 @@ def _in_pieces(
         x = x.reshape(*x.shape[:axis], count * length, *x.shape[axis + 2 :])
         return lax.slice_in_dim(x, 0, size, axis=axis)
 
-    # A sum of many gradients in bfloat16 would lose the small ones. The parameters are
-    # narrowed within each piece, so the sum is one of wide gradients.
-    wide = jax.tree.map(_widened, params)
+    # A sum of many gradients in bfloat16 would lose the small ones.
+    slots = jax.tree.map(_wide_slot, params)
 
-    def piece(wide: Params, arrays: Any) -> Any:
-        own = jax.tree.map(lambda x, like: x.astype(like.dtype), wide, params)
-        return function(own, arrays)
+    def piece(params: Params, slots: Params, arrays: Any) -> Any:
+        return function(jax.tree.map(_with_slot, params, slots), arrays)
 
     again = jax.checkpoint(piece, prevent_cse=False)
-    found = lax.map(lambda part: again(wide, part), jax.tree.map(split, arrays))
+    found = lax.map(
+        lambda part: again(params, slots, part), jax.tree.map(split, arrays)
+    )
     return jax.tree.map(joined, found)
 
 
-def _widened(x: jax.Array) -> jax.Array:
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
-        return x.astype(wide_dtype(x.dtype))
-    return x
+@jax.custom_jvp
+def _wide_slot(x: jax.Array) -> jax.Array:
+    """Return zeros, float32 or wider, that have the gradient of `x`: see `_with_slot`.
+
+    Of what is no narrow float, return `x` itself.
+    """
+    return jnp.zeros(x.shape, jnp.float32) if _is_narrow(x) else x
+
+
+@jax.custom_jvp
+def _with_slot(x: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return `x`, with its gradient going to a slot made of it, where it is summed.
+
+    Widening `x` and narrowing it within a piece would sum as well, and would hold a
+    wide copy of all parameters.
+    """
+    return x if _is_narrow(x) else slot
+
+
+@_wide_slot.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    return _wide_slot(x), dx.astype(jnp.float32) if _is_narrow(x) else dx
+
+
+@_with_slot.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x, slot), (_, dslot) = primals, tangents
+    return _with_slot(x, slot), dslot.astype(x.dtype) if _is_narrow(x) else dslot
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 
 def num_pieces(size: int, most: int) -> int:
