@@ -114,7 +114,7 @@ def offered_spans(
     return found if found and is_stated else [*found, None]
 
 
-def sampling_of(config: RolloutConfig, key: jax.Array) -> Sampling:
+def sampling_of(config: RolloutConfig, key: jax.Array | np.ndarray) -> Sampling:
     """Return the traced settings of a config and a key.
 
     Raises:

@@ -264,7 +264,8 @@ def scored_logprobs(
 def _scored_logprobs_jvp(truncated: bool, primals: Any, tangents: Any) -> Any:
     # By hand: the search for thresholds has no gradient, nor has the maximum, and what
     # is kept for the backward pass should be the logits alone.
-    found, slopes = _score(*primals, truncated)
+    logits, tokens, sampling = primals
+    found, slopes = _score(logits, tokens, sampling, truncated)
     return found, tuple(jnp.sum(slope * tangents[0], axis=-1) for slope in slopes)
 
 
