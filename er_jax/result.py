@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +17,11 @@ from er_jax.stats import RolloutStats
 from er_jax.types import (
     FINISH_NAMES,
 )
+
+
+def _no_stats() -> Any:
+    """Return None: what `rollout` returns has stats, pytrees are made without."""
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +55,7 @@ class Rollout:
     lengths: np.ndarray
     finish: np.ndarray
     sequence_ids: np.ndarray
-    # As `rollout` returns it. Pytrees are made without.
-    stats: RolloutStats = None  # type: ignore[assignment]
+    stats: RolloutStats = dataclasses.field(default_factory=_no_stats)
 
     @property
     def finish_reason(self) -> np.ndarray:
