@@ -21,6 +21,7 @@ from er_jax.mesh.prompts import gather_prompts
 from er_jax.mesh.replicas import ExpectedLengths, rollout_replicas
 from er_jax.result import Completion, Rollout, RolloutError
 from er_jax.rollout import compile_ahead, rollout
+from er_jax.score import Scores, score
 from er_jax.stats import RolloutStats
 from er_jax.types import Policy
 from er_jax.until import Stop, Until
@@ -45,6 +46,7 @@ __all__ = [
     "RolloutError",
     "RolloutStats",
     "RopeScaling",
+    "Scores",
     "Stop",
     "TiedEmbedding",
     "Until",
@@ -58,4 +60,5 @@ __all__ = [
     "rollout",
     "rollout_replicas",
     "save_hf",
+    "score",
 ]

@@ -167,7 +167,7 @@ def offered_views(views: Sequence[View], cache_length: int, gamma: int) -> list[
     ]
 
 
-def sampling_of(config: RolloutConfig, key: jax.Array) -> Sampling:
+def sampling_of(config: RolloutConfig, key: jax.Array | np.ndarray) -> Sampling:
     """Return the traced settings of a config and a key.
 
     Raises:

@@ -8,7 +8,9 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from er_jax.config import RolloutConfig
@@ -18,11 +20,21 @@ from er_jax.stats import RolloutStats
 from er_jax.types import FINISH_NAMES, NONE, Finish
 
 
+def _no_stats() -> Any:
+    """Return None: what `rollout` returns has stats, pytrees are made without."""
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """Completions of a request, N = len(prompts) * n in prompt order.
 
-    The n completions of a prompt are adjacent. With T the longest prompt:
+    The n completions of a prompt are adjacent. A rollout is a pytree of its arrays, all
+    with N in front: `jax.tree.map(lambda a: a[:8], out)` is a rollout of its first
+    eight rows, and `jax.jit` and `jax.device_put` take and return one. `stats` tells of
+    a whole call and stays behind: it is None in what such a function returns.
+
+    With T the longest prompt:
 
     prompt_ids: int32 `[N, T]`, left-padded. prompt_mask: bool `[N, T]`.
     completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token included.
@@ -30,8 +42,8 @@ class Rollout:
     logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
       under the target, of the kind `config.logprobs`; 0 where masked.
     lengths: int32 `[N]`, sampled tokens.
-    finish_reason: strings `[N]`, "stop", "length", "nonfinite", or "unfinished" where
-      the rollout ended early.
+    finish: int32 `[N]`, why each completion ended, a `types.Finish`; `finish_reason`
+      has the names.
     version: int32 `[N, max_new_tokens]`, the argument `version` of the call that
       sampled each token; -1 where masked.
     sequence_ids: int32 `[N]`, the ids that select each completion's noise.
@@ -44,10 +56,17 @@ class Rollout:
     completion_mask: np.ndarray
     logprobs: np.ndarray
     lengths: np.ndarray
-    finish_reason: np.ndarray
+    finish: np.ndarray
     version: np.ndarray
     sequence_ids: np.ndarray
-    stats: RolloutStats
+    stats: RolloutStats = dataclasses.field(default_factory=_no_stats)
+
+    @property
+    def finish_reason(self) -> np.ndarray:
+        """Strings `[N]`, not inside `jax.jit`: "stop", "length", "nonfinite", or
+        "unfinished" where the rollout ended early.
+        """
+        return np.array(FINISH_NAMES)[np.asarray(self.finish)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all but the statistics to a file of NumPy arrays (`.npz`).
@@ -81,6 +100,14 @@ class Rollout:
                 "Rollout.save wrote"
             ) from error
         return cls(**arrays, stats=RolloutStats())
+
+
+jax.tree_util.register_dataclass(
+    Rollout,
+    data_fields=[f.name for f in dataclasses.fields(Rollout) if f.name != "stats"],
+    meta_fields=[],
+    drop_fields=["stats"],
+)
 
 
 def _array_names() -> list[str]:
@@ -142,7 +169,7 @@ def assemble(
         completion_mask=completion_mask,
         logprobs=logprobs,
         lengths=lengths,
-        finish_reason=np.array(FINISH_NAMES)[reasons],
+        finish=reasons,
         version=versions,
         sequence_ids=sequence_ids.astype(np.int32),
         stats=stats,

@@ -249,14 +249,100 @@ def drawn_logprobs(
     Returns:
       `[...]` float32.
     """
-    is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
-    best, kept = _best(logits), _kept_scores(logits, sampling, truncated)
-    scores = jnp.where(is_processed, kept, _unprocessed(logits, best, sampling))
+    scores = _scores_of_kind(logits, sampling, truncated)
     # A drawn token is a kept one.
     logprobs = _of_tokens(logits, tokens, sampling) - _log_total(scores)[..., 0]
-    # Greedy decoding draws from a distribution with one token.
-    is_certain = is_processed & (sampling.temperature == 0)
+    is_certain = _is_certain(sampling)
     return jnp.where(is_certain, jnp.zeros_like(logprobs), logprobs).astype(jnp.float32)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def scored_logprobs(
+    logits: jax.Array, tokens: jax.Array, sampling: Sampling, truncated: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log-probability of tokens that other logits may have drawn.
+
+    It is that of `drawn_logprobs`, and differentiable by the logits. A token that
+    truncation leaves out for these logits counts as kept beside the others: it was
+    drawn, so the logits that drew it kept it, and its log-probability stays finite with
+    a gradient.
+
+    Args:
+      logits: `[..., V]`. tokens: `[...]` int32. sampling, truncated: as in
+        `target_logprobs`.
+    Returns:
+      logprobs: `[...]` in the dtype of `logits`.
+      entropy: `[...]`, of the distribution of the same kind, in nats.
+    """
+    return _score(logits, tokens, sampling, truncated)[0]
+
+
+@scored_logprobs.defjvp
+def _scored_logprobs_jvp(truncated: bool, primals: Any, tangents: Any) -> Any:
+    # By hand: the search for thresholds has no gradient, nor has the maximum, and what
+    # is kept for the backward pass should be the logits alone.
+    logits, tokens, sampling = primals
+    found, slopes = _score(logits, tokens, sampling, truncated)
+    return found, tuple(jnp.sum(slope * tangents[0], axis=-1) for slope in slopes)
+
+
+def _score(
+    logits: jax.Array, tokens: jax.Array, sampling: Sampling, truncated: bool
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return log-probability and entropy `[...]`, and by the logits their derivatives.
+
+    With scores s that are logits over the temperature (or as they are), a kept token
+    has probability p = exp(s) / sum exp(s). The derivative by s of the log-probability
+    of the token t is [is t] - p, of the entropy it is -p (s - mean of s).
+    """
+    zero, one, never = (jnp.asarray(value, logits.dtype) for value in (0, 1, NEVER))
+    ids = lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
+    is_own = ids == tokens[..., None]
+
+    def pick(values: jax.Array) -> jax.Array:
+        # Not by a look-up: it would gather a vocabulary that is spread over devices.
+        return jnp.sum(jnp.where(is_own, values, zero), axis=-1, keepdims=True)
+
+    scores = _scores_of_kind(logits, sampling, truncated)
+    own = pick(_unprocessed(logits, _best(logits), sampling))
+    weights = jnp.exp(scores)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    added = jnp.where(pick(scores) == never, jnp.exp(own), zero)
+    logprobs = jnp.maximum(own - jnp.log(total + added), never)
+    # A score may be -inf, where the weight is 0.
+    finite = jnp.where(weights > 0, scores, zero)
+    mean = jnp.sum(weights * finite, axis=-1, keepdims=True) / total
+    entropy = jnp.log(total) - mean
+
+    is_raw = sampling.logprob_kind == LogprobKind.RAW
+    temperature = sampling.temperature.astype(logits.dtype)
+    is_scaled = ~is_raw & (temperature != 0)
+    scale = one / jnp.where(is_scaled, temperature, one)
+    is_certain = _is_certain(sampling)
+    scale = jnp.where(is_certain, zero, scale)
+    chance = jnp.where(is_own, weights + added, weights) / (total + added)
+    slopes = (
+        (is_own.astype(logits.dtype) - chance) * scale,
+        (mean - finite) * (weights / total) * scale,
+    )
+    found = (jnp.where(is_certain, zero, x)[..., 0] for x in (logprobs, entropy))
+    logprobs, entropy = found
+    return (logprobs, entropy), slopes
+
+
+def _is_certain(sampling: Sampling) -> jax.Array:
+    """Whether tokens have probability 1: greedy decoding draws from one token."""
+    is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
+    return is_processed & (sampling.temperature == 0)
+
+
+def _scores_of_kind(
+    logits: jax.Array, sampling: Sampling, truncated: bool
+) -> jax.Array:
+    """Return scores relative to the best, of the kind that `sampling` asks for."""
+    is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
+    best, kept = _best(logits), _kept_scores(logits, sampling, truncated)
+    return jnp.where(is_processed, kept, _unprocessed(logits, best, sampling))
 
 
 def _unprocessed(values: jax.Array, best: jax.Array, sampling: Sampling) -> jax.Array:

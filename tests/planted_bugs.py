@@ -32,6 +32,9 @@ SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
 LOWERING = "tests/test_lowering.py"
+SCORE_TESTS = "tests/test_score.py"
+SCORES = f"{SCORE_TESTS}::test_scores_are_the_rollouts_own"
+LEFT_OUT = "test_tokens_that_truncation_leaves_out_count_as_kept"
 SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
@@ -210,7 +213,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "log-probability of a certain token normalised",
         "er_jax::drawn_logprobs",
-        "is_certain = is_processed & (sampling.temperature == 0)",
+        "is_certain = _is_certain(sampling)",
         "is_certain = jnp.zeros((), jnp.bool_)",
         ("tests/test_sampling.py::test_draws_are_the_best_of_logprobs_plus_noise",),
     ),
@@ -245,6 +248,83 @@ BUGS: tuple[PlantedBug, ...] = (
         "return _unprocessed(own, _best(logits), sampling)[..., 0]",
         "return _unprocessed(own, _best(own), sampling)[..., 0]",
         ("tests/test_sampling.py::test_token_logprobs_by_each_meaning",),
+    ),
+    # -- scoring
+    PlantedBug(
+        "scores of the token after the next",
+        "er_jax::scored",
+        "hidden[:, -width:]",
+        "jnp.roll(hidden, 1, axis=1)[:, -width:]",
+        (f"{SCORES}[temperature]",),
+    ),
+    PlantedBug(
+        "scores before the temperature",
+        "er_jax::_unprocessed",
+        "scaled = _temperature_scaled(values, best, sampling)",
+        "scaled = _below_best(values, best)",
+        (f"{SCORES}[temperature]",),
+    ),
+    PlantedBug(
+        "scores that attend to padding",
+        "er_jax::_sequences",
+        "jnp.where(is_token, positions, NONE)",
+        "jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)",
+        (f"{SCORES}[temperature]",),
+    ),
+    PlantedBug(
+        "scores of what top-k and top-p left out",
+        "er_jax::score",
+        'is_truncated = config.logprobs == "processed"'
+        " and sampling.is_truncated(settings)",
+        "is_truncated = False",
+        (f"{SCORES}[top-k and top-p]",),
+    ),
+    PlantedBug(
+        "scores truncated before the temperature",
+        "er_jax::_scores_of_kind",
+        "best, kept = _best(logits), _kept_scores(logits, sampling, truncated)",
+        """
+        best = _best(logits)
+        kept = _below_best(logits, best)
+        kept = _truncated(kept, sampling) if truncated else kept
+        kept = jnp.where(kept <= NEVER, kept, kept / sampling.temperature)
+        """,
+        (f"{SCORES}[top-k and top-p]",),
+    ),
+    PlantedBug(
+        "a drawn token left out by truncation has probability 0",
+        "er_jax::_score",
+        "added = jnp.where(pick(scores) == never, jnp.exp(own), zero)",
+        "added = zero",
+        (f"{SCORE_TESTS}::{LEFT_OUT}[processed]",),
+    ),
+    PlantedBug(
+        "gradient without the temperature",
+        "er_jax::_score",
+        "scale = one / jnp.where(is_scaled, temperature, one)",
+        "scale = jnp.where(is_scaled, one, one)",
+        (f"{SCORE_TESTS}::{LEFT_OUT}[temperature]",),
+    ),
+    PlantedBug(
+        "gradients of pieces summed in bfloat16",
+        "er_jax::_is_narrow",
+        "return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4",
+        "return False",
+        (f"{SCORE_TESTS}::test_gradients_of_many_pieces_are_summed_wide",),
+    ),
+    PlantedBug(
+        "logits of a whole chunk at once",
+        "er_jax::scored",
+        "most = max(most_logits // len(tokens), 1)",
+        "most = width",
+        (f"{SCORE_TESTS}::test_no_logits_of_all_tokens_exist[False]",),
+    ),
+    PlantedBug(
+        "tokens that are context are scored",
+        "er_jax::_sequences",
+        "is_scored = completion_mask.astype(bool) & (offsets < lengths)",
+        "is_scored = offsets < lengths",
+        (f"{SCORE_TESTS}::test_tokens_that_were_not_sampled_are_context",),
     ),
     # -- drafts that see a span
     PlantedBug(

@@ -33,6 +33,7 @@ from benchmarks import (
     steps,
     trace,
     traffic,
+    trainer_gap,
 )
 from benchmarks.lib import (
     kept_formats,
@@ -302,6 +303,16 @@ def test_plans_are_told_by_their_record() -> None:
     told = [row[difference] for row in rows if not str(row[8]).endswith("refused")]
     assert len(told) >= len(rows) - 1
     assert all(abs(part) < 3 for part in told)
+
+
+def test_four_precisions_of_scores(tmp_path: Path) -> None:
+    record = trainer_gap.main(trainer_gap.Args(quick=True, out=tmp_path))
+    found = {(p["dtype"], p["projection"]): p for p in record["points"]}
+    assert len(found) == 4
+    assert {p["num_tokens"] for p in found.values()} == {16}
+    exact = found["float32", "float32"]
+    assert exact["largest"] < 2e-5 and exact["outside_share"] == 0
+    assert all(0 <= p["mean"] <= p["largest"] < 1 for p in found.values())
 
 
 def test_places_have_the_same_work_each(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_gradients_through_a_long_cache(x64: None, long_caches: None) -> None:
         return lowered.compile()(query, keys, values), lowered.as_text()
 
     found, text = gradients(lambda *x: kv_cache.attend(*x))
-    expected, _ = gradients(lambda *x: attention._attend_many(*x, None))
+    expected, _ = gradients(lambda *x: attention._attend_many(*x, span=None))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12),
         found,

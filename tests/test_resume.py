@@ -200,7 +200,7 @@ def some_rollout() -> Rollout:
         completion_mask=mask,
         logprobs=np.where(mask, -1.5, 0).astype(np.float32),
         lengths=mask.sum(axis=1).astype(np.int32),
-        finish_reason=np.array(["unfinished", "stop", "length", "nonfinite"] * 2),
+        finish=np.array([4, 1, 2, 3] * 2, np.int32),
         version=np.where(mask, 3, -1).astype(np.int32),
         sequence_ids=np.arange(count, dtype=np.int32),
         stats=er_jax.RolloutStats(),

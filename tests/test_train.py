@@ -82,6 +82,11 @@ EXAMPLES = [
 OPTIONS = PolicyLoss(clip_low=0.2, clip_high=0.3, kl_coef=0.0)
 
 
+def sampled_at(temperature):
+    """The settings of the rollout that the examples are from."""
+    return er_jax.RolloutConfig(max_new_tokens=3, temperature=temperature)
+
+
 def transitions():
     """(row, previous token, token, behavior log-probability) of completion tokens."""
     for row, example in enumerate(EXAMPLES):
@@ -114,7 +119,7 @@ def by_hand(temperature=1.0):
 def test_policy_loss_and_gradient_by_hand(x64, temperature):
     batch = batch_of(EXAMPLES, rows=3, length=6)  # one row and a few places of padding
     (loss, info), grad = jax.value_and_grad(losses.policy_loss, 1, has_aux=True)(
-        Bigram(), jnp.asarray(TABLE), None, batch, jnp.float32(temperature), OPTIONS
+        Bigram(), jnp.asarray(TABLE), None, batch, sampled_at(temperature), OPTIONS
     )
     expected_loss, expected_grad, expected_clipped = by_hand(np.float32(temperature))
     assert 0 < expected_clipped < 2  # some tokens are clipped and some are not
@@ -127,11 +132,25 @@ def test_policy_loss_and_gradient_by_hand(x64, temperature):
 def test_logprob_gap_is_the_largest_difference(x64):
     batch = batch_of(EXAMPLES, rows=2, length=4)
     _, info = losses.policy_loss(
-        Bigram(), jnp.asarray(TABLE), None, batch, jnp.float32(1), OPTIONS
+        Bigram(), jnp.asarray(TABLE), None, batch, sampled_at(1), OPTIONS
     )
     logprobs = log_softmax(TABLE)
     gaps = [abs(logprobs[x, y] - old) for _, x, y, old in transitions()]
     np.testing.assert_allclose(info["logprob_gap"], max(gaps), rtol=1e-6)
+    np.testing.assert_allclose(info["gap_sum"], sum(gaps), rtol=1e-6)
+    assert info["tokens"] == len(gaps) == info["disagreed"]  # all are far from 1
+
+
+@pytest.mark.parametrize(("gap", "disagreed"), [(0.0019, 0), (0.0021, 3), (-0.0011, 3)])
+def test_ratios_outside_of_the_band_are_counted(x64, gap, disagreed):
+    logprobs = log_softmax(TABLE)
+    behavior = [logprobs[x, y] - gap for row, x, y, _ in transitions() if row == 0]
+    example = dataclasses.replace(EXAMPLES[0], behavior_logprobs=behavior)
+    batch = batch_of([example], rows=2, length=4)
+    _, info = losses.policy_loss(
+        Bigram(), jnp.asarray(TABLE), None, batch, sampled_at(1), OPTIONS
+    )
+    assert info["disagreed"] == disagreed
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce(x64):
@@ -147,7 +166,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(x64):
     ]
     batch = batch_of(examples, rows=2, length=4)
     grad = jax.grad(lambda p: losses.policy_loss(
-        Bigram(), p, None, batch, jnp.float32(1), OPTIONS)[0]
+        Bigram(), p, None, batch, sampled_at(1), OPTIONS)[0]
     )(jnp.asarray(TABLE))  # fmt: skip
 
     def reinforce(params):
@@ -164,7 +183,7 @@ def test_kl_by_hand(x64):
     reference = TABLE[::-1].copy()
     options = dataclasses.replace(OPTIONS, kl_coef=0.5)
     batch = batch_of(EXAMPLES, rows=2, length=4)
-    args = (jnp.asarray(reference), batch, jnp.float32(1))
+    args = (jnp.asarray(reference), batch, sampled_at(1))
     with_kl, info = losses.policy_loss(Bigram(), jnp.asarray(TABLE), *args, options)
     without, _ = losses.policy_loss(Bigram(), jnp.asarray(TABLE), *args, OPTIONS)
     ours, theirs = log_softmax(TABLE), log_softmax(reference)
@@ -182,7 +201,7 @@ def test_kl_of_the_reference_itself_is_nothing(x64):
     batch = batch_of(EXAMPLES, rows=2, length=4)
     table = jnp.asarray(TABLE)
     loss = lambda p, o: losses.policy_loss(  # noqa: E731
-        Bigram(), p, table, batch, jnp.float32(1), o
+        Bigram(), p, table, batch, sampled_at(1), o
     )[0]
     np.testing.assert_allclose(
         jax.grad(loss)(table, options), jax.grad(loss)(table, OPTIONS), atol=1e-12
@@ -289,8 +308,8 @@ def run_update(policy, state, buckets, examples):
         state,
         None,
         stack_chunks(examples, buckets, capacity=len(examples)),
-        jnp.float32(1),
         jnp.float32(len(examples)),
+        config=sampled_at(1),
         options=OPTIONS,
         drafter=DRAFTER,
     )
@@ -351,8 +370,8 @@ def test_update_reuses_every_buffer_of_the_state():
         state,
         None,
         stack_chunks(examples, Buckets((16,), 32), capacity=2),
-        jnp.float32(1),
         jnp.float32(2),
+        config=sampled_at(1),
         options=OPTIONS,
         drafter=DRAFTER,
     ).compile()

@@ -215,7 +215,8 @@ def test_a_step_derives_its_draft_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.trainer.derive", counted)
     trainer.start_from(trainer.policy.init(jax.random.key(0)))
     assert derived == ["draft"]  # of parameters that no update has made
-    info = dict.fromkeys(("loss", "kl", "clip_fraction", "grad_norm", "logprob_gap"), 0)
+    names = ("loss", "kl", "clip_fraction", "grad_norm", "logprob_gap")
+    info = dict.fromkeys((*names, "mean_logprob_gap", "disagreed"), 0)
     monkeypatch.setattr(
         "train.trainer.update", lambda *args, **kwargs: (trainer.state, info)
     )

@@ -42,6 +42,34 @@ class Batch:
     behavior_logprobs: Array
     advantages: Array
 
+    # As a rollout has them, for `er_jax.score`: the first token is the prompt, and of
+    # what follows only completion tokens are scored.
+
+    @property
+    def prompt_ids(self) -> Array:
+        """`[R, 1]` int32."""
+        return self.tokens[:, :1]
+
+    @property
+    def prompt_mask(self) -> Array:
+        """`[R, 1]` bool."""
+        return self.positions[:, :1] >= 0
+
+    @property
+    def completion_ids(self) -> Array:
+        """`[R, T]` int32."""
+        return self.targets
+
+    @property
+    def completion_mask(self) -> Array:
+        """`[R, T]` bool."""
+        return self.mask > 0
+
+    @property
+    def lengths(self) -> Array:
+        """`[R]`, tokens after the first."""
+        return (self.positions >= 0).sum(axis=1)
+
 
 @struct.dataclass
 class Chunks:

@@ -19,39 +19,37 @@ import numpy as np
 import er_jax
 from train.batching import Batch
 
+# Rollout and trainer agree where the ratio of their probabilities is in this range.
+AGREED = (0.999, 1.002)
+
+# Supervised training has no temperature.
+_RAW = er_jax.RolloutConfig(max_new_tokens=1, logprobs="raw")
+
 
 def token_logprobs(
-    policy: er_jax.Policy, params: Any, batch: Batch, temperature: jax.Array
+    policy: er_jax.Policy, params: Any, batch: Batch, config: er_jax.RolloutConfig
 ) -> jax.Array:
-    """Return every target's log-probability at `temperature`, before any truncation.
-
-    A rollout with `logprobs="temperature"` reports the same numbers.
+    """Return every target's log-probability, as a rollout with `config` reports it.
 
     Args:
-      policy, params: the model. batch: `[R, T]`.
-      temperature: scalar > 0.
+      policy, params: the model. batch: `[R, T]`, small enough for one chunk.
+      config: says of which distribution.
     Returns:
-      `[R, T]` in the dtype of the policy's logits; meaningless where `batch.mask` is 0.
+      `[R, T]` in the dtype of the policy's logits; 0 where `batch.mask` is 0.
     """
-    rows, length = batch.tokens.shape
-    cache = policy.init_cache(rows, length)
-    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
-    hidden, _ = policy.forward(params, tokens, positions, cache)
-    logits = policy.logits(params, hidden)
-    logprobs = jax.nn.log_softmax(logits / temperature.astype(logits.dtype), axis=-1)
-    return jnp.take_along_axis(logprobs, batch.targets[..., None], axis=-1)[..., 0]
+    return er_jax.score(
+        policy, params, batch, config=config, chunk_tokens=batch.targets.size
+    ).logprobs
 
 
 def supervised_loss(policy: er_jax.Policy, params: Any, batch: Batch) -> jax.Array:
     """Return the sum of -log p over the completion tokens, in nats."""
-    logprobs = token_logprobs(policy, params, batch, jnp.ones((), jnp.float32))
-    return -jnp.sum(logprobs * batch.mask.astype(logprobs.dtype))
+    return -jnp.sum(token_logprobs(policy, params, batch, _RAW))
 
 
 def solution_logprobs(policy: er_jax.Policy, params: Any, batch: Batch) -> jax.Array:
     """Return `[R]`, each row's log-probability of its completion; 0 for empty rows."""
-    logprobs = token_logprobs(policy, params, batch, jnp.ones((), jnp.float32))
-    return jnp.sum(logprobs * batch.mask.astype(logprobs.dtype), axis=-1)
+    return jnp.sum(token_logprobs(policy, params, batch, _RAW), axis=-1)
 
 
 def group_advantages(rewards: np.ndarray, *, scale: bool) -> np.ndarray:
@@ -94,7 +92,7 @@ def policy_loss(
     params: Any,
     ref_params: Any,
     batch: Batch,
-    temperature: jax.Array,
+    config: er_jax.RolloutConfig,
     options: PolicyLoss,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the clipped policy-gradient loss, with a KL term if asked for.
@@ -114,14 +112,16 @@ def policy_loss(
       params: its parameters, which the loss is differentiated by.
       ref_params: those of the reference; None when `options.kl_coef` is 0.
       batch: `[R, T]`; `behavior_logprobs` are the rollout's own.
-      temperature: scalar > 0, that of the rollout.
+      config: of the rollout; it says of which distribution its numbers are.
       options: clip bounds and KL weight.
     Returns:
       loss: scalar, a sum over completions of means over their tokens.
       info: "clipped" (share of tokens) and "kl" (nats per token), summed like the loss;
-        and "logprob_gap", the largest |policy_logprob - behavior_logprob|.
+        "logprob_gap", the largest |policy_logprob - behavior_logprob|; the sum of these
+        over tokens, "gap_sum"; "disagreed", tokens whose ratio is outside of `AGREED`;
+        and "tokens", all that count.
     """
-    logprobs = token_logprobs(policy, params, batch, temperature)
+    logprobs = token_logprobs(policy, params, batch, config)
     dtype = logprobs.dtype
     mask = batch.mask.astype(dtype)
     gap = (logprobs - batch.behavior_logprobs.astype(dtype)) * mask
@@ -133,15 +133,17 @@ def policy_loss(
     loss = -jnp.sum(gains * weights)
     kl = jnp.zeros((), dtype)
     if options.kl_coef > 0:
-        ref = jax.lax.stop_gradient(
-            token_logprobs(policy, ref_params, batch, temperature)
-        )
+        ref = jax.lax.stop_gradient(token_logprobs(policy, ref_params, batch, config))
         behind = (ref - logprobs) * mask
         kl = jnp.sum((jnp.exp(behind) - behind - 1.0) * weights)
         loss = loss + options.kl_coef * kl
+    low, high = AGREED  # where masked, the ratio is 1
     info = {
         "clipped": jnp.sum(jnp.where(gains < ratios * advantages, weights, 0.0)),
         "kl": kl,
         "logprob_gap": jnp.max(jnp.abs(gap)),
+        "gap_sum": jnp.sum(jnp.abs(gap)),
+        "disagreed": jnp.sum(((ratios < low) | (ratios > high)).astype(dtype)),
+        "tokens": jnp.sum(mask),
     }
     return loss, info

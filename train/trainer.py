@@ -306,8 +306,8 @@ class Trainer:
                 self.state,
                 self.ref_params,
                 chunks,
-                np.float32(grpo.temperature),
                 np.float32(grpo.num_completions),
+                config=self.config.rollout_config(group_size=grpo.group_size),
                 options=grpo.loss,
                 drafter=self.drafter,
                 placement=self.placement,
@@ -341,6 +341,8 @@ def step_record(
         "grad_norm": infos[-1]["grad_norm"],
         # Of the first update: the later ones no longer have the rollout's parameters.
         "logprob_gap": infos[0]["logprob_gap"],
+        "mean_logprob_gap": infos[0]["mean_logprob_gap"],
+        "disagreed": infos[0]["disagreed"],
         "length": quantiles(data.out.lengths),
         "num_tokens": int(data.out.lengths.sum()),
         "position": int(state.position),

@@ -103,7 +103,14 @@ def derive(
 # buffers.
 @functools.partial(
     jax.jit,
-    static_argnames=("policy", "optimizer", "options", "drafter", "placement"),
+    static_argnames=(
+        "policy",
+        "optimizer",
+        "config",
+        "options",
+        "drafter",
+        "placement",
+    ),
     donate_argnames="state",
     keep_unused=True,
 )
@@ -113,9 +120,9 @@ def update(
     state: TrainState,
     ref_params: Any,
     chunks: tuple[Chunks, ...],
-    temperature: jax.Array,
     num_completions: jax.Array,
     *,
+    config: er_jax.RolloutConfig,
     options: PolicyLoss,
     drafter: er_jax.DrafterConfig,
     placement: Placement = ONE_DEVICE,
@@ -127,20 +134,20 @@ def update(
       state: donated, the old draft included. `step` and `position` stay as they are.
       ref_params: the reference policy; None when `options.kl_coef` is 0.
       chunks: all completions of the step, by bucket.
-      temperature: float32 `[]`, of the rollout.
       num_completions: float32 `[]`, N.
-      options: the loss. drafter: how the draft is made. placement: where arrays lie.
+      config: of the rollout. options: the loss. drafter: how the draft is made.
+      placement: where arrays lie.
     Returns:
       state: with new parameters, optimizer state and draft.
       info: "loss" and "kl" in nats per token, "clip_fraction" of tokens, "grad_norm"
-        before clipping, and "logprob_gap", the largest difference between the
-        rollout's log-probabilities and those of this update's forward pass.
+        before clipping; of the differences between the rollout's log-probabilities and
+        those of this update's forward pass "logprob_gap", the largest, and
+        "mean_logprob_gap"; and "disagreed", the share of tokens whose ratio is outside
+        of `losses.AGREED`.
     """
 
     def loss_fn(params: Any, batch: Any) -> Any:
-        return losses.policy_loss(
-            policy, params, ref_params, batch, temperature, options
-        )
+        return losses.policy_loss(policy, params, ref_params, batch, config, options)
 
     params = state.params.policy
     first = jax.tree.map(lambda leaf: leaf[0], chunks[0].batch)
@@ -179,6 +186,8 @@ def update(
         "clip_fraction": mean(sums["clipped"]),
         "grad_norm": optax.tree.norm(grads),
         "logprob_gap": sums["logprob_gap"],
+        "mean_logprob_gap": sums["gap_sum"] / jnp.maximum(sums["tokens"], 1),
+        "disagreed": sums["disagreed"] / jnp.maximum(sums["tokens"], 1),
     }
     state = dataclasses.replace(
         state, params=policy_and_draft, opt_state=opt_state, gathered=gathered

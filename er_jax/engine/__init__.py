@@ -1,7 +1,8 @@
 """Compiled programs, and running them; only here and in `mesh` is anything jitted.
 
-`protocol` says what an engine offers, `windows` has the jitted functions, `programs`
-the executables, `engine` the engine of one device, `kept` the engines between calls.
+`protocol` says what an engine offers, `windows` has the jitted functions, `scores` that
+of scoring, `programs` the executables, `engine` the engine of one device, `kept` the
+engines between calls.
 """
 
 from er_jax.engine.engine import Engine
