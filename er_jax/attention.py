@@ -2,7 +2,8 @@
 
 Entry s of a row is visible to a query at position p when s <= p. Few queries per row
 are bound by reading the cache; many are bound by arithmetic, and are taken in blocks,
-so that their scores never cover all queries and all entries at once.
+so that their scores never cover all queries and all entries at once. A CPU takes long
+caches in blocks of entries as well, and leaves out those that nobody sees.
 
 What stands here is the form of XLA, which runs everywhere. Where queries are few, a
 program may use a kernel of its platform instead (`kernels.choice`).
