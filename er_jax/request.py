@@ -159,6 +159,8 @@ class Request:
     state_limit_bytes: bytes of a device that all states together may take; None where
       its memory is unknown.
     spans: what drafts may see; see `DrafterConfig.spans`.
+    ring_slots: of the shortest ring in the policy's cache; None where no row goes past
+      one.
     """
 
     prompts: Sequence[np.ndarray]
@@ -171,6 +173,7 @@ class Request:
     chunk: int
     state_limit_bytes: int | None = None
     spans: tuple[Span | None, ...] = (None,)
+    ring_slots: int | None = None
 
     def spans_at(self, cache_length: int, gamma: int) -> list[Span | None]:
         """Return what the drafts of a program may see; see `offered_spans`."""

@@ -228,7 +228,8 @@ def test_resize(length: int) -> None:
 def test_insert_row_clears_what_lies_behind() -> None:
     cache = [jnp.full((3, 6, 2), jnp.nan)]
     prefix = [jnp.asarray(normal(2, 4, 2), jnp.float32)]
-    out = kv_cache.insert_row(cache, prefix, jnp.int32(1), jnp.int32(1))[0]
+    one = jnp.int32(1)
+    out = kv_cache.insert_row(cache, prefix, one, one, jnp.int32(4))[0]
     np.testing.assert_array_equal(out[1, :4], prefix[0][1])
     assert (out[1, 4:] == 0).all()
     assert np.isnan(out[jnp.array([0, 2])]).all()  # other rows are left alone

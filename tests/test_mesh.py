@@ -354,8 +354,8 @@ def test_data_shards_become_one_where_there_is_memory(is_room: bool) -> None:
     assert weights < 0.7 * devices.device_bytes(sharded)
     # The least is one row, all its heads on every device, as short as can be and then
     # grown.
-    positions = request.cache_lengths[0] + request.cache_lengths[-1]
-    least = weights + engine.for_shared_rows.position_bytes * positions
+    lengths = (request.cache_lengths[0], request.cache_lengths[-1])
+    least = weights + sum(map(engine.for_shared_rows.row_bytes, lengths))
     limit = int(least) + (1 if is_room else -1)
     request = dataclasses.replace(request, state_limit_bytes=limit)
     stats = er_jax.RolloutStats()
