@@ -316,6 +316,7 @@ def insert_row(
                 leaf.entries, row[None], slot, axis=0
             )
             return dataclasses.replace(leaf, entries=entries)
+        assert not isinstance(short, Ring)
         row = lax.dynamic_slice_in_dim(short, source, 1, axis=0)
         row = resize(row, leaf.shape[1])
         return lax.dynamic_update_slice_in_dim(leaf, row, slot, axis=0)

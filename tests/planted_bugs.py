@@ -771,11 +771,11 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_experts.py::test_padding_chooses_no_expert",),
     ),
     PlantedBug(
-        "a ring of a state without room for drafts",
-        "er_jax::resize",
-        "leaf.span.ring_length(RING_DRAFTS)",
-        "leaf.span.window",
-        ("tests/test_windows.py::test_speculation_past_the_window[coupled]",),
+        "a draft's ring begun one entry late in a ring",
+        "er_jax::_held",
+        "jnp.roll(entries(jnp.int32(0), length), -(last + 1), axis=0)",
+        "jnp.roll(entries(jnp.int32(0), length), -last, axis=0)",
+        ("tests/test_windows.py::test_rings_of_drafts_are_made_of_rings",),
     ),
     PlantedBug(
         "a prompt's last entries a slot off in their ring",

@@ -156,7 +156,7 @@ def oracle(config: er_jax.DecoderConfig, params: Any, tokens: np.ndarray) -> np.
             for head, query in enumerate(queries):
                 query = rotate(query, position, is_local)
                 query = query / np.sqrt(config.query_scalar or size)
-                first = max(position + 1 - config.window, 0) if is_local else 0
+                first = max(position + 1 - (config.window or 0), 0) if is_local else 0
                 scores = np.array([query @ k[head // group] for k in keys[first:]])
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()

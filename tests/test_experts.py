@@ -96,9 +96,7 @@ def test_the_gradient_is_that_of_the_sum() -> None:
         loss(lambda *args: experts._one_by_one(silu, *args)), argnums=(0, 1)
     )(x, weights)
     wanted = jax.grad(loss(dense), argnums=(0, 1))(x, weights)
-    for one, other in zip(
-        jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True
-    ):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 

@@ -354,7 +354,7 @@ def test_a_window_is_there_where_it_is_the_default(tmp_path: Path) -> None:
     edit_config(tmp_path, sliding_window=...)
     assert er_jax.load_hf(tmp_path)[0].config.window == 4096
     edit_config(tmp_path, layer_types=["full_attention"] * 2)
-    with pytest.raises(ValueError, match="layer_types=.* a model without a window"):
+    with pytest.raises(ValueError, match=r"layer_types=.* a model without a window"):
         er_jax.load_hf(tmp_path)
 
 

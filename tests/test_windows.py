@@ -17,7 +17,7 @@ from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.types import NONE, RING_DRAFTS, Admission, Ring, Span
 
 CONFIG = er_jax.DecoderConfig(
-    vocab_size=24, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=32,
+    vocab_size=400, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=32,
     window=5, global_layers=(1,), local_rope_theta=500.0, dtype="float64",
 )  # fmt: skip
 PROMPTS = [[3, 5, 7], [11] * 30 + [2, 3], [3, 5, 7], [13, 4, 17, 19, 5, 6, 7, 8, 9]]
@@ -25,7 +25,11 @@ PROMPTS = [[3, 5, 7], [11] * 30 + [2, 3], [3, 5, 7], [13, 4, 17, 19, 5, 6, 7, 8,
 
 def sample(policy: er_jax.Decoder, params: Any, **changes: Any) -> er_jax.Rollout:
     config = er_jax.RolloutConfig(
-        max_new_tokens=200, stop_token_ids=(0, 1), n=2, max_slots=3, logprobs="raw"
+        max_new_tokens=200,
+        stop_token_ids=(0, 1, 2, 10),
+        n=2,
+        max_slots=3,
+        logprobs="raw",
     )
     return er_jax.rollout(
         policy, params, PROMPTS, key=jax.random.key(1),
@@ -39,12 +43,14 @@ def masked_logprobs(
     """Return the log-probabilities `[N, G]` of completions, in one pass with a mask."""
     ids = np.concatenate([out.prompt_ids, out.completion_ids], axis=1)
     mask = np.concatenate([out.prompt_mask, out.completion_mask], axis=1)
-    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, NONE).astype(np.int32)
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, NONE)
 
     @jax.jit
     def run(params: Any) -> jax.Array:
         cache = policy.init_cache(*ids.shape)
-        hidden, _ = policy.forward(params, jnp.asarray(ids), positions, cache)
+        hidden, _ = policy.forward(
+            params, jnp.asarray(ids), jnp.asarray(positions, jnp.int32), cache
+        )
         return jax.nn.log_softmax(policy.logits(params, hidden))
 
     start = out.prompt_ids.shape[1]
@@ -71,12 +77,10 @@ def test_speculation_past_the_window(
     params = policy.init(jax.random.key(0))
     plain = sample(policy, params, control="ar")
     assert plain.lengths.max() > window + 2 * RING_DRAFTS
+    assert len(set(plain.lengths.tolist())) > 2
     drafted = sample(policy, params, control="fixed:4", drafter=drafter)
     for name in ("completion_ids", "lengths", "finish_reason"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(drafted, name))
-    assert drafted.stats.kept_rate(4) > 0.5 if hasattr(
-        drafted.stats, "kept_rate"
-    ) else True
     wanted = masked_logprobs(policy, params, plain)
     for out in (plain, drafted):
         np.testing.assert_allclose(out.logprobs, wanted, atol=1e-6)
@@ -126,7 +130,7 @@ def test_rings_of_a_state_are_those_of_the_prompt(count: int) -> None:
 @pytest.mark.parametrize("count", [1, 5, 16, 21, 39])
 @pytest.mark.parametrize("window", [4, 9, 30])
 def test_rings_of_drafts_are_made_of_rings(count: int, window: int) -> None:
-    """The narrower window holds, and rejected drafts are left behind."""
+    """The narrower window holds, and rejected drafts are not taken for known ones."""
     local, row = Span(0, 9), entries(1, 48)[0]
     # Two positions further than is known, as rejected drafts are.
     ring = written(local, 16, row, count + 2)
@@ -137,8 +141,6 @@ def test_rings_of_drafts_are_made_of_rings(count: int, window: int) -> None:
     np.testing.assert_array_equal(
         seen(found, 0, count), row[max(count - found.span.window + 1, 0) : count, 0]
     )
-    kept = np.asarray(found.entries)
-    assert set(kept[kept != 0]) <= set(np.asarray(row[:count, 0]))
 
 
 def test_a_row_is_cut_to_what_the_next_token_sees() -> None:
@@ -158,7 +160,7 @@ def test_states_keep_the_window_and_room_for_drafts() -> None:
     state = jax.eval_shape(lambda: steps.empty_state(policy, 3, 200))
     local, whole = (layer["keys"] for layer in state.cache)
     assert local.entries.shape == (3, slots, 8) and whole.shape == (3, 200, 8)
-    short = jax.eval_shape(lambda: kv_cache.resize(state.cache, 32))
+    short = jax.eval_shape(lambda cache: kv_cache.resize(cache, 32), state.cache)
     assert short[0]["values"].entries.shape == (3, 32, 8)
     room = slots - 10
     kv_cache.check_room(state.cache, 200, room)

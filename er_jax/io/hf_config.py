@@ -227,7 +227,7 @@ def _rope(
             found[key], given[key] = value, name
     theta = float(found.pop("rope_theta", theta))
     kind = found.pop("rope_type", "default")
-    names, within = SCALINGS[kind], " or ".join(reversed(spelled))
+    names, within = SCALINGS[kind], " or ".join(reversed(list(spelled)))
     if found.keys() != names.keys():
         raise ValueError(
             f"{file} says rope_type={kind!r} with {shown(sorted(found))}; it takes "
@@ -325,49 +325,56 @@ def new_fields(c: DecoderConfig) -> dict[str, Any]:
 
 def _family_of(c: DecoderConfig) -> str:
     """Return the family that has a decoder's switches together."""
-    gemma = {
-        "activation": c.activation == "gelu",
-        "norm_offset": c.norm_offset,
-        "post_norms": c.post_norms,
-        "scaled_embeddings": c.scaled_embeddings,
-    }
-    biases = (c.qkv_bias, c.o_bias)
+    gemma = (c.activation == "gelu", c.norm_offset, c.post_norms, c.scaled_embeddings)
+    has_own_scale = c.query_scalar not in (None, c.head_size)
     is_linear = isinstance(c.rope_scaling, LinearScaling)
-    # What only Gemma 3 has.
-    is_gemma = all(gemma.values()) and c.qk_norm and c.window is not None
-    has_extras = bool(
-        any(gemma.values())
-        or c.global_layers
-        or c.local_rope_theta
-        or c.logit_cap
-        or c.query_scalar not in (None, c.head_size)
-        or is_linear
+    switches = {
+        "biases": (c.qkv_bias, c.o_bias),
+        "qk_norm": c.qk_norm,
+        "gemma": all(gemma) or (any(gemma) and None),
+        "window": c.window is not None,
+        "experts": c.num_experts > 0,
+        # What only Gemma 3 can say in its configuration.
+        "more": bool(
+            c.global_layers
+            or c.local_rope_theta
+            or c.logit_cap
+            or has_own_scale
+            or is_linear
+        ),
+        # Local layers whose frequencies are scaled as those of global ones.
+        "scaled window": None not in (c.window, c.rope_scaling)
+        and c.local_rope_theta is None,
+    }
+    for family, wanted in SWITCHES_OF.items():
+        if all(switches[name] in wanted.get(name, (False,)) for name in switches):
+            return family
+    names = (
+        *("qkv_bias", "o_bias", "qk_norm", "activation", "norm_offset", "post_norms"),
+        *("scaled_embeddings", "query_scalar", "logit_cap", "window", "global_layers"),
+        *("local_rope_theta", "rope_scaling", "num_experts"),
     )
-    family = None
-    if is_gemma:
-        # Its local layers are never scaled.
-        is_whole = c.local_rope_theta is not None or c.rope_scaling is None
-        if not c.num_experts and biases[0] == biases[1] and is_whole:
-            family = "gemma3_text"
-    elif has_extras:
-        pass
-    elif c.window is not None:
-        if not (any(biases) or c.qk_norm or c.num_experts):
-            family = "mistral"
-    elif biases == (True, False):
-        if not (c.qk_norm or c.num_experts):
-            family = "qwen2"
-    elif biases[0] == biases[1]:
-        if c.num_experts:
-            family = "qwen3_moe" if c.qk_norm else None
-        else:
-            family = "qwen3" if c.qk_norm else "llama"
-    if family is None:
-        names = ("qkv_bias", "o_bias", "qk_norm", *gemma, "window", "global_layers",
-                 "local_rope_theta", "logit_cap", "query_scalar", "num_experts")  # fmt: skip
-        given = ", ".join(f"{name}={getattr(c, name)}" for name in names)
-        raise ValueError(
-            f"{given}: no supported architecture ({', '.join(ARCHITECTURES)}) has "
-            "these together"
-        )
-    return family
+    given = ", ".join(f"{name}={getattr(c, name)}" for name in names)
+    raise ValueError(
+        f"{given}: no supported architecture ({', '.join(ARCHITECTURES)}) has these "
+        "together"
+    )
+
+
+# Biases on q, k and v, and on the output of attention.
+BIASES = ((False, False), (True, True))
+
+# The switches of `_family_of` that a family can have; False where one is not named.
+SWITCHES_OF: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": {"biases": BIASES},
+    "qwen2": {"biases": ((True, False),)},
+    "qwen3": {"biases": BIASES, "qk_norm": (True,)},
+    "qwen3_moe": {"biases": BIASES, "qk_norm": (True,), "experts": (True,)},
+    "mistral": {
+        "biases": ((False, False),), "window": (True,), "scaled window": (False, True),
+    },
+    "gemma3_text": {
+        "biases": BIASES, "qk_norm": (True,), "gemma": (True,), "window": (True,),
+        "more": (False, True),
+    },
+}  # fmt: skip

@@ -120,14 +120,14 @@ def load_hf(
         bar = stack.enter_context(
             tqdm(total=total, unit="param", unit_scale=True, disable=not progress)
         )
-        for place, stack in parts.items():
-            sources = [(handles[file_of[one.name]], one) for one in stack]
+        for place, group in parts.items():
+            sources = [(handles[file_of[one.name]], one) for one in group]
             read = functools.partial(_read, sources, target)
             if mesh is None:
                 leaves[place] = jax.device_put(read())
             else:
-                leaves[place] = _read_sharded(read, stack[0], config, mesh)
-            bar.update(sum(math.prod(one.shape) for one in stack))
+                leaves[place] = _read_sharded(read, group[0], config, mesh)
+            bar.update(sum(math.prod(one.shape) for one in group))
     return policy, _assembled(leaves, config)
 
 

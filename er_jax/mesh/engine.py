@@ -22,7 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from er_jax import steps
 from er_jax.acceptance import AcceptRule
-from er_jax.devices import device_bytes
 from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine import first_use
 from er_jax.engine.engine import Engine
