@@ -17,8 +17,10 @@ Source: Shazeer et al. 2017 (arXiv 1701.06538); Qwen3 (arXiv 2505.09388).
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -36,6 +38,9 @@ FEW_TOKENS = 256
 # gate, up and down, `[E, in, out]` each, or one expert's `[in, out]`.
 Weights: TypeAlias = tuple[Any, Any, Any]
 Act: TypeAlias = Callable[[jax.Array], jax.Array]
+
+# tokens, shares, weights, act, num_chosen -> output, as in `mix_whole`.
+Mix: TypeAlias = Callable[[jax.Array, jax.Array, Weights, Act, int], jax.Array]
 
 
 def feed_forward(
@@ -61,19 +66,42 @@ def feed_forward(
     shares = jnp.where(is_real[..., None], shares, jnp.zeros((), shares.dtype))
     shares = shares.reshape(len(tokens), -1)
     weights: Weights = tuple(layer[name] for name in NAMES)
+    out = _mix.get()(tokens, shares, weights, act, num_chosen)
+    return out.astype(x.dtype).reshape(x.shape)
+
+
+def mix_whole(
+    x: jax.Array, shares: jax.Array, weights: Weights, act: Act, num_chosen: int
+) -> jax.Array:
+    """Return the weighted sum of the experts' outputs, with all weights at hand.
+
+    Args:
+      x: `[N, dim]`. shares: `[N, E]`, the tokens' weights of all experts.
+      weights: gate, up and down. act, num_chosen: see `feed_forward`.
+    Returns:
+      `[N, dim]`, float32 or wider.
+    """
     if any(isinstance(weight, QuantizedWeight) for weight in weights):
-        out = _looped(tokens, shares, weights, act)
-    elif len(tokens) <= FEW_TOKENS:
-        out = _one_by_one(act, tokens, shares, weights)
-    else:
-        out = lax.platform_dependent(
-            tokens,
-            shares,
-            weights,
-            tpu=functools.partial(_ragged, act=act, num_chosen=num_chosen),
-            default=functools.partial(_one_by_one, act),
-        )
-    return out.reshape(x.shape)
+        return _looped(x, shares, weights, act)
+    if len(x) <= FEW_TOKENS:
+        return _one_by_one(act, x, shares, weights)
+    return lax.platform_dependent(
+        x,
+        shares,
+        weights,
+        tpu=functools.partial(_ragged, act=act, num_chosen=num_chosen),
+        default=functools.partial(_one_by_one, act),
+    )
+
+
+@contextlib.contextmanager
+def replaced(function: Mix) -> Iterator[None]:
+    """Replace `mix_whole` while a program is traced whose experts lie in parts."""
+    token = _mix.set(function)
+    try:
+        yield
+    finally:
+        _mix.reset(token)
 
 
 def routed(logits: jax.Array, num_chosen: int, is_scaled: bool) -> jax.Array:
@@ -121,7 +149,7 @@ def _expert(weights: Weights, index: jax.Array) -> Weights:
 def _looped(x: jax.Array, shares: jax.Array, weights: Weights, act: Act) -> jax.Array:
     """Add up the parts of the experts that some token has chosen, in ascending order.
 
-    x: `[N, dim]`. shares: `[N, E]`.
+    Arguments and result as in `mix_whole`.
     """
     is_touched = jnp.any(shares != 0, axis=0)
     order = jnp.argsort(~is_touched, stable=True)
@@ -133,7 +161,7 @@ def _looped(x: jax.Array, shares: jax.Array, weights: Weights, act: Act) -> jax.
     start = jnp.zeros(x.shape, wide_dtype(x.dtype))
     with jax.named_scope("experts"):
         count = jnp.sum(is_touched, dtype=jnp.int32)
-        return lax.fori_loop(0, count, add, start).astype(x.dtype)
+        return lax.fori_loop(0, count, add, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -154,7 +182,6 @@ def _one_by_one_backward(act: Act, kept: Any, cotangent: jax.Array) -> Any:
     """Compute each expert's part again, one at a time, and its gradient."""
     x, shares, weights = kept
     wide = wide_dtype(x.dtype)
-    cotangent = cotangent.astype(wide)
 
     def add(total: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
         share = lax.dynamic_index_in_dim(shares, index, axis=1, keepdims=False)
@@ -178,7 +205,7 @@ def _ragged(
 ) -> jax.Array:
     """Multiply each expert with its own tokens only, which are sorted by expert.
 
-    x: `[N, dim]`. shares: `[N, E]`.
+    Arguments and result as in `mix_whole`.
     """
     gate, up, down = weights
     wide = wide_dtype(x.dtype)
@@ -199,4 +226,7 @@ def _ragged(
     out = product(act(product(rows, gate)) * product(rows, up), down).astype(wide)
     share = share.reshape(-1)[order].astype(wide)[:, None]
     parts = jnp.where(share != 0, share * out, jnp.zeros((), wide))
-    return jnp.zeros(x.shape, wide).at[source].add(parts).astype(x.dtype)
+    return jnp.zeros(x.shape, wide).at[source].add(parts)
+
+
+_mix: contextvars.ContextVar[Mix] = contextvars.ContextVar("mix", default=mix_whole)

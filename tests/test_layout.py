@@ -52,7 +52,14 @@ ORDER = (
     *("result", "checks"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
     *("scheduler.batch", "scheduler.loop", "scheduler"),
-    *("mesh.rules", "mesh.attention", "mesh.layout", "mesh.moves", "mesh.processes"),
+    *(
+        "mesh.rules",
+        "mesh.attention",
+        "mesh.experts",
+        "mesh.layout",
+        "mesh.moves",
+        "mesh.processes",
+    ),
     *("mesh.engine", "mesh.topology", "mesh.prompts", "mesh"),
     *("rollout", "mesh.replicas"),
     *(

@@ -379,6 +379,8 @@ class _Counter:
                     size += _share(user.buffers[0], buffer)
                 elif user.opcode in ("dynamic-update-slice", "scatter") and place == 0:
                     continue  # changed in place: what is written counts
+                elif "output_to_operand_aliasing" in user.attributes:
+                    size += used(user.name)  # the same bytes by another name
                 elif user.opcode == "fusion":
                     inner = self.module[user.called["calls"][0]]
                     size += self._read_inside(inner, place, buffer)
