@@ -220,6 +220,7 @@ def test_experts_in_parts_are_summed_once(group_size: int | None) -> None:
     x = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
     shares = jnp.asarray(rng.random((5, 6)) * (rng.random((5, 6)) < 0.4), jnp.float32)
     mesh = layout.rollout_mesh(mesh_of(data=1, model=8))
+    weights: Any
     for weights in (floats, tuple(quantized.values())):
 
         def run(weights: Any) -> jax.Array:
