@@ -150,7 +150,7 @@ def plan(
             logits=rows * vocab * 4,
             gamma=gamma,
             ring_length=span.ring_length(gamma) if span and gamma else 0,
-            slots=_slots(state.cache, span if gamma else None, gamma),
+            slots=_ring_lengths(state.cache, span if gamma else None, gamma),
             touched=(_touched(config, rows * (gamma + 1)), _touched(config, rows)),
         )
         program = Program(slots, max_length, gamma).seeing(span if gamma else None)
@@ -244,7 +244,7 @@ def _seen_bytes(cache: Any, span: Span | None) -> int:
     return round(total)
 
 
-def _slots(cache: Any, span: Span | None, gamma: int) -> frozenset[int]:
+def _ring_lengths(cache: Any, span: Span | None, gamma: int) -> frozenset[int]:
     """Return the slots of all rings: those of the state, and those of its drafts."""
     windows = {
         (leaf.span.window, leaf.entries.shape[1])

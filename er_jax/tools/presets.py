@@ -51,7 +51,7 @@ def _qwen3(
     )
 
 
-def _gemma3(
+def _gemma(
     dim: int, layers: int, heads: int, kv_heads: int, hidden: int, **others: Any
 ) -> DecoderConfig:
     # The small models; the text parts of the larger ones see further.
@@ -147,11 +147,11 @@ PRESETS: dict[str, DecoderConfig] = {
         max_length=32_768,
         dtype="bfloat16",
     ),
-    "gemma-3-270m": _gemma3(640, 18, 4, 1, 2048),
-    "gemma-3-1b": _gemma3(1152, 26, 4, 1, 6912),
-    "gemma-3-4b": _gemma3(2560, 34, 8, 4, 10_240, **_LARGER_GEMMA),
-    "gemma-3-12b": _gemma3(3840, 48, 16, 8, 15_360, **_LARGER_GEMMA),
-    "gemma-3-27b": _gemma3(
+    "gemma-3-270m": _gemma(640, 18, 4, 1, 2048),
+    "gemma-3-1b": _gemma(1152, 26, 4, 1, 6912),
+    "gemma-3-4b": _gemma(2560, 34, 8, 4, 10_240, **_LARGER_GEMMA),
+    "gemma-3-12b": _gemma(3840, 48, 16, 8, 15_360, **_LARGER_GEMMA),
+    "gemma-3-27b": _gemma(
         5376, 62, 32, 16, 21_504, head_dim=128, query_scalar=168.0, **_LARGER_GEMMA
     ),
 }
