@@ -4,7 +4,7 @@ import os as _os
 
 from er_jax.config import RolloutConfig
 from er_jax.control.controller import Controller
-from er_jax.decoder import Decoder, DecoderConfig, RopeScaling
+from er_jax.decoder import Decoder, DecoderConfig, LinearScaling, RopeScaling
 from er_jax.drafter import (
     DrafterConfig,
     PolicyParams,
@@ -38,6 +38,7 @@ __all__ = [
     "DecoderConfig",
     "DrafterConfig",
     "ExpectedLengths",
+    "LinearScaling",
     "Policy",
     "PolicyParams",
     "QuantizedWeight",

@@ -113,6 +113,10 @@ def prepare(
         checks.check_parameters(policy, call.policy_params)
         if max(controller.gammas):
             checks.check_drafting(policy, params, config)
+    slots = kv_cache.ring_slots(policy)
+    if slots is not None and slots < request.cache_lengths[-1]:
+        checks.check_window(controller.gammas)
+        request = dataclasses.replace(request, ring_slots=slots)
     if not _can_draft_with_spans(call, config):
         drafts = {view.draft for view in request.views}
         views = tuple(View(draft) for draft in sorted(drafts))

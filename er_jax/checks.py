@@ -26,7 +26,7 @@ from er_jax.drafter import (
 )
 from er_jax.engine.protocol import EngineProtocol
 from er_jax.request import Request
-from er_jax.types import Params, Policy
+from er_jax.types import RING_DRAFTS, Params, Policy
 from er_jax.until import Until
 
 
@@ -275,6 +275,16 @@ def check_version(version: int, until: Until | None) -> None:
         raise ValueError(f"until={until!r} must be an er_jax.Until(...)")
 
 
+def check_window(gammas: Sequence[int]) -> None:
+    """Refuse drafts for which the rings of a window have no room."""
+    if max(gammas) > RING_DRAFTS:
+        raise ValueError(
+            f"gammas={tuple(gammas)} has more than {RING_DRAFTS} drafts a round, and "
+            "the cache of a policy with a window has room for no more; leave "
+            "longer ones out"
+        )
+
+
 def check_finite(bad: Sequence[str]) -> None:
     """Refuse parameters that are not finite; `bad` holds their paths."""
     if bad:
@@ -311,7 +321,7 @@ def check_memory(
         width = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
         draft = weights * sum(one.bits for one in drafters) // (8 * width)
     rows, length = request.slots, request.cache_lengths[-1]
-    states = int(rows * length * engine.position_bytes)
+    states = int(rows * engine.row_bytes(length))
     if weights + draft + states > limit:
         raise ValueError(
             f"max_slots={rows} rows of {length} positions need "

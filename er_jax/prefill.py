@@ -44,7 +44,10 @@ def admit(
 
     def clone(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
         source, to = admission.clone_from[i], admission.clone_to[i]
-        return kv_cache.copy_row(cache, source, to, admission.clone_length[i] - 1)
+        count = admission.clone_length[i] - 1
+        # A row that is copied onto itself keeps all of its entries.
+        count = jnp.where(count < state.cache_length, count, NONE)
+        return kv_cache.copy_row(cache, source, to, count)
 
     def prefill(index: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
         tokens = lax.dynamic_slice_in_dim(admission.tokens, index * chunk, chunk)
@@ -70,7 +73,9 @@ def admit(
 
         def insert(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
             source = admission.prompt[i] - index * chunk
-            return kv_cache.insert_row(cache, prefix, admission.slot[i], source)
+            return kv_cache.insert_row(
+                cache, prefix, admission.slot[i], source, known[source] - 1
+            )
 
         return lax.fori_loop(first, first + admission.num_rows[index], insert, cache)
 

@@ -215,6 +215,8 @@ class Request:
     views: the drafts to choose from.
     group: n, sequences of a prompt. ended: sequences that are not sampled.
     num_begun: tokens of a completion that are part of its prompt, by sequence.
+    ring_slots: of the shortest ring in the policy's cache; None where no row goes past
+      one.
     """
 
     prompts: Sequence[np.ndarray]
@@ -230,6 +232,7 @@ class Request:
     group: int = 1
     ended: Collection[int] = frozenset()
     num_begun: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    ring_slots: int | None = None
 
     def views_at(self, cache_length: int, gamma: int) -> list[View]:
         """Return the drafts that a program may run; see `offered_views`."""

@@ -69,7 +69,7 @@ def empty_state(policy: Policy, rows: int, cache_length: int) -> DecodeState:
         sequence_id=full(NONE),
         live=jnp.zeros(rows, jnp.bool_),
         finish_reason=full(Finish.RUNNING),
-        cache=policy.init_cache(rows, cache_length),
+        cache=kv_cache.resize(policy.init_cache(rows, cache_length), cache_length),
     )
 
 
@@ -135,6 +135,7 @@ def decode_round(
     Returns:
       The new state, and what the round did.
     """
+    kv_cache.check_room(state.cache, state.cache_length, gamma)
     last = jnp.take_along_axis(
         state.tokens, jnp.maximum(state.length - 1, 0)[:, None], axis=1
     )[:, 0]

@@ -27,13 +27,17 @@ NONE = -1
 # Slots of a ring come in multiples of the rows of a tile.
 RING_STEP = 16
 
+# Drafts of a round that the rings of a state have room for.
+RING_DRAFTS = 32
+
 Params = Any
 """A pytree of policy (or draft) parameters."""
 
 Cache = Any
 """A pytree of key/value entries; every leaf is `[B, S, ...]`, indexed by position.
 
-While a draft sees a part of the positions only, the leaves are `Ring`s.
+A leaf of a layer that sees a window is a `Ring`. While a draft sees a part of the
+positions only, all leaves are.
 """
 
 Array = Any
@@ -100,7 +104,11 @@ class Policy(Protocol):
         ...
 
     def init_cache(self, rows: int, length: int) -> Cache:
-        """Return an empty cache, every leaf `[rows, length, ...]` and zero."""
+        """Return an empty cache, every leaf `[rows, length, ...]` and zero.
+
+        A leaf may be a `Ring` of `length` slots: what is behind its window is then not
+        kept in the state of a rollout.
+        """
         ...
 
     def forward(
@@ -179,13 +187,16 @@ FIRST_DRAFT = View()
 
 @struct.dataclass
 class Ring:
-    """A cache leaf that holds the entries of a span, and no others.
+    """A cache leaf of which queries see a span, and that holds no more than it must.
 
     `kv_cache.write` and `attend` take it like the array whose place it has. The entry
     of position p is in slot p if p < head, else in slot
-    head + (p - head) % (R - head).
+    head + (p - head) % (R - head). With as many slots as positions nothing is ever
+    replaced, and the span is a mask. With fewer, a call may write T positions at once
+    if R >= head + window + T - 1: else it would replace entries that it sees.
 
-    entries: `[B, R, ...]`, R = `Span.ring_length` of the drafts of a round.
+    entries: `[B, R, ...]`; in drafts R = `Span.ring_length` of a round's drafts, in a
+      state that of `RING_DRAFTS`, or S if that is less.
     span: static.
     """
 

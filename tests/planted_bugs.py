@@ -364,7 +364,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "ring begun one entry off",
-        "er_jax::rings",
+        "er_jax::_held",
         "recent = jnp.roll(recent, (first - span.head) % num_recent, axis=0)",
         "recent = jnp.roll(recent, (first - span.head + 1) % num_recent, axis=0)",
         (
@@ -863,7 +863,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "a square projection read as it lies",
-        "er_jax::_read",
+        "er_jax::_fill",
         "view = out.T if tensor.is_transposed else out",
         """
         is_square = out.shape[0] == out.shape[1]
@@ -874,9 +874,101 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "the norm's weight of queries given to keys",
         "er_jax::Decoder._attention",
-        'k = _rms_norm(k, layer["k_norm"], c.norm_eps)',
-        'k = _rms_norm(k, layer["q_norm"], c.norm_eps)',
+        'self._norm(k, layer["k_norm"])',
+        'self._norm(k, layer["q_norm"])',
         ("tests/test_hf.py::test_logits_are_those_of_transformers[qwen3]",),
+    ),
+    # -- windows of layers, Gemma 3, experts
+    PlantedBug(
+        "a window one position wider",
+        "er_jax::Decoder.init_cache",
+        "Span(0, window)",
+        "Span(0, window + 1)",
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[mistral, window]",),
+    ),
+    PlantedBug(
+        "the rotation of local layers in global ones",
+        "er_jax::Decoder.forward",
+        "whole if c.window_of(index) is None else local",
+        "local",
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[gemma 3]",),
+    ),
+    PlantedBug(
+        "local and global layers counted from one",
+        "er_jax::_gemma3",
+        "tuple(i for i in range(count) if types[i] == GLOBAL)",
+        "tuple(i for i in range(count) if types[i - 1] == GLOBAL)",
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[gemma 3]",),
+    ),
+    PlantedBug(
+        "norms of Gemma that multiply by w instead of 1 + w",
+        "er_jax::Decoder._norm",
+        "1 + weight.astype(wide)",
+        "weight.astype(wide)",
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[gemma 3]",),
+    ),
+    PlantedBug(
+        "queries scaled by the size of a head",
+        "er_jax::Decoder._attention",
+        "c.query_scalar not in (None, c.head_size)",
+        "False",
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[gemma 3]",),
+    ),
+    PlantedBug(
+        "a router's weights not scaled to add up to one",
+        "er_jax::routed",
+        "top = top / jnp.sum(top, axis=-1, keepdims=True)",
+        "top = top",
+        ("tests/test_hf.py::test_logits_are_those_of_transformers[qwen3, experts]",),
+    ),
+    PlantedBug(
+        "the products of one expert with the shares of another",
+        "er_jax::_looped",
+        "_expert(weights, order[i])",
+        "_expert(weights, order[i - 1])",
+        ("tests/test_experts.py::test_the_loop_is_the_sum_over_the_chosen",),
+    ),
+    PlantedBug(
+        "sorted tokens given the shares of others",
+        "er_jax::_ragged",
+        "share.reshape(-1)[order]",
+        "share.reshape(-1)",
+        ("tests/test_experts.py::test_tokens_sorted_by_expert_give_the_same",),
+    ),
+    PlantedBug(
+        "experts of padding read all the same",
+        "er_jax::feed_forward",
+        "jnp.where(is_real[..., None], shares, jnp.zeros((), shares.dtype))",
+        "shares",
+        ("tests/test_experts.py::test_padding_chooses_no_expert",),
+    ),
+    PlantedBug(
+        "a draft's ring begun one entry late in a ring",
+        "er_jax::_held",
+        "jnp.roll(entries(jnp.int32(0), length), -(last + 1), axis=0)",
+        "jnp.roll(entries(jnp.int32(0), length), -last, axis=0)",
+        ("tests/test_windows.py::test_rings_of_drafts_are_made_of_rings",),
+    ),
+    PlantedBug(
+        "a prompt's last entries a slot off in their ring",
+        "er_jax::insert_row",
+        "_held(short.entries, source, count - 1, leaf.span, size)",
+        "_held(short.entries, source, count, leaf.span, size)",
+        ("tests/test_windows.py::test_rings_of_a_state_are_those_of_the_prompt",),
+    ),
+    PlantedBug(
+        "a prompt cloned from a row that has gone past its ring",
+        "er_jax::plan_admission",
+        "rows.length + RING_DRAFTS > request.ring_slots",
+        "rows.length + RING_DRAFTS < 0",
+        ("tests/test_windows.py::test_a_row_past_its_ring_holds_no_prompt",),
+    ),
+    PlantedBug(
+        "a row copied onto itself loses what is behind its ring",
+        "er_jax::admit",
+        "jnp.where(count < state.cache_length, count, NONE)",
+        "count",
+        ("tests/test_windows.py::test_a_row_copied_onto_itself_stays",),
     ),
     PlantedBug(
         "a digit of a threshold one too high",

@@ -31,6 +31,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one key head": {"num_kv_heads": 1, "rope_theta": 500.0},
     "qwen2": {"qkv_bias": True, "tied_embeddings": True, "norm_eps": 1e-3},
     "qwen3": {"qk_norm": True, "head_dim": 6, "rope_theta": 1e6},
+    "mistral": {"window": 5},
+    "gemma 3": {
+        "num_layers": 3,
+        "qk_norm": True,
+        "activation": "gelu",
+        "norm_offset": True,
+        "post_norms": True,
+        "scaled_embeddings": True,
+        "tied_embeddings": True,
+        "query_scalar": 7.0,
+        "logit_cap": 3.0,
+        "window": 4,
+        "global_layers": (1,),
+        "rope_theta": 1e6,
+        "rope_scaling": er_jax.LinearScaling(2.0),
+        "local_rope_theta": 300.0,
+    },
+    "experts": {
+        "num_layers": 3,
+        "num_experts": 7,
+        "experts_per_token": 3,
+        "expert_dim": 10,
+        "dense_layers": (1,),
+    },
+    "experts, not scaled": {
+        "num_experts": 5,
+        "experts_per_token": 2,
+        "expert_dim": 12,
+        "scaled_routing": False,
+    },
 }
 
 NUM_TOKENS = 20
@@ -44,8 +74,8 @@ def make(variant: str, **changes: Any) -> tuple[er_jax.Decoder, Any]:
     rng = np.random.default_rng(3)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        scale = 0.3 if len(leaf.shape) == 2 else 0.5
-        shift = 0.0 if len(leaf.shape) == 2 else 0.8
+        scale = 0.3 if len(leaf.shape) > 1 else 0.5
+        shift = 0.0 if len(leaf.shape) > 1 else 0.8
         return (shift + scale * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
     return policy, jax.tree.map(draw, shapes)
@@ -55,18 +85,45 @@ def oracle(config: er_jax.DecoderConfig, params: Any, tokens: np.ndarray) -> np.
     """Return logits `[T, V]` of one sequence in float64, token by token.
 
     Written from the papers: RMSNorm (Zhang and Sennrich 2019), rotary positions in the
-    half-split layout, grouped queries, SwiGLU; no cache, no batch, no shared code.
+    half-split layout, grouped queries, gated layers, experts, Gemma 3's local layers
+    and norms; no cache, no batch, no shared code.
     """
     size = config.head_dim or config.dim // config.num_heads
     group = config.num_heads // config.num_kv_heads
 
     def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return x / np.sqrt(np.mean(x**2) + config.norm_eps) * weight
+        gain = 1 + weight if config.norm_offset else weight
+        return x / np.sqrt(np.mean(x**2) + config.norm_eps) * gain
 
-    def rotate(x: np.ndarray, position: int) -> np.ndarray:
+    def act(x: np.ndarray) -> np.ndarray:
+        if config.activation == "silu":
+            return x / (1 + np.exp(-x))
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def mlp(x: np.ndarray, gate: Any, up: Any, down: Any) -> np.ndarray:
+        return (act(x @ gate) * (x @ up)) @ down
+
+    def feed_forward(x: np.ndarray, layer: Any) -> np.ndarray:
+        if "router" not in layer:
+            return mlp(x, *(layer[f"{name}_proj"] for name in ("gate", "up", "down")))
+        scores = np.exp(x @ layer["router"])
+        chosen = np.argsort(scores)[-config.experts_per_token :]
+        total = scores[chosen].sum() if config.scaled_routing else scores.sum()
+        weights = [layer[f"{name}_experts"] for name in ("gate", "up", "down")]
+        return np.sum(
+            [scores[e] / total * mlp(x, *(w[e] for w in weights)) for e in chosen],
+            axis=0,
+        )
+
+    def rotate(x: np.ndarray, position: int, is_local: bool) -> np.ndarray:
         out = np.empty_like(x)
+        theta, factor = config.rope_theta, 1.0
+        if is_local and config.local_rope_theta:
+            theta = config.local_rope_theta
+        elif config.rope_scaling is not None:
+            factor = config.rope_scaling.factor
         for i in range(size // 2):
-            angle = position * config.rope_theta ** (-2 * i / size)
+            angle = position / factor * theta ** (-2 * i / size)
             turn = np.exp(1j * angle) * complex(x[i], x[i + size // 2])
             out[i], out[i + size // 2] = turn.real, turn.imag
         return out
@@ -80,7 +137,10 @@ def oracle(config: er_jax.DecoderConfig, params: Any, tokens: np.ndarray) -> np.
     embed = params["embed"]
     table = embed.table if isinstance(embed, TiedEmbedding) else embed
     stream = [np.asarray(table, np.float64)[token] for token in tokens]
-    for layer in params["layers"]:
+    if config.scaled_embeddings:
+        stream = [x * np.sqrt(config.dim) for x in stream]
+    for index, layer in enumerate(params["layers"]):
+        is_local = bool(config.window) and index not in config.global_layers
         keys: list[list[np.ndarray]] = []
         values: list[list[np.ndarray]] = []
         for position, x in enumerate(stream):
@@ -90,24 +150,27 @@ def oracle(config: er_jax.DecoderConfig, params: Any, tokens: np.ndarray) -> np.
             if config.qk_norm:
                 queries = [norm(q, layer["q_norm"]) for q in queries]
                 new_keys = [norm(k, layer["k_norm"]) for k in new_keys]
-            keys.append([rotate(k, position) for k in new_keys])
+            keys.append([rotate(k, position, is_local) for k in new_keys])
             values.append(project(h, layer, "v"))
             heads = []
             for head, query in enumerate(queries):
-                query = rotate(query, position) / np.sqrt(size)
-                scores = np.array([query @ k[head // group] for k in keys])
+                query = rotate(query, position, is_local)
+                query = query / np.sqrt(config.query_scalar or size)
+                first = max(position + 1 - (config.window or 0), 0) if is_local else 0
+                scores = np.array([query @ k[head // group] for k in keys[first:]])
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
-                parts = zip(weights, values, strict=True)
+                parts = zip(weights, values[first:], strict=True)
                 heads.append(np.sum([w * v[head // group] for w, v in parts], axis=0))
-            x = x + np.concatenate(heads) @ layer["o_proj"]
-            h = norm(x, layer["mlp_norm"])
-            gate = h @ layer["gate_proj"]
-            gate = gate / (1 + np.exp(-gate))
-            mixed = gate * (h @ layer["up_proj"])
-            stream[position] = x + mixed @ layer["down_proj"]
+            out = np.concatenate(heads) @ layer["o_proj"]
+            x = x + (norm(out, layer["attn_out_norm"]) if config.post_norms else out)
+            out = feed_forward(norm(x, layer["mlp_norm"]), layer)
+            x = x + (norm(out, layer["mlp_out_norm"]) if config.post_norms else out)
+            stream[position] = x
     last = table.T if config.tied_embeddings else params["lm_head"]
-    return np.stack([norm(x, params["final_norm"]) @ last for x in stream])
+    logits = np.stack([norm(x, params["final_norm"]) @ last for x in stream])
+    cap = config.logit_cap
+    return logits if cap is None else cap * np.tanh(logits / cap)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -311,6 +374,17 @@ def test_it_is_a_policy() -> None:
         ({"norm_eps": 0.0}, ("norm_eps=0.0", "from 1e-30 to 1")),
         ({"norm_eps": -1e-6}, ("norm_eps=-1e-06", "from 1e-30 to 1")),
         ({"dtype": "int8"}, ("dtype='int8'", "bfloat16")),
+        ({"activation": "relu"}, ("activation='relu'", "'gelu'")),
+        ({"window": 0}, ("window=0", "at least 1")),
+        ({"window": 4, "global_layers": (2,)}, ("global_layers=(2,)", "from 0 to 1")),
+        ({"window": 4, "global_layers": (1, 0)}, ("(1, 0)", "ascending")),
+        ({"global_layers": (1,)}, ("global_layers=(1,)", "give a window")),
+        ({"local_rope_theta": 9.0}, ("local_rope_theta=9.0", "give a window")),
+        ({"window": 4, "local_rope_theta": 0.5}, ("local_rope_theta=0.5", "from 1")),
+        ({"query_scalar": 0.0}, ("query_scalar=0.0", "from 1e-06")),
+        ({"expert_dim": 8}, ("expert_dim=8", "give num_experts")),
+        ({"num_experts": 4, "expert_dim": 8}, ("experts_per_token=0", "num_experts=4")),
+        ({"num_experts": 4, "experts_per_token": 2}, ("expert_dim=0", "at least 1")),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict[str, Any], parts: tuple[str, ...]) -> None:

@@ -68,14 +68,72 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 24}),
     "qwen3, tied": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
     "qwen3, biases": ("Qwen3", {"head_dim": 12, "attention_bias": True}),
+    "mistral, window": ("Mistral", {"sliding_window": 40}),
+    "gemma 3": (
+        "Gemma3",
+        {
+            "head_dim": 20,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 40,
+            "query_pre_attn_scalar": 12,
+        },
+    ),
+    "gemma 3, scaled": (
+        "Gemma3",
+        {
+            "head_dim": 12,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 12,
+            "attention_bias": True,
+            "final_logit_softcapping": 20.0,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "linear",
+                    "factor": 8.0,
+                    "rope_theta": 1e6,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
+    "qwen3, experts": (
+        "Qwen3Moe",
+        {
+            "head_dim": 12,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3, some experts": (
+        "Qwen3Moe",
+        {
+            "num_hidden_layers": 4,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
+# Their configuration's class, where it is not named as the model's.
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 def make(name: str, directory: Path, **changes: Any) -> Any:
     """Write a random checkpoint with `transformers`, and return its model."""
     family, differences = MODELS[name]
     torch.manual_seed(sorted(MODELS).index(name))
-    config = getattr(transformers, f"{family}Config")(**SIZES | differences | changes)
+    name = CONFIGS.get(family, f"{family}Config")
+    config = getattr(transformers, name)(**SIZES | differences | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -127,7 +185,13 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unoptimized")
-@pytest.mark.parametrize("name", ["llama 3.1", "mistral", "qwen2, tied", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama 3.1", "mistral", "qwen2, tied", "qwen3", "mistral, window", "gemma 3",
+        "qwen3, experts",
+    ],
+)  # fmt: skip
 def test_greedy_completions_are_those_of_transformers(
     name: str, tmp_path: Path
 ) -> None:
@@ -283,11 +347,82 @@ def test_what_is_not_supported_is_refused_by_name(
         er_jax.load_hf(checkpoint)
 
 
-def test_a_window_is_refused_where_it_is_the_default(tmp_path: Path) -> None:
+def test_a_window_is_there_where_it_is_the_default(tmp_path: Path) -> None:
+    """As in `transformers`: 4096 if the file does not say, none if it says null."""
     make("mistral", tmp_path)
+    assert er_jax.load_hf(tmp_path)[0].config.window is None
     edit_config(tmp_path, sliding_window=...)
-    with pytest.raises(ValueError, match=r"only a model without one \(null\) is"):
+    assert er_jax.load_hf(tmp_path)[0].config.window == 4096
+    edit_config(tmp_path, layer_types=["full_attention"] * 2)
+    with pytest.raises(ValueError, match=r"layer_types=.* a model without a window"):
         er_jax.load_hf(tmp_path)
+
+
+GEMMA_REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50.0.* no cap \(null"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ({"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+    ({"sliding_window": None}, "sliding_window=None"),
+    ({"layer_types": ["full_attention"]}, r"layer_types=.*one for each layer"),
+    ({"layer_types": ["chunked_attention"] * 3}, "layer_types="),
+    ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters=.* an object of"),
+    (
+        {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "linear", "factor": 2}
+            }
+        },
+        "rope_parameters.sliding_attention.rope_type='linear'",
+    ),
+    ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
+    ({"model_type": "gemma3"}, "model_type='gemma3' is not supported"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), GEMMA_REFUSALS)
+def test_what_is_not_supported_of_gemma_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make("gemma 3", tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        er_jax.load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_only_layers": [0, 1]}, "decoder_sparse_step=1.* experts in some layer"),
+        ({"mlp_only_layers": [2]}, r"mlp_only_layers=\[2\].* from 0 to 1"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok=7 must be from 1 to num_exp"),
+        ({"moe_intermediate_size": ...}, "has no moe_intermediate_size"),
+        ({"num_experts": 8}, "num_local_experts=6.* only num_experts=8 again"),
+        ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8"),
+    ],
+)
+def test_what_is_not_supported_of_experts_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make("qwen3, experts", tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        er_jax.load_hf(tmp_path)
+
+
+def test_older_spellings_of_gemma_and_experts_are_read(tmp_path: Path) -> None:
+    make("gemma 3, scaled", tmp_path / "gemma", num_hidden_layers=6, layer_types=None)
+    new = er_jax.load_hf(tmp_path / "gemma")[0].config
+    assert new.global_layers == (5,) and new.local_rope_theta == 5e3
+    edit_config(
+        tmp_path / "gemma", rope_parameters=..., rope_theta=1e6, layer_types=...,
+        rope_local_base_freq=5e3, rope_scaling={"rope_type": "linear", "factor": 8.0},
+        sliding_window_pattern=6,
+    )  # fmt: skip
+    assert er_jax.load_hf(tmp_path / "gemma")[0].config == new
+    make("qwen3, experts", tmp_path / "experts")
+    new = er_jax.load_hf(tmp_path / "experts")[0].config
+    edit_config(tmp_path / "experts", num_local_experts=..., num_experts=6)
+    assert er_jax.load_hf(tmp_path / "experts")[0].config == new
 
 
 def test_fields_of_older_versions_are_read(tmp_path: Path) -> None:
@@ -453,7 +588,7 @@ print(len(q.addressable_shards), "parts")
 """
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama, biases"])
+@pytest.mark.parametrize("name", ["qwen3", "llama, biases", "qwen3, experts"])
 def test_a_checkpoint_is_read_onto_a_mesh(name: str, tmp_path: Path) -> None:
     """Every device's part by itself; eight devices that are this CPU."""
     make(name, tmp_path, vocab_size=96)

@@ -125,6 +125,68 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "gemma3_text": {  # 270M, both spellings
+        "_sliding_window_pattern": 6,
+        "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": None,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+        "max_position_embeddings": 32768,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 18,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "torch_dtype": "bfloat16",
+        "use_bidirectional_attention": False,
+        "vocab_size": 262144,
+    },
+    "qwen3_moe": {  # 30B-A3B
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
 }
 
 
@@ -147,13 +209,16 @@ SIZES = frozenset(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim sliding_window max_position_embeddings
-    original_max_position_embeddings
+    original_max_position_embeddings num_experts num_local_experts num_experts_per_tok
+    moe_intermediate_size decoder_sparse_step sliding_window_pattern
     """.split()
 )
-SWITCHES = frozenset(["attention_bias", "tie_word_embeddings"])
-OFF = frozenset(["mlp_bias", "use_sliding_window"])
+SWITCHES = frozenset(["attention_bias", "tie_word_embeddings", "norm_topk_prob"])
+OFF = frozenset(["mlp_bias", "use_sliding_window", "use_bidirectional_attention"])
 # What null means, where it does not mean that the field is lacking.
-NO_NULL = frozenset(["model_type", "hidden_act", "rms_norm_eps"])
+NO_NULL = frozenset(
+    "model_type hidden_act hidden_activation rms_norm_eps query_pre_attn_scalar".split()
+)
 
 
 def is_legal(name: str, value: Any) -> bool:
@@ -167,7 +232,13 @@ def is_legal(name: str, value: Any) -> bool:
         return value is False
     if name == "rms_norm_eps":
         return is_number and 0 < value <= 1 and float(np.float32(value)) > 0
-    if name == "rope_theta":
+    if name in ("query_pre_attn_scalar", "final_logit_softcapping"):
+        return is_number and 1e-6 <= value <= 1e9
+    if name == "mlp_only_layers":
+        return value in ([], [1])
+    if name in ("full_attention", "sliding_attention"):
+        return value in ({}, {"rope_theta": None})
+    if name in ("rope_theta", "rope_local_base_freq"):
         return is_number and 1 <= value <= 1e30
     if name == "factor":
         return is_number and 1 <= value <= 1e6
@@ -231,9 +302,11 @@ def test_published_configurations_are_read(family: str, tmp_path: Path) -> None:
     config = parsed(tmp_path, fields)
     assert config.dim == fields["hidden_size"]
     assert config.head_size == fields.get("head_dim") or config.head_size in (64, 128)
+    assert config.window == (512 if family == "gemma3_text" else None)
+    assert config.num_experts == fields.get("num_experts", 0)
     assert config.max_length == fields["max_position_embeddings"]
     assert config.norm_eps == fields["rms_norm_eps"]
-    assert (config.rope_scaling is None) == (family in ("mistral", "qwen2"))
+    assert (config.rope_scaling is not None) == (family in ("llama", "qwen3"))
     assert config.rope_theta in (5e5, 1e6)
 
 

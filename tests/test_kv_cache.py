@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -210,7 +211,7 @@ def test_gradients_through_a_long_cache(x64: None, long_caches: None) -> None:
         return lowered.compile()(query, keys, values), lowered.as_text()
 
     found, text = gradients(lambda *x: kv_cache.attend(*x))
-    expected, _ = gradients(lambda *x: attention._attend_many(*x, span=None))
+    expected, _ = gradients(functools.partial(attention._attend_many, span=None))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12),
         found,
@@ -340,7 +341,8 @@ def test_resize(length: int) -> None:
 def test_insert_row_clears_what_lies_behind() -> None:
     cache = [jnp.full((3, 6, 2), jnp.nan)]
     prefix = [jnp.asarray(normal(2, 4, 2), jnp.float32)]
-    out = kv_cache.insert_row(cache, prefix, jnp.int32(1), jnp.int32(1))[0]
+    one = jnp.int32(1)
+    out = kv_cache.insert_row(cache, prefix, one, one, jnp.int32(4))[0]
     np.testing.assert_array_equal(out[1, :4], prefix[0][1])
     assert (out[1, 4:] == 0).all()
     assert np.isnan(out[jnp.array([0, 2])]).all()  # other rows are left alone

@@ -13,15 +13,17 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import er_jax
-from er_jax import devices, kv_cache, steps
+from er_jax import devices, experts, kv_cache, steps
 from er_jax.costs.timing import neutral_sampling
 from er_jax.mesh import layout, rules
 from er_jax.mesh.engine import MeshEngine
+from er_jax.mesh.experts import mix_by_parts
 from er_jax.mesh.topology import DataShards, rows_of_shards
 from er_jax.request import request_of
 from er_jax.scheduler.batch import Batch
@@ -204,6 +206,55 @@ def test_short_completions_are_those_of_one_device() -> None:
     assert_same(sample(mesh, config), wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
+def test_windows_and_experts_on_a_mesh() -> None:
+    """Rings go past their ends; each device has a part of every expert."""
+    config = dataclasses.replace(
+        CONFIG, num_layers=2, window=6, global_layers=(1,), num_experts=4,
+        experts_per_token=2, expert_dim=32,
+    )  # fmt: skip
+    policy = er_jax.Decoder(config)
+    params = policy.init(jax.random.key(0))
+    settings = config_of(max_new_tokens=80, max_slots=8, n=2)
+    wanted, found = (
+        er_jax.rollout(
+            policy, params, prompts(), key=jax.random.key(3), config=settings, mesh=mesh
+        )
+        for mesh in (None, mesh_of(data=2, model=4))
+    )
+    assert wanted.lengths.max() > 60
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_experts_in_parts_are_summed_once(group_size: int | None) -> None:
+    """The result is that of one device, and no sum stands in the loop."""
+    rng = np.random.default_rng(0)
+    shapes = [(6, 16, 32), (6, 16, 32), (6, 32, 16)]
+    floats = tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    config = er_jax.DrafterConfig(group_size=group_size, act_bits=16)
+    quantized = er_jax.quantize(dict(zip("abc", floats, strict=True)), config)
+    x = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
+    shares = jnp.asarray(rng.random((5, 6)) * (rng.random((5, 6)) < 0.4), jnp.float32)
+    mesh = layout.rollout_mesh(mesh_of(data=1, model=8))
+    weights: Any
+    for weights in (floats, tuple(quantized.values())):
+
+        def run(weights: Any) -> jax.Array:
+            return mix_by_parts(x, shares, weights, jax.nn.silu, 2)
+
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(run).lower(weights).compile()
+            found = compiled(weights)
+        wanted = experts.mix_whole(x, shares, weights, jax.nn.silu, 2)
+        np.testing.assert_allclose(found, wanted, atol=2e-4)
+        text = compiled.as_text() or ""
+        assert text.count(" all-reduce(") == 1
+        (line,) = [one for one in text.splitlines() if " all-reduce(" in one]
+        assert "while/body" not in line
+
+
 @functools.cache
 def window_text(name: str, gamma: int) -> tuple[str, Any, int]:
     """The compiled window of 16 rows; its memory; the bytes of its state."""
@@ -372,8 +423,8 @@ def test_data_shards_become_one_where_there_is_memory(is_room: bool) -> None:
     assert weights < 0.7 * devices.device_bytes(sharded)
     # The least is one row, all its heads on every device, as short as can be and then
     # grown.
-    positions = request.cache_lengths[0] + request.cache_lengths[-1]
-    least = weights + engine.for_shared_rows.position_bytes * positions
+    lengths = (request.cache_lengths[0], request.cache_lengths[-1])
+    least = weights + sum(map(engine.for_shared_rows.row_bytes, lengths))
     limit = int(least) + (1 if is_room else -1)
     request = dataclasses.replace(request, state_limit_bytes=limit)
     stats = er_jax.RolloutStats()

@@ -252,6 +252,46 @@ def test_a_single_draft_is_counted_as_one() -> None:
     assert 0 < draft.num_bytes["weights"] < target.num_bytes["weights"]
 
 
+def test_only_experts_that_are_touched_are_read() -> None:
+    """By count, in the compiled programs of a CPU: with one row, four of 32."""
+    config = er_jax.DecoderConfig(
+        vocab_size=256, dim=64, num_layers=2, num_heads=4, num_kv_heads=2,
+        hidden_dim=64, num_experts=32, experts_per_token=4, expert_dim=64,
+    )  # fmt: skip
+    found = plan.plan(
+        config, presets.target_of("cpu"), slots=1, max_length=64, gammas=(2,),
+        drafter=er_jax.DrafterConfig(window=None),
+    )  # fmt: skip
+    traffic = found.programs[0].traffic
+    assert traffic is not None
+    for kind, tokens, total in (("target", 3, 0), ("draft", 1, 1)):
+        moved = traffic.passes[kind].num_bytes["weights"]  # type: ignore[index]
+        least = traffic.sizes.weights[total]
+        assert least == pytest.approx(moved, rel=0.1)
+        every = moved + found.expert_bytes[total] * (28 / 32) ** tokens
+        assert every == pytest.approx(
+            (found.params_bytes - 4 * 256 * 64, found.draft_bytes)[total], rel=0.1
+        )
+    assert found.read_bytes[0] < 0.2 * found.params_bytes
+
+
+def test_entries_behind_a_window_are_not_kept() -> None:
+    config = er_jax.DecoderConfig(
+        vocab_size=64, dim=16, num_layers=3, num_heads=2, num_kv_heads=1,
+        hidden_dim=16, window=16, global_layers=(1,),
+    )  # fmt: skip
+    found = plan.plan(
+        config, presets.target_of("cpu"), slots=2, max_length=512, gammas=(0,),
+    )  # fmt: skip
+    traffic = found.programs[0].traffic
+    assert traffic is not None
+    entry = 2 * 8 * 4  # of a layer: keys and values, float32
+    assert traffic.sizes.cache == (2 * entry * (512 + 2 * 48),) * 2
+    assert traffic.sizes.entry == 2 * entry * 3
+    read = traffic.target.num_bytes["cache"]
+    assert read == pytest.approx(traffic.sizes.cache[0], rel=0.1)
+
+
 def test_each_gamma_is_compiled_once() -> None:
     found = made(gammas=(0, 0))
     assert [count.program.gamma for count in found.programs] == [0]
@@ -263,7 +303,10 @@ def test_presets_are_of_their_published_size() -> None:
         "qwen2.5-7b": 7.62, "qwen2.5-14b": 14.77, "llama-3.1-8b": 8.03,
         "llama-3.1-70b": 70.55,
         "qwen3-0.6b": 0.60, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19,
-        "qwen3-14b": 14.77, "qwen3-32b": 32.76,
+        "qwen3-14b": 14.77, "qwen3-32b": 32.76, "qwen3-30b-a3b": 30.53,
+        "mistral-7b-v0.1": 7.24, "gemma-3-270m": 0.268, "gemma-3-1b": 1.0,
+        # The text models of the last three: their towers for images have 0.42.
+        "gemma-3-4b": 3.88, "gemma-3-12b": 11.77, "gemma-3-27b": 27.01,
     }  # fmt: skip
     assert billions.keys() == presets.PRESETS.keys()
     for name, config in presets.PRESETS.items():

@@ -86,6 +86,9 @@ class PretendedEngine:
         self.fail_at_window = self.bad_sequence = NONE
         self._state: DecodeState | None = None
 
+    def row_bytes(self, length: int) -> float:
+        return length * self.position_bytes
+
     def _name(self, *name: Any) -> None:
         if name not in self.compiled:
             self.compiled.append(name)

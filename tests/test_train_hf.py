@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,19 +21,45 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
+SIZES = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=16, eos_token_id=2,
+    max_position_embeddings=256,
+)  # fmt: skip
+
+# Classes of configuration and model, and what they have beside `SIZES`.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    # Windows that prompts with their completions go past.
+    "gemma 3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {"num_hidden_layers": 2, "sliding_window": 8, "query_pre_attn_scalar": 16,
+         "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "qwen3, experts": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "norm_topk_prob": True},
+    ),
+}  # fmt: skip
+
+
+def make_checkpoint(family: str, directory: Path) -> Path:
+    """Write a small random model with a tokenizer and a chat template."""
+    torch.manual_seed(0)
+    config, model, others = FAMILIES[family]
+    made = getattr(transformers, config)(**SIZES | others)
+    getattr(transformers, model)(made).save_pretrained(directory)
+    make_tokenizer(directory)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Qwen3 with a tokenizer and a chat template."""
-    directory = tmp_path_factory.mktemp("qwen3")
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, eos_token_id=2,
-        max_position_embeddings=256,
-    )  # fmt: skip
-    transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
-    make_tokenizer(directory)
-    return directory
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
 def test_a_prompt_over_the_positions_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -87,8 +114,10 @@ def test_sampled_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_trained_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_from_the_command_line(family: str, tmp_path: Path) -> None:
     """Three steps; the trained checkpoint is loaded by `transformers`."""
+    checkpoint = make_checkpoint(family, tmp_path / "source")
     data = tmp_path / "sums.jsonl"
     problems = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(12)]
     data.write_text("".join(json.dumps(p) + "\n" for p in problems))
@@ -113,12 +142,12 @@ def test_trained_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None
         transformers.AutoModelForCausalLM.from_pretrained(path)
         for path in (out / "trained-3", checkpoint)
     )
-    moved = trained.lm_head.weight - source.lm_head.weight
-    assert float(moved.detach().abs().max()) > 1e-3
+    before, after = source.state_dict(), trained.state_dict()
+    for name, value in before.items():
+        assert float((after[name] - value).abs().max()) > 1e-3, name
     _, params = er_jax.load_hf(out / "trained-3")
-    np.testing.assert_array_equal(
-        np.asarray(params["lm_head"]).T, trained.lm_head.weight.detach().numpy()
-    )
+    gain = after["model.layers.0.self_attn.q_norm.weight"]
+    np.testing.assert_array_equal(params["layers"][0]["q_norm"], gain.numpy())
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "trained-3")
     assert tokenizer.chat_template
 

@@ -140,6 +140,10 @@ class SimulatedEngine:
     compile_s = 0.0
     position_bytes = 0.0
 
+    def row_bytes(self, length: int) -> float:
+        """Return the bytes of a row, all of whose positions are kept."""
+        return length * self.position_bytes
+
     def __init__(
         self,
         costs: RoundCosts,

@@ -125,6 +125,7 @@ class Engine:
         # Begins the names of programs, to tell engines apart that share executables.
         self._prefix = ""
         self._draft_kinds: dict[Hashable, str] = {}
+        self._row_bytes: dict[int, float] = {}
         self.defaults: dict[Hashable, Any] = {}
         """Objects that callers keep per engine, such as the default controller."""
 
@@ -148,11 +149,17 @@ class Engine:
         """Rounds between exit tests; on an accelerator, each reads a number back."""
         return 1 if jax.default_backend() == "cpu" else 4
 
-    @functools.cached_property
-    def position_bytes(self) -> float:
-        """Bytes of one position of one row: cache entry, token, log-probability."""
-        state = jax.eval_shape(lambda: steps.empty_state(self.policy, 1, 1))
-        return device_bytes((state.cache, state.tokens, state.logprobs))
+    def row_bytes(self, length: int) -> float:
+        """Return the bytes of a row: cache entries, tokens, log-probabilities."""
+        if length not in self._row_bytes:
+            count = self.layout.num_shards
+            state = jax.eval_shape(
+                lambda: steps.empty_state(self.policy, count, length)
+            )
+            state = self._abstract_state(state)
+            sized = (state.cache, state.tokens, state.logprobs)
+            self._row_bytes[length] = device_bytes(sized) / count
+        return self._row_bytes[length]
 
     @property
     def _device(self) -> jax.Device:

@@ -216,12 +216,11 @@ class EngineProtocol(Protocol):
     def rounds_per_test(self) -> int:
         """Rounds between two exit tests of a window."""
 
-    @property
-    def position_bytes(self) -> float:
-        """Bytes of one position of one row on one device.
+    def row_bytes(self, length: int) -> float:
+        """Return the bytes on one device of a row of `length` positions.
 
-        A device holds this times the rows and positions of the whole batch; on a mesh
-        it is therefore a fraction of a position's size.
+        A device holds this times the rows of the whole batch; on a mesh it is therefore
+        a fraction of a row's size.
         """
 
     @property

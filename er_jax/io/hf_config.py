@@ -1,117 +1,37 @@
 """The config.json of Hugging Face checkpoints: read as a `DecoderConfig`, and written.
 
 A field is supported, or known to be harmless, or refused by name; none is ignored.
-Every supported field has a type and a range in `FIELDS`. Left out: tensors
+Every supported field has a type and a range in `hf_fields`. Left out: tensors
 (`hf_weights`), saving (`hf_save`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from er_jax.decoder import DecoderConfig, RopeScaling
-from er_jax.io.json_fields import (
-    OBJECT,
-    Field,
-    checked,
-    is_texts,
-    number_field,
-    printable,
-    refusal,
-    shown,
-    text_field,
-    whole_field,
+from er_jax.decoder import DecoderConfig, LinearScaling, RopeScaling
+from er_jax.io.hf_fields import (
+    ARCHITECTURES,
+    EXPERT_NAMES,
+    FIELDS,
+    FIELDS_OF,
+    GEMMA3_FIELDS,
+    GEMMA3_ROPE_FIELDS,
+    GLOBAL,
+    HARMLESS_FIELDS,
+    LOCAL,
+    LOCAL_ROPE_FIELDS,
+    OUR_NAMES,
+    ROPE_FIELDS,
+    SCALINGS,
 )
+from er_jax.io.hf_fields import READ_FIELDS as READ_FIELDS
+from er_jax.io.json_fields import OBJECT, Field, checked, printable, refusal, shown
 
 CONFIG = "config.json"
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-
-SIZE = whole_field(1, 2**31 - 1)
-SWITCH = Field("true or false", lambda value: isinstance(value, bool), default=False)
-
-# Share of each head that is rotated; partial rotary positions are not supported.
-FULL_ROTATION = dataclasses.replace(number_field(1, 1), words="1.0", default=1.0)
-
-# Fields of sizes and switches, beside model_type; `decoder_config` reads each.
-FIELDS: dict[str, Field] = {
-    "architectures": Field("a list of class names", is_texts, default=()),
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "intermediate_size": SIZE,
-    "num_hidden_layers": whole_field(1, 10_000),
-    "num_attention_heads": SIZE,
-    "num_key_value_heads": SIZE,
-    "head_dim": SIZE,
-    "hidden_act": text_field("silu", "swish", is_null_missing=False),
-    "rms_norm_eps": number_field(1e-30, 1, default=1e-6, is_null_missing=False),
-    "rope_theta": number_field(1, 1e18, default=10_000.0),
-    "rope_scaling": OBJECT,
-    "rope_parameters": OBJECT,
-    "tie_word_embeddings": SWITCH,
-    "attention_bias": SWITCH,
-    "mlp_bias": Field("false", lambda value: value is False),
-    "sliding_window": SIZE,
-    "use_sliding_window": SWITCH,
-    "layer_types": Field(
-        "a list of 'full_attention'",
-        lambda value: is_texts(value, "full_attention"),
-    ),
-    "max_position_embeddings": SIZE,
-    "partial_rotary_factor": FULL_ROTATION,
-    "quantization_config": Field(
-        "a checkpoint that is not quantized (null)",
-        lambda value: isinstance(value, dict) and not value,
-    ),
-    "torch_dtype": text_field(),
-    "dtype": text_field(),
-}
-
-READ_FIELDS = FIELDS.keys() | {"model_type"}
-
-# Fields inside rope_scaling and rope_parameters.
-ROPE_FIELDS: dict[str, Field] = {
-    "rope_type": text_field("default", "llama3"),
-    "type": text_field("default", "llama3"),
-    "rope_theta": dataclasses.replace(FIELDS["rope_theta"], default=None),
-    "partial_rotary_factor": FULL_ROTATION,
-    "factor": number_field(1, 1e6),
-    "low_freq_factor": number_field(1e-6, 1e6),
-    "high_freq_factor": number_field(1e-6, 1e6),
-    "original_max_position_embeddings": SIZE,
-}
-
-
-# Names of sizes in the file -> in `DecoderConfig`.
-OUR_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "intermediate_size": "hidden_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-}
-
-
-# Fields that do not change the logits: training, generation, bookkeeping.
-HARMLESS_FIELDS = frozenset(
-    """
-    transformers_version _name_or_path initializer_range use_cache bos_token_id
-    eos_token_id pad_token_id attention_dropout hidden_dropout pretraining_tp
-    max_window_layers output_attentions output_hidden_states return_dict id2label
-    label2id problem_type is_encoder_decoder chunk_size_feed_forward unsloth_fixed
-    unsloth_version task_specific_params finetuning_task _attn_implementation
-    """.split()
-)
 
 
 def decoder_config(
@@ -130,32 +50,20 @@ def decoder_config(
             f"{file}: model_type={shown(family)} is not supported; load a checkpoint "
             f"of one of {', '.join(ARCHITECTURES)}"
         )
-    for name in sorted(fields.keys() - READ_FIELDS - HARMLESS_FIELDS):
+    table = FIELDS | FIELDS_OF.get(family, {})
+    known = table.keys() | {"model_type"} | HARMLESS_FIELDS
+    for name in sorted(fields.keys() - known):
         if fields[name] not in (None, False, [], {}):
             raise ValueError(
                 f"{file} says {printable(name)}={shown(fields[name])}, which is not "
                 "known here and may change what the model computes; if it does not, "
                 "remove it from the file"
             )
-    read = checked(fields, FIELDS, file)
+    read = checked(fields, table, file)
     architectures = read["architectures"]
     if architectures and ARCHITECTURES[family] not in architectures:
         words = f"{ARCHITECTURES[family]}, a language model,"
         raise refusal(file, "architectures", architectures, words)
-    # Qwen names a window even where it does not use one; Mistral's is on by default.
-    window, words = read["sliding_window"], "a model without one (null)"
-    if family in ("qwen2", "qwen3"):
-        has_window = read["use_sliding_window"]
-        words = "a model without one (use_sliding_window=false)"
-    else:
-        has_window = window is not None
-    if family == "mistral" and "sliding_window" not in fields:
-        raise ValueError(
-            f"{file} has no sliding_window, and a model of this family has one then; "
-            f"only {words} is supported"
-        )
-    if has_window:
-        raise refusal(file, "sliding_window", window, words)
     sizes = {own: read[name] for name, own in OUR_NAMES.items()}
     if family == "llama" and sizes["num_kv_heads"] is None:
         sizes["num_kv_heads"] = sizes["num_heads"]
@@ -168,30 +76,118 @@ def decoder_config(
     if head_dim is not None and head_dim * sizes["num_heads"] == sizes["dim"]:
         head_dim = None
     has_bias = read["attention_bias"]
-    theta, scaling = _rope(read, file)
-    named = dtype or _default_dtype(read, file)
-    try:
-        return DecoderConfig(
-            **sizes,
-            head_dim=head_dim,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=float(read["rms_norm_eps"]),
-            qkv_bias=has_bias or family == "qwen2",
-            o_bias=has_bias,
-            qk_norm=family == "qwen3",
-            tied_embeddings=read["tie_word_embeddings"],
-            max_length=read["max_position_embeddings"],
-            dtype=named,
+    found: dict[str, Any] = dict(
+        **sizes,
+        head_dim=head_dim,
+        norm_eps=float(read["rms_norm_eps"]),
+        qkv_bias=has_bias or family == "qwen2",
+        o_bias=has_bias,
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
+        tied_embeddings=read["tie_word_embeddings"],
+        max_length=read["max_position_embeddings"],
+        dtype=dtype or _default_dtype(read, file),
+    )
+    if family == "gemma3_text":
+        found |= _gemma3(read, file)
+    else:
+        found["window"] = _window(family, fields, read, file)
+        spelled = {name: read[name] for name in ("rope_scaling", "rope_parameters")}
+        found["rope_theta"], found["rope_scaling"] = _rope(
+            spelled, read["rope_theta"], ROPE_FIELDS, file
         )
+    if family == "qwen3_moe":
+        found |= _experts(read, file)
+    try:
+        return DecoderConfig(**found)
     except ValueError as error:
         # Sizes that are valid alone may not fit together. The message has names of
         # `DecoderConfig`; give it those of the file.
-        theirs = {own: name for name, own in OUR_NAMES.items()}
+        theirs = {own: name for name, own in (OUR_NAMES | EXPERT_NAMES).items()}
         reason = re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), str(error))
         names = ("hidden_size", "num_attention_heads", "num_key_value_heads")
         given = ", ".join(f"{name}={read[name]}" for name in (*names, "head_dim"))
         raise ValueError(f"{file}: {reason}; the file says {given}") from error
+
+
+def _window(
+    family: str, fields: Mapping[str, Any], read: Mapping[str, Any], file: Path
+) -> int | None:
+    """Return the window of all layers; only Mistral may have one."""
+    window = read["sliding_window"]
+    if family == "mistral":
+        if "sliding_window" not in fields:
+            window = 4096
+        if window is not None and read["layer_types"]:
+            words = "a list for a model without a window, or null,"
+            raise refusal(file, "layer_types", read["layer_types"], words)
+        return window
+    # Qwen names a window even where it does not use one.
+    words = "a model without one (use_sliding_window=false)"
+    has_window = read["use_sliding_window"]
+    if family == "llama":
+        has_window, words = window is not None, "a model without one (null)"
+    if has_window:
+        raise refusal(file, "sliding_window", window, words)
+    return None
+
+
+def _experts(read: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the settings of Qwen3's experts."""
+    count, alias = read["num_experts"], read["num_local_experts"]
+    if None not in (count, alias) and count != alias:
+        raise refusal(file, "num_local_experts", alias, f"num_experts={count} again")
+    sizes = {own: read[name] for name, own in EXPERT_NAMES.items()}
+    sizes["num_experts"] = count or alias
+    for name, own in EXPERT_NAMES.items():
+        if sizes[own] is None:
+            raise ValueError(f"{file} has no {name}; the checkpoint is incomplete")
+    layers = range(read["num_hidden_layers"])
+    named, step = read["mlp_only_layers"], read["decoder_sparse_step"] or 1
+    if any(layer not in layers for layer in named):
+        words = f"a list of numbers of layers, from 0 to {layers[-1]},"
+        raise refusal(file, "mlp_only_layers", named, words)
+    dense = tuple(i for i in layers if i in named or (i + 1) % step)
+    if len(dense) == len(layers):
+        words = "a model with experts in some layer"
+        raise refusal(file, "decoder_sparse_step", step, words)
+    return sizes | {"scaled_routing": read["norm_topk_prob"], "dense_layers": dense}
+
+
+def _gemma3(read: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the settings of Gemma 3: its norms, its local layers, their rotation."""
+    count, types = read["num_hidden_layers"], read["layer_types"]
+    if types is None:
+        every = read["sliding_window_pattern"]
+        types = [LOCAL if (i + 1) % every else GLOBAL for i in range(count)]
+    elif len(types) != count:
+        words = GEMMA3_FIELDS["layer_types"].words
+        raise refusal(file, "layer_types", types, f"{words} of num_hidden_layers,")
+    named = read["rope_parameters"]
+    if any(key not in (GLOBAL, LOCAL) and named[key] is not None for key in named):
+        words = f"an object of {GLOBAL!r} and {LOCAL!r}"
+        raise refusal(file, "rope_parameters", named, words)
+    both = {key: OBJECT for key in (GLOBAL, LOCAL)}
+    inner = checked(named, both, file, "rope_parameters.")
+    spelled = {
+        "rope_scaling": read["rope_scaling"],
+        f"rope_parameters.{GLOBAL}": inner[GLOBAL],
+    }
+    theta, scaling = _rope(spelled, read["rope_theta"], GEMMA3_ROPE_FIELDS, file)
+    spelled = {f"rope_parameters.{LOCAL}": inner[LOCAL]}
+    local, _ = _rope(spelled, read["rope_local_base_freq"], LOCAL_ROPE_FIELDS, file)
+    return {
+        "activation": "gelu",
+        "norm_offset": True,
+        "post_norms": True,
+        "scaled_embeddings": True,
+        "query_scalar": float(read["query_pre_attn_scalar"]),
+        "logit_cap": read["final_logit_softcapping"],
+        "window": read["sliding_window"],
+        "global_layers": tuple(i for i in range(count) if types[i] == GLOBAL),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "local_rope_theta": local,
+    }
 
 
 def _default_dtype(read: Mapping[str, Any], file: Path) -> str:
@@ -206,89 +202,81 @@ def _default_dtype(read: Mapping[str, Any], file: Path) -> str:
     return known[named]
 
 
-def _rope(read: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
-    """Return theta and scaling, from the older fields or rope_parameters."""
-    old, new = (
-        _rope_of(read, name, file) for name in ("rope_scaling", "rope_parameters")
-    )
-    for name in sorted(old.keys() & new.keys()):
-        if old[name] != new[name]:
-            key = printable(name)
-            raise ValueError(
-                f"{file} says rope_scaling.{key}={shown(old[name])} and "
-                f"rope_parameters.{key}={shown(new[name])}; remove one of them"
-            )
-    found = {**old, **new}
-    theta = float(found.pop("rope_theta", read["rope_theta"]))
+def _rope(
+    spelled: Mapping[str, Mapping[str, Any]],
+    theta: float,
+    table: Mapping[str, Field],
+    file: Path,
+) -> tuple[float, RopeScaling | LinearScaling | None]:
+    """Return base and scaling of rotary frequencies.
+
+    Args:
+      spelled: the objects of the file that may hold them, by name. theta: the base
+        where none does. table: the fields of these objects. file: for messages.
+    """
+    found: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    for name, fields in spelled.items():
+        for key, value in _rope_of(fields, name, table, file).items():
+            if key in found and found[key] != value:
+                key = printable(key)
+                raise ValueError(
+                    f"{file} says {given[key]}.{key}={shown(found[key])} and "
+                    f"{name}.{key}={shown(value)}; remove one of them"
+                )
+            found[key], given[key] = value, name
+    theta = float(found.pop("rope_theta", theta))
     kind = found.pop("rope_type", "default")
-    if kind == "default":
-        names: dict[str, str] = {}
-    else:
-        names = {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_length",
-        }
+    names, within = SCALINGS[kind], " or ".join(reversed(list(spelled)))
     if found.keys() != names.keys():
         raise ValueError(
             f"{file} says rope_type={kind!r} with {shown(sorted(found))}; it takes "
-            f"exactly {sorted(names)}, in rope_parameters or rope_scaling"
+            f"exactly {sorted(names)}, in {within}"
         )
-    if kind == "default":
-        return theta, None
+    values = {names[name]: found[name] for name in names}
     try:
-        return theta, RopeScaling(**{names[name]: found[name] for name in names})
+        if kind == "default":
+            return theta, None
+        if kind == "linear":
+            return theta, LinearScaling(**values)
+        return theta, RopeScaling(**values)
     except ValueError as error:
-        raise ValueError(
-            f"{file}: {error}, in rope_parameters or rope_scaling; mend the file"
-        ) from error
+        raise ValueError(f"{file}: {error}, in {within}; mend the file") from error
 
 
-def _rope_of(read: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
-    """Return the fields of rope_scaling or rope_parameters, without nulls."""
-    found = checked(read[name], ROPE_FIELDS, file, f"{name}.")
+def _rope_of(
+    fields: Mapping[str, Any], name: str, table: Mapping[str, Field], file: Path
+) -> dict[str, Any]:
+    """Return the fields of an object of rotary parameters, without nulls."""
+    found = checked(fields, table, file, f"{name}.")
     del found["partial_rotary_factor"]  # It is 1, or has been refused.
     kind, older = found["rope_type"], found.pop("type")
     if kind is not None and older not in (None, kind):
         raise refusal(file, f"{name}.type", older, f"rope_type={kind!r} again")
     found["rope_type"] = kind or older
-    others = {key: read[name][key] for key in read[name].keys() - ROPE_FIELDS.keys()}
+    others = {key: fields[key] for key in fields.keys() - table.keys()}
     return {k: v for k, v in {**found, **others}.items() if v is not None}
 
 
 def new_fields(c: DecoderConfig) -> dict[str, Any]:
-    """Return a configuration for a decoder that was not loaded."""
-    family = "llama"
-    if c.qk_norm:
-        family = "qwen3"
-    elif c.qkv_bias and not c.o_bias:
-        family = "qwen2"
-    if c.qkv_bias != c.o_bias and family != "qwen2":
-        raise ValueError(
-            f"qkv_bias={c.qkv_bias}, o_bias={c.o_bias}, qk_norm={c.qk_norm}: no "
-            f"supported architecture ({', '.join(ARCHITECTURES)}) has these together"
-        )
+    """Return a configuration for a decoder that was not loaded.
+
+    Raises:
+      ValueError: no supported architecture has these switches together.
+    """
+    family = _family_of(c)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": c.rope_scaling.factor,
-            "low_freq_factor": c.rope_scaling.low_freq_factor,
-            "high_freq_factor": c.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": c.rope_scaling.original_length,
-        }
+        is_linear = isinstance(c.rope_scaling, LinearScaling)
+        rope["rope_type"] = "linear" if is_linear else "llama3"
+        for name, own in SCALINGS[rope["rope_type"]].items():
+            rope[name] = getattr(c.rope_scaling, own)
     # Both spellings: older versions of transformers read rope_theta and rope_scaling.
     older = {k: v for k, v in rope.items() if k != "rope_theta"}
     fields: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.dim,
-        "intermediate_size": c.hidden_dim,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
+        **{name: getattr(c, own) for name, own in OUR_NAMES.items()},
         "head_dim": c.head_size,
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
@@ -302,8 +290,91 @@ def new_fields(c: DecoderConfig) -> dict[str, Any]:
         "dtype": c.dtype,
         "torch_dtype": c.dtype,
     }
-    if family != "qwen2":
+    if family not in ("qwen2", "mistral"):
         fields["attention_bias"] = c.qkv_bias
     if family == "llama":
         fields["mlp_bias"] = False
+    if family == "mistral":
+        fields["sliding_window"] = c.window
+    if family == "qwen3_moe":
+        fields |= {name: getattr(c, own) for name, own in EXPERT_NAMES.items()}
+        fields["norm_topk_prob"] = c.scaled_routing
+        fields["decoder_sparse_step"] = 1
+        fields["mlp_only_layers"] = list(c.dense_layers)
+    if family == "gemma3_text":
+        del fields["hidden_act"]
+        scalar = c.head_size if c.query_scalar is None else c.query_scalar
+        theta = c.rope_theta if c.local_rope_theta is None else c.local_rope_theta
+        fields |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": int(scalar) if scalar % 1 == 0 else scalar,
+            "final_logit_softcapping": c.logit_cap,
+            "sliding_window": c.window,
+            "layer_types": [
+                GLOBAL if c.window_of(layer) is None else LOCAL
+                for layer in range(c.num_layers)
+            ],
+            "rope_local_base_freq": theta,
+            "rope_parameters": {
+                GLOBAL: rope,
+                LOCAL: {"rope_type": "default", "rope_theta": theta},
+            },
+        }
     return fields
+
+
+def _family_of(c: DecoderConfig) -> str:
+    """Return the family that has a decoder's switches together."""
+    gemma = (c.activation == "gelu", c.norm_offset, c.post_norms, c.scaled_embeddings)
+    has_own_scale = c.query_scalar not in (None, c.head_size)
+    is_linear = isinstance(c.rope_scaling, LinearScaling)
+    switches = {
+        "biases": (c.qkv_bias, c.o_bias),
+        "qk_norm": c.qk_norm,
+        "gemma": all(gemma) or (any(gemma) and None),
+        "window": c.window is not None,
+        "experts": c.num_experts > 0,
+        # What only Gemma 3 can say in its configuration.
+        "more": bool(
+            c.global_layers
+            or c.local_rope_theta
+            or c.logit_cap
+            or has_own_scale
+            or is_linear
+        ),
+        # Local layers whose frequencies are scaled as those of global ones.
+        "scaled window": None not in (c.window, c.rope_scaling)
+        and c.local_rope_theta is None,
+    }
+    for family, wanted in SWITCHES_OF.items():
+        if all(switches[name] in wanted.get(name, (False,)) for name in switches):
+            return family
+    names = (
+        *("qkv_bias", "o_bias", "qk_norm", "activation", "norm_offset", "post_norms"),
+        *("scaled_embeddings", "query_scalar", "logit_cap", "window", "global_layers"),
+        *("local_rope_theta", "rope_scaling", "num_experts"),
+    )
+    given = ", ".join(f"{name}={getattr(c, name)}" for name in names)
+    raise ValueError(
+        f"{given}: no supported architecture ({', '.join(ARCHITECTURES)}) has these "
+        "together"
+    )
+
+
+# Biases on q, k and v, and on the output of attention.
+BIASES = ((False, False), (True, True))
+
+# The switches of `_family_of` that a family can have; False where one is not named.
+SWITCHES_OF: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": {"biases": BIASES},
+    "qwen2": {"biases": ((True, False),)},
+    "qwen3": {"biases": BIASES, "qk_norm": (True,)},
+    "qwen3_moe": {"biases": BIASES, "qk_norm": (True,), "experts": (True,)},
+    "mistral": {
+        "biases": ((False, False),), "window": (True,), "scaled window": (False, True),
+    },
+    "gemma3_text": {
+        "biases": BIASES, "qk_norm": (True,), "gemma": (True,), "window": (True,),
+        "more": (False, True),
+    },
+}  # fmt: skip

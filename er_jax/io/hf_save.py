@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -93,9 +94,10 @@ def _disassembled(
     """Yield the name and leaf of every tensor, after checking that they fit."""
     remedy = "give the policy's own parameters, without a draft"
     leaves = jax.tree.leaves(params)
-    if len(leaves) != len(tensors):
+    count = len({tensor.path for tensor in tensors})
+    if len(leaves) != count:
         raise ValueError(
-            f"params has {len(leaves)} leaves, and the policy {len(tensors)}; {remedy}"
+            f"params has {len(leaves)} leaves, and the policy {count}; {remedy}"
         )
     for tensor in tensors:
         leaf = params
@@ -127,8 +129,7 @@ def _write_tensors(
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        array = arrays[tensor.name]
-        num_bytes = array.size * array.dtype.itemsize
+        num_bytes = math.prod(tensor.shape) * arrays[tensor.name].dtype.itemsize
         if shards[-1] and size + num_bytes > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -141,7 +142,8 @@ def _write_tensors(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         found = {}
         for tensor in shard:
-            array = np.asarray(arrays[tensor.name])
+            leaf = arrays[tensor.name]
+            array = np.asarray(leaf if tensor.expert is None else leaf[tensor.expert])
             found[tensor.name] = np.ascontiguousarray(
                 array.T if tensor.is_transposed else array
             )

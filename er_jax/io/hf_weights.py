@@ -1,7 +1,7 @@
 """Loading a Hugging Face checkpoint as a `Decoder` and its parameters.
 
-Supported are Llama 2 and 3, Mistral without a sliding window, Qwen2, Qwen2.5 and Qwen3
-(dense), from single or sharded safetensors.
+Supported are Llama 2 and 3, Mistral, Qwen2, Qwen2.5, Qwen3 (dense and with experts) and
+the text models of Gemma 3, from single or sharded safetensors.
 
 The names, shapes and types of all tensors are checked before any is read. Tensors are
 then read one by one, in slices, straight into arrays of the wanted type, so that memory
@@ -109,6 +109,9 @@ def load_hf(
     config, target = policy.config, policy.parameter_dtype()
     files = _files(path)
     tensors = {tensor.name: tensor for tensor in tensors_of(config)}
+    parts: dict[tuple[str | int, ...], list[Tensor]] = {}
+    for tensor in tensors.values():
+        parts.setdefault(tensor.path, []).append(tensor)
     leaves: dict[tuple[str | int, ...], jax.Array] = {}
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_opened(path / file)) for file in files}
@@ -117,28 +120,33 @@ def load_hf(
         bar = stack.enter_context(
             tqdm(total=total, unit="param", unit_scale=True, disable=not progress)
         )
-        for name, tensor in tensors.items():
-            read = functools.partial(_read, handles[file_of[name]], tensor, target)
+        for place, group in parts.items():
+            sources = [(handles[file_of[one.name]], one) for one in group]
+            read = functools.partial(_read, sources, target)
             if mesh is None:
-                leaves[tensor.path] = jax.device_put(read())
+                leaves[place] = jax.device_put(read())
             else:
-                leaves[tensor.path] = _read_sharded(read, tensor, config, mesh)
-            bar.update(math.prod(tensor.shape))
+                leaves[place] = _read_sharded(read, group[0], config, mesh)
+            bar.update(sum(math.prod(one.shape) for one in group))
     return policy, _assembled(leaves, config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint, and the leaf of `Params` that it becomes.
+    """A tensor of a checkpoint, and the leaf of `Params` that it becomes or is part of.
 
     name: in the checkpoint. path: of the leaf. shape: in the checkpoint; a matrix is
-    `[out, in]` there, and `[in, out]` in the leaf if `is_transposed`.
+    `[out, in]` there, and `[in, out]` in the leaf if `is_transposed`. expert: its place
+    in a leaf that stacks the matrices of experts, None in any other. num_experts: of
+    such a leaf.
     """
 
     name: str
     path: tuple[str | int, ...]
     shape: tuple[int, ...]
     is_transposed: bool = False
+    expert: int | None = None
+    num_experts: int = 0
 
     @property
     def leaf(self) -> str:
@@ -148,7 +156,8 @@ class Tensor:
     @property
     def leaf_shape(self) -> tuple[int, ...]:
         """The shape of the leaf."""
-        return self.shape[::-1] if self.is_transposed else self.shape
+        shape = self.shape[::-1] if self.is_transposed else self.shape
+        return shape if self.expert is None else (self.num_experts, *shape)
 
 
 def tensors_of(c: DecoderConfig) -> Iterator[Tensor]:
@@ -160,15 +169,24 @@ def tensors_of(c: DecoderConfig) -> Iterator[Tensor]:
         "v_proj": (kv_out, c.dim),
         "o_proj": (c.dim, q_out),
     }
-    feed_forward = {
-        "gate_proj": (c.hidden_dim, c.dim),
-        "up_proj": (c.hidden_dim, c.dim),
-        "down_proj": (c.dim, c.hidden_dim),
+    after_attention, after_mlp = "mlp_norm", None
+    before_mlp = None
+    if c.post_norms:
+        after_attention, before_mlp, after_mlp = (
+            "attn_out_norm", "mlp_norm", "mlp_out_norm",
+        )  # fmt: skip
+    norms = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": after_attention,
+        "pre_feedforward_layernorm": before_mlp,
+        "post_feedforward_layernorm": after_mlp,
     }
     yield Tensor(TABLE, ("embed",), (c.vocab_size, c.dim))
     for i in range(c.num_layers):
         prefix, at = f"model.layers.{i}", ("layers", i)
-        yield Tensor(f"{prefix}.input_layernorm.weight", (*at, "attn_norm"), (c.dim,))
+        for theirs, name in norms.items():
+            if name is not None:
+                yield Tensor(f"{prefix}.{theirs}.weight", (*at, name), (c.dim,))
         for name, shape in attention.items():
             theirs = f"{prefix}.self_attn.{name}"
             yield Tensor(f"{theirs}.weight", (*at, name), shape, is_transposed=True)
@@ -179,15 +197,35 @@ def tensors_of(c: DecoderConfig) -> Iterator[Tensor]:
             for name in ("q_norm", "k_norm"):
                 theirs = f"{prefix}.self_attn.{name}.weight"
                 yield Tensor(theirs, (*at, name), (c.head_size,))
-        theirs = f"{prefix}.post_attention_layernorm.weight"
-        yield Tensor(theirs, (*at, "mlp_norm"), (c.dim,))
-        for name, shape in feed_forward.items():
-            theirs = f"{prefix}.mlp.{name}.weight"
-            yield Tensor(theirs, (*at, name), shape, is_transposed=True)
+        yield from _feed_forward_tensors(c, i)
     yield Tensor("model.norm.weight", ("final_norm",), (c.dim,))
     if not c.tied_embeddings:
         shape = (c.vocab_size, c.dim)
         yield Tensor(HEAD, ("lm_head",), shape, is_transposed=True)
+
+
+def _feed_forward_tensors(c: DecoderConfig, layer: int) -> Iterator[Tensor]:
+    """Yield the tensors of a layer's feed-forward part, dense or of experts."""
+    prefix, at = f"model.layers.{layer}.mlp", ("layers", layer)
+    width = c.expert_dim if c.has_experts(layer) else c.hidden_dim
+    shapes = {"gate": (width, c.dim), "up": (width, c.dim), "down": (c.dim, width)}
+    if not c.has_experts(layer):
+        for name, shape in shapes.items():
+            path = (*at, f"{name}_proj")
+            yield Tensor(f"{prefix}.{name}_proj.weight", path, shape, True)
+        return
+    shape = (c.num_experts, c.dim)
+    yield Tensor(f"{prefix}.gate.weight", (*at, "router"), shape, is_transposed=True)
+    for expert in range(c.num_experts):
+        for name, shape in shapes.items():
+            yield Tensor(
+                f"{prefix}.experts.{expert}.{name}_proj.weight",
+                (*at, f"{name}_experts"),
+                shape,
+                is_transposed=True,
+                expert=expert,
+                num_experts=c.num_experts,
+            )
 
 
 def _files(path: Path) -> list[str]:
@@ -322,29 +360,43 @@ Index = tuple[slice, ...]
 
 
 def _read(
-    handle: Any, tensor: Tensor, dtype: np.dtype, index: Index | None = None
+    sources: Sequence[tuple[Any, Tensor]],
+    dtype: np.dtype,
+    index: Index | None = None,
 ) -> np.ndarray:
-    """Return a tensor as its leaf, or a part of that, read slice by slice.
+    """Return a leaf, or a part of it, read slice by slice.
 
+    sources: its tensors with the open files that hold them: one, or one per expert.
     index: part of the leaf; None is all of it.
     """
-    found = handle.get_slice(tensor.name)
+    tensor = sources[0][1]
     size = tensor.leaf_shape
     index = index or (slice(None),) * len(size)
-    bounds = [part.indices(n) for part, n in zip(index, size, strict=True)]
-    out = _aligned([stop - start for start, stop, _ in bounds], dtype)
-    if out.ndim == 1:
-        out[:] = found[bounds[0][0] : bounds[0][1]]
+    bounds = [range(*part.indices(n)) for part, n in zip(index, size, strict=True)]
+    out = _aligned([len(bound) for bound in bounds], dtype)
+    if tensor.expert is None:
+        _fill(out, *sources[0], bounds)
         return out
-    view = out.T if tensor.is_transposed else out
-    (first, last, _), (left, right, _) = (
-        bounds[::-1] if tensor.is_transposed else bounds
-    )
-    rows = max(1, SLICE_BYTES // (8 * tensor.shape[1]))
-    for start in range(first, last, rows):
-        part = found[start : min(start + rows, last), left:right]
-        view[start - first : start - first + len(part)] = part
+    for view, expert in zip(out, bounds[0], strict=True):
+        _fill(view, *sources[expert], bounds[1:])
     return out
+
+
+def _fill(
+    out: np.ndarray, handle: Any, tensor: Tensor, bounds: Sequence[range]
+) -> None:
+    """Read a tensor, or a part of it, into an array that is laid out as its leaf."""
+    found = handle.get_slice(tensor.name)
+    if out.ndim == 1:
+        out[:] = found[bounds[0].start : bounds[0].stop]
+        return
+    view = out.T if tensor.is_transposed else out
+    rows, columns = bounds[::-1] if tensor.is_transposed else bounds
+    step = max(1, SLICE_BYTES // (8 * tensor.shape[1]))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        part = found[start:stop, columns.start : columns.stop]
+        view[start - rows.start : stop - rows.start] = part
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

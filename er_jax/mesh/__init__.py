@@ -1,6 +1,6 @@
 """Several devices: sharding rules (`rules`, `layout`), the engine on a mesh (`engine`,
-`moves`, `attention`), a batch on it (`topology`), several processes (`processes`,
-`prompts`), and independent replicas (`replicas`).
+`moves`, `attention`, `experts`), a batch on it (`topology`), several processes
+(`processes`, `prompts`), and independent replicas (`replicas`).
 
 Code for one device needs none of this.
 """

@@ -22,7 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from er_jax import steps
 from er_jax.acceptance import AcceptRule
-from er_jax.devices import device_bytes
 from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine import first_use
 from er_jax.engine.engine import Engine
@@ -119,18 +118,6 @@ class MeshEngine(Engine):
                     self.policy, self.accept, mesh, owner=self
                 )
         return self._for_shared_rows
-
-    @functools.cached_property
-    def position_bytes(self) -> float:
-        """Bytes of one position of one row on a device, over the number of data shards.
-
-        A device holds this times the rows and positions of the whole batch.
-        """
-        shape = (self.layout.num_shards, 1)
-        state = jax.eval_shape(lambda: steps.empty_state(self.policy, *shape))
-        state = self._abstract_state(state)
-        sized = (state.cache, state.tokens, state.logprobs)
-        return device_bytes(sized) / self.layout.num_shards
 
     def signature(self, tree: Any) -> Hashable:
         """Return a hashable description of arrays, shardings included."""

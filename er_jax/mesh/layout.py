@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from er_jax import attention
+from er_jax import attention, experts
 from er_jax.decoder import Decoder
 from er_jax.drafter import PolicyParams
 from er_jax.engine.protocol import ROWS, described
 from er_jax.kernels import choice
 from er_jax.mesh.attention import attend_by_heads
+from er_jax.mesh.experts import mix_by_parts
 from er_jax.mesh.rules import (
     AXES,
     DATA_AXIS,
@@ -249,7 +250,11 @@ class MeshLayout:
             return PartitionSpec(DATA_AXIS) if mark == ROWS else PartitionSpec()
 
         def run(*arguments: Any) -> Any:
-            with attention.replaced(attend_by_heads), choice.using(self.attention):
+            with (
+                attention.replaced(attend_by_heads),
+                experts.replaced(mix_by_parts),
+                choice.using(self.attention),
+            ):
                 return function(*arguments)
 
         return jax.shard_map(

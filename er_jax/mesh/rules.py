@@ -45,13 +45,17 @@ class MeshAxes:
 
 
 # Pattern of the last part of a parameter's path -> axis of each dimension, as the name
-# of a field of `MeshAxes`.
+# of a field of `MeshAxes`; empty where a dimension is whole on every device.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(q|k|v|gate|up)_proj|lm_head", ("fsdp", "model")),
     (r"(o|down)_proj", ("model", "fsdp")),
     (r"embed|table", ("model", "fsdp")),
     (r"[qkv]_bias", ("model",)),
     (r"\w*norm|o_bias", ()),
+    # Every device holds a part of each expert: whichever are chosen, all work alike.
+    (r"(gate|up)_experts", ("", "fsdp", "model")),
+    (r"down_experts", ("", "model", "fsdp")),
+    (r"router", ("fsdp", "")),
 )
 
 KV_WEIGHTS = re.compile(r"[kv]_(proj|bias)")
@@ -83,7 +87,7 @@ def param_spec(
         )
     entries: list[str | None] = []
     for size, field in zip(shape, rule, strict=False):
-        axis = getattr(axes, field)
+        axis = getattr(axes, field) if field else None
         is_whole = KV_WEIGHTS.fullmatch(name) and not shards_kv(config, mesh, axes)
         if axis not in mesh.shape or (field == "model" and is_whole):
             entries.append(None)
@@ -127,9 +131,11 @@ def draft_shardings(draft: Params, params: Params) -> Params:
     """
 
     def quantized(weight: QuantizedWeight, sharding: NamedSharding) -> Any:
-        ins, outs = (*sharding.spec, None, None)[:2]
-        codes = (outs, ins, None) if weight.is_grouped else (outs, ins)
-        scale = (outs, ins, None) if weight.is_grouped else (outs, None)
+        # Leading dimensions are those of a stack, as of experts.
+        rank = weight.codes.ndim - weight.is_grouped
+        *stack, ins, outs = (*sharding.spec, *[None] * rank)[:rank]
+        codes = (*stack, outs, ins, *[None] * weight.is_grouped)
+        scale = (*stack, outs, *([ins] * weight.is_grouped), None)
 
         def leaf(x: Any) -> NamedSharding:
             spec = codes if x.shape == weight.codes.shape else scale

@@ -109,7 +109,7 @@ class DataShards:
     def state_bytes(self, shape: Shape) -> float:
         """Return the bytes of a state on one device."""
         rows, length, shared = shape
-        return rows * length * self._engines[shared].position_bytes
+        return rows * self._engines[shared].row_bytes(length)
 
     def weight_bytes(self, shared_rows: bool) -> int:
         """Return the bytes on one device of weights laid out a second time."""

@@ -2,7 +2,8 @@
 
 `Rows` is the host's record of the batch. `plan_admission` assigns free rows: a prompt
 whose cache entries are still in the batch is cloned; any other is prefilled once and
-copied to all of its sequences.
+copied to all of its sequences. Where the policy keeps a window in rings, a row that has
+gone past one no longer holds its prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from er_jax.request import Request
-from er_jax.types import NONE, Admission
+from er_jax.types import NONE, RING_DRAFTS, Admission
 
 
 @dataclasses.dataclass
@@ -107,6 +108,10 @@ def plan_admission(
     Returns:
       The admission; the number of prompts that it prefills.
     """
+    if request.ring_slots is not None:
+        # Drafts replace entries as well.
+        is_past = rows.length + RING_DRAFTS > request.ring_slots
+        rows.resident[is_past] = NONE
     free_rows = FreeRows(rows.resident, shard_rows, free)
     clones: list[tuple[int, int, int]] = []  # sequence, from, to
     fresh: dict[int, list[int]] = {}

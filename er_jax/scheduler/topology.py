@@ -155,7 +155,7 @@ class OneDevice:
 
     def state_bytes(self, shape: Shape) -> float:
         """Return the bytes of a state."""
-        return shape[0] * shape[1] * self.engine.position_bytes
+        return shape[0] * self.engine.row_bytes(shape[1])
 
     def weight_bytes(self, shared_rows: bool) -> int:
         """Return 0: no weights are laid out twice."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from er_jax.acceptance import expected_tokens
 from er_jax.decoder import DecoderConfig
+from er_jax.experts import expected_touched
 from er_jax.figures import text_table
 from er_jax.tools.hlo import Collective
 from er_jax.tools.presets import Target
@@ -61,8 +62,10 @@ class Plan:
     slots: rows on all devices. max_length: positions of each row.
     data, model: sizes of the mesh. params_bytes, draft_bytes, state_bytes: from shapes.
     programs: reports of the compiler. read_bytes: weights read by a target pass and by
-    a draft pass. cache_bytes: of one position of one row. keep: chance that a draft is
-    kept, for the speed-up.
+    a draft pass of one position a row, of experts those that are expected to be
+    touched. expert_bytes: of all experts, of the target and of the draft. cache_bytes:
+    of one position of one row, the mean over a row. keep: chance that a draft is kept,
+    for the speed-up.
     """
 
     config: DecoderConfig
@@ -78,6 +81,7 @@ class Plan:
     read_bytes: tuple[int, int]
     cache_bytes: int
     keep: float
+    expert_bytes: tuple[int, int] = (0, 0)
 
     @property
     def limit_bytes(self) -> float:
@@ -120,6 +124,7 @@ class Plan:
         length: int,
         positions: int = 1,
         *,
+        is_draft: bool = False,
         is_spanned: bool = False,
     ) -> float:
         """Return the seconds of a pass by the data sheet: bytes counted, or arithmetic.
@@ -129,17 +134,27 @@ class Plan:
 
         Args:
           count: of the pass. rows: of all devices. length: of the cache.
-          positions: of each row. is_spanned: whether it is a draft that sees a span,
-            which reads as much of the cache at any length.
+          positions: of each row. is_draft: whether it is a draft. is_spanned: whether
+            it is one that sees a span, which reads as much of the cache at any length.
         """
         chip, c = self.target.chip, self.config
         assert chip is not None
         own = max(rows // self.data, 1)
         share = 1.0 if is_spanned else length / self.max_length
         moved = count.bytes_at(own * self.data / self.slots, share)
-        matrices = self.read_bytes[0] / jnp.dtype(c.dtype).itemsize
-        attention = 4 * c.num_layers * c.num_heads * c.head_size / self.model
-        operations = positions * own * (2 * matrices + attention * length)
+        # Fewer rows touch fewer experts.
+        left = untouched_share(c, own * positions)
+        fewer = left - untouched_share(c, self.slots // self.data * positions)
+        moved -= fewer * self.expert_bytes[is_draft]
+        weights = self.read_bytes[0] + self.expert_bytes[0] * (
+            untouched_share(c, self.slots // self.data) - left
+        )
+        matrices = weights / jnp.dtype(c.dtype).itemsize
+        seen = sum(
+            min(length, c.window_of(layer) or length) for layer in range(c.num_layers)
+        )
+        attention = 4 * seen * c.num_heads * c.head_size / self.model
+        operations = positions * own * (2 * matrices + attention)
         return max(moved / chip.bytes_per_s, operations / chip.ops_per_s)
 
     def speed_up(self, rows: int, length: int, gamma: int) -> float | None:
@@ -152,7 +167,9 @@ class Plan:
             return None
         step = self.pass_seconds(plain.target, rows, length)
         is_spanned = drafting.sizes.ring_length > 0
-        draft = self.pass_seconds(drafting.draft, rows, length, is_spanned=is_spanned)
+        draft = self.pass_seconds(
+            drafting.draft, rows, length, is_draft=True, is_spanned=is_spanned
+        )
         verify = self.pass_seconds(drafting.target, rows, length, gamma + 1)
         tokens = expected_tokens([self.keep] * gamma)
         return float(tokens * step / (gamma * draft + verify))
@@ -264,6 +281,14 @@ class Plan:
             f"kept with chance {self.keep} (no overheads, peaks of the data sheet)\n"
             + text_table(body, header)
         )
+
+
+def untouched_share(config: DecoderConfig, tokens: int) -> float:
+    """Return the share of the experts that a pass over some tokens does not read."""
+    if not config.num_experts:
+        return 0.0
+    count, chosen = config.num_experts, config.experts_per_token
+    return 1 - expected_touched(count, chosen, tokens) / count
 
 
 def _gb(num_bytes: float) -> str:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from er_jax import steps
+from er_jax import kv_cache, steps
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.arguments import MOST_DRAFTS, check_chance, check_gammas, check_whole
 from er_jax.control.estimate import PRIOR_KEEP
@@ -30,13 +30,14 @@ from er_jax.drafter import DrafterConfig, PolicyParams, attach_draft
 from er_jax.engine.lowering import Lowering
 from er_jax.engine.protocol import OneDevice
 from er_jax.engine.windows import run_window
+from er_jax.experts import NAMES, expected_touched
 from er_jax.kernels import choice
 from er_jax.mesh import layout, rules
 from er_jax.tools.hlo import collectives, weight_copies
-from er_jax.tools.needs import RESERVED_SHARE, Plan, ProgramCount
+from er_jax.tools.needs import RESERVED_SHARE, Plan, ProgramCount, untouched_share
 from er_jax.tools.presets import Target
 from er_jax.tools.traffic import Sizes, count_window
-from er_jax.types import Program
+from er_jax.types import Program, Span
 
 GAMMA = 4
 
@@ -109,9 +110,16 @@ def plan(
     # reads the policy's vectors, which are not quantized.
     looked_up = 0 if config.tied_embeddings else device_bytes(params.policy["embed"])
     vectors = [x for x in jax.tree.leaves(params.policy) if len(x.shape) < 2]
-    read_bytes = (params_bytes - looked_up, draft_bytes + device_bytes(vectors))
+    weight_bytes = (params_bytes - looked_up, draft_bytes + device_bytes(vectors))
+    expert_bytes = _expert_bytes(params.policy), _expert_bytes(params.draft)
+    rows = slots // data
+
+    def read(which: int, positions: int) -> int:
+        """Return the bytes of weights that a pass over a batch's tokens reads."""
+        unread = untouched_share(config, rows * positions) * expert_bytes[which]
+        return weight_bytes[which] - round(unread)
+
     cache_bytes = device_bytes(state.cache)
-    entry_bytes = cache_bytes // max_length
     # A window that the controller may choose is not planned for: it leaves it out where
     # there is no room for rings.
     span = None if None in drafter.spans else drafter.spans[0]
@@ -136,15 +144,14 @@ def plan(
         sizes = Sizes(
             vocab_sizes=(config.vocab_size, vocab),
             cache_length=max_length,
-            weights=read_bytes,
-            cache=(
-                cache_bytes,
-                entry_bytes * (span.head + span.window) if span else cache_bytes,
-            ),
-            entry=entry_bytes,
-            logits=slots // data * vocab * 4,
+            weights=(read(0, gamma + 1), read(1, 1)),
+            cache=(cache_bytes, _seen_bytes(state.cache, span)),
+            entry=round(_seen_bytes(state.cache, Span(0, 1))),
+            logits=rows * vocab * 4,
             gamma=gamma,
             ring_length=span.ring_length(gamma) if span and gamma else 0,
+            slots=_ring_lengths(state.cache, span if gamma else None, gamma),
+            touched=(_touched(config, rows * (gamma + 1)), _touched(config, rows)),
         )
         program = Program(slots, max_length, gamma).seeing(span if gamma else None)
         arguments = device_bytes((used, state))
@@ -160,8 +167,9 @@ def plan(
         draft_bytes=draft_bytes,
         state_bytes=device_bytes(state),
         programs=tuple(programs),
-        read_bytes=read_bytes,
-        cache_bytes=cache_bytes // (slots // data) // max_length,
+        read_bytes=(read(0, 1), read(1, 1)),
+        expert_bytes=expert_bytes,
+        cache_bytes=cache_bytes // rows // max_length,
         keep=keep,
     )
 
@@ -204,6 +212,53 @@ def _counted(
         weight_copies=weight_copies(text, weights),
         traffic=count_window(text, sizes),
     )
+
+
+def _expert_bytes(params: Any) -> int:
+    """Return the bytes on each device of the weights of experts, or of their draft."""
+    layers = params["layers"]
+    return device_bytes([[layer.get(name) for name in NAMES] for layer in layers])
+
+
+def _touched(config: DecoderConfig, tokens: int) -> float:
+    """Return how many experts of a layer a pass is expected to read."""
+    if not config.num_experts:
+        return 0
+    return expected_touched(config.num_experts, config.experts_per_token, tokens)
+
+
+def _seen_bytes(cache: Any, span: Span | None) -> int:
+    """Return the bytes of the entries that queries of a span see; None is all of them.
+
+    Of a layer with a window they see no more than that.
+    """
+    total = 0.0
+    for leaf in jax.tree.leaves(cache, is_leaf=kv_cache.is_ring):
+        slots = jax.tree.leaves(leaf)[0].shape[1]
+        seen = slots
+        if span is not None:
+            seen = min(slots, span.head + span.window)
+            if kv_cache.is_ring(leaf):
+                seen = min(slots, leaf.span.window, span.window)
+        total += device_bytes(leaf) / slots * seen
+    return round(total)
+
+
+def _ring_lengths(cache: Any, span: Span | None, gamma: int) -> frozenset[int]:
+    """Return the slots of all rings: those of the state, and those of its drafts."""
+    windows = {
+        (leaf.span.window, leaf.entries.shape[1])
+        for leaf in jax.tree.leaves(cache, is_leaf=kv_cache.is_ring)
+        if kv_cache.is_ring(leaf)
+    }
+    found = {slots for _, slots in windows}
+    if span is not None:
+        found.add(span.ring_length(gamma))
+        found |= {
+            Span(0, min(window, span.window)).ring_length(gamma)
+            for window, _ in windows
+        }
+    return frozenset(found)
 
 
 def shapes_of(policy: Decoder, drafter: DrafterConfig, slots: int, length: int) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from er_jax.decoder import DecoderConfig, RopeScaling
+from er_jax.decoder import DecoderConfig, LinearScaling, RopeScaling
 from er_jax.devices import device_memory_bytes
 
 
@@ -51,6 +51,38 @@ def _qwen3(
     )
 
 
+def _gemma(
+    dim: int, layers: int, heads: int, kv_heads: int, hidden: int, **others: Any
+) -> DecoderConfig:
+    # The small models; the text parts of the larger ones see further.
+    small = dict(vocab_size=262_144, head_dim=256, window=512, max_length=32_768)
+    return DecoderConfig(
+        dim=dim,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        hidden_dim=hidden,
+        rope_theta=1e6,
+        local_rope_theta=1e4,
+        global_layers=tuple(range(5, layers, 6)),
+        qk_norm=True,
+        tied_embeddings=True,
+        activation="gelu",
+        norm_offset=True,
+        post_norms=True,
+        scaled_embeddings=True,
+        dtype="bfloat16",
+        **small | others,
+    )
+
+
+_LARGER_GEMMA: dict[str, Any] = dict(
+    vocab_size=262_208,
+    window=1024,
+    max_length=131_072,
+    rope_scaling=LinearScaling(8.0),
+)
+
 # Sizes from the config.json files of their publishers.
 PRESETS: dict[str, DecoderConfig] = {
     "qwen2.5-7b": _qwen2(3584, 28, 28, 4, 18_944),
@@ -87,6 +119,41 @@ PRESETS: dict[str, DecoderConfig] = {
     "qwen3-8b": _qwen3(4096, 36, 32, 12_288),
     "qwen3-14b": _qwen3(5120, 40, 40, 17_408),
     "qwen3-32b": _qwen3(5120, 64, 64, 25_600),
+    "qwen3-30b-a3b": DecoderConfig(
+        vocab_size=151_936,
+        dim=2048,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        hidden_dim=6144,
+        head_dim=128,
+        rope_theta=1e6,
+        qk_norm=True,
+        num_experts=128,
+        experts_per_token=8,
+        expert_dim=768,
+        max_length=40_960,
+        dtype="bfloat16",
+    ),
+    "mistral-7b-v0.1": DecoderConfig(
+        vocab_size=32_000,
+        dim=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        hidden_dim=14_336,
+        norm_eps=1e-5,
+        window=4096,
+        max_length=32_768,
+        dtype="bfloat16",
+    ),
+    "gemma-3-270m": _gemma(640, 18, 4, 1, 2048),
+    "gemma-3-1b": _gemma(1152, 26, 4, 1, 6912),
+    "gemma-3-4b": _gemma(2560, 34, 8, 4, 10_240, **_LARGER_GEMMA),
+    "gemma-3-12b": _gemma(3840, 48, 16, 8, 15_360, **_LARGER_GEMMA),
+    "gemma-3-27b": _gemma(
+        5376, 62, 32, 16, 21_504, head_dim=128, query_scalar=168.0, **_LARGER_GEMMA
+    ),
 }
 
 

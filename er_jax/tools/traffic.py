@@ -4,10 +4,11 @@ The count follows the optimized HLO of a real program. Every scheduled instructi
 computes reads its operands from the device's memory and writes its results there; a
 buffer in on-chip memory (a TPU's S(1)) is free. An instruction that reads a slice, or
 writes into an existing buffer, moves the slice. A round is the body of the window's
-inner loop: the loop of drafts runs gamma times, the verification's loop once, the
-loops that mend rows with non-finite logits never; a conditional takes its cheapest
-branch. A custom call, such as a kernel of attention, reads its operands once and writes
-its results; cuDNN's attention also writes its workspace.
+inner loop: the loop of drafts runs gamma times, the verification's loop once, a loop
+over experts once for each that is touched (`experts.expected_touched`), the loops that
+mend rows with non-finite logits never; a conditional takes its cheapest branch. A
+custom call, such as a kernel of attention, reads its operands once and writes its
+results; cuDNN's attention also writes its workspace.
 
 The minimum of a pass: its weights once (in a draft their codes and scales), the cache
 once at its padded length (in a draft that sees a span, the entries of the span), the
@@ -83,12 +84,12 @@ class Count:
         rest = self.total - weights - attended
         return weights + rows * (length * attended + rest)
 
-    def add(self, other: Count, times: int = 1) -> None:
-        """Add what another part does, several times."""
+    def add(self, other: Count, times: float = 1) -> None:
+        """Add what another part does, several times: a mean number."""
         for part, size in other.num_bytes.items():
-            self.add_bytes(part, times * size)
-        self.kernels += times * other.kernels
-        self.branches += times * other.branches
+            self.add_bytes(part, round(times * size))
+        self.kernels += round(times * other.kernels)
+        self.branches += round(times * other.branches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,9 @@ class Sizes:
     target pass and a draft pass must read. cache: bytes of the cache that each must.
     entry: bytes of one position of all rows. logits: bytes of the logits of one
     position of all rows. gamma: drafts of a round. ring_length: slots of the rings that
-    drafts read; 0 where they read the cache.
+    drafts read; 0 where they read the cache. slots: of all rings, those of layers with
+    a window included. touched: experts of a layer that a target pass and a draft pass
+    read, 0 without experts.
     """
 
     vocab_sizes: tuple[int, ...]
@@ -110,6 +113,8 @@ class Sizes:
     logits: int
     gamma: int
     ring_length: int = 0
+    slots: frozenset[int] = frozenset()
+    touched: tuple[float, float] = (0, 0)
 
     def minimum(self, kind: Kind) -> int:
         """Return the bytes that a pass must move; a target pass verifies a round."""
@@ -224,7 +229,7 @@ class _Counter:
             elif one.opcode == "while" and "/cache/" in one.scope:
                 # It makes the rings of drafts.
                 labels = tuple(
-                    "cache" if self.sizes.ring_length in buffer.dims else ""
+                    "cache" if self.sizes.slots & {*buffer.dims} else ""
                     for buffer in one.buffers
                 )
             elif one.opcode in ("while", "bitcast", "copy", "convert"):
@@ -281,6 +286,13 @@ class _Counter:
         elif loop.scope.endswith("/verify/while"):
             total.add(self._count(body, at))
             total.branches += 2  # tested before its only turn and after
+        elif loop.scope.endswith("/experts/while"):
+            is_draft = "/draft/" in loop.scope
+            times = self.sizes.touched[is_draft]
+            # The compiler has no loop for a single draft.
+            into = self.draft if is_draft and self.sizes.gamma == 1 else total
+            into.add(self._count(body, at), times)
+            into.branches += 1 + round(times)
         elif "known_trip_count" in loop.attributes:
             found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
             assert found is not None
@@ -338,7 +350,7 @@ class _Counter:
         if any(size in buffer.dims for size in self.sizes.vocab_sizes):
             is_logits = written and PROJECTION.search(one.scope.rsplit("/", 1)[-1])
             return "logits" if is_logits else "sampling"
-        lengths = {self.sizes.cache_length, self.sizes.ring_length}
+        lengths = self.sizes.slots | {self.sizes.cache_length}
         if lengths & {*buffer.dims} and len(buffer.dims) > 2:
             return "scores"
         return "other"
@@ -367,6 +379,8 @@ class _Counter:
                     size += _share(user.buffers[0], buffer)
                 elif user.opcode in ("dynamic-update-slice", "scatter") and place == 0:
                     continue  # changed in place: what is written counts
+                elif "output_to_operand_aliasing" in user.attributes:
+                    size += used(user.name)  # the same bytes by another name
                 elif user.opcode == "fusion":
                     inner = self.module[user.called["calls"][0]]
                     size += self._read_inside(inner, place, buffer)
