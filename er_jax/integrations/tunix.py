@@ -5,7 +5,8 @@
 
 It takes Tunix's Llama 3, Qwen 2 and Qwen 3 models, with any sharding, and with LoRA
 parameters. Needs the extra `tunix`. Left out: which array becomes which parameter
-(`tunix_weights`), what is asked and given back (`tunix_calls`), threads (`batching`).
+(`tunix_weights`), what is asked and given back (`tunix_calls`), rollouts for several
+threads (`tunix_sampling`).
 docs/tunix.md shows it in use.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,21 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from er_jax import checks
 from er_jax.config import RolloutConfig
 from er_jax.control.controller import Controller
 from er_jax.decoder import Decoder
 from er_jax.devices import default_device
-from er_jax.drafter import PolicyParams
 from er_jax.engine.adoption import Adoption, run_logits, run_token_logprobs
 from er_jax.integrations import tunix_calls
-from er_jax.integrations.batching import Batcher
-from er_jax.integrations.tunix_calls import GenerateCall, Noise
+from er_jax.integrations.tunix_calls import GenerateCall
+from er_jax.integrations.tunix_sampling import CallSampler
 from er_jax.integrations.tunix_weights import LORA, Weights, family_of, placed
 from er_jax.mesh.layout import rollout_mesh
 from er_jax.mesh.rules import MeshAxes
-from er_jax.result import Completion, Rollout
-from er_jax.rollout import rollout
+from er_jax.result import Rollout
 
 try:
     from flax import nnx
@@ -108,24 +105,11 @@ class ErJaxRollout(base_rollout.BaseRollout):
         is_adapted = isinstance(tokenizer, TokenizerAdapter)
         self._tokenizer = tokenizer if is_adapted else TokenizerAdapter(tokenizer)
         self._options = tunix_calls.checked_options(options)
-        self._asked = rollout_config
+        self._asked, self._actor = rollout_config, rollout_actor
         config = self._settings(rollout_config)
-        self._drafter = config.drafter
-        self._controller = controller or Controller(config.control, config.gammas)
-        self._on_rollout = on_rollout
-        self._noise = Noise(seed)
-        self._lock = threading.Lock()
-        self._batcher = Batcher(tunix_calls.batch_of, self._run, max_wait_s)
-
         family = family_of([kind.__name__ for kind in type(rollout_actor).__mro__])
         own = _arrays_of(nnx.state(rollout_actor, nnx.Param))
         _check_on_device(own)
-        several = mesh is not None and mesh.size > 1
-        self._theirs = mesh if several else None
-        self._mesh = rollout_mesh(mesh, axes) if several else None
-        is_one = mesh is not None and mesh.size == 1
-        self._device = mesh.devices.flat[0] if is_one else default_device()
-        self._actor = rollout_actor
         weights = Weights.of(
             family,
             rollout_actor.config,
@@ -133,16 +117,31 @@ class ErJaxRollout(base_rollout.BaseRollout):
             dtype=rollout_config.data_type,
             lora_scale=lora_scale,
         )
+        # With one device there is no need of a mesh.
+        devices = [default_device()] if mesh is None else list(mesh.devices.flat)
+        self._device = devices[0]
+        self._theirs = mesh if len(devices) > 1 else None
+        ours = shardings = None
         arrays = self._placed(own)
-        shardings = None
-        if self._mesh is not None:
-            shardings = weights.shardings(arrays, self._mesh, axes, self._drafter)
+        if self._theirs is not None:
+            ours = rollout_mesh(self._theirs, axes)
+            shardings = weights.shardings(arrays, ours, axes, config.drafter)
         kept = weights.kept(arrays, shardings and shardings.policy)
-        self._adopt = Adoption(weights.convert, kept, self._drafter, shardings)
+        self._adopt = Adoption(weights.convert, kept, config.drafter, shardings)
         self._policy = _checked_policy(
             weights, self._adopt, rollout_actor, arrays, mesh
         )
-        self._params: PolicyParams | None = self._adopt(arrays)
+        self._sampler = CallSampler(
+            self._policy,
+            controller or Controller(config.control, config.gammas),
+            seed=seed,
+            max_wait_s=max_wait_s,
+            usual_limit=config.max_new_tokens,
+            device=self._device,
+            mesh=ours,
+            on_rollout=on_rollout,
+        )
+        self._sampler.update(lambda: self._adopt(arrays))
 
     # -- what Tunix calls
 
@@ -163,10 +162,7 @@ class ErJaxRollout(base_rollout.BaseRollout):
             self._settings(rollout_config),
             tunix_calls.key_of(rollout_config.seed),
         )
-        # Here, where it fails this call alone and not those that it is run with.
-        checks.checked_prompts(call.prompts, self._policy.vocab_size)
-        self._batcher.submit(call)
-        done = [completion for completion in call.completions if completion is not None]
+        done = self._sampler.sample(call)
         has_logprobs = rollout_config.return_logprobs
         return base_rollout.RolloutOutput(
             text=[tunix_calls.text_of(c, self._tokenizer) for c in done],
@@ -195,10 +191,10 @@ class ErJaxRollout(base_rollout.BaseRollout):
             completion_mask = completion != self.pad_id()
         kept = jnp.asarray(completion_mask).astype(bool)
         mask = jnp.concatenate([prompt != self.pad_id(), kept], axis=1)
-        with self._placement():
+        with self._sampler.placement():
             return run_token_logprobs(
                 self._policy,
-                self._current().policy,
+                self._sampler.params.policy,
                 jnp.concatenate([prompt, completion], axis=1),
                 mask,
                 jnp.asarray(self._asked.temperature, jnp.float32),
@@ -221,11 +217,7 @@ class ErJaxRollout(base_rollout.BaseRollout):
         if any(LORA.fullmatch(name) for name in new):
             new = {**_arrays_of(nnx.state(self._actor, nnx.Param)), **new}
         arrays = self._placed(new)
-        with self._lock:
-            # The old weights make room first, unless a rollout still uses them.
-            self._params = None
-            self._params = self._adopt(arrays)
-            self._noise.advance()
+        self._sampler.update(lambda: self._adopt(arrays))
 
     def pad_id(self) -> int:
         """Return the tokenizer's pad id."""
@@ -248,67 +240,6 @@ class ErJaxRollout(base_rollout.BaseRollout):
 
     def _placed(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return placed(arrays, self._theirs, self._device)
-
-    def _placement(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which programs without a mesh run on their device."""
-        if self._mesh is not None:
-            return contextlib.nullcontext()
-        return jax.default_device(self._device)
-
-    def _current(self) -> PolicyParams:
-        if self._params is None:
-            raise RuntimeError(
-                "the last update of the weights failed; update them again"
-            )
-        return self._params
-
-    def _run(self, calls: list[GenerateCall]) -> None:
-        """Answer calls that `tunix_calls.batch_of` has put together."""
-        places = [(call, i) for call in calls for i in range(len(call.prompts))]
-        prompts = [call.prompts[i] for call, i in places]
-        limit = tunix_calls.shared_limit(calls, self._asked.max_tokens_to_generate)
-        key = calls[0].key
-        with self._lock:
-            params = self._current()
-            if key is None:
-                key, ids = self._noise.key, self._noise.ask(prompts)
-            else:
-                ids, limit = list(range(len(prompts))), calls[0].settings.max_new_tokens
-        config = dataclasses.replace(calls[0].settings, max_new_tokens=limit)
-        for indices in tunix_calls.rollouts_of(ids):
-            place_of = {ids[i]: places[i] for i in indices}
-
-            def deliver(name: int, found: Completion, place_of: Any = place_of) -> None:
-                call, index = place_of[name]
-                if call.put(index, found):
-                    self._batcher.finish(call)
-
-            with self._placement():
-                out = rollout(
-                    self._policy,
-                    params,
-                    [prompts[i] for i in indices],
-                    key=key,
-                    config=config,
-                    sequence_ids=[ids[i] for i in indices],
-                    controller=self._controller,
-                    mesh=self._mesh,
-                    on_finish=deliver,
-                )
-            # Of several processes, each is told of some completions and has them all.
-            for row, name in enumerate(out.sequence_ids):
-                deliver(int(name), _completion(out, row))
-            if self._on_rollout is not None:
-                self._on_rollout(out)
-
-
-def _completion(out: Rollout, row: int) -> Completion:
-    length = int(out.lengths[row])
-    return Completion(
-        token_ids=out.completion_ids[row, :length],
-        logprobs=out.logprobs[row, :length],
-        finish_reason=str(out.finish_reason[row]),
-    )
 
 
 def _arrays_of(state: Any) -> dict[str, jax.Array]:

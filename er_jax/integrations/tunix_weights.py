@@ -307,9 +307,9 @@ def placed(
             return x if x.devices() == {device} else jax.device_put(x, device)
         old = x.sharding
         is_named = isinstance(old, NamedSharding)
-        if is_named and list(old.mesh.devices.flat) == list(mesh.devices.flat):  # type: ignore[union-attr]
+        if is_named and list(old.mesh.devices.flat) == list(mesh.devices.flat):  # type: ignore[attr-defined]
             return x
-        spec = old.spec if is_named else PartitionSpec()  # type: ignore[union-attr]
+        spec = old.spec if is_named else PartitionSpec()  # type: ignore[attr-defined]
         entries: list[Any] = []
         for entry, size in zip(spec, x.shape, strict=False):
             several = entry if isinstance(entry, tuple) else (entry,)
