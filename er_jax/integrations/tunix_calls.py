@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from er_jax.arguments import is_whole
@@ -80,7 +81,7 @@ def key_of(seed: Any) -> jax.Array | None:
     if is_whole(seed, 0, 2**63 - 1):
         return jax.random.key(int(seed))
     is_array = isinstance(seed, jax.Array | np.ndarray)
-    if is_array and seed.ndim == 0 and np.issubdtype(seed.dtype, np.integer):
+    if is_array and seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer):
         return jax.random.key(int(seed))
     if not is_array:
         raise ValueError(
