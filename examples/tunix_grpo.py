@@ -112,7 +112,7 @@ def new_model(settings: Settings) -> qwen3.Qwen3:
     """Return a model with random weights."""
     config = qwen3.ModelConfig(
         num_layers=settings.layers,
-        vocab_size=len(LETTERS) + 3,
+        vocab_size=len(LETTERS) + 2,
         embed_dim=settings.dim,
         hidden_dim=3 * settings.dim,
         num_heads=4,

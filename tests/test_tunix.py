@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -433,7 +434,7 @@ def test_batches_are_of_one_kind_and_few_limits() -> None:
 # -- threads ---------------------------------------------------------------------------
 
 
-def together(functions: list[Callable[[], Any]]) -> list[Any]:
+def together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
         return [f.result(WAIT_S) for f in [pool.submit(f) for f in functions]]
 
@@ -478,7 +479,7 @@ def test_a_call_waits_for_others_and_no_longer() -> None:
             batcher.finish(call)
 
     batcher: Batcher[Counted] = Batcher(lambda calls: calls, run, 0.5)
-    together([lambda i=i: batcher.submit(Counted(i)) for i in range(5)])  # type: ignore[misc]
+    together([functools.partial(batcher.submit, Counted(i)) for i in range(5)])
     start = time.monotonic()
     batcher.submit(Counted(9))
     assert time.monotonic() - start >= 0.4
@@ -517,7 +518,7 @@ def test_what_fails_fails_for_every_call_of_the_batch() -> None:
         return "done"
 
     batcher: Batcher[Counted] = Batcher(lambda calls: calls, run, 0.3)
-    found = together([lambda i=i: outcome(i) for i in range(3)])  # type: ignore[misc]
+    found = together([functools.partial(outcome, i) for i in range(3)])
     assert sorted(found) == ["done", "no more memory", "no more memory"]
     assert outcome(0) == "done"  # the next batch runs
 
@@ -570,7 +571,7 @@ def test_threads_get_what_one_call_gets() -> None:
     assert set(more).isdisjoint(one)  # nothing repeats
     again, _, _ = sampler_of("tunix calls", on_rollout=rollouts.append)
     rollouts.clear()
-    calls = [lambda p=p: sampled(again, [p]) for p in reversed(PROMPTS)]  # type: ignore[misc]
+    calls = [functools.partial(sampled, again, [p]) for p in reversed(PROMPTS)]
     found = together(calls)
     assert len(rollouts) == 1 and len(rollouts[0].lengths) == len(PROMPTS)
     assert sorted(row for rows in found for row in rows) == sorted(one)

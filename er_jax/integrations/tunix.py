@@ -227,7 +227,7 @@ class ErJaxRollout(base_rollout.BaseRollout):
         """Return the tokenizer's end-of-sequence id."""
         return self._tokenizer.eos_id()
 
-    def model(self) -> None:
+    def model(self) -> Any:
         """Return None: there is no module, so Tunix sends every update."""
         return None
 
@@ -291,7 +291,7 @@ def _checked_policy(
         if min(errors.values(), default=1.0) > EQUAL:
             policy = _with_theta(weights.policy, theta)
             found = run_logits(policy, params, jnp.asarray(tokens, jnp.int32))
-            errors[theta] = _difference(np.array(found, np.float32), wanted)
+            errors[theta] = _distance(np.array(found, np.float32), wanted)
     theta = min(errors, key=errors.__getitem__)
     if not errors[theta] <= MOST_DIFFERENCE:
         raise ValueError(
@@ -311,7 +311,7 @@ def _checked_policy(
     return _with_theta(weights.policy, theta)
 
 
-def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
+def _distance(found: np.ndarray, wanted: np.ndarray) -> float:
     """Return how far logits `[T, V]` are apart, relative to the spread of `wanted`."""
     found, wanted = (x - x.mean(axis=-1, keepdims=True) for x in (found, wanted))
     spread = np.sqrt(np.mean(wanted**2)) + np.finfo(np.float32).tiny
