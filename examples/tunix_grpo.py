@@ -71,13 +71,13 @@ class Settings:
     """Sizes of the run: the task, the model, and the training."""
 
     most_digits: int = 10
-    warm_up_steps: int = 300
-    warm_up_batch: int = 64
+    warm_up_steps: int = 250
+    warm_up_batch: int = 32
     steps: int = 20
     prompts: int = 16
     generations: int = 8
     new_tokens: int = 40
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     dim: int = 96
     layers: int = 2
     seed: int = 0
@@ -310,18 +310,21 @@ def run(engines: dict[str, Any], settings: Settings) -> dict[str, dict[str, Any]
 
 
 def summary(records: dict[str, dict[str, Any]]) -> str:
-    """Return the comparison as a table."""
+    """Return the comparison as a table.
+
+    Compilation is what all rollouts took beyond as many times their median.
+    """
     lines = [
-        "engine    reward first 5 / last 5   s per rollout   first 3, s   tokens/s"
+        "engine     reward, first 5 and last 5 steps   median rollout   compilation   "
+        "tokens/s"
     ]
     for name, record in records.items():
         reward, seconds = record["reward"], record["rollout_s"]
-        later = seconds[3:] or seconds
-        tokens = record["tokens"][-len(later) :]
+        median = statistics.median(seconds)
         lines.append(
-            f"{name:<9} {np.mean(reward[:5]):>12.3f} / {np.mean(reward[-5:]):.3f}"
-            f"{statistics.median(later):>16.3f}{sum(seconds[:3]):>13.1f}"
-            f"{sum(tokens) / sum(later):>11.0f}"
+            f"{name:<10} {np.mean(reward[:5]):>15.3f} {np.mean(reward[-5:]):>15.3f}"
+            f"{median:>17.3f} s{sum(seconds) - median * len(seconds):>12.1f} s"
+            f"{statistics.median(record['tokens']) / median:>11.0f}"
         )
     return "\n".join(lines)
 

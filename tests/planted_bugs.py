@@ -895,13 +895,6 @@ BUGS: tuple[PlantedBug, ...] = (
         (f"{TUNIX}::test_every_array_has_its_place[Llama3]",),
     ),
     PlantedBug(
-        "Tunix: gate and up exchanged",
-        "er_jax::LAYER",
-        'Leaf("gate_proj", "mlp/gate_proj/kernel")',
-        'Leaf("gate_proj", "mlp/up_proj/kernel")',
-        (f"{TUNIX}::test_every_array_has_its_place[Llama3]",),
-    ),
-    PlantedBug(
         "Tunix: LoRA merged without its scale",
         "er_jax::Weights._merged_lora",
         "scale * change.reshape(x.shape)",

@@ -78,6 +78,8 @@ def arrays_of(family: str, *, tied: bool, lora: bool = False) -> dict[str, jax.A
             shapes[f"{at}/attn/q_proj/w_lora_b"] = (2, HEADS, SIZE)
             shapes[f"{at}/attn/o_proj/w_lora_a"] = (HEADS, SIZE, 2)
             shapes[f"{at}/attn/o_proj/w_lora_b"] = (2, DIM)
+            shapes[f"{at}/mlp/down_proj/kernel_lora_a"] = (HIDDEN, 2)
+            shapes[f"{at}/mlp/down_proj/kernel_lora_b"] = (2, DIM)
     rng = np.random.default_rng(0)
     return {
         name: jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
@@ -141,7 +143,7 @@ def test_adopted_weights_are_shared_and_nothing_passes_the_host() -> None:
     layer = params.policy["layers"][0]
     assert layer["up_proj"] is arrays["layers/0/mlp/up_proj/kernel"]
     assert len(jax.tree.leaves(params.policy)) == len(arrays)
-    wanted = er_jax.attach_draft(weights.convert(arrays), drafter)
+    wanted = jax.jit(lambda x: er_jax.attach_draft(weights.convert(x), drafter))(arrays)
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
     bfloat16 = Weights.of("Qwen3", CONFIG, arrays, dtype=jnp.bfloat16)
     assert set(jax.tree.leaves(bfloat16.kept(arrays))) == {""}
@@ -156,16 +158,21 @@ def test_lora_parameters_are_merged_or_refused_by_name() -> None:
         Weights.of("Llama3", CONFIG, arrays)
     weights = Weights.of("Llama3", CONFIG, arrays, lora_scale=0.5)
     layer = weights.convert(arrays)["layers"][1]
-    for x, shape in (("q", (DIM, -1)), ("o", (-1, DIM))):
+    for name, shape in (
+        ("attn/q_proj/w", (DIM, -1)),
+        ("attn/o_proj/w", (-1, DIM)),
+        ("mlp/down_proj/kernel", (-1, DIM)),
+    ):
         w, a, b = (
-            np.asarray(arrays[f"layers/1/attn/{x}_proj/w{part}"], np.float64)
+            np.asarray(arrays[f"layers/1/{name}{part}"], np.float64)
             for part in ("", "_lora_a", "_lora_b")
         )
         wanted = (w + 0.5 * np.tensordot(a, b, 1)).reshape(shape)
-        np.testing.assert_allclose(layer[f"{x}_proj"], wanted, rtol=1e-5, atol=1e-6)
+        found = layer[name.split("/")[1]]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
     kept = jax.tree.leaves(weights.kept(arrays))
     assert "layers/0/mlp/up_proj/kernel" in kept
-    assert not any("q_proj" in theirs for theirs in kept)
+    assert not any("down_proj" in theirs for theirs in kept)
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def as_users_run_jax() -> Iterator[None]:
-    """Run with the promotion that Tunix relies on."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+    """Run with the promotion that Tunix relies on, in all threads."""
+    names = ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+    before = {name: jax.config.read(name) for name in names}
+    for name, value in zip(names, ("standard", "allow"), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 class Tokenizer:
