@@ -33,6 +33,7 @@ from benchmarks import (
     scaling,
     text,
     traffic,
+    tunix,
 )
 from benchmarks.lib import measure, pass_points, records
 from benchmarks.lib.tables import Table, markdown, number
@@ -67,6 +68,7 @@ POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "scaling": scaling.rows_of,
     "text": text.rows_of,
     "traffic": traffic.rows_of,
+    "tunix": tunix.rows_of,
 }
 
 

@@ -15,13 +15,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import re
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -277,7 +275,15 @@ def timed(generate: Callable[..., Any], record: dict[str, Any]) -> Callable[...,
     return run
 
 
-def run(engines: dict[str, Any], settings: Settings) -> dict[str, dict[str, Any]]:
+def engines() -> dict[str, Any]:
+    """Return what `rollout_engine` may be, by name."""
+    return {
+        "vanilla": "vanilla",
+        "er_jax": functools.partial(ErJaxRollout, max_slots=128),
+    }
+
+
+def run(chosen: dict[str, Any], settings: Settings) -> dict[str, dict[str, Any]]:
     """Train with every engine, taking turns; return their records by name."""
     model = new_model(settings)
     warm_up(model, settings)
@@ -290,23 +296,22 @@ def run(engines: dict[str, Any], settings: Settings) -> dict[str, dict[str, Any]
         }
         for _ in range(settings.steps)
     ]
-    turns = Turns(len(engines))
+    turns = Turns(len(chosen))
     records: dict[str, dict[str, Any]] = {}
 
     def one(index: int, name: str) -> None:
-        # A learner asks for a step before it needs it; the turns begin with the second.
-        own = turns.steps(index, steps)
-        records[name] = train(name, engines[name], model, own, settings)
+            own = turns.steps(index, steps)
+        records[name] = train(name, chosen[name], model, own, settings)
 
     threads = [
         threading.Thread(target=one, args=(index, name))
-        for index, name in enumerate(engines)
+        for index, name in enumerate(chosen)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return records
+    return {name: records[name] for name in chosen}
 
 
 def summary(records: dict[str, dict[str, Any]]) -> str:
@@ -337,7 +342,6 @@ def main() -> None:
     parser.add_argument(
         "--engine", choices=["vanilla", "er_jax", "both"], default="er_jax"
     )
-    parser.add_argument("--record", type=Path, help="write the steps there, as JSON")
     for field in dataclasses.fields(Settings):
         kind = type(field.default)
         flag = "--" + field.name.replace("_", "-")
@@ -345,14 +349,9 @@ def main() -> None:
     args = parser.parse_args()
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(args, name) for name in names})
-    ours = functools.partial(ErJaxRollout, max_slots=128)
-    engines: dict[str, Any] = {"vanilla": "vanilla", "er_jax": ours}
-    if args.engine != "both":
-        engines = {args.engine: engines[args.engine]}
-    records = run(engines, settings)
-    print(summary(records))
-    if args.record is not None:
-        args.record.write_text(json.dumps(records))
+    known = engines()
+    chosen = known if args.engine == "both" else {args.engine: known[args.engine]}
+    print(summary(run(chosen, settings)))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ pytestmark = [
 def as_users_run_jax() -> Iterator[None]:
     """Run with the promotion that Tunix relies on, in all threads."""
     names = ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
-    before = {name: jax.config.read(name) for name in names}
+    before = {name: jax.config.values[name] for name in names}
     for name, value in zip(names, ("standard", "allow"), strict=True):
         jax.config.update(name, value)
     yield
