@@ -300,7 +300,7 @@ def run(chosen: dict[str, Any], settings: Settings) -> dict[str, dict[str, Any]]
     records: dict[str, dict[str, Any]] = {}
 
     def one(index: int, name: str) -> None:
-            own = turns.steps(index, steps)
+        own = turns.steps(index, steps)
         records[name] = train(name, chosen[name], model, own, settings)
 
     threads = [
