@@ -266,6 +266,10 @@ def test_models_that_are_not_sampled_are_refused_by_name(model: nnx.Module) -> N
     with pytest.raises(ValueError, match="slots=3 is no option"):
         engine_of(model, slots=3)
 
+    other_axes = Mesh(np.array(jax.devices()[:2]), ("sp",))
+    with pytest.raises(ValueError, match=r"axis 'sp', which is none of .*; give axes="):
+        engine_of(model, other_axes)
+
     class Qwen3(qwen3.Qwen3):
         """Another model of the same name: its logits are of the text backwards."""
 

@@ -118,12 +118,14 @@ class ErJaxRollout(base_rollout.BaseRollout):
             lora_scale=lora_scale,
         )
         # With one device there is no need of a mesh.
+        mesh = None if mesh is None or mesh.empty else mesh
         devices = [default_device()] if mesh is None else list(mesh.devices.flat)
         self._device = devices[0]
         self._theirs = mesh if len(devices) > 1 else None
         ours = shardings = None
         arrays = self._placed(own)
         if self._theirs is not None:
+            _check_axes(self._theirs, axes)
             ours = rollout_mesh(self._theirs, axes)
             shardings = weights.shardings(arrays, ours, axes, config.drafter)
         kept = weights.kept(arrays, shardings and shardings.policy)
@@ -257,6 +259,16 @@ def _check_on_device(arrays: Mapping[str, jax.Array]) -> None:
             raise ValueError(
                 f"rollout_actor: {name} is in the host's memory; er_jax keeps its "
                 "weights on the device: set offload_to_cpu=False in ClusterConfig"
+            )
+
+
+def _check_axes(mesh: Mesh, axes: MeshAxes) -> None:
+    known = dataclasses.astuple(axes)
+    for name in mesh.axis_names:
+        if name not in known:
+            raise ValueError(
+                f"mesh has an axis {name!r}, which is none of {known}; give "
+                "axes=er_jax.mesh.MeshAxes(...) with its own names to ErJaxRollout"
             )
 
 
