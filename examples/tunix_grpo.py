@@ -288,14 +288,9 @@ def run(chosen: dict[str, Any], settings: Settings) -> dict[str, dict[str, Any]]
     model = new_model(settings)
     warm_up(model, settings)
     rng = np.random.default_rng(settings.seed + 1)
-    steps = [
-        {
-            "prompts": np.array(
-                [problem(rng, settings.most_digits)[0] for _ in range(settings.prompts)]
-            )
-        }
-        for _ in range(settings.steps)
-    ]
+    # The same problems in every step, so that rewards of steps can be compared.
+    texts = [problem(rng, settings.most_digits)[0] for _ in range(settings.prompts)]
+    steps = [{"prompts": np.array(texts)} for _ in range(settings.steps)]
     turns = Turns(len(chosen))
     records: dict[str, dict[str, Any]] = {}
 
