@@ -34,6 +34,7 @@ from benchmarks import (
     text,
     traffic,
     trainer_gap,
+    tunix,
 )
 from benchmarks.lib import measure, pass_points, records
 from benchmarks.lib.tables import Table, markdown, number
@@ -69,6 +70,7 @@ POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "text": text.rows_of,
     "traffic": traffic.rows_of,
     "trainer_gap": trainer_gap.rows_of,
+    "tunix": tunix.rows_of,
 }
 
 

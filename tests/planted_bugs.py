@@ -28,6 +28,7 @@ DRAWS = "tests/test_lossless.py::test_coupled_emits_the_targets_own_draws"
 COMPLETIONS = "tests/test_lossless.py::test_completions_follow_the_target"
 UNSOUND = "tests/test_unsound.py::test_a_drafted_token_ends_no_row"
 LEAKS = "tests/test_lossless.py::test_entries_of_drafts_that_are_no_number_bias_nothing"
+TUNIX = "tests/test_tunix.py"
 SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
@@ -1148,6 +1149,63 @@ BUGS: tuple[PlantedBug, ...] = (
             "tests/test_drafter.py::"
             "test_the_vocabulary_projection_has_bits_of_its_own[None]",
         ),
+    ),
+    # -- Tunix
+    PlantedBug(
+        "Tunix: heads of the attention output merged as those of its input",
+        "er_jax::LAYER",
+        'Leaf("o_proj", "attn/o_proj/w", HEADS_IN)',
+        'Leaf("o_proj", "attn/o_proj/w", HEADS_OUT)',
+        (f"{TUNIX}::test_every_array_has_its_place[Llama3]",),
+    ),
+    PlantedBug(
+        "Tunix: LoRA merged without its scale",
+        "er_jax::Weights._merged_lora",
+        "scale * change.reshape(x.shape)",
+        "change.reshape(x.shape)",
+        (f"{TUNIX}::test_lora_parameters_are_merged_or_refused_by_name",),
+    ),
+    PlantedBug(
+        "Tunix: weights with LoRA parameters kept as they are",
+        "er_jax::Weights.kept",
+        "same and not self._has_lora(of.theirs)",
+        "same",
+        (f"{TUNIX}::test_lora_parameters_are_merged_or_refused_by_name",),
+    ),
+    PlantedBug(
+        "Tunix: every completion of a prompt has the same noise",
+        "er_jax::Noise.ask",
+        "start + self._asked[digest]",
+        "start",
+        (f"{TUNIX}::test_noise_follows_from_what_is_asked",),
+    ),
+    PlantedBug(
+        "Tunix: every step has the same noise",
+        "er_jax::Noise.advance",
+        "self._version += 1",
+        "",
+        (f"{TUNIX}::test_noise_follows_from_what_is_asked",),
+    ),
+    PlantedBug(
+        "Tunix: the text of a completion without its last token at a limit",
+        "er_jax::text_of",
+        "tokens[:-1] if is_stopped else tokens",
+        "tokens[:-1]",
+        (f"{TUNIX}::test_a_call_gets_its_completions_cut_at_its_limit",),
+    ),
+    PlantedBug(
+        "Tunix: scores of the token after the one asked for",
+        "er_jax::run_token_logprobs",
+        "last[:, length - count - 1 : length - 1]",
+        "last[:, length - count : length]",
+        (f"{TUNIX}::test_scores_are_those_of_the_text_without_padding",),
+    ),
+    PlantedBug(
+        "Tunix: scores with padding that takes positions",
+        "er_jax::run_token_logprobs",
+        "jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1",
+        "jnp.cumsum(jnp.ones_like(mask), axis=1, dtype=jnp.int32) - 1",
+        (f"{TUNIX}::test_scores_are_those_of_the_text_without_padding",),
     ),
 )
 

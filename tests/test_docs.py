@@ -115,6 +115,8 @@ def attribute(root: Any, names: list[str]) -> bool:
                 here = importlib.import_module(f"{here.__name__}.{name}")
             except ModuleNotFoundError:
                 return False
+            except ImportError as error:  # it says which extra is not installed
+                return "er-jax[" in str(error)
         else:
             return False
         if is_earlier(here):

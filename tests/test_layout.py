@@ -36,8 +36,7 @@ ORDER = (
     *("prefill", "steps"),
     *("config", "request", "stats"),
     *("engine.protocol", "engine.programs", "engine.lowering", "engine.windows"),
-    *("engine.scores",),
-    *("engine.first_use",),
+    *("engine.scores", "engine.adoption", "engine.first_use"),
     *("engine.engine", "engine.kept", "engine"),
     *("costs.record", "costs.passes", "costs.roofline"),
     *("costs.neighbours", "costs.table"),
@@ -80,7 +79,7 @@ ORDER = (
 )
 
 # Who may know of meshes; whoever reads for one device meets them nowhere else.
-MESH_ROOMS = ("mesh", "call", "rollout", "io", "tools", "earlier")
+MESH_ROOMS = ("mesh", "call", "rollout", "io", "tools", "integrations", "earlier")
 
 # Beside the engine: what only several devices or processes need.
 COMPILING_MESH = ("er_jax/mesh/engine.py", "er_jax/mesh/processes.py")
@@ -88,7 +87,11 @@ COMPILING_MESH = ("er_jax/mesh/engine.py", "er_jax/mesh/processes.py")
 OWN = ("er_jax", "train", "configs", "benchmarks", "tests")
 
 # Where the name to import is not the name to install.
-IMPORT_NAMES = {"aqtp": "aqt", "orbax-checkpoint": "orbax"}
+IMPORT_NAMES = {
+    "aqtp": "aqt",
+    "google-tunix": "tunix",
+    "orbax-checkpoint": "orbax",
+}
 
 CHECKS = ("ruff check", "ruff format --check", "mypy")
 
@@ -261,15 +264,32 @@ def library_uses_its_users(texts: Texts) -> list[str]:
     ]
 
 
+# Who may import Flax NNX, and the tests of integrations.
+NNX_HOMES = (
+    "er_jax/integrations/nnx.py",
+    "er_jax/integrations/tunix.py",
+    "tests/test_integrations.py",
+    "tests/test_tunix_installed.py",
+)
+INTEGRATION_TESTS = (*NNX_HOMES[2:], "tests/test_tunix.py")
+
+
 def nnx_anywhere(texts: Texts) -> list[str]:
-    """But in its integration, which nothing imports but its test."""
-    at_home = ("er_jax/integrations/nnx.py", "tests/test_integrations.py")
+    """But in its integrations, which only each other and their tests import."""
+
+    def is_away(path: str, name: str) -> bool:
+        if is_below(name, "flax.nnx"):
+            return path not in NNX_HOMES
+        is_at_home = (
+            path.startswith("er_jax/integrations/") or path in INTEGRATION_TESTS
+        )
+        return is_below(name, "er_jax.integrations") and not is_at_home
+
     return [
         f"{path} imports {name}"
         for path, tree in sources(texts, *OWN)
         for name in sorted(imported(path, tree))
-        if (is_below(name, "flax.nnx") or is_below(name, "er_jax.integrations"))
-        and path not in at_home
+        if is_away(path, name)
     ]
 
 
@@ -325,7 +345,8 @@ def undeclared_dependencies(texts: Texts) -> list[str]:
     """Imports that an install does not bring.
 
     Of the library, a plain install is asked for; of what trains, the extra `train`.
-    Other extras are imported inside functions only.
+    Other extras are imported inside functions only, but for an integration that is
+    named for the extra.
     """
     project = tomllib.loads(texts["pyproject.toml"])["project"]
     extras = {k: installed(v) for k, v in project["optional-dependencies"].items()}
@@ -337,7 +358,10 @@ def undeclared_dependencies(texts: Texts) -> list[str]:
         (("train", "configs"), needed | extras["train"]),
     ):
         for path, tree in sources(texts, *packages):
-            for lazy, allowed in ((False, always), (True, always.union(*optional))):
+            here = always
+            if path.startswith("er_jax/integrations/"):
+                here = always | extras.get(Path(path).stem, set())
+            for lazy, allowed in ((False, here), (True, here.union(*optional))):
                 used = {name.split(".")[0] for name in imported(path, tree, lazy=lazy)}
                 bad += [f"{path} imports {name}" for name in sorted(used - allowed)]
     return bad
@@ -556,7 +580,14 @@ RULES: list[tuple[Rule, list[Texts]]] = [
             {"er_jax/rollout.py": "def f():\n    import configs.tiny"},
         ],
     ),
-    (nnx_anywhere, [{"tests/test_x.py": "from flax import nnx"}]),
+    (
+        nnx_anywhere,
+        [
+            {"tests/test_x.py": "from flax import nnx"},
+            {"er_jax/integrations/linen.py": "from flax import nnx"},
+            {"er_jax/rollout.py": "from er_jax.integrations import batching"},
+        ],
+    ),
     (
         undeclared_dependencies,
         [
@@ -564,6 +595,7 @@ RULES: list[tuple[Rule, list[Texts]]] = [
             {"er_jax/costs.py": "import matplotlib.pyplot as plt"},
             {"er_jax/costs.py": "import optax"},
             {"er_jax/costs.py": "def f():\n    import orbax.checkpoint"},
+            {"er_jax/io/hf_save.py": "import tunix"},
             {"train/grpo.py": "import transformers"},
             {"train/grpo.py": "def f():\n    import chex"},
         ],
