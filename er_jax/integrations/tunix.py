@@ -127,9 +127,9 @@ class ErJaxRollout(base_rollout.BaseRollout):
         if self._theirs is not None:
             _check_axes(self._theirs, axes)
             ours = rollout_mesh(self._theirs, axes)
-            shardings = weights.shardings(arrays, ours, axes, config.drafter)
+            shardings = weights.shardings(arrays, ours, axes, config.drafters[0])
         kept = weights.kept(arrays, shardings and shardings.policy)
-        self._adopt = Adoption(weights.convert, kept, config.drafter, shardings)
+        self._adopt = Adoption(weights.convert, kept, config.drafters[0], shardings)
         self._policy = _checked_policy(
             weights, self._adopt, rollout_actor, arrays, mesh
         )
