@@ -68,17 +68,18 @@ def standard_promotion() -> Iterator[None]:
 
 
 @functools.cache
-def quick_options() -> dict[str, bool | int]:
+def quick_options() -> dict[str, Any]:
     """Return the options by which this XLA compiles a program soonest.
 
     Its older emitters, and code in one part: parts are for idle cores. An XLA that no
     longer knows an option has nothing to turn off.
     """
-    known: dict[str, bool | int] = {}
-    for name, value in (
-        ("xla_cpu_use_fusion_emitters", False),
-        ("xla_cpu_parallel_codegen_split_count", 1),
-    ):
+    wanted: dict[str, Any] = {
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    }
+    known = {}
+    for name, value in wanted.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
             known[name] = value
