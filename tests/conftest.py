@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 # Read when jax and matplotlib are imported, and inherited by the processes tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -39,9 +41,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported and collected out of the garbage collections to come."""
+    """Leave what was imported and collected out of the garbage collections to come.
+
+    And collect less often: tracing makes many objects, few of which are garbage.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -61,20 +67,49 @@ def standard_promotion() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def quick_options() -> dict[str, Any]:
+    """Return the options by which this XLA compiles a program soonest.
+
+    Its older emitters, and code in one part: parts are for idle cores. An XLA that no
+    longer knows an option has nothing to turn off.
+    """
+    wanted: dict[str, Any] = {
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    }
+    known = {}
+    for name, value in wanted.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+            known[name] = value
+    return known
+
+
 @contextlib.contextmanager
 def without_optimizer() -> Iterator[None]:
     """Compile without XLA's optimizer, which is most of the time.
 
     For tests of what holds at either level, such as how many programs there are; what
-    programs compute, other tests show at the level that is XLA's default.
+    programs compute, other tests show at the level that is XLA's default. Programs that
+    are compiled ahead of time, as those of engines are, get `quick_options` besides.
     """
     from er_jax.engine.kept import forget_engines
+
+    compile_, quick = jax.stages.Lowered.compile, quick_options()
+
+    def compile_soon(
+        lowered: jax.stages.Lowered, compiler_options: Any = None, **rest: Any
+    ) -> jax.stages.Compiled:
+        return compile_(lowered, quick | (compiler_options or {}), **rest)
 
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     forget_engines()
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.stages.Lowered, "compile", compile_soon)
+            yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
         forget_engines()

@@ -540,6 +540,7 @@ def test_attaching_inside_a_donated_update_reuses_everything() -> None:
     jax.tree.map(np.testing.assert_array_equal, new.policy, halves)
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_gradient_touches_the_policy_only() -> None:
     policy = small_decoder()
     params = policy.init(jax.random.key(0))

@@ -25,6 +25,8 @@ from er_jax.acceptance import AcceptRule
 from er_jax.costs.timing import neutral_sampling
 from er_jax.drafter import draft_params
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 CONFIG = DecoderConfig(
     vocab_size=19, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
     hidden_dim=32, qk_norm=True,

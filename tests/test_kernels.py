@@ -36,8 +36,11 @@ BLOCK, S = 128, 272
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make the kernel for TPUs that of the CPU, interpreted, with small blocks."""
+def interpreted(monkeypatch: pytest.MonkeyPatch, unoptimized: None) -> Iterator[None]:
+    """Make the kernel for TPUs that of the CPU, interpreted, with small blocks.
+
+    What interprets it runs without XLA's optimizer: no device runs the kernel so.
+    """
     kernel = types.SimpleNamespace(
         refusal=tpu.refusal, attend=functools.partial(tpu.attend, interpret=True)
     )

@@ -105,6 +105,7 @@ def test_what_fails_with_options_is_compiled_without(
     assert all(name in said for name in (*WHOLE_SUMS, *SCALES_INSIDE))
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_an_engine_survives_an_option_that_its_compiler_does_not_know(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

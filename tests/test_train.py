@@ -360,6 +360,7 @@ def test_update_donates_and_refreshes():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_update_reuses_every_buffer_of_the_state():
     policy = tiny.CONFIG.model.decoder(64, "float32")
     state = some_state(policy)

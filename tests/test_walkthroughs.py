@@ -22,6 +22,8 @@ from er_jax import acceptance, config, steps
 from tests import test_acceptance, test_lossless
 from tests.toy import Toy, settings, tables, toy_params
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 RULE: Any = "likely"
