@@ -244,35 +244,58 @@ def test_a_replica_refused_on_the_way_loses_nothing(
 
 def test_an_interrupted_call_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    one_is_told, made = threading.Event(), list[threading.Event]()
+    one_is_told, stopped = threading.Event(), threading.Event()
 
     def wait(running: Any) -> Any:
         assert one_is_told.wait(WAIT_S)
         signal.raise_signal(signal.SIGINT)
         return concurrent.futures.wait(running)
 
-    def event() -> threading.Event:
-        made.append(threading.Event())
-        return made[-1]
+    class Watched(er_jax.Stop):
+        def __call__(self) -> None:
+            super().__call__()
+            stopped.set()
 
     # Both are the module's: where the main thread waits, and how it tells the others.
     pool = concurrent.futures.ThreadPoolExecutor
     futures = SimpleNamespace(wait=wait, ThreadPoolExecutor=pool)
     monkeypatch.setattr(replicas, "concurrent", SimpleNamespace(futures=futures))
-    locks = SimpleNamespace(Lock=threading.Lock, Event=event)
-    monkeypatch.setattr(replicas, "threading", locks)
+    monkeypatch.setattr(replicas, "Stop", Watched)
 
     def on_finish(name: int, _: er_jax.Completion) -> None:
         told.append(name)
         if len(told) == 1:
             one_is_told.set()
-            (interrupted,) = made
-            assert interrupted.wait(WAIT_S)
+            assert stopped.wait(WAIT_S)
 
     with pytest.raises(KeyboardInterrupt) as info:
         sample(on_finish=on_finish)
     assert len(told) < 27
     assert_kept(info.value)
+
+
+def test_replicas_end_without_another_completion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An interrupted call does not wait until each replica has finished a row."""
+    ends: list[er_jax.Until | None] = []
+
+    def rollout(*_: Any, until: er_jax.Until | None = None, **__: Any) -> Any:
+        ends.append(until)
+        assert until is not None
+        assert until.stop is not None
+        assert until.stop._event.wait(WAIT_S), "nobody was told to end"
+
+    def wait(running: Any) -> Any:
+        raise KeyboardInterrupt
+
+    pool = concurrent.futures.ThreadPoolExecutor
+    futures = SimpleNamespace(wait=wait, ThreadPoolExecutor=pool)
+    monkeypatch.setattr(replicas, "concurrent", SimpleNamespace(futures=futures))
+    monkeypatch.setattr(replicas, "rollout", rollout)
+    with pytest.raises(KeyboardInterrupt):
+        sample()
+    assert len(ends) == 4
 
 
 def assert_kept(error: Any) -> None:

@@ -40,7 +40,8 @@ from er_jax.mesh.rules import DATA_AXIS
 from er_jax.result import Completion, Rollout, RolloutError, assemble
 from er_jax.rollout import profiled, rollout
 from er_jax.stats import RolloutStats
-from er_jax.types import Params, Policy
+from er_jax.types import Finish, Params, Policy
+from er_jax.until import Stop, Until
 
 
 def deal(costs: Sequence[float], num_replicas: int) -> list[list[int]]:
@@ -269,7 +270,7 @@ def rollout_replicas(
     columns = np.arange(len(ids)).reshape(len(arrays), config.n)
 
     def sample(
-        replica: int, on_finish: Callable[[int, Completion], None]
+        replica: int, on_finish: Callable[[int, Completion], None], until: Until
     ) -> Rollout | None:
         own_prompts = dealt[replica]
         if not own_prompts:
@@ -284,6 +285,7 @@ def rollout_replicas(
             controller=controller,
             mesh=own[replica],
             on_finish=on_finish,
+            until=until,
         )
 
     num_sequences = sum(config.n * len(dealt[replica]) for replica in own)
@@ -349,6 +351,8 @@ class _Found:
             if not _returns_results(own[replica]):
                 continue
             for row, length in enumerate(out.lengths):
+                if out.finish[row] == Finish.UNFINISHED:
+                    continue
                 found[sequence_of[int(out.sequence_ids[row])]] = Completion(
                     token_ids=out.completion_ids[row, :length],
                     logprobs=out.logprobs[row, :length],
@@ -382,26 +386,26 @@ class _Found:
 
 def _side_by_side(
     replicas: Sequence[int],
-    sample: Callable[[int, Callable[[int, Completion], None]], Rollout | None],
+    sample: Callable[[int, Callable[[int, Completion], None], Until], Rollout | None],
     on_finish: Callable[[int, Completion], None] | None,
     bar: Any,
 ) -> _Found:
     """Sample with all replicas of this process at once, a thread for each.
 
     Args:
-      replicas: their numbers. sample: samples with one; returns None if it has no
-        prompts.
+      replicas: their numbers. sample: samples with one until told to end; returns None
+        if it has no prompts.
       on_finish: as for `rollout_replicas`, called by one thread at a time.
       bar: shows progress.
     """
     # 64-bit mode may be set for the calling thread only.
     is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-    lock, interrupted = threading.Lock(), threading.Event()
+    lock, stop = threading.Lock(), Stop()
     found = _Found()
 
     def finished(sequence_id: int, completion: Completion) -> None:
         with lock:
-            if interrupted.is_set():
+            if stop.is_set:
                 raise InterruptedError("the rollout was interrupted")
             bar.update()
             if on_finish is not None:
@@ -411,7 +415,7 @@ def _side_by_side(
         start = time.perf_counter()
         try:
             with jax.enable_x64(is_wide):
-                out = sample(replica, finished)
+                out = sample(replica, finished, Until(stop=stop))
             if out is not None:
                 found.outs[replica] = out
         except BaseException as error:
@@ -424,8 +428,9 @@ def _side_by_side(
         try:
             concurrent.futures.wait(running)
         except KeyboardInterrupt as error:
-            # Only the main thread gets it; the others end with their next completion.
-            interrupted.set()
+            # Only the main thread gets it; the others end with their windows. One that
+            # spans processes may be told by another, and ends with its next completion.
+            stop()
             found.stop = error
     if found.stop is None:  # A callback in a replica's thread may have raised one.
         errors = found.errors.values()
