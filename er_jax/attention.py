@@ -38,9 +38,9 @@ KEYS_FIRST_QUERIES = 16
 # From this length on, a CPU takes the cache in blocks, as far as there are entries.
 LONG_CACHE = 1024
 
-# Entries of such a block, of all rows together, and at least of each row. 2048 keys of
-# 256 numbers are 2 MB in float32.
-BLOCK_ENTRIES, LEAST_ENTRIES = 2048, 128
+# Entries of such a block: of all rows together (1024 keys of 256 numbers are 1 MB in
+# float32), and at least of each row. At most an eighth of a cache is copied at a time.
+BLOCK_ENTRIES, LEAST_ENTRIES = 1024, 128
 
 # Queries of a row that meet such a block together, at most.
 LIVE_QUERIES = 64
@@ -346,7 +346,8 @@ def _attend_live(
 ) -> jax.Array:
     """Attend on a CPU to a long cache: blocks of entries, up to the last one seen."""
     batch, length = keys.shape[:2]
-    block = min(max(BLOCK_ENTRIES // batch, LEAST_ENTRIES), length)
+    block = max(min(BLOCK_ENTRIES // batch, length // 8), LEAST_ENTRIES)
+    block = min(block, length)
 
     def run(
         query: jax.Array, positions: jax.Array, is_sound: jax.Array | None

@@ -416,7 +416,7 @@ def test_a_long_prompt_takes_little_more_than_weights_and_caches() -> None:
     assert memory.alias_size_in_bytes >= num_bytes(given)
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed = sum(map(num_bytes, (params, given.cache, prefix)))
-    # 1.13; with a padded copy of the prefix 1.5, and with scores of all heads and
+    # 1.12; with a padded copy of the prefix 1.5, and with scores of all heads and
     # entries for 32 queries as much.
     assert peak < 1.25 * needed
 
