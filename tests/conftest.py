@@ -69,10 +69,9 @@ def standard_promotion() -> Iterator[None]:
 
 @functools.cache
 def quick_options() -> dict[str, Any]:
-    """Return the options by which this XLA compiles a program soonest.
+    """Return those options that make XLA compile faster and that this XLA knows.
 
-    Its older emitters, and code in one part: parts are for idle cores. An XLA that no
-    longer knows an option has nothing to turn off.
+    Its older emitters, and code in one part: many parts are for idle cores.
     """
     wanted: dict[str, Any] = {
         "xla_cpu_use_fusion_emitters": False,
