@@ -24,18 +24,21 @@ class Rollout:
 
     The n completions of a prompt are adjacent. With T the longest prompt:
 
-    prompt_ids: int32 `[N, T]`, left-padded. prompt_mask: bool `[N, T]`.
-    completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token included.
-    completion_mask: bool `[N, max_new_tokens]`, true on sampled tokens.
-    logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
-      under the target, of the kind `config.logprobs`; 0 where masked.
-    lengths: int32 `[N]`, sampled tokens.
-    finish_reason: strings `[N]`, "stop", "length", "nonfinite", or "unfinished" where
-      the rollout ended early.
-    version: int32 `[N, max_new_tokens]`, the argument `version` of the call that
-      sampled each token; -1 where masked.
-    sequence_ids: int32 `[N]`, the ids that select each completion's noise.
-    stats: what the rollout did; see `RolloutStats`.
+    Attributes:
+      prompt_ids: int32 `[N, T]`, left-padded.
+      prompt_mask: bool `[N, T]`, true on the prompt's tokens.
+      completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token
+        included.
+      completion_mask: bool `[N, max_new_tokens]`, true on sampled tokens.
+      logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
+        under the target, of the kind `config.logprobs`; 0 where masked.
+      lengths: int32 `[N]`, sampled tokens.
+      finish_reason: strings `[N]`, "stop", "length", "nonfinite", or "unfinished" where
+        the rollout ended early.
+      version: int32 `[N, max_new_tokens]`, the argument `version` of the call that
+        sampled each token; -1 where masked.
+      sequence_ids: int32 `[N]`, the ids that select each completion's noise.
+      stats: what the rollout did; see `RolloutStats`.
     """
 
     prompt_ids: np.ndarray
@@ -69,7 +72,8 @@ class Rollout:
         """Return the rollout that `save` wrote, with empty statistics.
 
         Raises:
-          ValueError: the file holds no rollout. OSError: it cannot be read.
+          ValueError: the file holds no rollout.
+          OSError: it cannot be read.
         """
         try:
             # Opened here: NumPy leaves a damaged file open.
@@ -153,8 +157,10 @@ def assemble(
 class Completion:
     """One sequence, finished unless the rollout ended early.
 
-    token_ids: int32 `[length]`, a stop token included. logprobs: float32 `[length]`.
-    finish_reason: "stop", "length", "nonfinite" or "unfinished".
+    Attributes:
+      token_ids: int32 `[length]`, a stop token included.
+      logprobs: float32 `[length]`, of these tokens, as in `Rollout`.
+      finish_reason: "stop", "length", "nonfinite" or "unfinished".
     """
 
     token_ids: np.ndarray
@@ -189,8 +195,9 @@ class RolloutError(RuntimeError):
 
     The cause (`__cause__`) is the original exception.
 
-    completions: sequence id -> `Completion`.
-    request: the request they belong to; None for several replicas.
+    Attributes:
+      completions: sequence id -> `Completion`.
+      request: the request they belong to; None for several replicas.
     """
 
     request: Request | None = None
