@@ -269,7 +269,9 @@ def main(args: Args) -> None:
       SystemExit: they are not those of the records, and were not to be changed.
     """
     pages: list[tuple[str | None, Path]] = [(None, README), *PAGES.items()]
-    targets = [(path, functools.partial(updated, page=page)) for page, path in pages]
+    targets: list[tuple[Path, Callable[[str], str]]] = [
+        (path, functools.partial(updated, page=page)) for page, path in pages
+    ]
     for path, update in [*targets, (DECISIONS, decided)]:
         before = path.read_text()
         after = update(before)

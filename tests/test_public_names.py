@@ -52,7 +52,7 @@ def split(entries: list[str]) -> dict[str, str]:
     }
 
 
-def annotations(thing: Any) -> dict[str, str]:
+def kinds_of(thing: Any) -> dict[str, str]:
     """Return the annotations of what a caller gives, as they are written."""
     parameters = inspect.signature(thing).parameters
     return {name: str(parameters[name].annotation) for name in arguments(thing)}
@@ -81,7 +81,7 @@ def owed(name: str, thing: Any) -> Iterator[str]:
             yield f"{name} does not list its attributes"
         return
     said = split(found.get("Args", found.get("Attributes", []) if is_class else []))
-    kinds = annotations(thing)
+    kinds = kinds_of(thing)
     yield from (f"{name} does not list {each}" for each in kinds if each not in said)
     yield from (
         f"{name} lists {each}, not its own" for each in said if each not in kinds
@@ -127,7 +127,7 @@ def owed_of_members(kind: Any) -> Iterator[str]:
         found = sections(member.__doc__)
         yield from unlisted(name, found)
         if "Args" in found:
-            said, own = split(found["Args"]), [*annotations(member)]
+            said, own = split(found["Args"]), [*kinds_of(member)]
             yield from (
                 f"{name} lists {each}, not its own" for each in said if each not in own
             )

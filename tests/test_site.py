@@ -24,7 +24,7 @@ import er_jax
 from benchmarks import report
 from benchmarks.lib import expectations
 from benchmarks.lib.expectations import Gain
-from docs import figures, hooks
+from docs import hooks, pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
@@ -117,13 +117,11 @@ def test_the_settings_page_has_all_settings_with_their_defaults() -> None:
     wanted = {}
     for kind in (er_jax.RolloutConfig, er_jax.DrafterConfig):
         for field in dataclasses.fields(kind):
-            value = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                value = f"{field.default_factory.__name__}()"  # type: ignore[union-attr]
-            elif value is dataclasses.MISSING:
+            value = repr(field.default).replace("'", '"')
+            if field.default is dataclasses.MISSING:
                 value = ""
-            else:
-                value = repr(value).replace("'", '"')
+            if isinstance(field.default_factory, type):
+                value = f"{field.default_factory.__name__}()"
             wanted[field.name] = value
     assert defaults_on_the_page() == wanted
 
@@ -207,17 +205,17 @@ def test_a_frame_is_longer_than_what_it_holds() -> None:
 # -- pictures and numbers --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", figures.PICTURES)
+@pytest.mark.parametrize("name", pictures.PICTURES)
 def test_pictures_are_those_of_the_code(name: str) -> None:
-    with PIL.Image.open(figures.FOLDER / f"{name}.png") as picture:
-        drawn = picture.info[figures.NOTE]
-    assert drawn == figures.PICTURES[name].text(), "run python -m docs.figures"
+    with PIL.Image.open(pictures.FOLDER / f"{name}.png") as picture:
+        drawn = picture.info[pictures.NOTE]
+    assert drawn == pictures.PICTURES[name].text(), "run python -m docs.pictures"
     assert f"(figures/{name}.png)" in PAGES["how-it-works.md"]
 
 
 def test_the_page_says_what_the_pictures_show() -> None:
     page = " ".join(PAGES["how-it-works.md"].split())
-    shown = figures.stretches()
+    shown = pictures.stretches()
     rows = [one.program.rows for one in shown]
     first = next(one for one in shown if one.program.gamma)
     assert f"The batch has {rows[0]} rows, then 48, and at the end one." in page
@@ -226,7 +224,7 @@ def test_the_page_says_what_the_pictures_show() -> None:
     assert f"from {first.program.rows} rows on each round drafts four" in page
     assert {one.program.gamma for one in shown} == {0, 4}
     sequences = {sequence for one in shown for sequence in one.sequences} - {-1}
-    assert sequences == set(range(figures.COUNT))
+    assert sequences == set(range(pictures.COUNT))
 
 
 def test_the_decision_table_is_that_of_the_records() -> None:

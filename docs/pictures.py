@@ -1,6 +1,6 @@
 """Draws one round, one window and one rollout: docs/figures/how-*.png.
 
-    python -m docs.figures
+    python -m docs.pictures
 
 The round is an example whose kept drafts are counted by the library's own rule. The
 window is worked out from a seed. The rollout is made by the library's scheduler and
