@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import er_jax
 from configs import tiny
 from er_jax.types import Params
 from tests.test_docs import PAGES
-from tests.test_integrations import LinenModel, NnxModel
+from tests.test_integrations import LinenModel, NnxModel, nnx
 from tests.test_text import make_tokenizer
 
 pytestmark = [

@@ -213,6 +213,19 @@ def test_pictures_are_those_of_the_code(name: str) -> None:
     assert f"(figures/{name}.png)" in PAGES["how-it-works.md"]
 
 
+COMMAND = re.compile(r"python (?:-m )?[\w./]+|er-jax \w+")
+
+
+@pytest.mark.parametrize("page", ["../README.md", *PAGES])
+def test_every_picture_has_its_command_in_its_section(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    for section in re.split(r"^#+ ", text, flags=re.M):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", section):
+            drawn_together = Path(picture).stem in pictures.PICTURES
+            where = text if drawn_together else section
+            assert COMMAND.search(where), picture
+
+
 def test_the_page_says_what_the_pictures_show() -> None:
     page = " ".join(PAGES["how-it-works.md"].split())
     shown = pictures.stretches()
