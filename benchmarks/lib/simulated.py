@@ -91,11 +91,6 @@ class SimulatedState:
         return np.broadcast_to(np.int32(0), shape)
 
     @property
-    def logprobs(self) -> np.ndarray:
-        """Zeros, in the same shape."""
-        return np.broadcast_to(np.float32(0), self.tokens.shape)
-
-    @property
     def live(self) -> np.ndarray:
         """Which rows generate."""
         return self.length < self.end
