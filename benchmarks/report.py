@@ -9,6 +9,7 @@ So no number is copied by hand. Left out: what the numbers mean.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from benchmarks import (
     trainer_gap,
     tunix,
 )
-from benchmarks.lib import measure, pass_points, records
+from benchmarks.lib import expectations, measure, pass_points, records
 from benchmarks.lib.tables import Table, markdown, number
 
 README = records.ROOT / "benchmarks" / "README.md"
@@ -48,6 +49,9 @@ PAGES = {
     "scaling": records.ROOT / "docs" / "pods.md",
     "traffic": records.ROOT / "docs" / "limits.md",
 }
+
+# The page of the decision table, which is made from several records.
+DECISIONS = records.ROOT / "docs" / "expect.md"
 
 # Records that stand on the page of another one.
 BESIDE = {"limits": "traffic"}
@@ -249,16 +253,32 @@ def updated(
     return f"{head}{marker}\n\n{report(directory, page)}".rstrip() + "\n"
 
 
+def decided(before: str, directory: Path = records.RESULTS) -> str:
+    """Return the page of the decision table with the table of the records.
+
+    Raises:
+      ValueError: it has no marker.
+    """
+    marker = MARKER.replace("results/*.json", "benchmarks/results/*.json")
+    if marker not in before:
+        raise ValueError(f"the page has no line {marker!r}")
+    table = markdown(expectations.rows_of(directory))
+    return f"{before.partition(marker)[0]}{marker}\n\n{table}\n"
+
+
 def main(args: Args) -> None:
     """Rewrite the tables, or check them.
 
     Raises:
       SystemExit: they are not those of the records, and were not to be changed.
     """
-    targets: list[tuple[str | None, Path]] = [(None, README), *PAGES.items()]
-    for page, path in targets:
+    pages: list[tuple[str | None, Path]] = [(None, README), *PAGES.items()]
+    targets: list[tuple[Path, Callable[[str], str]]] = [
+        (path, functools.partial(updated, page=page)) for page, path in pages
+    ]
+    for path, update in [*targets, (DECISIONS, decided)]:
         before = path.read_text()
-        after = updated(before, page=page)
+        after = update(before)
         if args.check and after != before:
             raise SystemExit(f"{path.name}: run python -m benchmarks.report")
         if not args.check:

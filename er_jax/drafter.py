@@ -125,12 +125,13 @@ class DrafterConfig:
 class QuantizedWeight:
     """An integer weight and its scales, in the place of the float weight.
 
-    tensor: AQT's container. Codes int8 or int4, `[out, in]`, or `[out, in/g, g]` with
-      groups of g; scales float32 `[out, 1]`, or `[out, in/g, 1]`. Leading axes, as of
-      stacked layers, come before these.
-    is_grouped: static; whether the layout is the grouped one.
-    act_bits: static; see `DrafterConfig`.
-    scales_inside: static; see `with_scales_inside`.
+    Attributes:
+      tensor: AQT's container. Codes int8 or int4, `[out, in]`, or `[out, in/g, g]` with
+        groups of g; scales float32 `[out, 1]`, or `[out, in/g, 1]`. Leading axes, as of
+        stacked layers, come before these.
+      is_grouped: static; whether the layout is the grouped one.
+      act_bits: static; see `DrafterConfig`.
+      scales_inside: static; see `with_scales_inside`.
     """
 
     tensor: aqt_tensor.QTensor
@@ -153,9 +154,10 @@ class QuantizedWeight:
 class TiedEmbedding:
     """An embedding table that is also the vocabulary projection.
 
-    table: `[V, d]`, for look-ups, and for the projection where `projection` is None.
-    projection: None in the policy; in a draft the quantized `[d, V]` projection, so
-      that drafting reads the small copy while look-ups stay exact.
+    Attributes:
+      table: `[V, d]`, for look-ups, and for the projection where `projection` is None.
+      projection: None in the policy; in a draft the quantized `[d, V]` projection, so
+        that drafting reads the small copy while look-ups stay exact.
     """
 
     table: jax.Array
@@ -168,12 +170,13 @@ class PolicyParams:
 
     Gradients, optimizer and checkpoints touch `policy` only.
 
-    policy: the live parameters.
-    draft: their quantized view, with the same structure. A leaf that is not quantized
-      may be None and is then the policy's own; `attach_draft` leaves all of these None,
-      so that no embedding table is stored twice.
-    others: further drafts, such as one of 4 bits beside one of 8. With "best" the
-      controller chooses among all of them; other controls use `draft`.
+    Attributes:
+      policy: the live parameters.
+      draft: their quantized view, with the same structure. A leaf that is not quantized
+        may be None and is then the policy's own; `attach_draft` leaves all of these
+        None, so that no embedding table is stored twice.
+      others: further drafts, such as one of 4 bits beside one of 8. With "best" the
+        controller chooses among all of them; other controls use `draft`.
     """
 
     policy: Params
@@ -415,6 +418,8 @@ def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
         or wider.
     Returns:
       `[..., out]`.
+    Raises:
+      TypeError: while tracing; the last axis of `x` is not the input of `w`.
     """
     if x.ndim == 1:
         return dot(x[None], w, out_dtype=out_dtype)[0]

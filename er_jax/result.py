@@ -36,18 +36,21 @@ class Rollout:
 
     With T the longest prompt:
 
-    prompt_ids: int32 `[N, T]`, left-padded. prompt_mask: bool `[N, T]`.
-    completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token included.
-    completion_mask: bool `[N, max_new_tokens]`, true on sampled tokens.
-    logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
-      under the target, of the kind `config.logprobs`; 0 where masked.
-    lengths: int32 `[N]`, sampled tokens.
-    finish: int32 `[N]`, why each completion ended, a `types.Finish`; `finish_reason`
-      has the names.
-    version: int32 `[N, max_new_tokens]`, the argument `version` of the call that
-      sampled each token; -1 where masked.
-    sequence_ids: int32 `[N]`, the ids that select each completion's noise.
-    stats: what the rollout did; see `RolloutStats`.
+    Attributes:
+      prompt_ids: int32 `[N, T]`, left-padded.
+      prompt_mask: bool `[N, T]`, true on the prompt's tokens.
+      completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token
+        included.
+      completion_mask: bool `[N, max_new_tokens]`, true on sampled tokens.
+      logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
+        under the target, of the kind `config.logprobs`; 0 where masked.
+      lengths: int32 `[N]`, sampled tokens.
+      finish: int32 `[N]`, why each completion ended, a `types.Finish`; `finish_reason`
+        has the names.
+      version: int32 `[N, max_new_tokens]`, the argument `version` of the call that
+        sampled each token; -1 where masked.
+      sequence_ids: int32 `[N]`, the ids that select each completion's noise.
+      stats: what the rollout did; see `RolloutStats`.
     """
 
     prompt_ids: np.ndarray
@@ -88,7 +91,8 @@ class Rollout:
         """Return the rollout that `save` wrote, with empty statistics.
 
         Raises:
-          ValueError: the file holds no rollout. OSError: it cannot be read.
+          ValueError: the file holds no rollout.
+          OSError: it cannot be read.
         """
         try:
             # Opened here: NumPy leaves a damaged file open.
@@ -180,8 +184,10 @@ def assemble(
 class Completion:
     """One sequence, finished unless the rollout ended early.
 
-    token_ids: int32 `[length]`, a stop token included. logprobs: float32 `[length]`.
-    finish_reason: "stop", "length", "nonfinite" or "unfinished".
+    Attributes:
+      token_ids: int32 `[length]`, a stop token included.
+      logprobs: float32 `[length]`, of these tokens, as in `Rollout`.
+      finish_reason: "stop", "length", "nonfinite" or "unfinished".
     """
 
     token_ids: np.ndarray
@@ -216,8 +222,9 @@ class RolloutError(RuntimeError):
 
     The cause (`__cause__`) is the original exception.
 
-    completions: sequence id -> `Completion`.
-    request: the request they belong to; None for several replicas.
+    Attributes:
+      completions: sequence id -> `Completion`.
+      request: the request they belong to; None for several replicas.
     """
 
     request: Request | None = None

@@ -194,8 +194,12 @@ def compile_ahead(
     otherwise plain decoding and a draft length near four.
 
     Args:
-      policy, params, prompts, config, controller, mesh: as for `rollout`. Only the
-        shapes of the parameters, and the lengths and number of prompts, are used.
+      policy: as for `rollout`.
+      params: as for `rollout`; only shapes are used.
+      prompts: as for `rollout`; only their lengths and their number are used.
+      config: as for `rollout`.
+      controller: as for `rollout`.
+      mesh: as for `rollout`.
       progress: show a progress bar.
     Returns:
       The programs that are compiled now.

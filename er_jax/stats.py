@@ -57,21 +57,23 @@ class Moment(NamedTuple):
 class RolloutStats:
     """Counts and times of one rollout.
 
-    seconds: phase -> seconds. Phases are check (the search for NaN in the parameters),
-      draft refresh, calibration, prefill, windows (device time of the decoding loops),
-      moves (compaction and growth), compile, and host (the rest of the wall time).
-    rounds: gamma -> row-rounds of live rows.
-    tokens: gamma -> tokens emitted.
-    accepted: gamma -> int64 `[gamma + 1]`, row-rounds by number of drafts kept.
-    timeline: windows in order.
-    compiled: (program name, seconds) of everything this call compiled. The phase
-      `compile` also has the time this call waited for another thread's compilation.
-    num_prefilled: distinct prompts prefilled.
-    num_cloned: completions that started from cache entries still in the batch.
-    switch: why drafts ran or did not; see `control.explain`. Empty unless the
-      controller is an `er_jax.Controller`.
-    replica_s: wall seconds of each replica of `rollout_replicas`, in all processes;
-      empty for other rollouts.
+    Attributes:
+      seconds: phase -> seconds. Phases are check (the search for NaN in the
+        parameters), draft refresh, calibration, prefill, windows (device time of the
+        decoding loops), moves (compaction and growth), compile, and host (the rest of
+        the wall time).
+      rounds: gamma -> row-rounds of live rows.
+      tokens: gamma -> tokens emitted.
+      accepted: gamma -> int64 `[gamma + 1]`, row-rounds by number of drafts kept.
+      timeline: windows in order.
+      compiled: (program name, seconds) of everything this call compiled. The phase
+        `compile` also has the time this call waited for another thread's compilation.
+      num_prefilled: distinct prompts prefilled.
+      num_cloned: completions that started from cache entries still in the batch.
+      switch: why drafts ran or did not; see `control.explain`. Empty unless the
+        controller is an `er_jax.Controller`.
+      replica_s: wall seconds of each replica of `rollout_replicas`, in all processes;
+        empty for other rollouts.
     """
 
     seconds: dict[str, float] = dataclasses.field(
@@ -118,8 +120,9 @@ class RolloutStats:
         """Add the wall seconds of a block, without its compilation, to a phase.
 
         Args:
-          phase: one of `PHASES`. compile_s: returns the seconds that this thread has
-            spent compiling so far, as `Engine.compile_s` does.
+          phase: one of `PHASES`.
+          compile_s: returns the seconds that this thread has spent compiling so far, as
+            `Engine.compile_s` does.
         """
         start, compiled = time.perf_counter(), compile_s()
         yield

@@ -45,12 +45,12 @@ PAGES = {
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "benchmarks" / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
     )
 }
 
 # Files of whoever reads the pages.
-THEIRS = ("train.py",)
+THEIRS = ("first.py", "train.py")
 
 # Names that stand for a thing in the pages' code, and what kind of thing it is.
 THINGS: dict[str, Any] = {

@@ -351,7 +351,8 @@ def undeclared_dependencies(texts: Texts) -> list[str]:
     project = tomllib.loads(texts["pyproject.toml"])["project"]
     extras = {k: installed(v) for k, v in project["optional-dependencies"].items()}
     needed = installed(project["dependencies"]) | set(OWN) | sys.stdlib_module_names
-    optional = [extras[key] for key in extras if key not in ("test", "train")]
+    apart = ("docs", "test", "train")
+    optional = [extras[key] for key in extras if key not in apart]
     bad = []
     for packages, always in (
         (("er_jax",), needed),
@@ -513,7 +514,7 @@ def modules_that_cannot_be_run(texts: Texts) -> list[str]:
     known |= sys.stdlib_module_names
     bad = []
     for path, module in modules_run(texts):
-        if module.split(".")[0] not in OWN:
+        if module.split(".")[0] not in (*OWN, "docs"):
             if module.split(".")[0] not in known:
                 bad.append(f"{path} runs {module}, which nothing installs")
             continue
@@ -663,6 +664,7 @@ RULES: list[tuple[Rule, list[Texts]]] = [
         [
             {"docs/guide.md": "`python -m benchmarks.no_such_script`"},
             {"docs/guide.md": "python -m train.losses"},
+            {"docs/guide.md": "python -m docs.hooks"},
             {"README.md": "python3 -m venev .venv && .venv/bin/python -m pytset"},
             {".github/workflows/ci.yml": "      - run: python -X dev -m ptest"},
         ],

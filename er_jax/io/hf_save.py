@@ -58,7 +58,8 @@ def save_hf(directory: str | os.PathLike[str], policy: Decoder, params: Params) 
     Args:
       directory: must not exist, or be empty. Until the save is complete it has no
         configuration and cannot be loaded; leftovers of a killed save are removed.
-      policy: the policy. params: its parameters, without a draft.
+      policy: the policy.
+      params: its parameters, without a draft.
     Raises:
       ValueError: the directory holds something; the parameters are not the policy's; or
         no supported architecture has this policy's switches.

@@ -22,8 +22,8 @@ def gather_prompts(
         own = out.completion_ids[rows]
 
     Args:
-      prompts: token ids, those of this process; may be empty. n: completions of each,
-        as in the config.
+      prompts: token ids, those of this process; may be empty.
+      n: completions of each, as in the config.
     Returns:
       The prompts of all processes in their order, the same in every process; and the
       rows of this process's completions in a `Rollout` of them.

@@ -71,6 +71,8 @@ class ExpectedLengths:
     Args:
       forget: weight of a new observation, in (0, 1]; 1 keeps the last step only.
       known: prompt, as bytes of its ids -> mean tokens of its completions.
+    Raises:
+      ValueError: `forget` outside its range.
     """
 
     forget: float = 0.5
@@ -201,8 +203,13 @@ def rollout_replicas(
     """Sample as `rollout` does, by replicas that do not wait for each other.
 
     Args:
-      policy, params, prompts, key, config, sequence_ids: as for `rollout`, the same in
-        all processes; every replica has `config.max_slots` rows.
+      policy: as for `rollout`. It and what follows, up to `sequence_ids`, are the same
+        in all processes.
+      params: as for `rollout`.
+      prompts: as for `rollout`.
+      key: a random key, as for `rollout`.
+      config: as for `rollout`; every replica has `config.max_slots` rows.
+      sequence_ids: as for `rollout`.
       mesh: as for `rollout`.
       num_replicas: divides the mesh's axis data; each replica is a rollout over its
         part of the mesh. None is one replica for every index of that axis.
@@ -222,9 +229,10 @@ def rollout_replicas(
       replicas, `stats.replica_s` the seconds of all, `stats.idle_share` the share of
       time spent waiting.
     Raises:
-      ValueError: a wrong argument. RolloutError: a replica failed; it carries the
-        completions finished by this process's replicas. KeyboardInterrupt: Ctrl-C; its
-        attribute `completions` holds the same.
+      ValueError: a wrong argument.
+      RolloutError: a replica failed; it carries the completions finished by this
+        process's replicas.
+      KeyboardInterrupt: Ctrl-C; its attribute `completions` holds the same.
     """
     checks.check_outside_jit(params, prompts, key)
     checks.check_policy(policy)
