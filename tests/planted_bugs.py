@@ -248,9 +248,12 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "scores before the temperature",
-        "er_jax::_unprocessed",
-        "scaled = _temperature_scaled(logits, sampling)",
-        "scaled = _below_best(logits)",
+        "er_jax::score",
+        "settings = sampling_of(config, np.zeros(2, np.uint32))",
+        """
+        settings = sampling_of(config, np.zeros(2, np.uint32))
+        settings = settings.replace(temperature=np.float32(1))
+        """,
         (f"{SCORES}[temperature]",),
     ),
     PlantedBug(
@@ -270,12 +273,12 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "scores truncated before the temperature",
-        "er_jax::_scores_of_kind",
-        "kept = _kept_scores(logits, sampling, truncated)",
+        "er_jax::_score",
+        "scores = _scores_of_kind(logits, sampling, truncated)",
         """
-        kept = _below_best(logits)
-        kept = _truncated(kept, sampling) if truncated else kept
-        kept = jnp.where(kept <= NEVER, kept, kept / sampling.temperature)
+        scores = _scores_of_kind(logits, sampling, False)
+        cold = _truncated(_below_best(logits), sampling) if truncated else scores
+        scores = jnp.where(cold == never, never, scores)
         """,
         (f"{SCORES}[top-k and top-p]",),
     ),
