@@ -14,7 +14,7 @@ from er_jax.drafter import (
     dot,
     quantize,
 )
-from er_jax.engine.engine import refresh_draft
+from er_jax.engine.windows import refresh_draft
 from er_jax.io.hf_save import save_hf
 from er_jax.io.hf_weights import load_hf
 from er_jax.mesh.prompts import gather_prompts
@@ -24,6 +24,7 @@ from er_jax.rollout import compile_ahead, rollout
 from er_jax.score import Scores, score
 from er_jax.stats import RolloutStats
 from er_jax.types import Policy
+from er_jax.until import Stop, Until
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,9 @@ __all__ = [
     "RolloutStats",
     "RopeScaling",
     "Scores",
+    "Stop",
     "TiedEmbedding",
+    "Until",
     "attach_draft",
     "compile_ahead",
     "dot",

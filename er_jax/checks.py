@@ -15,9 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from er_jax import devices
+from er_jax.arguments import MOST, is_whole
 from er_jax.config import RolloutConfig, parse_control
 from er_jax.control.protocol import ControllerProtocol
 from er_jax.drafter import (
+    DrafterConfig,
     PolicyParams,
     attach_draft,
     draft_params,
@@ -25,6 +27,7 @@ from er_jax.drafter import (
 from er_jax.engine.protocol import EngineProtocol
 from er_jax.request import Request
 from er_jax.types import Params, Policy
+from er_jax.until import Until
 
 
 def check_outside_jit(params: Any, prompts: Any, key: Any = None) -> None:
@@ -214,11 +217,13 @@ def _one_token(policy: Policy, params: Params) -> jax.Array:
 def check_drafting(
     policy: Policy, params: Params | PolicyParams, config: RolloutConfig
 ) -> None:
-    """Check, by tracing one token, that the policy runs with its draft."""
+    """Check, by tracing one token, that the policy runs with each of its drafts."""
     if not isinstance(params, PolicyParams):
         params = jax.eval_shape(lambda p: attach_draft(p, config.drafter), params)
     try:
-        jax.eval_shape(lambda p: _one_token(policy, draft_params(p)), params)
+        for number in range(len(params.drafts)):
+            one = params.only(number)
+            jax.eval_shape(lambda p: _one_token(policy, draft_params(p)), one)
     except Exception as error:
         raise ValueError(
             f"the policy cannot draft with quantized weights: {error}; multiply them "
@@ -259,6 +264,17 @@ def check_controller(controller: ControllerProtocol, config: RolloutConfig) -> N
         )
 
 
+def check_version(version: int, until: Until | None) -> None:
+    """Refuse a wrong number of a call, and an `until` of another type."""
+    if not is_whole(version, 0, MOST):
+        raise ValueError(
+            f"version={version!r} must be a whole number of at least 0, such as the "
+            "step of training"
+        )
+    if until is not None and not isinstance(until, Until):
+        raise ValueError(f"until={until!r} must be an er_jax.Until(...)")
+
+
 def check_finite(bad: Sequence[str]) -> None:
     """Refuse parameters that are not finite; `bad` holds their paths."""
     if bad:
@@ -273,13 +289,13 @@ def check_memory(
     engine: EngineProtocol,
     params: Params | PolicyParams,
     request: Request,
-    is_drafting: bool,
+    drafters: Sequence[DrafterConfig],
 ) -> int | None:
     """Refuse a request that does not fit the device.
 
     Args:
       engine: that will run it. params: on the engine's devices. request: its sizes.
-      is_drafting: whether a draft is made from parameters without one.
+      drafters: of the drafts that are made from parameters without one.
     Returns:
       Bytes of a device that are left for states; None where its memory is unknown.
     """
@@ -289,11 +305,11 @@ def check_memory(
     limit = int(engine.agreement.broadcast_from_leader([limit])[0])
     size = devices.device_bytes
     if isinstance(params, PolicyParams):
-        weights, draft = size(params.policy), size(params.draft)
+        weights, draft = size(params.policy), size(params.drafts)
     else:
         weights = size(params)
         width = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-        draft = weights // width if is_drafting else 0
+        draft = weights * sum(one.bits for one in drafters) // (8 * width)
     rows, length = request.slots, request.cache_lengths[-1]
     states = int(rows * length * engine.position_bytes)
     if weights + draft + states > limit:

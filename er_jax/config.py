@@ -9,9 +9,7 @@ from typing import Any
 
 from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.arguments import MOST, is_number, is_whole, whole_numbers
-from er_jax.drafter import (
-    DrafterConfig,
-)
+from er_jax.drafter import DrafterConfig, drafter_configs
 from er_jax.kernels.choice import ATTENTION_CHOICES, AttentionChoice
 from er_jax.types import (
     LogprobKind,
@@ -90,7 +88,9 @@ class RolloutConfig:
         its check on the device), "xla" (never a kernel) or "kernel" (an error where
         there is none, or it fails). Where a kernel does not take the shapes or dtypes
         of a policy, XLA's form is used in any case, and the log says why.
-      drafter: how to derive a draft when `params` has none.
+      drafter: how to derive a draft when `params` has none, and what drafts see. A
+        tuple of configs makes several drafts, as of 8 and of 4 bits, which "best"
+        chooses from; any other control uses the first.
     Raises:
       ValueError: a wrong argument; it names the value, the limit and the remedy.
     """
@@ -109,7 +109,9 @@ class RolloutConfig:
     logprobs: str = "temperature"
     max_slots: int = 64
     attention: AttentionChoice = "auto"
-    drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
+    drafter: DrafterConfig | tuple[DrafterConfig, ...] = dataclasses.field(
+        default_factory=DrafterConfig
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "n", "max_slots", "top_k", "pad_id"):
@@ -126,10 +128,8 @@ class RolloutConfig:
             numbers = whole_numbers(name, getattr(self, name))
             object.__setattr__(self, name, numbers)
         if not isinstance(self.drafter, DrafterConfig):
-            raise ValueError(
-                f"drafter={self.drafter!r} is no DrafterConfig; give "
-                "er_jax.DrafterConfig(...)"
-            )
+            # A tuple can be hashed.
+            object.__setattr__(self, "drafter", drafter_configs(self.drafter))
         for name in ("max_new_tokens", "n", "max_slots"):
             value = getattr(self, name)
             if value < 1:
@@ -160,6 +160,11 @@ class RolloutConfig:
                 names = ", ".join(repr(word) for word in known)
                 raise ValueError(f"{name}={value!r} is unknown; use one of {names}")
         parse_control(self.control, self.gammas)
+
+    @property
+    def drafters(self) -> tuple[DrafterConfig, ...]:
+        """The configs of all drafts."""
+        return drafter_configs(self.drafter)
 
 
 def _real_number(name: str, value: Any) -> float:

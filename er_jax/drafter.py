@@ -17,6 +17,7 @@ with the quantized policy itself; the format here is another (see docs/design.md
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -171,10 +172,22 @@ class PolicyParams:
     draft: their quantized view, with the same structure. A leaf that is not quantized
       may be None and is then the policy's own; `attach_draft` leaves all of these None,
       so that no embedding table is stored twice.
+    others: further drafts, such as one of 4 bits beside one of 8. With "best" the
+      controller chooses among all of them; other controls use `draft`.
     """
 
     policy: Params
     draft: Params
+    others: tuple[Params, ...] = ()
+
+    @property
+    def drafts(self) -> tuple[Params, ...]:
+        """All drafts, `draft` first."""
+        return (self.draft, *self.others)
+
+    def only(self, draft: int) -> PolicyParams:
+        """Return the policy with one of its drafts, by number."""
+        return PolicyParams(policy=self.policy, draft=self.drafts[draft])
 
 
 def is_weight(leaf: Any) -> bool:
@@ -275,19 +288,43 @@ def with_scales_inside(params: PolicyParams) -> PolicyParams:
     return PolicyParams(policy=params.policy, draft=draft)
 
 
-def attach_draft(params: Params, config: DrafterConfig) -> PolicyParams:
-    """Derive the draft of `params` and return both as one pytree.
+def drafter_configs(
+    config: DrafterConfig | Sequence[DrafterConfig],
+) -> tuple[DrafterConfig, ...]:
+    """Return one config, or several, as a tuple.
 
-    Pure and jittable. At the end of the jitted parameter update it costs one more pass
-    over the weights. The draft holds the quantized leaves only.
+    Raises:
+      ValueError: neither; or none at all.
+    """
+    found = (config,) if isinstance(config, DrafterConfig) else config
+    is_several = isinstance(found, tuple | list) and len(found) > 0
+    if not is_several or not all(isinstance(one, DrafterConfig) for one in found):
+        raise ValueError(
+            f"drafter={config!r} is no DrafterConfig, nor several of them; give "
+            "er_jax.DrafterConfig(...), or a tuple with one for each draft"
+        )
+    return tuple(found)
+
+
+def attach_draft(
+    params: Params, config: DrafterConfig | Sequence[DrafterConfig]
+) -> PolicyParams:
+    """Derive the draft of `params`, or several, and return all as one pytree.
+
+    Pure and jittable. At the end of the jitted parameter update a draft costs one more
+    pass over the weights. It holds the quantized leaves only.
 
     Args:
       params: the policy's parameters.
-      config: how to quantize them.
+      config: how to quantize them; a sequence makes a draft for each entry.
     Returns:
       `PolicyParams`; `policy` is `params` itself.
+    Raises:
+      ValueError: as `drafter_configs` and `quantize`.
     """
-    return PolicyParams(policy=params, draft=_quantized_leaves(params, config))
+    configs = drafter_configs(config)
+    first, *others = (_quantized_leaves(params, one) for one in configs)
+    return PolicyParams(policy=params, draft=first, others=tuple(others))
 
 
 def quantize(params: Params, config: DrafterConfig) -> Params:
@@ -312,19 +349,35 @@ def quantize(params: Params, config: DrafterConfig) -> Params:
 
 
 def check_draft(params: PolicyParams) -> None:
-    """Check on the host that a draft has the structure and shapes of its policy.
+    """Check on the host that drafts have the structure and shapes of their policy.
 
     Args:
-      params: policy and draft, of arrays or of `jax.ShapeDtypeStruct`.
+      params: policy and drafts, of arrays or of `jax.ShapeDtypeStruct`.
     Raises:
       ValueError: another structure or another shape; it names the first such weight.
     """
+    for number in range(len(params.drafts)):
+        name = f"params.others[{number - 1}]" if number else "params.draft"
+        _check_draft(params.only(number), name)
+
+
+def check_number(params: PolicyParams, configs: Sequence[DrafterConfig]) -> None:
+    """Check that there is a config for every draft; `ValueError` otherwise."""
+    if len(params.drafts) != len(configs):
+        raise ValueError(
+            f"params has {len(params.drafts)} drafts, and drafter {len(configs)} "
+            "configs; give one DrafterConfig for each draft, in their order"
+        )
+
+
+def _check_draft(params: PolicyParams, of: str) -> None:
+    """Check one draft, named `of` in messages."""
     remedy = "make the draft with er_jax.attach_draft(params, config)"
     try:
         merged = draft_params(params)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"params.draft has another structure than params.policy; {remedy}"
+            f"{of} has another structure than params.policy; {remedy}"
         ) from error
 
     def weight_shape(leaf: Any) -> tuple[int, ...]:
@@ -345,7 +398,7 @@ def check_draft(params: PolicyParams) -> None:
         if wanted != found:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"params.draft has shape {found} at {name}, where params.policy has "
+                f"{of} has shape {found} at {name}, where params.policy has "
                 f"{wanted}; {remedy}"
             )
 

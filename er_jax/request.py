@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
 
 from er_jax.config import LOGPROB_KINDS, RolloutConfig
-from er_jax.types import NONE, Sampling, Span
+from er_jax.types import FIRST_DRAFT, NONE, Sampling, Span, View
 
 
 @functools.cache
@@ -55,6 +56,9 @@ def request_of(
     sequence_ids: np.ndarray,
     config: RolloutConfig,
     num_shards: int = 1,
+    *,
+    begun: Mapping[int, np.ndarray] = MappingProxyType({}),
+    ended: Collection[int] = (),
 ) -> Request:
     """Return the request of some prompts, with sizes rounded up to buckets.
 
@@ -62,23 +66,37 @@ def request_of(
       prompts: int32 `[length]` each. sequence_ids: int `[len(prompts) * n]`.
       config: settings of the rollout. num_shards: data shards; the slots are divided
         evenly among them.
+      begun: tokens that sequences have already, int32 `[length]` each; they go on
+        behind them. ended: sequences that are not sampled.
     """
     distinct: dict[bytes, int] = {}
     prompt_of = np.repeat(
         [distinct.setdefault(p.tobytes(), len(distinct)) for p in prompts], config.n
     )
+    for sequence, tokens in begun.items():
+        known = np.concatenate([prompts[sequence // config.n], tokens])
+        data = known.astype(np.int32).tobytes()
+        prompt_of[sequence] = distinct.setdefault(data, len(distinct))
     unique = [np.frombuffer(data, np.int32) for data in distinct]
-    bucket = power_of_two(max(len(p) for p in prompts), MIN_PROMPT_BUCKET)
+    waiting = [s for s in range(len(sequence_ids)) if s not in ended]
+    starts = {s: len(unique[prompt_of[s]]) for s in waiting}
+    bucket = power_of_two(max(starts.values(), default=1), MIN_PROMPT_BUCKET)
+    num_begun = {sequence: len(tokens) for sequence, tokens in begun.items()}
     longest = bucket + config.max_new_tokens
+    if begun:
+        # A row needs no room for the tokens that it has twice.
+        ends = [
+            start + config.max_new_tokens - num_begun.get(s, 0)
+            for s, start in starts.items()
+        ]
+        longest = max(bucket, *ends)
     step = 64 if longest <= 512 else 128
     lengths = [-(-longest // step) * step]
     while lengths[-1] // 2 >= max(bucket + 64, 128):
         lengths.append(-(-lengths[-1] // 2 // step) * step)
     is_cpu = jax.default_backend() == "cpu"
     chunk_tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
-    # Only "best" chooses what drafts see.
-    is_left_out = None in config.drafter.spans and config.control != "best"
-    slots = min(config.max_slots, power_of_two(len(sequence_ids), 1))
+    slots = min(config.max_slots, power_of_two(max(len(waiting), 1), 1))
     return Request(
         prompts=unique,
         prompt_of=prompt_of,
@@ -88,7 +106,23 @@ def request_of(
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
         chunk=min(max(chunk_tokens // bucket, 1), 16),
-        spans=(None,) if is_left_out else config.drafter.spans,
+        views=_views_of(config),
+        group=config.n,
+        ended=frozenset(ended),
+        num_begun=num_begun,
+    )
+
+
+def _views_of(config: RolloutConfig) -> tuple[View, ...]:
+    """Return the drafts to choose from; only "best" chooses."""
+    drafters = config.drafters
+    if config.control != "best":
+        spans = drafters[0].spans
+        return (FIRST_DRAFT.seeing(None if None in spans else spans[0]),)
+    return tuple(
+        View(number).seeing(span)
+        for number, drafter in enumerate(drafters)
+        for span in drafter.spans
     )
 
 
@@ -112,6 +146,25 @@ def offered_spans(
 
     found: list[Span | None] = [s for s in spans if gamma and s is not None and pays(s)]
     return found if found and is_stated else [*found, None]
+
+
+def offered_views(views: Sequence[View], cache_length: int, gamma: int) -> list[View]:
+    """Return the drafts that a program may run, the first draft last.
+
+    Args:
+      views: all drafts to choose from. cache_length, gamma: of the program.
+    Returns:
+      For each draft, what `offered_spans` returns; without drafts, `FIRST_DRAFT`.
+    """
+    if not gamma:
+        return [FIRST_DRAFT]
+    return [
+        View(draft).seeing(span)
+        for draft in sorted({view.draft for view in views}, reverse=True)
+        for span in offered_spans(
+            [view.span for view in views if view.draft == draft], cache_length, gamma
+        )
+    ]
 
 
 def sampling_of(config: RolloutConfig, key: jax.Array | np.ndarray) -> Sampling:
@@ -149,7 +202,8 @@ def sampling_of(config: RolloutConfig, key: jax.Array | np.ndarray) -> Sampling:
 class Request:
     """What to sample, as host values.
 
-    prompts: the distinct prompts, int32 arrays.
+    prompts: the distinct prompts, int32 arrays; that of a sequence which goes on ends
+      with its tokens so far.
     prompt_of: int `[N]`, index into `prompts` for each sequence.
     sequence_ids: int `[N]`. max_new_tokens: limit of each completion in tokens.
     slots: rows of the full batch.
@@ -158,7 +212,9 @@ class Request:
     chunk: C, prompts prefilled together.
     state_limit_bytes: bytes of a device that all states together may take; None where
       its memory is unknown.
-    spans: what drafts may see; see `DrafterConfig.spans`.
+    views: the drafts to choose from.
+    group: n, sequences of a prompt. ended: sequences that are not sampled.
+    num_begun: tokens of a completion that are part of its prompt, by sequence.
     """
 
     prompts: Sequence[np.ndarray]
@@ -170,12 +226,21 @@ class Request:
     prompt_bucket: int
     chunk: int
     state_limit_bytes: int | None = None
-    spans: tuple[Span | None, ...] = (None,)
+    views: tuple[View, ...] = (FIRST_DRAFT,)
+    group: int = 1
+    ended: Collection[int] = frozenset()
+    num_begun: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
-    def spans_at(self, cache_length: int, gamma: int) -> list[Span | None]:
-        """Return what the drafts of a program may see; see `offered_spans`."""
-        return offered_spans(self.spans, cache_length, gamma)
+    def views_at(self, cache_length: int, gamma: int) -> list[View]:
+        """Return the drafts that a program may run; see `offered_views`."""
+        return offered_views(self.views, cache_length, gamma)
 
     def limit(self, sequence: int) -> int:
         """Return the length in tokens at which a sequence ends, prompt included."""
-        return len(self.prompts[self.prompt_of[sequence]]) + self.max_new_tokens
+        known = len(self.prompts[self.prompt_of[sequence]])
+        return known + self.max_new_tokens - self.num_begun.get(sequence, 0)
+
+    @property
+    def waiting(self) -> list[int]:
+        """The sequences to sample."""
+        return [s for s in range(len(self.prompt_of)) if s not in self.ended]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,9 +17,7 @@ from er_jax.config import RolloutConfig
 from er_jax.engine.protocol import Agreement
 from er_jax.request import Request
 from er_jax.stats import RolloutStats
-from er_jax.types import (
-    FINISH_NAMES,
-)
+from er_jax.types import FINISH_NAMES, NONE, Finish
 
 
 def _no_stats() -> Any:
@@ -43,6 +44,8 @@ class Rollout:
     lengths: int32 `[N]`, sampled tokens.
     finish: int32 `[N]`, why each completion ended, a `types.Finish`; `finish_reason`
       has the names.
+    version: int32 `[N, max_new_tokens]`, the argument `version` of the call that
+      sampled each token; -1 where masked.
     sequence_ids: int32 `[N]`, the ids that select each completion's noise.
     stats: what the rollout did; see `RolloutStats`.
     """
@@ -54,20 +57,58 @@ class Rollout:
     logprobs: np.ndarray
     lengths: np.ndarray
     finish: np.ndarray
+    version: np.ndarray
     sequence_ids: np.ndarray
     stats: RolloutStats = dataclasses.field(default_factory=_no_stats)
 
     @property
     def finish_reason(self) -> np.ndarray:
-        """Strings `[N]`: "stop", "length" or "nonfinite"; not inside `jax.jit`."""
+        """Strings `[N]`: "stop", "length", "nonfinite", or "unfinished" where the
+        rollout ended early. Not to be read inside `jax.jit`.
+        """
         return np.array(FINISH_NAMES)[np.asarray(self.finish)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all but the statistics to a file of NumPy arrays (`.npz`).
+
+        The file is written under another name and renamed when it is complete.
+        """
+        arrays = {name: getattr(self, name) for name in _array_names()}
+        part = Path(f"{path}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Rollout:
+        """Return the rollout that `save` wrote, with empty statistics.
+
+        Raises:
+          ValueError: the file holds no rollout. OSError: it cannot be read.
+        """
+        try:
+            # Opened here: NumPy leaves a damaged file open.
+            with open(path, "rb") as stream, np.load(stream) as file:
+                arrays = {name: file[name] for name in _array_names()}
+        except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{os.fspath(path)} holds no rollout: {error}; give a file that "
+                "Rollout.save wrote"
+            ) from error
+        return cls(**arrays, stats=RolloutStats())
+
+
+def _array_names() -> list[str]:
+    fields = dataclasses.fields(Rollout)
+    return [field.name for field in fields if field.name != "stats"]
 
 
 jax.tree_util.register_dataclass(
-    Rollout,
-    data_fields=[f.name for f in dataclasses.fields(Rollout) if f.name != "stats"],
-    meta_fields=[],
-    drop_fields=["stats"],
+    Rollout, data_fields=_array_names(), meta_fields=[], drop_fields=["stats"]
 )
 
 
@@ -78,6 +119,8 @@ def assemble(
     config: RolloutConfig,
     stats: RolloutStats,
     agreement: Agreement,
+    version: int = 0,
+    earlier: Rollout | None = None,
 ) -> Rollout:
     """Lay completions out as a `Rollout`, the same in every process.
 
@@ -86,6 +129,7 @@ def assemble(
         several processes, each gives those it has.
       sequence_ids: int `[N]`. config: settings of the rollout. stats: passed through.
       agreement: of the processes.
+      version: of the tokens that were sampled now. earlier: has those of the others.
     """
     count, width = len(sequence_ids), max(len(p) for p in prompts)
     prompt_ids = np.full((count, width), config.pad_id, np.int32)
@@ -97,6 +141,7 @@ def assemble(
     completion_ids = np.zeros((count, config.max_new_tokens), np.int32)
     logprobs = np.zeros((count, config.max_new_tokens), np.float32)
     lengths, reasons = np.zeros((2, count), np.int32)
+    assert len(completions) == count or agreement.is_spread
     for row, completion in completions.items():
         length = len(completion.token_ids)
         completion_ids[row, :length] = completion.token_ids
@@ -109,6 +154,11 @@ def assemble(
     )
     completion_mask = np.arange(config.max_new_tokens)[None] < lengths[:, None]
     completion_ids = np.where(completion_mask, completion_ids, np.int32(config.pad_id))
+    versions = np.where(completion_mask, np.int32(version), np.int32(NONE))
+    if earlier is not None:
+        known = min(config.max_new_tokens, earlier.version.shape[1])
+        old = earlier.version[:, :known]
+        versions[:, :known] = np.where(old == NONE, versions[:, :known], old)
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -117,6 +167,7 @@ def assemble(
         logprobs=logprobs,
         lengths=lengths,
         finish=reasons,
+        version=versions,
         sequence_ids=sequence_ids.astype(np.int32),
         stats=stats,
     )
@@ -124,10 +175,10 @@ def assemble(
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One finished sequence.
+    """One sequence, finished unless the rollout ended early.
 
     token_ids: int32 `[length]`, a stop token included. logprobs: float32 `[length]`.
-    finish_reason: "stop", "length" or "nonfinite".
+    finish_reason: "stop", "length", "nonfinite" or "unfinished".
     """
 
     token_ids: np.ndarray
@@ -139,6 +190,22 @@ class Completion:
         return dataclasses.replace(
             self, token_ids=self.token_ids.copy(), logprobs=self.logprobs.copy()
         )
+
+    def followed_by(self, later: Completion) -> Completion:
+        """Return this completion with the tokens that were sampled later."""
+        return Completion(
+            token_ids=np.concatenate([self.token_ids, later.token_ids]),
+            logprobs=np.concatenate([self.logprobs, later.logprobs]),
+            finish_reason=later.finish_reason,
+        )
+
+
+NOTHING = Completion(
+    token_ids=np.zeros(0, np.int32),
+    logprobs=np.zeros(0, np.float32),
+    finish_reason=FINISH_NAMES[Finish.UNFINISHED],
+)
+"""A completion that has no token yet."""
 
 
 class RolloutError(RuntimeError):
@@ -159,7 +226,9 @@ class RolloutError(RuntimeError):
 
 @contextlib.contextmanager
 def keeping(
-    completions: Callable[[], Mapping[int, Completion]], request: Request
+    completions: Callable[[], Mapping[int, Completion]],
+    request: Request,
+    unfinished: Callable[[], Mapping[int, Completion]] = dict,
 ) -> Iterator[None]:
     """Attach the finished completions to an exception that leaves the block.
 
@@ -171,6 +240,8 @@ def keeping(
     Args:
       completions: called when the block raises; returns sequence -> completion.
       request: maps sequences to sequence ids.
+      unfinished: called after it on Ctrl-C and the like; with the finished ones they
+        become the attribute `unfinished`, sequence -> completion.
     """
     try:
         yield
@@ -188,6 +259,9 @@ def keeping(
             failure.request = request
             raise failure from error
         error.completions = done  # type: ignore[attr-defined]
+        with contextlib.suppress(Exception):
+            everything = {**unfinished(), **completions()}
+            error.unfinished = everything  # type: ignore[attr-defined]
         error.request = request  # type: ignore[attr-defined]
         error.add_note(f"{state} had finished; `completions` holds them")
         raise

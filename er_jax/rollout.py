@@ -1,8 +1,8 @@
 """The public calls: `rollout`, and `compile_ahead`.
 
-A call checks its arguments on the host before anything is compiled (`checks`), rounds
-their sizes up to buckets (`request`), samples in the scheduler's loop (`scheduler`),
-and lays the completions out as arrays (`result`).
+A call checks its arguments on the host before anything is compiled (`call`, `checks`),
+rounds their sizes up to buckets (`request`), samples in the scheduler's loop
+(`scheduler`), and lays the completions out as arrays (`result`).
 
 On a mesh the same call samples on all devices. Every process of the mesh makes it, with
 the same arguments, and gets the same result. Left out: text, rewards.
@@ -11,36 +11,29 @@ the same arguments, and gets the same result. Left out: text, rewards.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from er_jax import checks, kv_cache
-from er_jax.config import RolloutConfig, parse_control
+from er_jax import checks
+from er_jax.call import Call, load_saved_costs, prepare, topology_of, with_draft
+from er_jax.config import RolloutConfig
 from er_jax.control.controller import Controller
 from er_jax.control.explain import explain
 from er_jax.costs import store
-from er_jax.drafter import PolicyParams, attach_draft, check_draft
-from er_jax.engine.engine import Engine
-from er_jax.engine.kept import engine_for
-from er_jax.mesh import layout
-from er_jax.mesh.engine import MeshEngine, mesh_engines_for
-from er_jax.mesh.topology import DataShards
-from er_jax.request import Request, request_of, row_buckets, sampling_of
-from er_jax.result import Completion, Rollout, assemble, keeping
+from er_jax.drafter import PolicyParams, attach_draft
+from er_jax.request import Request, row_buckets, sampling_of
+from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
-from er_jax.scheduler.topology import OneDevice, Topology
 from er_jax.stats import RolloutStats
 from er_jax.types import Params, Policy, Program, Span
+from er_jax.until import Until
 
 
 def rollout(
@@ -56,6 +49,9 @@ def rollout(
     on_finish: Callable[[int, Completion], None] | None = None,
     progress: bool = False,
     profile: str | os.PathLike[str] | None = None,
+    resume: Rollout | str | os.PathLike[str] | None = None,
+    until: Until | None = None,
+    version: int = 0,
 ) -> Rollout:
     """Sample n completions of every prompt from the policy.
 
@@ -88,12 +84,21 @@ def rollout(
       progress: show a progress bar.
       profile: directory for a trace of host and device, for XProf or Perfetto; the
         seconds in `stats` then include the cost of tracing. See docs/profiling.md.
+      resume: an earlier rollout of the same prompts, n and sequence ids, or a file that
+        `Rollout.save` wrote. What has finished there is returned as it is; everything
+        else goes on from its tokens, under the parameters given now. With the same
+        parameters and key the result is that of a rollout that was never interrupted.
+      until: when to end early; see `Until`.
+      version: a number that `Rollout.version` gives to every token sampled by this
+        call, such as the step of training; >= 0.
     Returns:
       A `Rollout`.
     Raises:
       ValueError: a wrong argument, before anything is compiled or allocated.
       RolloutError: anything later failed; it holds the completions finished before.
-      KeyboardInterrupt: Ctrl-C; its attribute `completions` holds them as well.
+      KeyboardInterrupt: Ctrl-C; its attribute `completions` holds them as well, and
+        `rollout` everything there is, as if the call had ended early (with one
+        process).
     Warns:
       RuntimeWarning: rows ended at a non-finite logit (it names their sequence ids), or
         drafts were kept far less often than expected: a stale or broken draft; or the
@@ -114,24 +119,44 @@ def rollout(
     with _own_jax_settings():
         start_s, stats = time.perf_counter(), RolloutStats()
         settings = sampling_of(config, key)
-        call = _prepare(policy, params, prompts, config, sequence_ids, controller, mesh)
+        checks.check_version(version, until)
+        call = prepare(
+            policy, params, prompts, config, sequence_ids, controller, mesh, resume
+        )
         engine, controller, request = call.engine, call.controller, call.request
         num_compiled, compiled_s = len(engine.compiled_here), engine.compile_s
         with stats.timed("check", lambda: engine.compile_s):
             checks.check_finite(engine.find_nonfinite(call.policy_params))
-        params = _with_draft(call, config, stats)
+        params = with_draft(call, config, stats)
         with stats.timed("calibration", lambda: engine.compile_s):
-            _load_costs(call, params)
+            load_saved_costs(call, params)
         completions: dict[int, Completion] = {}
+
+        def assembled(found: Mapping[int, Completion]) -> Rollout:
+            if engine.agreement.is_leader:
+                found = {**call.ended, **found}  # One process gives what was there.
+            return assemble(
+                call.prompts,
+                found,
+                call.sequence_ids,
+                config,
+                stats,
+                engine.agreement,
+                version=version,
+                earlier=call.resume,
+            )
+
         # A failure from here on, even a warning raised as an error, loses nothing.
-        with keeping(lambda: completions, request):
+        with _interruption(call, assembled), keeping(lambda: completions, request):
             with controller.sampling(_setting(config)), profiled(profile):
                 completions = loop.run(
-                    _topology(engine, params, request),
+                    topology_of(engine, params, request),
                     request,
                     settings,
                     controller,
                     stats,
+                    begun=call.begun,
+                    until=until,
                     on_finish=on_finish,
                     progress=progress,
                 )
@@ -143,14 +168,7 @@ def rollout(
                 for name, seconds in engine.compiled_here[num_compiled:]
             ]
             stats.seconds["compile"] = engine.compile_s - compiled_s
-            out = assemble(
-                call.prompts,
-                completions,
-                call.sequence_ids,
-                config,
-                stats,
-                engine.agreement,
-            )
+            out = assembled(completions)
             if len(controller.gammas) > 1:
                 store.save_costs(engine, params, controller.table)
             stats.seconds["host"] = time.perf_counter() - start_s - stats.total_s
@@ -186,7 +204,7 @@ def compile_ahead(
     """
     checks.check_outside_jit(params, prompts)
     with _own_jax_settings():
-        call = _prepare(policy, params, prompts, config, None, controller, mesh)
+        call = prepare(policy, params, prompts, config, None, controller, mesh)
         slots, lengths = call.request.slots, call.request.cache_lengths
         num_shards = call.engine.layout.num_shards
         shapes = [(slots, length) for length in lengths]
@@ -216,17 +234,37 @@ def _worth_compiling(
 ) -> list[Program]:
     """Return the programs to compile ahead for a state of this shape."""
     programs = [
-        Program(rows, cache_length, gamma).seeing(span)
+        Program(rows, cache_length, gamma).drafting(view)
         for gamma in controller.gammas
-        for span in request.spans_at(cache_length, gamma)
+        for view in request.views_at(cache_length, gamma)
     ]
     speeds = {program: controller.speed(program) or 0.0 for program in programs}
     if any(speeds.values()):
         return [max(programs, key=speeds.__getitem__)]
     drafting = sorted(
-        (p for p in programs if p.gamma), key=lambda p: (abs(p.gamma - 4), p.window)
+        (p for p in programs if p.gamma),
+        key=lambda p: (abs(p.gamma - 4), p.draft, p.window),
     )
     return [*(p for p in programs if not p.gamma), *drafting[:1]]
+
+
+@contextlib.contextmanager
+def _interruption(
+    call: Call, assembled: Callable[[Mapping[int, Completion]], Rollout]
+) -> Iterator[None]:
+    """Give a `KeyboardInterrupt` everything there is, as its attribute `rollout`.
+
+    Not with several processes, which would have to meet for it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if hasattr(error, "unfinished") and not call.engine.agreement.is_spread:
+            # A row that was about to start when it came is as far as it was before.
+            count = range(len(call.sequence_ids))
+            found = {s: call.begun.get(s, NOTHING) for s in count} | error.unfinished
+            error.rollout = assembled(found)  # type: ignore[attr-defined]
+        raise
 
 
 @contextlib.contextmanager
@@ -252,166 +290,6 @@ def profiled(
 def _setting(config: RolloutConfig) -> tuple[float, ...]:
     """Return the sampling settings that acceptance depends on."""
     return config.temperature, config.top_k, config.top_p, config.min_p
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The checked arguments of a rollout, with its request, engine and controller.
-
-    params: as given, on the devices of `engine`.
-    """
-
-    params: Params | PolicyParams
-    prompts: list[np.ndarray]
-    sequence_ids: np.ndarray
-    request: Request
-    engine: Engine
-    controller: Controller
-
-    @property
-    def policy_params(self) -> Params:
-        """The parameters without a draft."""
-        params = self.params
-        return params.policy if isinstance(params, PolicyParams) else params
-
-
-def _prepare(
-    policy: Policy,
-    params: Params | PolicyParams,
-    prompts: Sequence[Sequence[int]],
-    config: RolloutConfig,
-    sequence_ids: Sequence[int] | None,
-    controller: Controller | None,
-    mesh: Mesh | None,
-) -> _Call:
-    """Check the arguments of a rollout; find its engine and controller.
-
-    Parameters that are not on the mesh are moved there.
-    """
-    checks.check_policy(policy)
-    is_drafting = max(parse_control(config.control, config.gammas)) > 0
-    if isinstance(params, PolicyParams) and params.draft is None and not is_drafting:
-        params = params.policy
-    arrays = checks.checked_prompts(prompts, policy.vocab_size)
-    checks.check_result_fits(len(arrays), config)
-    ids = checks.checked_sequence_ids(sequence_ids, len(arrays) * config.n)
-    checks.check_token_ids(config, policy.vocab_size)
-    checks.check_length(arrays, config, getattr(policy, "max_length", None))
-    if isinstance(params, PolicyParams):
-        check_draft(params)
-    checks.check_alive(params)
-    params, engine = _engine_of(policy, params, config, mesh)
-    if controller is None:
-        name = (config.control, config.gammas, config.drafter)
-        made = engine.defaults.get(name) or Controller(config.control, config.gammas)
-        controller = engine.defaults.setdefault(name, made)
-    checks.check_controller(controller, config)
-    request = request_of(arrays, ids, config, engine.layout.num_shards)
-    call = _Call(params, arrays, ids, request, engine, controller)
-    if not engine.compiled:
-        checks.check_parameters(policy, call.policy_params)
-        if max(controller.gammas):
-            checks.check_drafting(policy, params, config)
-    if not _can_draft_with_spans(call, config):
-        request = dataclasses.replace(request, spans=(None,))
-    limit_bytes = checks.check_memory(engine, params, request, is_drafting)
-    request = dataclasses.replace(request, state_limit_bytes=limit_bytes)
-    return dataclasses.replace(call, request=request)
-
-
-def _can_draft_with_spans(call: _Call, config: RolloutConfig) -> bool:
-    """Whether the policy can draft with a part of the positions in sight.
-
-    Found once per engine, and only where a program could make use of it.
-    """
-    request, engine = call.request, call.engine
-    drafting = [gamma for gamma in call.controller.gammas if gamma]
-    longest = request.cache_lengths[-1]
-    if not any(any(request.spans_at(longest, gamma)) for gamma in drafting):
-        return True
-    if "takes rings" not in engine.defaults:
-        can = kv_cache.takes_rings(engine.policy, call.policy_params)
-        engine.defaults["takes rings"] = can
-    can = engine.defaults["takes rings"]
-    if not can and config.drafter.window != "auto":
-        warnings.warn(
-            f"drafter.window={config.drafter.window} is not used: the policy handles "
-            "the arrays of its cache itself, so drafts see all positions; use "
-            "er_jax.kv_cache.write and attend in forward, or set window=None",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return can
-
-
-def _engine_of(
-    policy: Policy,
-    params: Params | PolicyParams,
-    config: RolloutConfig,
-    mesh: Mesh | None,
-) -> tuple[Params | PolicyParams, Engine]:
-    """Return the parameters on the devices of the rollout, and its engine."""
-    if mesh is not None:
-        mesh = layout.rollout_mesh(mesh)
-        params = layout.put_on_mesh(policy, params, mesh)
-    else:
-        checks.check_placement(params)
-    policy_params = params.policy if isinstance(params, PolicyParams) else params
-    if mesh is None:
-        engine = engine_for(policy, policy_params, config.accept, config.attention)
-        return params, engine
-    (engine,) = mesh_engines_for(
-        policy, config.accept, [(policy_params, mesh)], config.attention
-    )
-    return params, engine
-
-
-def _topology(engine: Engine, params: PolicyParams, request: Request) -> Topology:
-    if isinstance(engine, MeshEngine):
-        return DataShards(engine, params, request)
-    return OneDevice(engine, params, request)
-
-
-def _with_draft(
-    call: _Call, config: RolloutConfig, stats: RolloutStats
-) -> PolicyParams:
-    """Return the parameters with a draft, derived now if none was given."""
-    if isinstance(call.params, PolicyParams):
-        return _uncommitted_codes(call.params)
-    if not max(call.controller.gammas):
-        return PolicyParams(policy=call.params, draft=None)
-    engine = call.engine
-    with stats.timed("draft refresh", lambda: engine.compile_s):
-        params = engine.attach_draft(call.params, config.drafter)
-        jax.block_until_ready(params.draft)
-    return params
-
-
-def _load_costs(call: _Call, params: PolicyParams) -> None:
-    """Load saved costs into a controller that may draft and has timed nothing yet."""
-    controller = call.controller
-    with controller.measuring:
-        table = controller.table
-        is_empty = not table.seconds and table.passes is None
-        if len(controller.gammas) > 1 and is_empty:
-            found = store.load_costs(call.engine, params)
-            controller.table = table if found is None else found
-
-
-def _uncommitted_codes(params: PolicyParams) -> PolicyParams:
-    """Return the parameters with uncommitted 4-bit codes in the draft, on CPU.
-
-    Compiled CPU programs refuse 4-bit codes that are committed to a device, as restored
-    ones are: they ask for a layout that JAX gives no CPU array.
-    """
-    if jax.default_backend() != "cpu":
-        return params
-
-    def leaf(x: jax.Array) -> jax.Array:
-        is_bound = isinstance(x, jax.Array) and x.dtype == jnp.int4 and x.committed
-        return jnp.asarray(np.asarray(x)) if is_bound else x
-
-    return dataclasses.replace(params, draft=jax.tree.map(leaf, params.draft))
 
 
 def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from er_jax.figures import new_figure
-from er_jax.types import Program
+from er_jax.types import FIRST_DRAFT, Program
 
 PHASES = (
     "check",
@@ -35,7 +35,7 @@ class Moment(NamedTuple):
     second: start of the window, in seconds since the rollout began.
     duration_s: seconds on the device, without compilation.
     live, num_live_after: live rows at its start and at its end.
-    rows, cache_length, gamma, shared_rows, head, window: its `Program`.
+    rows, cache_length, gamma, shared_rows, head, window, draft: its `Program`.
     num_rounds: rounds it ran.
     """
 
@@ -50,6 +50,7 @@ class Moment(NamedTuple):
     shared_rows: bool = False
     head: int = 0
     window: int = 0
+    draft: int = 0
 
 
 @dataclasses.dataclass
@@ -103,8 +104,8 @@ class RolloutStats:
     def programs(self) -> list[Program]:
         """The program of every window, in order."""
         return [
-            Program(m.rows, m.cache_length, m.gamma, m.shared_rows, m.head, m.window)
-            for m in self.timeline
+            Program(*(getattr(moment, name) for name in Program._fields))
+            for moment in self.timeline
         ]
 
     @property
@@ -197,13 +198,11 @@ class RolloutStats:
             lines.append(line)
         if self.switch:
             lines.append(self.switch)
-        for head, window in sorted({(m.head, m.window) for m in self.timeline}):
-            seeing = [m for m in self.timeline if (m.head, m.window) == (head, window)]
-            if window:
-                lines.append(
-                    f"drafts that see {head} first and {window} last positions: "
-                    f"{sum(m.duration_s for m in seeing):.2f} s of decoding"
-                )
+        views = [program.view for program in self.programs]
+        for view in sorted(set(views) - {FIRST_DRAFT}):
+            timed = zip(self.timeline, views, strict=True)
+            seconds = sum(moment.duration_s for moment, own in timed if own == view)
+            lines.append(f"{view}: {seconds:.2f} s of decoding with such drafts")
         shared = [moment for moment in self.timeline if moment.shared_rows]
         if shared:
             lines.append(

@@ -45,16 +45,20 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-FINISH_NAMES = ("", "stop", "length", "nonfinite")
+FINISH_NAMES = ("", "stop", "length", "nonfinite", "unfinished")
 
 
 class Finish(enum.IntEnum):
-    """Why a row ended: the value on the device; `FINISH_NAMES` has its name."""
+    """Why a row ended: the value on the device; `FINISH_NAMES` has its name.
+
+    UNFINISHED is a completion's on the host alone: its row still runs.
+    """
 
     RUNNING = 0
     STOP = 1
     LENGTH = 2
     NONFINITE = 3
+    UNFINISHED = 4
 
 
 class LogprobKind(enum.IntEnum):
@@ -139,6 +143,38 @@ class Span(NamedTuple):
         """
         needed = self.head + self.window + gamma
         return -(-needed // RING_STEP) * RING_STEP
+
+
+class View(NamedTuple):
+    """A draft, and the positions that it sees.
+
+    draft: its number among the drafts of `PolicyParams`. head, window: the `Span` that
+      it sees; both 0 where it sees all positions.
+    """
+
+    draft: int = 0
+    head: int = 0
+    window: int = 0
+
+    def __str__(self) -> str:
+        """Name it for people; nothing for the first draft over all positions."""
+        names = [f"draft {self.draft + 1}"] if self.draft else []
+        if self.window:
+            names.append(f"seeing {self.head} + {self.window} positions")
+        return ", ".join(names)
+
+    @property
+    def span(self) -> Span | None:
+        """What it sees; None is all positions."""
+        return Span(self.head, self.window) if self.window else None
+
+    def seeing(self, span: Span | None) -> View:
+        """Return the same draft, seeing a span; None is all positions."""
+        return View(self.draft, *(span or (0, 0)))
+
+
+FIRST_DRAFT = View()
+"""The first draft, which sees all positions."""
 
 
 @struct.dataclass
@@ -301,6 +337,7 @@ class Program(NamedTuple):
     shared_rows: whether all devices of a mesh decode the same rows, each with a smaller
       part of the weights. Otherwise every data shard has its own rows.
     head, window: the `Span` that its drafts see; both 0 where they see all positions.
+    draft: which of several drafts it runs, 0 for the first and without drafts.
     """
 
     rows: int
@@ -309,22 +346,30 @@ class Program(NamedTuple):
     shared_rows: bool = False
     head: int = 0
     window: int = 0
+    draft: int = 0
+
+    @property
+    def view(self) -> View:
+        """Its draft, and what that sees."""
+        return View(self.draft, self.head, self.window)
 
     @property
     def span(self) -> Span | None:
         """What its drafts see; None is all positions."""
-        return Span(self.head, self.window) if self.window else None
+        return self.view.span
 
     @property
     def plain(self) -> Program:
         """The plain step of the same shape: no drafts, and nothing for them to see."""
-        return self._replace(gamma=0, head=0, window=0)
+        return self._replace(gamma=0, head=0, window=0, draft=0)
+
+    def drafting(self, view: View) -> Program:
+        """Return the program with another draft, or one that sees something else."""
+        return self._replace(**view._asdict())
 
     def seeing(self, span: Span | None) -> Program:
         """Return the program with drafts that see a span; None is all positions."""
-        if span is None:
-            return self._replace(head=0, window=0)
-        return self._replace(head=span.head, window=span.window)
+        return self.drafting(self.view.seeing(span))
 
     @property
     def draft_length(self) -> int:

@@ -31,6 +31,8 @@ SPANS = "tests/test_spans.py"
 SCORE_TESTS = "tests/test_score.py"
 SCORES = f"{SCORE_TESTS}::test_scores_are_the_rollouts_own"
 LEFT_OUT = "test_tokens_that_truncation_leaves_out_count_as_kept"
+DRAFTS = "tests/test_several_drafts.py"
+RESUME = "tests/test_resume.py"
 SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
@@ -391,9 +393,45 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "acceptance of a span taken for that of all positions",
         "er_jax::RolloutRecord.of",
-        "span is None",
+        "view == FIRST_DRAFT",
         "True",
         (f"{SPANS}::test_the_controller_takes_the_faster_kind",),
+    ),
+    PlantedBug(
+        "another draft run than the program names",
+        "er_jax::Batch.start_window",
+        "self.topology.params_of(shared).only(program.draft)",
+        "self.topology.params_of(shared).only(0)",
+        (f"{DRAFTS}::test_each_draft_is_the_one_that_its_program_names",),
+    ),
+    PlantedBug(
+        "a draft of few bytes taken for the first one",
+        "er_jax::LatencyTable._of_draft",
+        "first_s - (1 - share) * drafts_s",
+        "first_s",
+        (f"{DRAFTS}::test_a_draft_that_never_ran_is_predicted_by_its_bytes",),
+    ),
+    # -- going on from an earlier rollout
+    PlantedBug(
+        "tokens so far counted twice against the limit",
+        "er_jax::Request.limit",
+        "known + self.max_new_tokens - self.num_begun.get(sequence, 0)",
+        "known + self.max_new_tokens",
+        (f"{RESUME}::test_what_has_begun_is_part_of_the_prompt",),
+    ),
+    PlantedBug(
+        "a completion without the tokens it began with",
+        "er_jax::Batch._completion",
+        "begun is None",
+        "True",
+        (f"{RESUME}::test_going_on_equals_never_having_stopped",),
+    ),
+    PlantedBug(
+        "tokens of an earlier call given the number of this one",
+        "er_jax::assemble",
+        "np.where(old == NONE, versions[:, :known], old)",
+        "versions[:, :known]",
+        (f"{RESUME}::test_nothing_is_sampled_where_all_has_ended",),
     ),
     # -- the round
     PlantedBug(
@@ -844,7 +882,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "rounds of shared rows are taken for those of data shards",
         "er_jax::LatencyTable._prediction",
-        "others = [p for p in self.seconds if p.shared_rows and not p.window]",
+        "others = [p for p in self.seconds if p.shared_rows]",
         "others = list(self.seconds)",
         ("tests/test_costs.py::test_shared_programs_are_priced_beside_the_same_apart",),
     ),

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
-    *("arguments", "types", "figures", "devices", "sampling", "acceptance"),
+    *("arguments", "until", "types", "figures", "devices", "sampling", "acceptance"),
     *("products", "drafter"),
     *("kernels.tpu", "kernels.cuda", "kernels.choice", "kernels"),
     *("attention", "kv_cache", "decoder", "prefill", "steps"),
@@ -49,12 +49,12 @@ ORDER = (
         "control.explain",
         "control",
     ),
-    *("result", "checks", "score"),
+    *("result", "resume", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
     *("scheduler.batch", "scheduler.loop", "scheduler"),
     *("mesh.rules", "mesh.attention", "mesh.layout", "mesh.moves", "mesh.processes"),
     *("mesh.engine", "mesh.topology", "mesh.prompts", "mesh"),
-    *("rollout", "mesh.replicas"),
+    *("call", "rollout", "mesh.replicas"),
     *("io.json_fields", "io.hf_config", "io.hf_weights", "io.hf_save", "io.text"),
     "io",
     *("tools.sweep", "tools.traces", "tools.deciders", "tools.replay", "tools.survey"),
@@ -65,7 +65,7 @@ ORDER = (
 )
 
 # Who may know of meshes; whoever reads for one device meets them nowhere else.
-MESH_ROOMS = ("mesh", "rollout", "io", "tools", "earlier")
+MESH_ROOMS = ("mesh", "call", "rollout", "io", "tools", "earlier")
 
 # Beside the engine: what only several devices or processes need.
 COMPILING_MESH = ("er_jax/mesh/engine.py", "er_jax/mesh/processes.py")

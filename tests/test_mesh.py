@@ -158,6 +158,24 @@ def test_drafts_that_see_a_span_change_no_token(name: str) -> None:
     assert (found.stats.accepted[4] != whole).any(), "the span should hide something"
 
 
+class SecondDraft(Moving):
+    """Runs the second of several drafts wherever it may."""
+
+    def choose(self, options: Any, current: Any, **known: Any) -> Program:
+        second = [program for program in options if program.draft == 1]
+        return super().choose(second or options, current, **known)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "4x2" in name.values])
+def test_a_second_draft_changes_no_token(name: str) -> None:
+    # JAX gives no CPU array the layout of 4-bit codes that a mesh demands.
+    drafters = (er_jax.DrafterConfig(), er_jax.DrafterConfig(group_size=16))
+    config = config_of(control="best", gammas=(0, 4), drafter=drafters)
+    found = sample(mesh_of(**SHAPES[name]), config, SecondDraft("best", (0, 4)))
+    assert_same(found, on_one_device())
+    assert 1 in {moment.draft for moment in found.stats.timeline}
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -29,7 +29,7 @@ from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import OneDevice
 from er_jax.tools import cli
 from er_jax.tools.deciders import SpanCosts
-from er_jax.types import NONE, DecodeState, Program, Ring, Span
+from er_jax.types import FIRST_DRAFT, NONE, DecodeState, Program, Ring, Span, View
 from tests.learned import Learned
 from tests.small import SIZES, small_policy
 from tests.test_control import FREE, compiled_are, made
@@ -286,7 +286,7 @@ def test_a_stated_window_is_used_and_told() -> None:
     params = policy.init(jax.random.key(0))
     out = sample(policy, params, "fixed:2", window=4, head=1)
     assert {(m.head, m.window) for m in out.stats.timeline} == {(1, 4)}
-    assert "drafts that see 1 first and 4 last positions" in out.stats.summary()
+    assert "seeing 1 + 4 positions" in out.stats.summary()
     plain = sample(policy, params, "ar")
     np.testing.assert_array_equal(out.completion_ids, plain.completion_ids)
 
@@ -319,13 +319,13 @@ def request(length: int, control: str = "best", **drafter: Any) -> Request:
 
 def test_what_drafts_may_see_by_length() -> None:
     auto = request(4096)
-    assert auto.spans_at(4096, 4) == [Span(64, 512), None]
-    assert auto.spans_at(1024, 4) == [None]  # more than half would be seen
-    assert auto.spans_at(4096, 0) == [None]
+    assert auto.views_at(4096, 4) == [View(0, 64, 512), FIRST_DRAFT]
+    assert auto.views_at(1024, 4) == [FIRST_DRAFT]  # more than half would be seen
+    assert auto.views_at(4096, 0) == [FIRST_DRAFT]
     stated = request(4096, window=100, head=28)
-    assert stated.spans_at(256, 4) == [Span(28, 100)]
-    assert stated.spans_at(128, 4) == [None]  # it would hide nothing
-    assert request(4096, window=None).spans_at(4096, 4) == [None]
+    assert stated.views_at(256, 4) == [View(0, 28, 100)]
+    assert stated.views_at(128, 4) == [FIRST_DRAFT]  # it would hide nothing
+    assert request(4096, window=None).views_at(4096, 4) == [FIRST_DRAFT]
 
 
 LONG = Program(4, 4096, 0)
@@ -348,10 +348,10 @@ def test_the_controller_takes_the_faster_kind() -> None:
 
 def test_other_controls_see_all_unless_told() -> None:
     for control in ("fixed:4", "paper", "ar"):
-        assert request(4096, control=control).spans == (None,)
+        assert request(4096, control=control).views == (FIRST_DRAFT,)
         stated = request(4096, control=control, window=100)
-        assert stated.spans == (Span(64, 100),)
-    assert request(4096).spans == (None, Span(64, 512))
+        assert stated.views == (View(0, 64, 100),)
+    assert request(4096).views == (FIRST_DRAFT, View(0, 64, 512))
 
 
 def test_what_was_learnt_of_spans_is_saved() -> None:
@@ -360,12 +360,12 @@ def test_what_was_learnt_of_spans_is_saved() -> None:
     other = Controller("best", controller.gammas)
     other.load_state_dict(controller.state_dict())
     assert other.table.seconds == controller.table.seconds
-    mine, theirs = (c.acceptance_of(SPANNED.span) for c in (controller, other))
+    mine, theirs = (c.acceptance_of(SPANNED.view) for c in (controller, other))
     np.testing.assert_array_equal(mine.tested, theirs.tested)
     assert "seeing 64 + 512 positions" in other.summary()
     # A new sampling setting begins with it, and a later rollout with less of it.
     controller.start_rollout((0.7, 0, 1.0, 0.0))
-    begun = controller._rollouts.current.seeing[Span(64, 512)].used
+    begun = controller._rollouts.current.others[SPANNED.view].used
     assert 0 < begun.tested[0] <= mine.tested[0]
     good = [[], 0, 5, *[[0.0] * 8] * 4]
     for change in ([[1.0], *good[1:]], [[], 0, 0, *good[3:]], good[:-1]):
@@ -550,10 +550,10 @@ def test_what_is_looked_up_follows_what_drafts_of_all_positions_do() -> None:
     controller = Controller("best", (0, 4))
     controller.table.seconds = {LONG: 0.010, WHOLE: 0.030}
     controller.choose(OPTIONS, LONG, compile_s=FREE)
-    before = controller.acceptance_of(SPANNED.span).keep_probs(4)[0]
+    before = controller.acceptance_of(SPANNED.view).keep_probs(4)[0]
     controller.observe(WHOLE, 100, np.array([900, 100, 0, 0, 0]), 1.0)
     assert controller.broken_drafter is not None
-    assert controller.acceptance_of(SPANNED.span).keep_probs(4)[0] < before - 0.3
+    assert controller.acceptance_of(SPANNED.view).keep_probs(4)[0] < before - 0.3
     assert controller.state_dict()["spans"] == []
 
 
@@ -656,7 +656,7 @@ def test_the_switch_is_explained_by_what_was_offered() -> None:
     controller.table.seconds |= {short: 0.004, short._replace(gamma=4): 0.016}
     controller.choose(OPTIONS, LONG, compile_s=FREE)
     text = explain(controller, [SPANNED, LONG])
-    assert "drafts that see 64 + 512 positions: a round of 4 drafts costs" in text
+    assert "seeing 64 + 512 positions: a round of 4 drafts costs" in text
     assert "seeing 64 + 512" in text.splitlines()[-1]
     assert "seeing" not in explain(controller, [short]).splitlines()[-1]
 

@@ -113,7 +113,7 @@ class Trainer:
     @functools.cached_property
     def drafter(self) -> er_jax.DrafterConfig:
         """How the draft is made: the rollout's default."""
-        return self.config.rollout_config(group_size=2).drafter
+        return self.config.rollout_config(group_size=2).drafters[0]
 
     @functools.cached_property
     def keys(self) -> dict[str, jax.Array]:

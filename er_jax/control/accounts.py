@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from er_jax.request import offered_spans
-from er_jax.types import Program, Span
+from er_jax.request import offered_views
+from er_jax.types import Program, View
 
 # Assumed speed-up of drafts before any were timed: a sixth of plain decoding is lost.
 # Measuring drafts then costs at most a sixth of the time spent so far.
@@ -76,19 +76,19 @@ class Accounts:
         return sum(self.plain_s.values()) * (1 - 1 / UNKNOWN_SPEED_UP) >= price_s
 
     def book_look(
-        self, gammas: Sequence[int], spans: Sequence[Span | None], speeds: Speeds
+        self, gammas: Sequence[int], views: Sequence[View], speeds: Speeds
     ) -> None:
         """Book the time that plain decoding has lost, now that drafts were measured.
 
         Args:
-          gammas: draft lengths. spans: what drafts may see. speeds: see `Speeds`.
+          gammas: draft lengths. views: drafts to choose from. speeds: see `Speeds`.
         """
         plain_s, self.plain_s = self.plain_s, {}
         for (rows, length, shared), seconds in plain_s.items():
             programs = [
-                Program(rows, length, gamma, shared).seeing(span)
+                Program(rows, length, gamma, shared).drafting(view)
                 for gamma in gammas
-                for span in offered_spans(spans, length, gamma)
+                for view in offered_views(views, length, gamma)
             ]
             found = speeds(programs)
             plain = next(program for program in programs if not program.gamma)

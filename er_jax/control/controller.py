@@ -48,7 +48,7 @@ from er_jax.costs.record import (
 )
 from er_jax.costs.roofline import Roofline
 from er_jax.costs.table import UNCERTAINTY_DISCOUNT, LatencyTable, OwnLock
-from er_jax.types import Program, Span
+from er_jax.types import FIRST_DRAFT, Program, View
 
 # A change of gamma alone moves no rows; its gain need only exceed rounding.
 GAMMA_HYSTERESIS = 0.005
@@ -92,7 +92,7 @@ class Controller:
         self._live_shares = LiveShares()
         self._accounts = Accounts()
         self._plain_s = self._probed_s = 0.0
-        self._spans: set[Span | None] = set()
+        self._views: set[View] = set()
         self.least_rows = 1
         """Rows of the smallest batch: 1, or one per data shard."""
         self._rule = PaperRule(_TableRoofline(self)) if control == "paper" else None
@@ -112,13 +112,13 @@ class Controller:
         return self._rollouts.current.used
 
     @property
-    def spans(self) -> tuple[Span | None, ...]:
-        """What drafts could see so far; None is all positions."""
-        return tuple(self._spans) or (None,)
+    def views(self) -> tuple[View, ...]:
+        """The drafts that it could choose so far, and what they see."""
+        return tuple(sorted(self._views)) or (FIRST_DRAFT,)
 
-    def acceptance_of(self, span: Span | None) -> AcceptanceEstimate:
-        """Return the estimate of drafts used that see a span; None is all positions."""
-        return self._rollouts.current.of(span).used
+    def acceptance_of(self, view: View) -> AcceptanceEstimate:
+        """Return the estimate of drafts used, of a draft and what it sees."""
+        return self._rollouts.current.of(view).used
 
     @property
     def broken_drafter(self) -> tuple[float, float] | None:
@@ -162,15 +162,15 @@ class Controller:
 
     def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
         """Return the speed of each program, 0 where it is unknown."""
-        used = {span: self.acceptance_of(span) for span in {p.span for p in programs}}
+        used = {view: self.acceptance_of(view) for view in {p.view for p in programs}}
         tokens = {
-            (gamma, span): used[span].tokens_per_round(gamma)
-            for gamma, span in {(p.gamma, p.span) for p in programs}
+            (gamma, view): used[view].tokens_per_round(gamma)
+            for gamma, view in {(p.gamma, p.view) for p in programs}
         }
         speeds = {}
         for program in programs:
             round_s = self.table.round_seconds(program)
-            emitted = tokens[program.gamma, program.span] * self._live_shares.share(
+            emitted = tokens[program.gamma, program.view] * self._live_shares.share(
                 program.rows, program.gamma
             )
             speeds[program] = emitted / round_s if round_s else 0.0
@@ -201,7 +201,7 @@ class Controller:
         length: float,
     ) -> Program:
         own = self._rollouts.current
-        self._spans |= {program.span for program in options if program.gamma}
+        self._views |= {program.view for program in options if program.gamma}
         if self._rule is not None:
             gamma = self._rule.choose(live, length)
             options = [p for p in options if p.gamma == gamma] or options
@@ -278,11 +278,11 @@ class Controller:
         with self._lock:
             for program, round_s in seconds.items():
                 self.table.observe(program, round_s * num_rounds, num_rounds)
-            self._accounts.book_look(self.gammas, self.spans, self._speeds)
+            self._accounts.book_look(self.gammas, self.views, self._speeds)
 
     def _do_drafts_lose(self) -> bool:
         return drafts_lose(
-            self.table, self.acceptance, self.gammas, self.least_rows, self.spans
+            self.table, self.acceptance, self.gammas, self.least_rows, self.views
         )
 
     def observe(
@@ -314,7 +314,7 @@ class Controller:
             self.table.observe(program, seconds, num_rounds)
             if self._rule is not None and program.gamma:
                 self._rule.observe(accepted)
-            own.observe(accepted, emitted, program.span)
+            own.observe(accepted, emitted, program.view)
             self._accounts.book(program, seconds, own.wanted, self._speeds)
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from er_jax.control.controller import Controller
-from er_jax.request import offered_spans
-from er_jax.types import Program, Span
+from er_jax.request import offered_views
+from er_jax.types import FIRST_DRAFT, Program, View
 
 # Batch sizes to show at most; of more, the smallest, the largest and some between.
 MAX_SIZES = 4
@@ -38,14 +38,14 @@ def explain(controller: Controller, ran: Sequence[Program]) -> str:
         return head
     middle = min(drafting, key=lambda gamma: abs(gamma - 4))
     lines = [head]
-    for span in sorted(controller.spans, key=lambda span: span or (0, 0)):
+    for view in controller.views:
         at = [
             (rows, length)
             for rows, length in costs
-            if span in offered_spans(controller.spans, length, middle)
+            if view in offered_views(controller.views, length, middle)
         ]
         if at:
-            lines += _costs_and_use(controller, at, middle, span)
+            lines += _costs_and_use(controller, at, middle, view)
     ups = [
         (rows, *_best(controller, Program(rows, length, 0))) for rows, length in costs
     ]
@@ -59,23 +59,22 @@ def explain(controller: Controller, ran: Sequence[Program]) -> str:
 
 
 def _named(program: Program) -> str:
-    span = program.span
-    seeing = f", seeing {span.head} + {span.window} positions" if span else ""
-    return f"gamma {program.gamma}{seeing}"
+    view = f", {program.view}" if program.view != FIRST_DRAFT else ""
+    return f"gamma {program.gamma}{view}"
 
 
 def _costs_and_use(
     controller: Controller,
     sizes: Sequence[tuple[int, int]],
     gamma: int,
-    span: Span | None,
+    view: View,
 ) -> list[str]:
     """Return the lines about drafts of one kind: their costs, and how many are used."""
-    costs = _round_costs(controller, sizes, gamma, span)
-    used = _used(controller, gamma, span)
-    if span is None:
+    costs = _round_costs(controller, sizes, gamma, view)
+    used = _used(controller, gamma, view)
+    if view == FIRST_DRAFT:
         return [costs, used]
-    return [f"drafts that see {span.head} + {span.window} positions: {costs}", used]
+    return [f"{view}: {costs}", used]
 
 
 def _rows(rows: int) -> str:
@@ -101,13 +100,13 @@ def _round_costs(
     controller: Controller,
     sizes: Sequence[tuple[int, int]],
     gamma: int,
-    span: Span | None,
+    view: View,
 ) -> str:
     """Return the line about costs of rounds with drafts, in plain steps."""
     table, found = controller.table, []
     for rows, length in sizes:
         plain_s = table.round_seconds(Program(rows, length, 0))
-        program = Program(rows, length, gamma).seeing(span)
+        program = Program(rows, length, gamma).drafting(view)
         round_s = table.round_seconds(program)
         if plain_s and round_s:
             how = "" if program in table.seconds else ", predicted"
@@ -115,9 +114,9 @@ def _round_costs(
     return f"a round of {gamma} drafts costs plain steps: {', '.join(found)}"
 
 
-def _used(controller: Controller, gamma: int, span: Span | None) -> str:
+def _used(controller: Controller, gamma: int, view: View) -> str:
     """Return the line about how many drafts are used, and how that is known."""
-    estimate = controller.acceptance_of(span)
+    estimate = controller.acceptance_of(view)
     tokens = estimate.tokens_per_round(gamma)
     tested = float(estimate.tested[:gamma].sum())
     if tested < 1:
@@ -132,10 +131,10 @@ def _best(controller: Controller, plain: Program) -> tuple[Program, float]:
     """Return the fastest program with drafts and its speed over plain decoding."""
     plain_speed = controller.speed(plain) or 1.0
     programs = [
-        plain._replace(gamma=gamma).seeing(span)
+        plain._replace(gamma=gamma).drafting(view)
         for gamma in controller.gammas
         if gamma
-        for span in offered_spans(controller.spans, plain.cache_length, gamma)
+        for view in offered_views(controller.views, plain.cache_length, gamma)
     ]
     speeds = {p: (controller.speed(p) or 0.0) / plain_speed for p in programs}
     best = max(speeds, key=speeds.__getitem__)

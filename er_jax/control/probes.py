@@ -11,7 +11,7 @@ import numpy as np
 from er_jax.acceptance import expected_tokens
 from er_jax.control.estimate import PRIOR_KEEP, AcceptanceEstimate
 from er_jax.costs.table import LatencyTable
-from er_jax.types import Program, Span
+from er_jax.types import Program, View
 
 # Least gain in speed for a change of program, so that noise does not move the batch.
 HYSTERESIS = 0.03
@@ -27,7 +27,7 @@ def drafts_lose(
     acceptance: AcceptanceEstimate,
     gammas: Sequence[int],
     least_rows: int,
-    spans: Iterable[Span | None] = (),
+    views: Iterable[View] = (),
 ) -> bool:
     """Whether one row was measured and no draft length makes it faster.
 
@@ -36,8 +36,8 @@ def drafts_lose(
 
     Args:
       table: costs of rounds. acceptance: how likely drafts are used. gammas: draft
-        lengths to choose from. least_rows: rows of the smallest batch. spans: what
-        drafts may see, beside what those that were measured see.
+        lengths to choose from. least_rows: rows of the smallest batch. views: drafts to
+        choose from, beside those that were measured.
     """
     one_row = [
         program
@@ -49,8 +49,8 @@ def drafts_lose(
     is_compared = False
     for measured in one_row:
         plain_s = table.round_seconds(measured.plain)
-        for gamma, span in itertools.product(gammas, {measured.span, *spans}):
-            program = measured._replace(gamma=gamma).seeing(span)
+        for gamma, view in itertools.product(gammas, {measured.view, *views}):
+            program = measured._replace(gamma=gamma).drafting(view)
             round_s = table.round_seconds(program)
             if not gamma or not plain_s or not round_s:
                 continue
@@ -62,7 +62,7 @@ def drafts_lose(
 
 def find_probe(
     table: LatencyTable,
-    acceptance_of: Callable[[Span | None], AcceptanceEstimate],
+    acceptance_of: Callable[[View], AcceptanceEstimate],
     plain: Program,
     ready: Sequence[Program],
     earned_s: float,
@@ -70,13 +70,13 @@ def find_probe(
     """Return a program to run instead of plain decoding, to see if drafts would pay.
 
     It has the shortest drafts, at the same rows and cache length, that would be faster
-    if they were used as often as a good drafter's; of those that see more or less of
-    the cache, the fastest. None if there is none, or if the time for it has not been
-    earned yet.
+    if they were used as often as a good drafter's; of several drafts, and of those that
+    see more or less of the cache, the fastest. None if there is none, or if the time
+    for it has not been earned yet.
 
     Args:
-      table: costs of rounds. acceptance_of: how likely drafts that see a span are used;
-        None is all positions. plain: the program that would run.
+      table: costs of rounds. acceptance_of: how likely the drafts of a view are used.
+        plain: the program that would run.
       ready: the compiled programs. earned_s: seconds that may be spent.
     """
     plain_s = table.round_seconds(plain)
@@ -89,7 +89,7 @@ def find_probe(
         round_s = table.round_seconds(program)
         if not round_s or not plain_s:
             continue
-        speed = hoped_tokens(acceptance_of(program.span), program.gamma) / round_s
+        speed = hoped_tokens(acceptance_of(program.view), program.gamma) / round_s
         is_earned = PROBE_ROUNDS * round_s <= earned_s
         if is_earned and speed > (1 + HYSTERESIS) / plain_s:
             return program

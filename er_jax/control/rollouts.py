@@ -19,7 +19,7 @@ from er_jax.control.estimate import (
     checked_counts,
 )
 from er_jax.costs.record import checked_list, checked_real, checked_whole
-from er_jax.types import Program, Span
+from er_jax.types import FIRST_DRAFT, Program, View
 
 # The values of a sampling setting, and the setting of callers that name none.
 SETTING_NAMES = ("temperature", "top_k", "top_p", "min_p")
@@ -33,13 +33,13 @@ MAX_SETTINGS = 16
 # A drafter is broken if its acceptance rate is below this share of the expected one.
 DEAD_SHARE = 0.5
 
-# First drafts that must have been tested before a drop shows a broken drafter, where
-# drafts see a span: with less, the expected rate is only that of other drafts.
-SPAN_EVIDENCE = 200.0
+# First drafts that must have been tested before a drop shows a broken drafter, of any
+# but the first: with less, the expected rate is only that of other drafts.
+EVIDENCE = 200.0
 
 
 class Estimates(NamedTuple):
-    """Estimates of drafts that see one span: used, and kept; see `RolloutRecord`."""
+    """Estimates of one kind of drafts: used, and kept; see `RolloutRecord`."""
 
     used: AcceptanceEstimate
     kept: AcceptanceEstimate
@@ -59,8 +59,8 @@ class RolloutRecord:
     """The record of one rollout; its estimates are those of its setting, and shared.
 
     used: estimate of drafts used, for the choice of programs. kept: estimate of drafts
-      kept, which tells whether the drafter is sound; both of drafts that see all
-      positions. seeing: the same of drafts that see a span, by span.
+      kept, which tells whether the drafter is sound; both of the first draft over all
+      positions. others: the same of other drafts, and of those that see a span.
     broken: acceptance rates (expected, found) that showed a broken drafter, or None.
     is_probing: whether drafts run only to see if they would pay. wanted: programs for
       which lost time is booked.
@@ -69,46 +69,50 @@ class RolloutRecord:
     setting: Setting
     used: AcceptanceEstimate
     kept: AcceptanceEstimate
-    seeing: dict[Span, Estimates]
+    others: dict[View, Estimates]
     broken: tuple[float, float] | None = None
     is_probing: bool = False
     wanted: list[Program] = dataclasses.field(default_factory=list)
 
-    def of(self, span: Span | None) -> Estimates:
-        """Return the estimates of drafts that see a span; None is all positions.
+    def of(self, view: View) -> Estimates:
+        """Return the estimates of a draft and what it sees.
 
-        Without evidence they are those of all positions, at the weight of a prior, and
-        are not kept.
+        Without evidence they are those of the same draft over all positions, or else of
+        the first draft, at the weight of a prior, and are not kept.
         """
-        if span is None:
+        if view == FIRST_DRAFT:
             return Estimates(self.used, self.kept)
-        if span in self.seeing:
-            return self.seeing[span]
-        found = Estimates(self.used, self.kept).copy()
+        if view in self.others:
+            return self.others[view]
+        near = (view.seeing(None), FIRST_DRAFT.seeing(view.span))
+        first = Estimates(self.used, self.kept)
+        known = (self.others[other] for other in near if other in self.others)
+        found = next(known, first).copy()
         found.forget()
         return found
 
     def observe(
-        self, accepted: np.ndarray, emitted: np.ndarray, span: Span | None = None
+        self, accepted: np.ndarray, emitted: np.ndarray, view: View = FIRST_DRAFT
     ) -> None:
         """Take in a window's histograms of drafts kept and of tokens emitted."""
         if len(accepted) == 1:
             return
-        found = self.of(span)
+        found, is_first = self.of(view), view == FIRST_DRAFT
         rates = found.kept.contradiction(accepted)
         if rates is not None:
-            # A low rate alone says nothing of a drafter that sees little; a drop does.
-            is_known = span is None or found.kept.tested[0] >= SPAN_EVIDENCE
+            # A low rate alone says nothing of a drafter that has few bits or sees
+            # little; a drop does.
+            is_known = is_first or found.kept.tested[0] >= EVIDENCE
             found.forget()
-            if span is None:
-                for other in self.seeing.values():
+            if is_first:
+                for other in self.others.values():
                     other.forget()
             if is_known and rates[1] < DEAD_SHARE * rates[0]:
                 self.broken = rates
         found.kept.observe(accepted)
         found.used.observe(emitted)
-        if span is not None:
-            self.seeing[span] = found
+        if not is_first:
+            self.others[view] = found
 
 
 class _OfThread(threading.local):
@@ -133,7 +137,7 @@ class Rollouts:
     Args:
       depth: the longest draft length.
     Attributes:
-      used, kept, seeing: estimates by setting, the latest last; see `RolloutRecord`.
+      used, kept, others: estimates by setting, the latest last; see `RolloutRecord`.
       running: the running rollouts.
     """
 
@@ -141,14 +145,14 @@ class Rollouts:
         self.depth = depth
         self.used = {NO_SETTING: AcceptanceEstimate.empty(depth)}
         self.kept = {NO_SETTING: AcceptanceEstimate.empty(depth)}
-        self.seeing: dict[Setting, dict[Span, Estimates]] = {NO_SETTING: {}}
+        self.others: dict[Setting, dict[View, Estimates]] = {NO_SETTING: {}}
         self.running = _Running()
         self._own = _OfThread()
         self._latest = self._record(NO_SETTING)
 
     def _record(self, setting: Setting) -> RolloutRecord:
         return RolloutRecord(
-            setting, self.used[setting], self.kept[setting], self.seeing[setting]
+            setting, self.used[setting], self.kept[setting], self.others[setting]
         )
 
     @property
@@ -173,16 +177,16 @@ class Rollouts:
                 estimate.forget()
             known[setting] = estimate
             _drop_oldest(known)
-        seeing = self.seeing.pop(setting, None)
-        if seeing is None:
-            seeing = {span: found.copy() for span, found in last.seeing.items()}
-            for estimates in seeing.values():
+        others = self.others.pop(setting, None)
+        if others is None:
+            others = {view: found.copy() for view, found in last.others.items()}
+            for estimates in others.values():
                 estimates.forget()
-        self.seeing[setting] = seeing
-        _drop_oldest(self.seeing)
+        self.others[setting] = others
+        _drop_oldest(self.others)
         own = self._latest = self._own.rollout = self._record(setting)
         if all(other.setting != setting for other in self.running):
-            for estimates in (own.of(None), *own.seeing.values()):
+            for estimates in (own.of(FIRST_DRAFT), *own.others.values()):
                 estimates.used.decay(KEEP_PER_ROLLOUT)
                 estimates.kept.decay(KEEP_PER_ROLLOUT)
         return own
@@ -205,15 +209,15 @@ class Rollouts:
     def described(self) -> list[str]:
         """Return the estimates as text, a line for each setting with any evidence."""
         lines = []
-        of_spans = [
-            (setting, span, estimate)
+        of_views = [
+            (setting, view, estimate)
             for setting, used in self.used.items()
-            for span, estimate in [
-                (None, used),
-                *((span, found.used) for span, found in self.seeing[setting].items()),
+            for view, estimate in [
+                (FIRST_DRAFT, used),
+                *((view, found.used) for view, found in self.others[setting].items()),
             ]
         ]
-        for setting, span, estimate in of_spans:
+        for setting, view, estimate in of_views:
             if not estimate.tested.any():
                 continue
             depth = int(np.flatnonzero(estimate.tested)[-1]) + 1
@@ -224,8 +228,8 @@ class Rollouts:
             )
             named = zip(SETTING_NAMES, setting, strict=False)
             label = ", ".join(f"{name} {value:g}" for name, value in named)
-            if span is not None:
-                label += f", seeing {span.head} + {span.window} positions"
+            if view != FIRST_DRAFT:
+                label += f", {view}"
             lines.append(
                 f"{label or 'drafts'}: used at each depth, if all before were: "
                 + ", ".join(f"{prob:.1f} ± {error:.1f}" for prob, error in percents)
@@ -240,9 +244,14 @@ class Rollouts:
             "acceptance": _listed(self.used),
             "drafters": _listed(self.kept),
             "spans": [
-                [list(setting), *span, *_counts(found.used), *_counts(found.kept)]
-                for setting, seeing in self.seeing.items()
-                for span, found in seeing.items()
+                [
+                    *(list(setting), view.head, view.window),
+                    *_counts(found.used),
+                    *_counts(found.kept),
+                    view.draft,
+                ]
+                for setting, others in self.others.items()
+                for view, found in others.items()
             ],
         }
 
@@ -261,18 +270,24 @@ class Rollouts:
                 found.used = known
             else:
                 found.kept = known
-        found.seeing = {setting: {} for setting in found.used}
+        found.others = {setting: {} for setting in found.used}
         for i, row in enumerate(checked_list("spans", state["spans"])):
             name = f"spans[{i}]"
-            setting_of, head, window, *counts = checked_list(name, row, 7)
-            span = Span(
+            row = checked_list(name, row)
+            # Earlier versions had one draft.
+            row = checked_list(name, row if len(row) == 8 else [*row, 0], 8)
+            setting_of, head, window, *counts, draft = row
+            draft = checked_whole(f"draft of {name}", draft)
+            least = 0 if draft else 1
+            view = View(
+                draft,
                 checked_whole(f"head of {name}", head),
-                checked_whole(f"window of {name}", window, least=1),
+                checked_whole(f"window of {name}", window, least=least),
             )
-            seeing = found.seeing.get(_checked_setting(name, setting_of))
-            if seeing is None:
+            others = found.others.get(_checked_setting(name, setting_of))
+            if others is None:
                 raise ValueError(f"{name} is of a setting that acceptance lacks")
-            seeing[span] = Estimates(
+            others[view] = Estimates(
                 used=checked_counts(name, counts[:2], depth),
                 kept=checked_counts(name, counts[2:], depth),
             )

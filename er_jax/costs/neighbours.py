@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from er_jax.costs.passes import ROWS_EXPONENT
-from er_jax.types import Program
+from er_jax.types import FIRST_DRAFT, Program
 
 
 class Neighbours:
@@ -23,7 +23,7 @@ class Neighbours:
         self.in_data_shards = [
             program
             for program in measured
-            if not program.shared_rows and not program.window
+            if not program.shared_rows and program.view == FIRST_DRAFT
         ]
         self._lines: dict[Program, tuple[Program, ...]] = {}
         self._speculative: dict[Program, Program | None] = {}
@@ -63,9 +63,9 @@ class Neighbours:
 
 
 def distance(one: Program, other: Program) -> float:
-    """Return how far programs differ: in what drafts see and cache length most."""
+    """Return how far programs differ: in the kind of drafts and cache length most."""
     return (
-        2.0 * (one.span != other.span)
+        2.0 * (one.view != other.view)
         + abs(math.log2(one.cache_length / other.cache_length))
         + 0.25 * abs(math.log2(one.rows / other.rows))
         + 0.1 * abs(one.gamma - other.gamma)

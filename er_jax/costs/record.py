@@ -31,6 +31,7 @@ def listed_programs(values: Mapping[Program, float]) -> list[list[Any]]:
             bool(p.shared_rows),
             int(p.head),
             int(p.window),
+            int(p.draft),
             float(value),
         ]
         for p, value in values.items()
@@ -111,15 +112,16 @@ def checked_list(name: str, value: Any, length: int | None = None) -> list[Any]:
 def checked_program(name: str, value: Any) -> Program:
     """Return the program with these fields; errors as in `checked_whole`."""
     fields = checked_list(name, value)
-    if len(fields) not in (3, 4, 6) or not isinstance(fields[-1], bool | int):
+    if len(fields) not in (3, 4, 6, 7) or not isinstance(fields[-1], bool | int):
         raise ValueError(
             f"{name} is {shortened(value)}, and must be rows, cache length, gamma, "
-            "whether its rows are shared, and the head and window that drafts see"
+            "whether its rows are shared, the head and window that drafts see, and the "
+            "number of the draft"
         )
     # The last fields may be missing, as in files of earlier versions.
-    defaults = [0, 0, 0, False, 0, 0]
+    defaults = [0, 0, 0, False, 0, 0, 0]
     fields += defaults[len(fields) :]
-    rows, cache_length, gamma, shared_rows, head, window = fields
+    rows, cache_length, gamma, shared_rows, head, window, draft = fields
     if not isinstance(shared_rows, bool):
         raise ValueError(
             f"shared rows of {name} are {shortened(shared_rows)}, and must be true or "
@@ -132,10 +134,13 @@ def checked_program(name: str, value: Any) -> Program:
         shared_rows=shared_rows,
         head=checked_whole(f"head of {name}", head),
         window=checked_whole(f"window of {name}", window),
+        draft=checked_whole(f"draft of {name}", draft),
     )
-    if (found.head and not found.window) or (found.window and not found.gamma):
+    needs_drafts = found.window or found.draft
+    if (found.head and not found.window) or (needs_drafts and not found.gamma):
         raise ValueError(
-            f"{name} is {shortened(value)}: a head needs a window, and a window drafts"
+            f"{name} is {shortened(value)}: a head needs a window; a window, and the "
+            "number of a draft, need drafts"
         )
     return found
 

@@ -54,7 +54,7 @@ def conditions(engine: Engine, params: PolicyParams) -> dict[str, str]:
         "accept": engine.accept,
         "layout": engine.layout.name,
         "parameters": _digest(signature(params.policy)),
-        "draft": _digest(signature(params.draft)),
+        "draft": _digest(signature(params.drafts if params.others else params.draft)),
         "cache": _digest(signature(_position(engine.policy))),
     }
 

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from er_jax.costs.neighbours import Neighbours, distance, power_law
 from er_jax.costs.passes import (
@@ -37,7 +37,7 @@ from er_jax.costs.record import (
     load_record,
     save_record,
 )
-from er_jax.types import Program
+from er_jax.types import FIRST_DRAFT, Program
 
 # Assumed seconds of a round with shared rows, relative to the same rows in data shards,
 # where none was measured: a device reads half the weights or less, and sums are sent.
@@ -69,7 +69,7 @@ STALE = 0.03
 TRUSTED_POSITIONS = 50
 UNCERTAINTY_DISCOUNT = 0.2
 
-# Most that one measured round with a span changes the predictions of others by.
+# Most that one measured round of another kind of drafts changes predictions by.
 MOST_CORRECTION = 2.0
 
 # Most programs in a file: no rollout has so many, and every prediction looks at all.
@@ -117,6 +117,9 @@ class LatencyTable:
     rounds: dict[Program, int] = dataclasses.field(default_factory=dict)
     passes: PassCosts | None = None
     slowdown: float = 1.0
+    _draft_shares: tuple[float, ...] = dataclasses.field(
+        default=(), init=False, repr=False, compare=False
+    )
     _lock: OwnLock = dataclasses.field(
         default_factory=OwnLock, init=False, repr=False, compare=False
     )
@@ -176,6 +179,19 @@ class LatencyTable:
         if abs(now - before) > STALE * before:
             self._forget_predictions()
 
+    def weigh_drafts(self, num_bytes: Sequence[float]) -> None:
+        """Say how many bytes the weights of each draft have.
+
+        Rounds of a draft that never ran are predicted from those of the first, as if
+        its passes took seconds in proportion to these bytes. That is less than they
+        take, so such a draft is tried where it could pay.
+        """
+        with self._lock:
+            shares = tuple(own / num_bytes[0] for own in num_bytes)
+            if shares != self._draft_shares:
+                self._draft_shares = shares
+                self._forget_predictions()
+
     def save(self, path: str | os.PathLike[str], about: Mapping[str, str]) -> None:
         """Write all readings as JSON, with their conditions; see `save_record`."""
         passes = self.passes
@@ -231,7 +247,7 @@ class LatencyTable:
             measured = list(self.seconds.items())
         for program, seconds in measured:
             kind: Kind = "round" if program.gamma else "target"
-            if not program.shared_rows and not program.window:
+            if not program.shared_rows and program.view == FIRST_DRAFT:
                 found.append(Reading(kind, *program[:3], seconds))
         return found
 
@@ -282,14 +298,17 @@ class LatencyTable:
         With shared rows: the seconds of the same program in data shards, times the
         ratio of these two for the nearest program with shared rows that ran.
 
-        With drafts that see a span: see `_with_span`.
+        With drafts that see a span, and with another draft than the first: see
+        `_of_kind`.
         """
         if program.window:
-            return self._with_span(program)
+            return self._of_kind(program, seconds_with_span(self._known, program))
+        if program.draft:
+            return self._of_kind(program, self._of_draft(program))
         if program.shared_rows:
             in_shards_s = self._in_data_shards(program)
-            others = [p for p in self.seconds if p.shared_rows and not p.window]
-            others = [p for p in others if p != program]
+            others = [p for p in self.seconds if p.shared_rows]
+            others = [p for p in others if p.view == FIRST_DRAFT and p != program]
             near = min(others, key=lambda p: distance(p, program), default=None)
             if in_shards_s is None or near is None:
                 return None if in_shards_s is None else SHARED_ROWS_SHARE * in_shards_s
@@ -330,24 +349,49 @@ class LatencyTable:
         ratio = max(drafts_s / self._extra(near), 0.0)
         return (self._step(program) or 0.0) + ratio * self._extra(program)
 
-    def _with_span(self, program: Program) -> float | None:
-        """Predict a round whose drafts see a span.
+    def _of_kind(self, program: Program, expected_s: float | None) -> float | None:
+        """Predict a round whose drafts see a span, or are not the first ones.
 
-        It is what `seconds_with_span` returns, times the ratio of measured to so
-        predicted seconds of the nearest program of the kind that ran. Where no drafts
-        that see all positions ran, it is predicted from that program alone, like them.
+        It is what is expected from rounds of the first draft over all positions, times
+        the ratio of measured to so expected seconds of the nearest program of the kind
+        that ran. Where no such rounds of the first draft ran, it is predicted from that
+        program alone, like them.
+
+        Args:
+          program: to predict. expected_s: from other rounds, None if unknown.
         """
-        expected_s = seconds_with_span(self._known, program)
-        others = [p for p in self.seconds if p != program and p.window]
+        others = [p for p in self.seconds if p != program]
+        if program.window:
+            others = [p for p in others if p.window]
+        else:
+            others = [p for p in others if p.draft == program.draft and not p.window]
         near = min(others, key=lambda p: distance(p, program), default=None)
         if near is None:
             return expected_s
-        near_s = seconds_with_span(self._known, near)
+        if near.window:
+            near_s = seconds_with_span(self._known, near)
+        else:
+            near_s = self._of_draft(near)
         if expected_s is not None and near_s:
             ratio = self.seconds[near] / near_s
             return expected_s * min(max(ratio, 1 / MOST_CORRECTION), MOST_CORRECTION)
         is_known = self._step(program) and self._step(near)
         return self._like(near, program) if is_known else None
+
+    def _of_draft(self, program: Program) -> float | None:
+        """Return the seconds of a round expected from the first draft's.
+
+        Of what the first draft's round takes beyond a step, as much as that many draft
+        passes are assumed to take changes with the bytes of the weights.
+        """
+        first_s = self._known(program._replace(draft=0))
+        step_s = self._known(program.plain)
+        if first_s is None or step_s is None:
+            return first_s
+        drafts_s = min(program.gamma * DRAFT_SHARE * step_s, max(first_s - step_s, 0.0))
+        shares = self._draft_shares
+        share = shares[program.draft] if program.draft < len(shares) else 1.0
+        return first_s - (1 - share) * drafts_s
 
     def _known(self, program: Program) -> float | None:
         """Return the measured or predicted seconds of a program."""

@@ -94,8 +94,8 @@ def measure_round(
             live=np.ones(rows, bool),
         )
         state, window = engine.start_window(
-            params, state, settings, program.gamma, exit_live=0, max_rounds=num_rounds,
-            span=program.span,
+            params.only(program.draft), state, settings, program.gamma, exit_live=0,
+            max_rounds=num_rounds, span=program.span,
         )  # fmt: skip
         info, seconds, _ = window.wait()
         (seconds,) = engine.agreement.broadcast_from_leader([seconds]).tolist()

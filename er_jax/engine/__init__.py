@@ -5,8 +5,8 @@ of scoring, `programs` the executables, `engine` the engine of one device, `kept
 engines between calls.
 """
 
-from er_jax.engine.engine import Engine, refresh_draft
+from er_jax.engine.engine import Engine
 from er_jax.engine.kept import engine_for, forget_engines
-from er_jax.engine.windows import run_window
+from er_jax.engine.windows import refresh_draft, run_window
 
 __all__ = ["Engine", "engine_for", "forget_engines", "refresh_draft", "run_window"]

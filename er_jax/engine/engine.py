@@ -26,7 +26,7 @@ from tqdm import tqdm
 from er_jax import sampling, steps
 from er_jax.acceptance import AcceptRule
 from er_jax.devices import default_device, device_bytes, is_cuda
-from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.drafter import DrafterConfig, PolicyParams, drafter_configs
 from er_jax.engine import first_use
 from er_jax.engine.lowering import Lowering
 from er_jax.engine.programs import (
@@ -47,7 +47,6 @@ from er_jax.engine.windows import (
     run_allocation,
     run_attach,
     run_finite_check,
-    run_refresh,
     run_take,
     run_window,
 )
@@ -61,22 +60,6 @@ from er_jax.types import (
     Span,
     WindowInfo,
 )
-
-
-def refresh_draft(params: PolicyParams, config: DrafterConfig) -> PolicyParams:
-    """Requantize the policy into the buffers of its old draft.
-
-    For callers whose parameter update is not jitted as a whole. Inside a jit that
-    donates the old parameters, `attach_draft` has the same effect.
-
-    Args:
-      params: policy and old draft; the draft is donated and must not be used again.
-      config: how to quantize.
-    Returns:
-      The same policy with its new draft.
-    """
-    draft = run_refresh(params.policy, params.draft, config=config.quantization)
-    return PolicyParams(policy=params.policy, draft=draft)
 
 
 class RunningWindow:
@@ -390,7 +373,9 @@ class Engine:
                 state = jax.eval_shape(
                     lambda: steps.empty_state(self.policy, rows, length)
                 )
-                used = params if gamma else PolicyParams(params.policy, draft=None)
+                used = PolicyParams(params.policy, draft=None)
+                if gamma:
+                    used = params.only(program.draft)
                 zero = np.int32(0)
                 arguments = (used, state, settings, zero, zero)
                 self._window(arguments, gamma, None, program.span)
@@ -418,15 +403,23 @@ class Engine:
         """Return the jitted function that derives the draft of these parameters."""
         return run_attach
 
-    def attach_draft(self, params: Params, config: DrafterConfig) -> PolicyParams:
-        """Return policy parameters with a newly derived draft."""
-        config = config.quantization
+    def attach_draft(
+        self, params: Params, config: DrafterConfig | Sequence[DrafterConfig]
+    ) -> PolicyParams:
+        """Return policy parameters with newly derived drafts."""
+        draft, *others = (
+            self._derived(params, one.quantization) for one in drafter_configs(config)
+        )
+        return PolicyParams(policy=params, draft=draft, others=tuple(others))
+
+    def _derived(self, params: Params, config: DrafterConfig) -> Params:
+        """Return one draft of the parameters."""
         program = self._program(
             ("attach", config),
             self._attach_function(params, config),
             lambda f: f.lower(self._abstract_params(params), config=config),
         )
-        return PolicyParams(policy=params, draft=program.call(params))
+        return program.call(params)
 
     def find_nonfinite(self, params: Params) -> list[str]:
         """Return the paths of floating-point leaves that hold NaN or infinity."""

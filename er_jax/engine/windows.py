@@ -11,6 +11,7 @@ aliased; one `WindowInfo` goes back to the host.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -19,7 +20,12 @@ from jax import lax
 
 from er_jax import drafter, prefill, steps
 from er_jax.acceptance import AcceptRule
-from er_jax.drafter import DrafterConfig, PolicyParams
+from er_jax.drafter import (
+    DrafterConfig,
+    PolicyParams,
+    check_number,
+    drafter_configs,
+)
 from er_jax.engine.protocol import ROWS, SAME, Layout, OneDevice, TokenBuffers
 from er_jax.types import (
     Admission,
@@ -219,6 +225,31 @@ def run_refresh(params: Params, old: Params, *, config: DrafterConfig) -> Params
     """Derive the draft into the buffers of the old one. Donates `old`."""
     del old  # An argument only so that its buffers are reused.
     return drafter.attach_draft(params, config).draft
+
+
+def refresh_draft(
+    params: PolicyParams, config: DrafterConfig | Sequence[DrafterConfig]
+) -> PolicyParams:
+    """Requantize the policy into the buffers of its old draft, or of several.
+
+    For callers whose parameter update is not jitted as a whole. Inside a jit that
+    donates the old parameters, `attach_draft` has the same effect.
+
+    Args:
+      params: policy and old drafts; these are donated and must not be used again.
+      config: how to quantize; several for as many drafts.
+    Returns:
+      The same policy with its new drafts.
+    Raises:
+      ValueError: not as many configs as drafts.
+    """
+    configs = drafter_configs(config)
+    check_number(params, configs)
+    draft, *others = (
+        run_refresh(params.policy, old, config=one.quantization)
+        for old, one in zip(params.drafts, configs, strict=True)
+    )
+    return PolicyParams(policy=params.policy, draft=draft, others=tuple(others))
 
 
 @functools.partial(jax.jit, static_argnames=("layout",))

@@ -214,7 +214,7 @@ class MeshEngine(Engine):
         """Return parameters for `for_shared_rows`; no weights are sent."""
         shapes = self.shared_rows_params(params)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        kind = None if params.draft is None else self.draft_kind(params.draft)
+        kind = None if params.draft is None else self.draft_kind(params.drafts)
         name = ("params to shared rows", kind)
         return self._resharded(name, params, self._abstract_params(params), shardings)
 

@@ -146,7 +146,7 @@ def shared_rows_shardings(policy: Policy, params: PolicyParams, mesh: Mesh) -> A
     """Return the shardings of parameters when all devices share the rows.
 
     Args:
-      policy: of the parameters. params: policy and draft (or None), or their shapes.
+      policy: of the parameters. params: policy and drafts (or None), or their shapes.
       mesh: from `shared_rows_mesh`.
     Returns:
       Shardings on that mesh; None if there are no rules for the policy, or an axis does
@@ -156,10 +156,7 @@ def shared_rows_shardings(policy: Policy, params: PolicyParams, mesh: Mesh) -> A
         return None
     try:
         policy_shardings: Any = param_shardings(params.policy, policy.config, mesh)
-        draft = None
-        if params.draft is not None:
-            draft = draft_shardings(params.draft, policy_shardings)
-        found = PolicyParams(policy=policy_shardings, draft=draft)
+        found = _with_drafts(params, policy_shardings)
         jax.tree.map(lambda x, sharding: sharding.shard_shape(x.shape), params, found)
     except ValueError:
         return None
@@ -207,9 +204,17 @@ def put_on_mesh(policy: Policy, params: Any, mesh: Mesh) -> Any:
     policy_params = params.policy if isinstance(params, PolicyParams) else params
     shardings: Any = param_shardings(policy_params, policy.config, mesh)
     if isinstance(params, PolicyParams):
-        draft = draft_shardings(params.draft, shardings)
-        shardings = PolicyParams(policy=shardings, draft=draft)
+        shardings = _with_drafts(params, shardings)
     return jax.tree.map(jax.device_put, params, shardings)
+
+
+def _with_drafts(params: PolicyParams, shardings: Any) -> PolicyParams:
+    """Return the shardings of the policy, and of every draft that there is."""
+    draft, *others = (
+        None if draft is None else draft_shardings(draft, shardings)
+        for draft in params.drafts
+    )
+    return PolicyParams(policy=shardings, draft=draft, others=tuple(others))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ class DataShards:
             self._shared_bytes = device_bytes(shapes)
         self.sharings = tuple(sorted(self._engines))
         self._draft_kinds = {
-            shared: engine.draft_kind(self._params[shared].draft)
+            shared: [engine.draft_kind(draft) for draft in self._params[shared].drafts]
             for shared, engine in self._engines.items()
         }
 
@@ -54,9 +54,9 @@ class DataShards:
         """Return the parameters on that engine."""
         return self._params[shared_rows]
 
-    def draft_kind(self, shared_rows: bool) -> str:
-        """Return the kind of their draft."""
-        return self._draft_kinds[shared_rows]
+    def draft_kind(self, shared_rows: bool, draft: int) -> str:
+        """Return the kind of a draft."""
+        return self._draft_kinds[shared_rows][draft]
 
     def row_buckets(self, shared_rows: bool) -> tuple[int, ...]:
         """Return the numbers of rows that a batch can have, ascending."""

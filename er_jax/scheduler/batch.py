@@ -14,7 +14,8 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +25,21 @@ from er_jax.control.protocol import ControllerProtocol
 from er_jax.costs import timing
 from er_jax.engine.protocol import WindowHandle
 from er_jax.request import Request
-from er_jax.result import Completion
+from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import Shape, Topology
 from er_jax.stats import Moment, RolloutStats
-from er_jax.types import FINISH_NAMES, NONE, Admission, Program, Sampling, WindowInfo
+from er_jax.types import (
+    FINISH_NAMES,
+    NONE,
+    Admission,
+    Finish,
+    Program,
+    Sampling,
+    WindowInfo,
+)
+from er_jax.until import Until
 
 # Longest duration of a window, about, so that progress shows and decisions stay fresh.
 WINDOW_S = 0.25
@@ -81,6 +91,7 @@ class Batch:
     Args:
       topology: the devices. request: the sequences. stats: filled in. settings: traced
         sampling settings.
+      begun: completions that go on, by sequence; their tokens are part of the prompt.
     Attributes:
       rows: the host's record. queue: sequences that wait for a row. completions:
         sequence -> completion of those that finished. program: the program that ran
@@ -93,10 +104,11 @@ class Batch:
         request: Request,
         stats: RolloutStats,
         settings: Sampling,
+        begun: Mapping[int, Completion] = MappingProxyType({}),
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
-        self.settings = settings
-        self.queue = collections.deque(range(len(request.prompt_of)))
+        self.settings, self.begun = settings, begun
+        self.queue = collections.deque(request.waiting)
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
         self.program: Program | None = None
@@ -182,8 +194,7 @@ class Batch:
 
         def offered(program: Program) -> Program:
             # With a stated window there are no drafts that see all positions.
-            span = self.request.spans_at(longest, program.gamma)[-1]
-            return program.seeing(span)
+            return program.drafting(self.request.views_at(longest, program.gamma)[-1])
 
         with controller.measuring:
             found = controller.first_look(
@@ -210,8 +221,9 @@ class Batch:
             index = self.topology.rows_after(keep, self._shape, shape)
             rows = self.rows.moved(index)
             with self._timed("moves"):
-                self.state = self.topology.move(self.state, self._shape, shape, index)
-                self.rows, self._shape = rows, shape
+                state = self.topology.move(self.state, self._shape, shape, index)
+                # Together, so that they are of one shape after an interruption.
+                self.state, self.rows, self._shape = state, rows, shape
 
     def _exit_live(self) -> int:
         """Return the live count at which the next decision is due."""
@@ -240,13 +252,13 @@ class Batch:
         shared = self._shape[2]
         engine = self.topology.engine_of(shared)
         self.state, window = engine.start_window(
-            self.topology.params_of(shared),
+            self.topology.params_of(shared).only(program.draft),
             self.state,
             self.settings,
             program.gamma,
             exit_live=min(self._exit_live(), num_live - 1),
             max_rounds=max_rounds,
-            draft_kind=self.topology.draft_kind(shared),
+            draft_kind=self.topology.draft_kind(shared, program.draft),
             span=program.span,
         )
         self._in_flight = InFlightWindow(window, program, has_run, second, num_live)
@@ -285,6 +297,7 @@ class Batch:
             shared_rows=program.shared_rows,
             head=program.head,
             window=program.window,
+            draft=program.draft,
         )
         finished = FinishedWindow(
             info, window.buffers, moment, self.rows.sequence, self.rows.length
@@ -324,14 +337,68 @@ class Batch:
         found = engine.fetch_rows(buffers, ended) if len(ended) else {}
         for slot, (tokens, logprobs) in found.items():
             sequence = int(sequences[slot])
-            prompt = self.request.prompts[self.request.prompt_of[sequence]]
-            sampled = slice(len(prompt), int(info.length[slot]))
-            self.completions[sequence] = Completion(
-                token_ids=np.array(tokens[sampled]),
-                logprobs=np.array(logprobs[sampled]),
-                finish_reason=FINISH_NAMES[int(info.finish_reason[slot])],
+            self.completions[sequence] = self._completion(
+                sequence,
+                tokens[: info.length[slot]],
+                logprobs[: info.length[slot]],
+                FINISH_NAMES[int(info.finish_reason[slot])],
             )
         num_tokens = int((info.length - length_before)[was_live].sum())
         self.stats.add_window(moment, num_tokens, info.accepted)
         self._finished = None  # Last, so that an interrupted fetch can be repeated.
         return [int(sequences[slot]) for slot in found]
+
+    def _completion(
+        self, sequence: int, tokens: np.ndarray, logprobs: np.ndarray, reason: str
+    ) -> Completion:
+        """Return the completion of a sequence from all tokens of its row."""
+        prompt = self.request.prompts[self.request.prompt_of[sequence]]
+        sampled = slice(len(prompt), None)
+        found = Completion(
+            token_ids=np.array(tokens[sampled]),
+            logprobs=np.array(logprobs[sampled]),
+            finish_reason=reason,
+        )
+        begun = self.begun.get(sequence)
+        return found if begun is None else begun.followed_by(found)
+
+    def unfinished(self) -> dict[int, Completion]:
+        """Return the completions of rows that still run, and of those that wait.
+
+        Called between windows. Each of several processes returns the rows on its own
+        devices, and the first process those that wait.
+        """
+        reason = FINISH_NAMES[Finish.UNFINISHED]
+        live = np.flatnonzero(self.rows.is_live)
+        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        if len(live):
+            buffers = (self.state.tokens, self.state.logprobs)
+            rows = self.topology.engine.fetch_rows(buffers, live)
+        found = {
+            sequence: self._completion(
+                sequence, tokens[:length], logprobs[:length], reason
+            )
+            for slot, (tokens, logprobs) in rows.items()
+            for sequence, length in [
+                (int(self.rows.sequence[slot]), self.rows.length[slot])
+            ]
+        }
+        if self.topology.engine.agreement.is_leader:
+            found |= {s: self.begun.get(s, NOTHING) for s in self.queue}
+        return found
+
+    def is_reached(self, until: Until) -> bool:
+        """Whether the rollout ends early now; the same in all processes."""
+        is_open = np.zeros(len(self.request.prompt_of), bool)
+        is_open[list(self.queue)] = True
+        is_open[self.rows.sequence[self.rows.is_live]] = True
+        is_reached = until.is_reached(
+            seconds=time.perf_counter() - self.start_s,
+            finished=int((~is_open).sum()),
+            groups=int((~is_open.reshape(-1, self.request.group).any(axis=1)).sum()),
+            tokens=self.stats.num_tokens,
+        )
+        agreement = self.topology.engine.agreement
+        if agreement.is_spread and until.asks_leader:
+            is_reached = bool(agreement.broadcast_from_leader([is_reached])[0])
+        return is_reached

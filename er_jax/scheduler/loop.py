@@ -14,7 +14,8 @@ Left out: time, acceptance, compile costs (`control`); sizes of requests (`reque
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from er_jax.scheduler.batch import Batch
 from er_jax.scheduler.topology import Topology
 from er_jax.stats import RolloutStats
 from er_jax.types import Sampling
+from er_jax.until import Until
 
 
 def run(
@@ -35,10 +37,12 @@ def run(
     controller: ControllerProtocol,
     stats: RolloutStats,
     *,
+    begun: Mapping[int, Completion] = MappingProxyType({}),
+    until: Until | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
     progress: bool = False,
 ) -> dict[int, Completion]:
-    """Sample every sequence of the request and return the completions.
+    """Sample the waiting sequences of the request and return their completions.
 
     Of several processes on one mesh, each returns the completions whose rows were last
     on its devices. All processes decide alike, because they share the state and use the
@@ -48,7 +52,9 @@ def run(
       topology: engine and parameters, and the layouts of a batch on the devices.
       request: the sequences. settings: traced sampling settings.
       controller: chooses programs and learns from windows.
-      stats: filled in. on_finish: called with (sequence id, completion) as rows end.
+      stats: filled in. begun: completions that go on, by sequence. until: when to end
+        early; then the completions of rows that run or wait are "unfinished".
+      on_finish: called with (sequence id, completion) as rows end.
       progress: show a progress bar of finished sequences.
     Returns:
       Sequence (0 .. N-1) -> completion.
@@ -56,7 +62,7 @@ def run(
       RolloutError: anything failed; it carries the finished completions.
       KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
-    batch = Batch(topology, request, stats, settings)
+    batch = Batch(topology, request, stats, settings, begun)
 
     def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
@@ -83,8 +89,8 @@ def run(
         return batch.completions
 
     with (
-        tqdm(total=len(request.prompt_of), unit="seq", disable=not progress) as bar,
-        keeping(finished, request),
+        tqdm(total=len(request.waiting), unit="seq", disable=not progress) as bar,
+        keeping(finished, request, batch.unfinished),
     ):
         while batch.queue or batch.num_live:
             if batch.is_refill_due():
@@ -110,8 +116,10 @@ def run(
                         refresh=False,
                     )
                 batch.end_window(controller, failure)
+            if until is not None and batch.is_reached(until):
+                break
         agreement = topology.engine.agreement
         _, failure = agreement.sync_or_raise([], deliver(batch.collect()))
         if failure is not None:
             raise failure
-    return batch.completions
+        return batch.completions | batch.unfinished()

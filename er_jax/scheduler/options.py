@@ -35,11 +35,11 @@ class Options:
         """Return the programs that can run the live rows now, the safest one last.
 
         The last has the shortest drafts, the most rows and the longest cache, and its
-        drafts see all positions if they may. They also do where there is no room for
-        rings. While sequences wait, the batch keeps all its slots. A smaller batch
-        grows only to programs that are compiled, or to all slots. The cache is
-        shortened only if the live rows leave a quarter of the new one free, so that it
-        does not grow again at once.
+        drafts are the first ones, which see all positions if they may. They also do
+        where there is no room for rings. While sequences wait, the batch keeps all its
+        slots. A smaller batch grows only to programs that are compiled, or to all
+        slots. The cache is shortened only if the live rows leave a quarter of the new
+        one free, so that it does not grow again at once.
 
         Args:
           rows: the batch. shape: of its state. is_waiting: whether sequences wait for
@@ -65,14 +65,14 @@ class Options:
                 is_shorter = length < shape[1]
                 if (least + length // 4 if is_shorter else least) > length:
                     continue
-                for span in self._request.spans_at(length, gamma):
-                    program = Program(count, length, gamma, shared).seeing(span)
+                for view in self._request.views_at(length, gamma):
+                    program = Program(count, length, gamma, shared).drafting(view)
                     if not self._have_rings_room(program):
                         program = program.seeing(None)
                     is_larger = len(rows) < count < slots
                     if is_larger and not self.is_compiled(program):
                         continue
-                    if program not in found[-1:]:
+                    if program not in found[-len(self._request.views) :]:
                         found.append(program)
         return found
 
@@ -106,7 +106,7 @@ class Options:
             shared = program.shared_rows
             engine, kind = (
                 self._topology.engine_of(shared),
-                self._topology.draft_kind(shared),
+                self._topology.draft_kind(shared, program.draft),
             )
             if not engine.has_window(program, kind, self._settings):
                 return False

@@ -41,8 +41,8 @@ class Topology(Protocol):
     def params_of(self, shared_rows: bool) -> PolicyParams:
         """Return the parameters on that engine."""
 
-    def draft_kind(self, shared_rows: bool) -> str:
-        """Return the kind of their draft; see `EngineProtocol.draft_kind`."""
+    def draft_kind(self, shared_rows: bool, draft: int) -> str:
+        """Return the kind of a draft by number; see `EngineProtocol.draft_kind`."""
 
     def row_buckets(self, shared_rows: bool) -> tuple[int, ...]:
         """Return the numbers of rows that a batch can have, ascending."""
@@ -118,7 +118,7 @@ class OneDevice:
         self.engine = engine
         self._params = params
         self._row_buckets = row_buckets(request.slots)
-        self._draft_kind = engine.draft_kind(params.draft)
+        self._draft_kinds = [engine.draft_kind(draft) for draft in params.drafts]
 
     def engine_of(self, shared_rows: bool) -> EngineProtocol:
         """Return the engine."""
@@ -128,9 +128,9 @@ class OneDevice:
         """Return the parameters."""
         return self._params
 
-    def draft_kind(self, shared_rows: bool) -> str:
-        """Return the kind of the draft."""
-        return self._draft_kind
+    def draft_kind(self, shared_rows: bool, draft: int) -> str:
+        """Return the kind of a draft."""
+        return self._draft_kinds[draft]
 
     def row_buckets(self, shared_rows: bool) -> tuple[int, ...]:
         """Return the numbers of rows that the batch can have, ascending."""

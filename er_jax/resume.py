@@ -1,0 +1,115 @@
+"""Going on from an earlier rollout: what it holds, and whether it is of this request.
+
+A completion is a function of (params, prompt, key, sequence id), so its tokens so far
+are all that is needed to go on: they are prefilled like a prompt, and the noise of a
+position does not depend on where sampling began.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from er_jax.config import RolloutConfig
+from er_jax.result import Completion, Rollout
+from er_jax.types import FINISH_NAMES, Finish
+
+LENGTH, UNFINISHED = FINISH_NAMES[Finish.LENGTH], FINISH_NAMES[Finish.UNFINISHED]
+
+
+def earlier_rollout(
+    resume: Rollout | str | os.PathLike[str],
+    prompts: Sequence[np.ndarray],
+    sequence_ids: np.ndarray,
+    config: RolloutConfig,
+    vocab_size: int,
+) -> Rollout:
+    """Return the rollout to go on from, checked.
+
+    Args:
+      resume: a rollout, or a file that `Rollout.save` wrote.
+      prompts, sequence_ids, config: of the request; they must be those of the rollout.
+      vocab_size: of the policy.
+    Raises:
+      ValueError: it is of another request; the message names the first difference.
+    """
+    if isinstance(resume, Rollout):
+        found = resume
+    elif isinstance(resume, str | os.PathLike):
+        found = Rollout.load(resume)
+    else:
+        raise ValueError(
+            f"resume={type(resume).__name__} must be a Rollout, or the path of a file "
+            "that Rollout.save wrote"
+        )
+    remedy = "give the rollout of the same prompts, n and sequence_ids"
+    count = len(found.sequence_ids)
+    if count != len(sequence_ids):
+        raise ValueError(
+            f"resume holds {count} completions, and the request has "
+            f"{len(sequence_ids)}; {remedy}"
+        )
+    different = np.flatnonzero(found.sequence_ids != sequence_ids)
+    if len(different):
+        row = int(different[0])
+        raise ValueError(
+            f"resume has sequence id {found.sequence_ids[row]} in row {row}, and the "
+            f"request {sequence_ids[row]}; {remedy}"
+        )
+    for row in range(count):
+        known = found.prompt_ids[row][found.prompt_mask[row]]
+        if not np.array_equal(known, prompts[row // config.n]):
+            raise ValueError(
+                f"resume has another prompt than the request in row {row}; {remedy}"
+            )
+    longest = int(found.lengths.max(initial=0))
+    if longest > config.max_new_tokens:
+        raise ValueError(
+            f"max_new_tokens={config.max_new_tokens} counts all tokens of a "
+            f"completion, and resume holds one of {longest}; raise it"
+        )
+    ids = found.completion_ids[found.completion_mask]
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
+        raise ValueError(
+            f"resume holds token ids outside 0 .. {vocab_size - 1}: it is of another "
+            "policy"
+        )
+    return found
+
+
+def completions_of(
+    earlier: Rollout, config: RolloutConfig
+) -> tuple[dict[int, Completion], dict[int, Completion]]:
+    """Return the completions that have ended, and those that have begun.
+
+    One that ended by length, at a limit below the one of now, goes on.
+
+    Args:
+      earlier: from `earlier_rollout`. config: of the request.
+    Returns:
+      Two mappings from sequence (0 .. N-1) to completion.
+    """
+    ended: dict[int, Completion] = {}
+    begun: dict[int, Completion] = {}
+    for row, reason in enumerate(earlier.finish_reason.tolist()):
+        length = int(earlier.lengths[row])
+        goes_on = reason in (LENGTH, UNFINISHED)
+        if goes_on and length == config.max_new_tokens:
+            goes_on, reason = False, LENGTH
+        completion = Completion(
+            token_ids=_copied(earlier.completion_ids[row, :length]),
+            logprobs=_copied(earlier.logprobs[row, :length]),
+            finish_reason=reason,
+        )
+        if not goes_on:
+            ended[row] = completion
+        elif length:
+            begun[row] = completion
+    return ended, begun
+
+
+def _copied(array: Any) -> np.ndarray:
+    return np.array(array)

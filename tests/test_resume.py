@@ -1,0 +1,300 @@
+"""Rollouts that end early and go on: the tokens of one that never was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import er_jax
+from benchmarks.lib.controllers import Restless
+from er_jax import Rollout, Stop, Until
+from er_jax.control.controller import Controller
+from er_jax.request import request_of
+from er_jax.resume import completions_of
+from er_jax.scheduler import batch
+from er_jax.types import Finish, Program
+from tests.small import SIZES
+
+SIZES64 = dataclasses.replace(SIZES, dtype="float64")
+POLICY = er_jax.Decoder(SIZES64)
+PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
+CONFIG = er_jax.RolloutConfig(
+    max_new_tokens=40, n=2, max_slots=4, stop_token_ids=(11, 17), control="best",
+    gammas=(0, 3), drafter=er_jax.DrafterConfig(window=None),
+)  # fmt: skip
+KEY = jax.random.key(5)
+
+
+def params() -> Any:
+    return POLICY.init(jax.random.key(0))
+
+
+class Ending(Restless):
+    """Calls a function at its k-th decision; its programs are chosen at random."""
+
+    def __init__(self, at: int, act: Callable[[], None], seed: int = 0) -> None:
+        super().__init__("best", (0, 3), (1, 2, 4), seed)
+        self.left, self.act = at, act
+
+    def choose(
+        self, options: Sequence[Program], current: Program | None, **known: Any
+    ) -> Program:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        return super().choose(options, current, **known)
+
+
+def sample(config: er_jax.RolloutConfig = CONFIG, **named: Any) -> Rollout:
+    return er_jax.rollout(POLICY, params(), PROMPTS, key=KEY, config=config, **named)
+
+
+def ended_after(decisions: int, seed: int = 0, **named: Any) -> Rollout:
+    stop = Stop()
+    return sample(
+        controller=Ending(decisions, stop, seed), until=Until(stop=stop), **named
+    )
+
+
+def assert_same(found: Rollout, wanted: Rollout) -> None:
+    for name in ("completion_ids", "lengths", "finish_reason", "prompt_ids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-5)
+
+
+def is_prefix(part: Rollout, whole: Rollout) -> bool:
+    mask = part.completion_mask
+    return bool((part.completion_ids[mask] == whole.completion_ids[mask]).all())
+
+
+@pytest.fixture
+def wanted(x64: None) -> Rollout:
+    return sample(controller=Controller("best", (0, 3)))
+
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "MIN_ROUNDS", 3)
+
+
+@pytest.mark.usefixtures("unoptimized", "short_windows")
+def test_going_on_equals_never_having_stopped(wanted: Rollout, tmp_path: Path) -> None:
+    """Stopped after some number of decisions, and gone on once or many times."""
+    most = 0
+    for decisions in (1, 3):
+        part = ended_after(decisions, seed=decisions)
+        assert "unfinished" in part.finish_reason
+        assert is_prefix(part, wanted)
+        assert (part.version == np.where(part.completion_mask, 0, -1)).all()
+        path = tmp_path / f"{decisions}.npz"
+        part.save(path)
+        other = dataclasses.replace(CONFIG, max_slots=2)
+        restless = Restless("best", (0, 3), (1, 2), 1)
+        seen: dict[int, Any] = {}
+        found = sample(
+            other, resume=path, controller=restless, on_finish=seen.__setitem__
+        )
+        assert_same(found, wanted)
+        is_open = part.finish_reason == "unfinished"
+        assert sorted(seen) == np.flatnonzero(is_open).tolist(), "sampled again"
+        times = 0
+        while "unfinished" in part.finish_reason:
+            times += 1
+            before = part
+            part = ended_after(2, seed=times, resume=part, version=times)
+            old = before.completion_mask
+            np.testing.assert_array_equal(part.version[old], before.version[old])
+            assert (part.version[part.completion_mask & ~old] == times).all()
+            assert times < 60
+        assert_same(part, wanted)
+        most = max(most, times)
+    assert most > 2
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_a_completion_that_ended_by_length_goes_on_at_a_higher_limit(
+    wanted: Rollout,
+) -> None:
+    short = sample(dataclasses.replace(CONFIG, max_new_tokens=12, control="ar"))
+    assert {"length", "stop"} <= set(short.finish_reason.tolist())
+    assert_same(sample(resume=short, controller=Controller("best", (0, 3))), wanted)
+    with pytest.raises(ValueError, match=r"max_new_tokens=12 .* holds one of 31"):
+        sample(dataclasses.replace(CONFIG, max_new_tokens=12), resume=wanted)
+
+
+@pytest.mark.usefixtures("unoptimized", "short_windows")
+@pytest.mark.parametrize(
+    ("until", "reached"),
+    [
+        (Until(finished=3), lambda out: (out.finish_reason != "unfinished").sum() >= 3),
+        (Until(tokens=30), lambda out: out.stats.num_tokens >= 30),
+        (
+            Until(groups=1),
+            lambda out: (out.finish_reason != "unfinished").reshape(4, 2).all(1).any(),
+        ),
+        (Until(seconds=1e-6), lambda out: len(out.stats.timeline) == 1),
+    ],
+    ids=["finished", "tokens", "groups", "seconds"],
+)
+def test_what_ends_a_rollout(
+    wanted: Rollout, until: Until, reached: Callable[[Rollout], bool]
+) -> None:
+    out = sample(until=until, controller=Restless("best", (0, 3), (4,), 0))
+    assert "unfinished" in out.finish_reason
+    assert reached(out)
+    assert is_prefix(out, wanted)
+    # It had not been reached one window before.
+    before = out.stats.timeline[:-1]
+    assert all(moment.live for moment in before)
+
+
+@pytest.mark.usefixtures("unoptimized", "short_windows")
+def test_ctrl_c_gives_everything_and_it_goes_on(wanted: Rollout) -> None:
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sample(controller=Ending(3, interrupt))
+    part: Rollout = caught.value.rollout  # type: ignore[attr-defined]
+    assert is_prefix(part, wanted)
+    assert part.completion_mask.any()
+    assert set(caught.value.completions) == set(  # type: ignore[attr-defined]
+        np.flatnonzero(part.finish_reason != "unfinished").tolist()
+    )
+    controller = Restless("best", (0, 3), (4,), 0)
+    assert_same(sample(resume=part, controller=controller), wanted)
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_nothing_is_sampled_where_all_has_ended(wanted: Rollout) -> None:
+    again = sample(resume=wanted, version=7)
+    assert_same(again, wanted)
+    assert not again.stats.timeline
+    assert set(again.version[again.completion_mask]) == {0}
+
+
+# -- files, and what is refused
+
+
+def some_rollout() -> Rollout:
+    count, width = 8, 40
+    mask = np.arange(width)[None] < np.arange(count)[:, None] + 1
+    longest = max(map(len, PROMPTS))
+    prompt_ids = np.zeros((count, longest), np.int32)
+    prompt_mask = np.zeros((count, longest), bool)
+    for row in range(count):
+        prompt = PROMPTS[row // 2]
+        prompt_ids[row, longest - len(prompt) :] = prompt
+        prompt_mask[row, longest - len(prompt) :] = True
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=np.where(mask, 5, 0).astype(np.int32),
+        completion_mask=mask,
+        logprobs=np.where(mask, -1.5, 0).astype(np.float32),
+        lengths=mask.sum(axis=1).astype(np.int32),
+        finish=np.array(
+            [Finish.UNFINISHED, Finish.STOP, Finish.LENGTH, Finish.NONFINITE] * 2,
+            np.int32,
+        ),
+        version=np.where(mask, 3, -1).astype(np.int32),
+        sequence_ids=np.arange(count, dtype=np.int32),
+        stats=er_jax.RolloutStats(),
+    )
+
+
+def test_a_file_holds_all_but_the_statistics(tmp_path: Path) -> None:
+    path, wanted = tmp_path / "rollout.npz", some_rollout()
+    wanted.save(path)
+    found = Rollout.load(path)
+    for field in dataclasses.fields(Rollout):
+        if field.name != "stats":
+            mine, theirs = (getattr(x, field.name) for x in (found, wanted))
+            assert mine.dtype == theirs.dtype
+            np.testing.assert_array_equal(mine, theirs)
+    assert [p.name for p in tmp_path.iterdir()] == ["rollout.npz"]
+    data = path.read_bytes()
+    for damaged in (b"", b"text", data[: len(data) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"rollout.npz holds no rollout"):
+            Rollout.load(path)
+    np.savez(path, lengths=np.ones(3))
+    with pytest.raises(ValueError, match=r"rollout.npz holds no rollout"):
+        Rollout.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_ids": np.arange(1, 9, dtype=np.int32)}, "sequence id 1 in row 0"),
+        ({"sequence_ids": np.arange(6, dtype=np.int32)}, "holds 6 completions"),
+        ({"prompt_ids": np.zeros((8, 4), np.int32)}, "another prompt .* in row 0"),
+        ({"completion_ids": np.full((8, 40), 99, np.int32)}, "outside 0 .. 23"),
+    ],
+)
+def test_a_rollout_of_another_request_is_refused(
+    changes: dict[str, np.ndarray], message: str, x64: None
+) -> None:
+    other = dataclasses.replace(some_rollout(), **changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        sample(resume=other)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"resume": 3}, "resume=int must be a Rollout, or the path"),
+        ({"version": -1}, "version=-1 must be a whole number"),
+        ({"until": 5.0}, r"until=5.0 must be an er_jax.Until"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    named: dict[str, Any], message: str, x64: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(**named)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"seconds": 0}, "seconds=0 must be a number above 0"),
+        ({"seconds": "1"}, "seconds='1'"),
+        ({"finished": 0}, "finished=0 must be a whole number of at least 1"),
+        ({"tokens": 2.5}, "tokens=2.5"),
+        ({"stop": True}, r"stop=True must be an er_jax.Stop"),
+    ],
+)
+def test_wrong_ends_are_refused(named: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Until(**named)
+
+
+def test_what_has_begun_is_part_of_the_prompt() -> None:
+    prompts = [np.array(prompt, np.int32) for prompt in PROMPTS]
+    ended, begun = completions_of(some_rollout(), CONFIG)
+    assert sorted(ended) == [1, 3, 5, 7], "a length below the limit is no end"
+    request = request_of(
+        prompts, np.arange(8), CONFIG,
+        begun={s: found.token_ids for s, found in begun.items()}, ended=ended,
+    )  # fmt: skip
+    assert request.waiting == [0, 2, 4, 6]
+    for sequence in request.waiting:
+        known = request.prompts[request.prompt_of[sequence]]
+        assert known.tolist() == PROMPTS[sequence // 2] + [5] * (sequence + 1)
+        assert request.limit(sequence) == len(PROMPTS[sequence // 2]) + 40
+    fresh = request_of(prompts, np.arange(8), CONFIG)
+    assert fresh.limit(6) == request.limit(6)
+    # Long beginnings do not make the cache longer than what rows can reach.
+    longer = request_of(
+        prompts, np.arange(8), dataclasses.replace(CONFIG, max_new_tokens=4000),
+        begun={0: np.ones(3900, np.int32)},
+    )  # fmt: skip
+    assert longer.cache_lengths[-1] == 4096
