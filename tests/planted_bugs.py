@@ -260,9 +260,12 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "scores before the temperature",
-        "er_jax::_unprocessed",
-        "scaled = _temperature_scaled(values, best, sampling)",
-        "scaled = _below_best(values, best)",
+        "er_jax::score",
+        "settings = sampling_of(config, np.zeros(2, np.uint32))",
+        """
+        settings = sampling_of(config, np.zeros(2, np.uint32))
+        settings = settings.replace(temperature=np.float32(1))
+        """,
         (f"{SCORES}[temperature]",),
     ),
     PlantedBug(
@@ -282,13 +285,13 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "scores truncated before the temperature",
-        "er_jax::_scores_of_kind",
-        "best, kept = _best(logits), _kept_scores(logits, sampling, truncated)",
+        "er_jax::_score",
+        "scores = _scores_of_kind(logits, sampling, truncated)",
         """
-        best = _best(logits)
-        kept = _below_best(logits, best)
-        kept = _truncated(kept, sampling) if truncated else kept
-        kept = jnp.where(kept <= NEVER, kept, kept / sampling.temperature)
+        scores = _scores_of_kind(logits, sampling, False)
+        cold = _below_best(logits, _best(logits))
+        cold = _truncated(cold, sampling) if truncated else scores
+        scores = jnp.where(cold == never, never, scores)
         """,
         (f"{SCORES}[top-k and top-p]",),
     ),

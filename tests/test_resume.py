@@ -19,7 +19,7 @@ from er_jax.control.controller import Controller
 from er_jax.request import request_of
 from er_jax.resume import completions_of
 from er_jax.scheduler import batch
-from er_jax.types import Program
+from er_jax.types import Finish, Program
 from tests.small import SIZES
 
 SIZES64 = dataclasses.replace(SIZES, dtype="float64")
@@ -200,7 +200,10 @@ def some_rollout() -> Rollout:
         completion_mask=mask,
         logprobs=np.where(mask, -1.5, 0).astype(np.float32),
         lengths=mask.sum(axis=1).astype(np.int32),
-        finish=np.array([4, 1, 2, 3] * 2, np.int32),
+        finish=np.array(
+            [Finish.UNFINISHED, Finish.STOP, Finish.LENGTH, Finish.NONFINITE] * 2,
+            np.int32,
+        ),
         version=np.where(mask, 3, -1).astype(np.int32),
         sequence_ids=np.arange(count, dtype=np.int32),
         stats=er_jax.RolloutStats(),
