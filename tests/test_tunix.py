@@ -25,15 +25,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import er_jax
 from er_jax.drafter import TiedEmbedding
-from er_jax.engine.adoption import Adoption, run_logits, run_token_logprobs
+from er_jax.engine.adoption import Adoption, run_logits
 from er_jax.integrations import tunix_calls
 from er_jax.integrations.batching import Batcher, Call
 from er_jax.integrations.tunix_calls import GenerateCall, Noise
+from er_jax.integrations.tunix_families import family_of
 from er_jax.integrations.tunix_sampling import CallSampler
-from er_jax.integrations.tunix_weights import FAMILIES, Weights, family_of, placed
+from er_jax.integrations.tunix_weights import Weights, placed
 from er_jax.mesh.layout import rollout_mesh
 from er_jax.mesh.rules import MeshAxes
 from er_jax.result import Completion
+from er_jax.rotary import LinearScaling
 from tests.small import small_policy
 
 pytestmark = pytest.mark.usefixtures("unoptimized_module")
@@ -80,6 +82,50 @@ def arrays_of(family: str, *, tied: bool, lora: bool = False) -> dict[str, jax.A
             shapes[f"{at}/attn/o_proj/w_lora_b"] = (2, DIM)
             shapes[f"{at}/mlp/down_proj/kernel_lora_a"] = (HIDDEN, 2)
             shapes[f"{at}/mlp/down_proj/kernel_lora_b"] = (2, DIM)
+    return drawn(shapes)
+
+
+def gemma3(**changes: Any) -> Any:
+    """Return what Tunix's configuration of a Gemma 3 has that no array shows."""
+    fields: dict[str, Any] = dict(
+        embed_dim=DIM, num_heads=HEADS, sliding_window_size=5,
+        local_base_frequency=10_000, global_base_frequency=1_000_000,
+        local_scale_factor=1.0, global_scale_factor=8.0,
+        query_pre_attn_norm=SimpleNamespace(name="BY_ONE_OVER_SQRT_HEAD_DIM"),
+    )  # fmt: skip
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def gemma3_arrays(
+    kv: int = KV, layers: int = 2, lora: bool = False
+) -> dict[str, jax.Array]:
+    """Return arrays with the paths and shapes of Tunix's Gemma 3."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedder/input_embedding": (V, DIM),
+        "final_norm/scale": (DIM,),
+    }
+    for i in range(layers):
+        at = f"layers/{i}"
+        for name in ("pre_attention", "post_attention", "pre_ffw", "post_ffw"):
+            shapes[f"{at}/{name}_norm/scale"] = (DIM,)
+        shapes |= {f"{at}/attn/_{x}_norm/scale": (SIZE,) for x in ("query", "key")}
+        shapes[f"{at}/attn/attn_vec_einsum/w"] = (HEADS, SIZE, DIM)
+        shapes |= {f"{at}/mlp/{x}_proj/kernel": (DIM, HIDDEN) for x in ("gate", "up")}
+        shapes[f"{at}/mlp/down_proj/kernel"] = (HIDDEN, DIM)
+        if kv == HEADS:
+            shapes[f"{at}/attn/qkv_einsum/w"] = (3, HEADS, DIM, SIZE)
+        else:
+            shapes[f"{at}/attn/q_einsum/w"] = (HEADS, DIM, SIZE)
+            shapes[f"{at}/attn/kv_einsum/w"] = (2, kv, DIM, SIZE)
+        if lora:
+            shapes[f"{at}/attn/q_einsum/w_lora_a"] = (DIM, 2)
+            shapes[f"{at}/attn/q_einsum/w_lora_b"] = (2, HEADS, SIZE)
+            shapes[f"{at}/attn/kv_einsum/w_lora_a"] = (DIM, 2)
+            shapes[f"{at}/attn/kv_einsum/w_lora_b"] = (2, 2, kv, SIZE)
+    return drawn(shapes)
+
+
+def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     return {
         name: jnp.asarray(rng.standard_normal(shape) * 0.3, jnp.float32)
@@ -87,7 +133,89 @@ def arrays_of(family: str, *, tied: bool, lora: bool = False) -> dict[str, jax.A
     }
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("kv", [1, KV, HEADS])
+def test_every_array_of_gemma3_has_its_place(kv: int) -> None:
+    """Compared by hand: their entry [.., h, d, i] is our row d, column h * D + i."""
+    arrays = gemma3_arrays(kv)
+    weights = Weights.of("Gemma3", gemma3(), arrays)
+    params = weights.convert(arrays)
+    wanted = jax.eval_shape(weights.policy.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wanted)
+    at, layer = "layers/1/attn", params["layers"][1]
+    if kv == HEADS:
+        q, k, v = arrays[f"{at}/qkv_einsum/w"]
+    else:
+        q, (k, v) = arrays[f"{at}/q_einsum/w"], arrays[f"{at}/kv_einsum/w"]
+    for name, theirs in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
+        for h, d, i in ((0, 3, 5), (len(theirs) - 1, 7, 1)):
+            assert layer[name][d, h * SIZE + i] == theirs[h, d, i], name
+    assert (
+        layer["o_proj"][2 * SIZE + 5, 3] == arrays[f"{at}/attn_vec_einsum/w"][2, 5, 3]
+    )
+    for ours, theirs in {
+        "attn_norm": "pre_attention_norm/scale",
+        "attn_out_norm": "post_attention_norm/scale",
+        "mlp_norm": "pre_ffw_norm/scale",
+        "mlp_out_norm": "post_ffw_norm/scale",
+        "q_norm": "attn/_query_norm/scale",
+        "k_norm": "attn/_key_norm/scale",
+        "gate_proj": "mlp/gate_proj/kernel",
+        "up_proj": "mlp/up_proj/kernel",
+        "down_proj": "mlp/down_proj/kernel",
+    }.items():
+        np.testing.assert_array_equal(layer[ours], arrays[f"layers/1/{theirs}"])
+    np.testing.assert_array_equal(params["final_norm"], arrays["final_norm/scale"])
+    assert isinstance(params["embed"], TiedEmbedding) and "lm_head" not in params
+    assert weights.policy.config.num_kv_heads == kv
+
+
+def test_gemma3_is_set_as_its_configuration_says() -> None:
+    arrays = jax.eval_shape(lambda: gemma3_arrays(layers=13))
+
+    def of(**changes: Any) -> er_jax.DecoderConfig:
+        return Weights.of("Gemma3", gemma3(**changes), arrays).policy.config
+
+    config = of()
+    assert config == er_jax.DecoderConfig(
+        vocab_size=V, dim=DIM, num_layers=13, num_heads=HEADS, num_kv_heads=KV,
+        head_dim=SIZE, hidden_dim=HIDDEN, rope_theta=1e6,
+        rope_scaling=LinearScaling(8.0), local_rope_theta=1e4, qk_norm=True,
+        tied_embeddings=True, activation="gelu", norm_offset=True, post_norms=True,
+        scaled_embeddings=True, window=5, global_layers=(5, 11),
+    )  # fmt: skip
+    assert of(global_scale_factor=1.0).rope_scaling is None
+    kind = SimpleNamespace(name="BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS")
+    assert of(query_pre_attn_norm=kind).query_scalar == DIM // HEADS
+    with pytest.raises(ValueError, match=r"local_scale_factor=2\.0 is not supported"):
+        of(local_scale_factor=2.0)
+    images = {**arrays, "vision_encoder/embedding/kernel": arrays["final_norm/scale"]}
+    with pytest.raises(ValueError, match="holds vision_encoder/embedding/kernel, for"):
+        Weights.of("Gemma3", gemma3(), images)
+
+
+def test_lora_parameters_of_stacked_weights_are_merged() -> None:
+    arrays = gemma3_arrays(lora=True)
+    weights = Weights.of("Gemma3", gemma3(), arrays, lora_scale=0.5)
+    layer = weights.convert(arrays)["layers"][1]
+
+    def parts(name: str) -> list[np.ndarray]:
+        ends = ("", "_lora_a", "_lora_b")
+        return [np.asarray(arrays[f"layers/1/attn/{name}/w{x}"]) for x in ends]
+
+    w, a, b = parts("q_einsum")
+    wanted = w + 0.5 * np.einsum("dr,rhi->hdi", a, b)
+    np.testing.assert_allclose(
+        layer["q_proj"], wanted.swapaxes(0, 1).reshape(DIM, -1), rtol=1e-5, atol=1e-6
+    )
+    w, a, b = parts("kv_einsum")
+    for name, wanted in zip(
+        "kv", w + 0.5 * np.einsum("dr,rchi->chdi", a, b), strict=True
+    ):
+        wanted = wanted.swapaxes(0, 1).reshape(DIM, -1)
+        np.testing.assert_allclose(layer[f"{name}_proj"], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["Llama3", "Qwen2", "Qwen3"])
 def test_every_array_has_its_place(family: str) -> None:
     """Compared with the layout by hand: our column h * D + i is their entry [h, i]."""
     arrays = arrays_of(family, tied=False)
@@ -135,7 +263,8 @@ def test_adopted_weights_are_shared_and_nothing_passes_the_host() -> None:
     arrays = arrays_of("Qwen3", tied=True)
     weights = Weights.of("Qwen3", CONFIG, arrays)
     drafter = er_jax.DrafterConfig()
-    adopt = Adoption(weights.convert, weights.kept(arrays), drafter)
+    drafters = (drafter, er_jax.DrafterConfig(bits=4))
+    adopt = Adoption(weights.convert, weights.kept(arrays), drafters)
     with jax.transfer_guard("disallow"):
         params = adopt(arrays)
     # All but the four attention weights of each layer.
@@ -143,7 +272,9 @@ def test_adopted_weights_are_shared_and_nothing_passes_the_host() -> None:
     layer = params.policy["layers"][0]
     assert layer["up_proj"] is arrays["layers/0/mlp/up_proj/kernel"]
     assert len(jax.tree.leaves(params.policy)) == len(arrays)
-    wanted = jax.jit(lambda x: er_jax.attach_draft(weights.convert(x), drafter))(arrays)
+    wanted = jax.jit(lambda x: er_jax.attach_draft(weights.convert(x), drafters))(
+        arrays
+    )
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
     bfloat16 = Weights.of("Qwen3", CONFIG, arrays, dtype=jnp.bfloat16)
     assert set(jax.tree.leaves(bfloat16.kept(arrays))) == {""}
@@ -199,9 +330,9 @@ def test_other_arrays_are_refused_by_name(change: dict[str, Any], words: str) ->
 def test_other_models_and_types_are_refused() -> None:
     assert family_of(["MyQwen", "Qwen3", "Module"]) == "Qwen3"
     with pytest.raises(
-        ValueError, match=r"is a Gemma3; .* samples Llama3, Qwen2, Qwen3"
+        ValueError, match=r"is a Gemma4; .* samples Llama3, Qwen2, Qwen3, Gemma3 and"
     ):
-        family_of(["Gemma3", "Module"])
+        family_of(["Gemma4", "Module"])
     with pytest.raises(ValueError, match="data_type=float16 is not supported"):
         Weights.of(
             "Qwen3", CONFIG, arrays_of("Qwen3", tied=True), dtype=jnp.dtype("float16")
@@ -230,10 +361,10 @@ def test_shardings_are_those_of_the_arrays(rows_axis: str) -> None:
     )
     mesh = rollout_mesh(theirs, axes)
     weights = Weights.of("Qwen3", CONFIG, arrays)
-    drafter = er_jax.DrafterConfig()
-    shardings = weights.shardings(arrays, mesh, axes, drafter)
+    drafters = (er_jax.DrafterConfig(), er_jax.DrafterConfig(bits=4))
+    shardings = weights.shardings(arrays, mesh, axes, drafters)
     kept = weights.kept(arrays, shardings.policy)
-    params = Adoption(weights.convert, kept, drafter, shardings)(arrays)
+    params = Adoption(weights.convert, kept, drafters, shardings)(arrays)
     layer = params.policy["layers"][0]
     other = None if rows_axis == "fsdp" else "fsdp"  # nothing is sharded like rows
 
@@ -248,8 +379,9 @@ def test_shardings_are_those_of_the_arrays(rows_axis: str) -> None:
     assert spec(layer["attn_norm"]) == (None,)
     is_kept = layer["up_proj"] is arrays["layers/0/mlp/up_proj/kernel"]
     assert is_kept == (rows_axis == "data")
-    codes = params.draft["layers"][0]["q_proj"].codes  # [out, in]
-    assert spec(codes) == ("model", other)
+    for draft in params.drafts:
+        codes = draft["layers"][0]["q_proj"].codes  # [out, in]
+        assert spec(codes) == ("model", other)
     wanted = weights.convert(jax.device_get(arrays))
     jax.tree.map(np.testing.assert_array_equal, params.policy, wanted)
 
@@ -277,20 +409,24 @@ def test_scores_are_those_of_the_text_without_padding() -> None:
     logits = np.asarray(run_logits(policy, params, jnp.asarray(text)), np.float64)
     logprobs = jax.nn.log_softmax(logits / temperature)
     wanted = [float(logprobs[i - 1, text[i]]) for i in range(2, 6)]
-    padded = jnp.asarray([[0, 0, 5, 7, 3, 9, 0, 2, 4, 0]], jnp.int32)
-    found = run_token_logprobs(
-        policy, params, padded, padded != 0, jnp.float32(temperature), count=6
-    )
+    config = er_jax.RolloutConfig(max_new_tokens=40, temperature=0.7, control="ar")
+
+    def scores(prompts: Any, completions: Any, pad_id: int = 0) -> jax.Array:
+        ids, completion_ids = jnp.asarray(prompts), jnp.asarray(completions)
+        return tunix_calls.token_logprobs(
+            policy,
+            er_jax.PolicyParams(policy=params, draft=None),
+            (ids, ids != pad_id),
+            (completion_ids, completion_ids != pad_id),
+            config,
+        )
+
+    found = scores([[0, 5, 0, 7], [1, 2, 3, 4]], [[3, 9, 0, 2, 4, 0], [6, 5, 8] * 2])
     kept = [found[0, i] for i in (0, 1, 3, 4)]
     np.testing.assert_allclose(kept, wanted, atol=1e-5)
     assert found[0, 2] == found[0, 5] == 0
-    out = er_jax.rollout(
-        policy, params, [[5, 7]], key=jax.random.key(1),
-        config=er_jax.RolloutConfig(max_new_tokens=40, temperature=0.7, control="ar"),
-    )  # fmt: skip
-    whole = jnp.asarray([[5, 7, *out.completion_ids[0].tolist()]], jnp.int32)
-    mask = jnp.ones(whole.shape, bool)
-    found = run_token_logprobs(policy, params, whole, mask, jnp.float32(0.7), count=40)
+    out = er_jax.rollout(policy, params, [[5, 7]], key=jax.random.key(1), config=config)
+    found = scores(out.prompt_ids, out.completion_ids, pad_id=-1)
     np.testing.assert_allclose(found, out.logprobs, atol=1e-5)
 
 

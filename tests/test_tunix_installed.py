@@ -91,10 +91,24 @@ SIZES: dict[str, Any] = dict(
 
 def model_of(family: str, *, tied: bool, rope_theta: int = 1_000_000) -> nnx.Module:
     """Return a small model, every parameter of which matters."""
-    modules: dict[str, Any] = {"Qwen2": qwen2, "Qwen3": qwen3, "Llama3": llama3}
     name = "weight_tying" if family == "Llama3" else "use_tied_embedding"
+    modules: dict[str, Any] = {"Qwen2": qwen2, "Qwen3": qwen3, "Llama3": llama3}
     config = modules[family].ModelConfig(rope_theta=rope_theta, **{name: tied}, **SIZES)
-    model = getattr(modules[family], family)(config, rngs=nnx.Rngs(0))
+    return with_values(getattr(modules[family], family)(config, rngs=nnx.Rngs(0)))
+
+
+def gemma3_of(num_kv_heads: int, num_layers: int = 6, **changes: Any) -> nnx.Module:
+    """Return a small Gemma 3: five local layers, whose window matters, a global one."""
+    config = gemma3.ModelConfig(
+        num_layers=num_layers, num_embed=32, embed_dim=16, hidden_dim=32, num_heads=4,
+        head_dim=8, num_kv_heads=num_kv_heads, sliding_window_size=4,
+        global_base_frequency=1_000_000, global_scale_factor=8.0,
+        param_dtype=jnp.float32, **changes,
+    )  # fmt: skip
+    return with_values(gemma3.Gemma3(config, rngs=nnx.Rngs(0)))
+
+
+def with_values(model: nnx.Module) -> nnx.Module:
     rng = np.random.default_rng(0)
 
     def drawn(x: jax.Array) -> jax.Array:
@@ -162,6 +176,23 @@ def check_scores(model: nnx.Module, engine: ErJaxRollout) -> None:
 )
 def test_a_models_own_scores_are_those_of_its_rollouts(family: str, tied: bool) -> None:
     model = model_of(family, tied=tied)
+    check_scores(model, engine_of(model))
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "scale"),
+    [
+        (1, "BY_ONE_OVER_SQRT_HEAD_DIM"),
+        (2, "BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS"),
+        (4, "BY_ONE_OVER_SQRT_HEAD_DIM"),
+    ],
+)
+def test_a_gemma3s_own_scores_are_those_of_its_rollouts(
+    num_kv_heads: int, scale: str
+) -> None:
+    """Its keys and values are stacked, with the queries if they are as many."""
+    kind = gemma3.QueryPreAttentionNormalisation[scale]
+    model = gemma3_of(num_kv_heads, query_pre_attn_norm=kind)
     check_scores(model, engine_of(model))
 
 
@@ -241,7 +272,8 @@ def test_threads_get_what_one_call_gets(model: nnx.Module) -> None:
 
 
 def test_updates_stay_on_the_device(model: nnx.Module) -> None:
-    engine = engine_of(model, control="fixed:2")
+    drafters = (er_jax.DrafterConfig(), er_jax.DrafterConfig(bits=4))
+    engine = engine_of(model, control="fixed:2", drafter=drafters)
     engine.generate(PROMPTS, asked(seed=1))
     other = model_of("Qwen3", tied=False)
     nnx.update(other, jax.tree.map(lambda x: 0.5 * x, nnx.state(other)))
@@ -251,18 +283,20 @@ def test_updates_stay_on_the_device(model: nnx.Module) -> None:
     layer = params.policy["layers"][0]
     kernel: Any = other.layers[0].mlp.up_proj.kernel  # type: ignore[attr-defined]
     assert layer["up_proj"] is kernel.get_value()  # nothing is stored twice
-    wanted = er_jax.attach_draft(params.policy, er_jax.DrafterConfig())
-    jax.tree.map(np.testing.assert_array_equal, params.draft, wanted.draft)
+    wanted = er_jax.attach_draft(params.policy, drafters)
+    jax.tree.map(np.testing.assert_array_equal, params.drafts, wanted.drafts)
     check_scores(other, engine)
 
 
 def test_models_that_are_not_sampled_are_refused_by_name(model: nnx.Module) -> None:
-    config = gemma3.ModelConfig.gemma3_270m()
-    config.num_layers, config.num_embed = 1, 32
+
+    class Gemma4(nnx.Module):
+        """A model of a family that is not sampled."""
+
     with pytest.raises(
-        ValueError, match=r"is a Gemma3; .* samples Llama3, Qwen2, Qwen3"
+        ValueError, match=r"is a Gemma4; .* samples Llama3, Qwen2, Qwen3, Gemma3 and"
     ):
-        engine_of(nnx.eval_shape(lambda: gemma3.Gemma3(config, rngs=nnx.Rngs(0))))
+        engine_of(Gemma4())
     with pytest.raises(ValueError, match="slots=3 is no option"):
         engine_of(model, slots=3)
 
@@ -283,11 +317,17 @@ def test_models_that_are_not_sampled_are_refused_by_name(model: nnx.Module) -> N
         engine_of(other)
 
 
-def test_lora_parameters_are_merged() -> None:
-    provider = qwix.LoraProvider(
-        module_path=".*(q_proj|o_proj|up_proj)", rank=2, alpha=8
-    )
-    base = model_of("Qwen3", tied=True)
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [
+        ("Qwen3", "q_proj|o_proj|up_proj"),
+        ("Gemma3", "q_einsum|kv_einsum|attn_vec_einsum|up_proj"),
+    ],
+)
+def test_lora_parameters_are_merged(family: str, modules: str) -> None:
+    provider = qwix.LoraProvider(module_path=f".*({modules})", rank=2, alpha=8)
+    is_gemma = family == "Gemma3"
+    base = gemma3_of(2, num_layers=1) if is_gemma else model_of(family, tied=True)
     model = qwix.apply_lora_to_model(
         base,
         provider,

@@ -3,10 +3,10 @@
     ClusterConfig(rollout_engine=ErJaxRollout, ...)
     ClusterConfig(rollout_engine=functools.partial(ErJaxRollout, max_slots=32), ...)
 
-It takes Tunix's Llama 3, Qwen 2 and Qwen 3 models, with any sharding, and with LoRA
-parameters. Needs the extra `tunix`. Left out: which array becomes which parameter
-(`tunix_weights`), what is asked and given back (`tunix_calls`), rollouts for several
-threads (`tunix_sampling`).
+It takes Tunix's Llama 3, Qwen 2, Qwen 3 and Gemma 3 (text) models, with any sharding,
+and with LoRA parameters. Needs the extra `tunix`. Left out: which array becomes which
+parameter (`tunix_families`, `tunix_weights`), what is asked and given back
+(`tunix_calls`), rollouts for several threads (`tunix_sampling`).
 docs/tunix.md shows it in use.
 """
 
@@ -27,11 +27,12 @@ from er_jax.config import RolloutConfig
 from er_jax.control.controller import Controller
 from er_jax.decoder import Decoder
 from er_jax.devices import default_device
-from er_jax.engine.adoption import Adoption, run_logits, run_token_logprobs
+from er_jax.engine.adoption import Adoption, run_logits
 from er_jax.integrations import tunix_calls
 from er_jax.integrations.tunix_calls import GenerateCall
+from er_jax.integrations.tunix_families import EMBED, family_of
 from er_jax.integrations.tunix_sampling import CallSampler
-from er_jax.integrations.tunix_weights import LORA, Weights, family_of, placed
+from er_jax.integrations.tunix_weights import LORA, Weights, placed
 from er_jax.mesh.layout import rollout_mesh
 from er_jax.mesh.rules import MeshAxes
 from er_jax.result import Rollout
@@ -127,9 +128,9 @@ class ErJaxRollout(base_rollout.BaseRollout):
         if self._theirs is not None:
             _check_axes(self._theirs, axes)
             ours = rollout_mesh(self._theirs, axes)
-            shardings = weights.shardings(arrays, ours, axes, config.drafters[0])
+            shardings = weights.shardings(arrays, ours, axes, config.drafters)
         kept = weights.kept(arrays, shardings and shardings.policy)
-        self._adopt = Adoption(weights.convert, kept, config.drafters[0], shardings)
+        self._adopt = Adoption(weights.convert, kept, config.drafters, shardings)
         self._policy = _checked_policy(
             weights, self._adopt, rollout_actor, arrays, mesh
         )
@@ -191,22 +192,19 @@ class ErJaxRollout(base_rollout.BaseRollout):
         prompt, completion = jnp.asarray(prompt_tokens), jnp.asarray(completion_tokens)
         if completion_mask is None:
             completion_mask = completion != self.pad_id()
-        kept = jnp.asarray(completion_mask).astype(bool)
-        mask = jnp.concatenate([prompt != self.pad_id(), kept], axis=1)
         with self._sampler.placement():
-            return run_token_logprobs(
+            return tunix_calls.token_logprobs(
                 self._policy,
-                self._sampler.params.policy,
-                jnp.concatenate([prompt, completion], axis=1),
-                mask,
-                jnp.asarray(self._asked.temperature, jnp.float32),
-                count=completion.shape[1],
+                self._sampler.params,
+                (prompt, prompt != self.pad_id()),
+                (completion, jnp.asarray(completion_mask).astype(bool)),
+                self._settings(self._asked),
             )
 
     def update_params(
         self, params: Any, filter_types: tuple[Any, ...] | None = None
     ) -> None:
-        """Take new weights, and derive their draft, on the device.
+        """Take new weights, and derive their drafts, on the device.
 
         Rollouts that are running go on with the weights that they began with.
 
@@ -364,7 +362,7 @@ def _own_logits(
     size = len(tokens)
     dtype = getattr(model.config, "dtype", None)
     if dtype is None:
-        dtype = arrays["embedder/input_embedding"].dtype
+        dtype = arrays[EMBED.theirs].dtype
     if hasattr(model, "init_cache"):
         cache = model.init_cache(1, size, dtype)
     else:

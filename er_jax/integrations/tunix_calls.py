@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,12 @@ import numpy as np
 
 from er_jax.arguments import is_whole
 from er_jax.config import RolloutConfig
+from er_jax.drafter import PolicyParams
 from er_jax.integrations.batching import Call
 from er_jax.request import power_of_two
 from er_jax.result import Completion
+from er_jax.score import score
+from er_jax.types import Policy
 
 # Settings of ours that Tunix has no word for.
 OPTIONS = (
@@ -117,6 +120,48 @@ def left_padded(
     for row, prompt in zip(found, prompts, strict=True):
         row[width - len(prompt) :] = prompt
     return found
+
+
+def token_logprobs(
+    policy: Policy,
+    params: PolicyParams,
+    prompts: tuple[jax.Array, jax.Array],
+    completions: tuple[jax.Array, jax.Array],
+    settings: RolloutConfig,
+) -> jax.Array:
+    """Return the log-probabilities of completions; see `er_jax.score`.
+
+    What a mask leaves out, wherever it stands, is seen by no token and takes no
+    position, as Tunix has it: `score` is asked for the rows without it.
+
+    Args:
+      policy, params: the model.
+      prompts: ids `[B, P]`, and a mask of their tokens.
+      completions: ids `[B, C]`, and a mask of their tokens.
+      settings: their temperature is used.
+    Returns:
+      float32 `[B, C]`, log softmax(logits / temperature); 0 where masked. A
+      temperature of 0 counts as 1.
+    """
+    mask = completions[1]
+    # Stable: the order of what is kept stays.
+    last, first = jnp.argsort(prompts[1], axis=1), jnp.argsort(~mask, axis=1)
+    prompt_ids, prompt_mask = (jnp.take_along_axis(x, last, axis=1) for x in prompts)
+    ids, is_token = (jnp.take_along_axis(x, first, axis=1) for x in completions)
+    rows = Rows(prompt_ids, prompt_mask, ids, is_token, mask.sum(axis=1))
+    settings = dataclasses.replace(settings, logprobs="temperature")
+    found = score(policy, params, rows, config=settings).logprobs
+    return jnp.take_along_axis(found, jnp.argsort(first, axis=1), axis=1)
+
+
+class Rows(NamedTuple):
+    """What `er_jax.score` reads of a rollout; see `score.Completions`."""
+
+    prompt_ids: jax.Array
+    prompt_mask: jax.Array
+    completion_ids: jax.Array
+    completion_mask: jax.Array
+    lengths: jax.Array
 
 
 class GenerateCall(Call):

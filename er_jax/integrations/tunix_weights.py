@@ -1,9 +1,7 @@
 """Parameters of Tunix's models as those of the built-in decoder.
 
-A family of models is a list of `Leaf`s: which array of theirs becomes which leaf of
-ours. Sizes are read off the arrays. Their attention weights keep the heads apart,
-`[d, H, D]`; ours are matrices, `[d, H * D]`. LoRA parameters are merged into the weight
-that they belong to.
+`tunix_families` says which array of theirs becomes which leaf of ours. Sizes are read
+off the arrays. LoRA parameters are merged into the weight that they belong to.
 
 This module knows arrays by their paths, joined by slashes, and imports neither Tunix
 nor Flax NNX.
@@ -20,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from er_jax.decoder import Decoder, DecoderConfig
@@ -30,6 +29,7 @@ from er_jax.drafter import (
     attach_draft,
     is_weight,
 )
+from er_jax.integrations.tunix_families import EMBED, FAMILIES, PROJECTION, Leaf
 from er_jax.mesh.layout import on_mesh
 from er_jax.mesh.rules import AXES, DATA_AXIS, MeshAxes, draft_shardings
 from er_jax.types import Params
@@ -37,72 +37,7 @@ from er_jax.types import Params
 LORA = re.compile(r"(.*)_lora_([ab])")
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """A leaf of ours and the array of theirs that it is made from.
-
-    ours: its name. theirs: the path of the array, within a layer for leaves of layers.
-    merged: for each axis of ours the axes of theirs that it merges; None is as it is.
-    is_whole: whether every device holds all of it. The norms of a step would otherwise
-      be gathered one by one; they are small.
-    """
-
-    ours: str
-    theirs: str
-    merged: tuple[tuple[int, ...], ...] | None = None
-    is_whole: bool = False
-
-
-HEADS_OUT = ((0,), (1, 2))  # [d, H, D] -> [d, H * D]
-HEADS_IN = ((0, 1), (2,))  # [H, D, d] -> [H * D, d]
-
-LAYER = (
-    Leaf("attn_norm", "input_layernorm/w", is_whole=True),
-    Leaf("q_proj", "attn/q_proj/w", HEADS_OUT),
-    Leaf("k_proj", "attn/k_proj/w", HEADS_OUT),
-    Leaf("v_proj", "attn/v_proj/w", HEADS_OUT),
-    Leaf("o_proj", "attn/o_proj/w", HEADS_IN),
-    Leaf("mlp_norm", "post_attention_layernorm/w", is_whole=True),
-    Leaf("gate_proj", "mlp/gate_proj/kernel"),
-    Leaf("up_proj", "mlp/up_proj/kernel"),
-    Leaf("down_proj", "mlp/down_proj/kernel"),
-)
-BIASES = tuple(Leaf(f"{x}_bias", f"attn/{x}_bias") for x in "qkv")
-HEAD_NORMS = tuple(Leaf(f"{x}_norm", f"attn/{x}_norm/w", is_whole=True) for x in "qk")
-TOP = (
-    Leaf("embed", "embedder/input_embedding"),
-    Leaf("final_norm", "final_norm/w", is_whole=True),
-)
-PROJECTION = Leaf("lm_head", "lm_head/w")
-
-# The leaves of a layer, by the name of Tunix's class. A family that the decoder learns
-# to run is added here.
-FAMILIES: dict[str, tuple[Leaf, ...]] = {
-    "Llama3": LAYER,
-    "Qwen2": (*LAYER, *BIASES),
-    "Qwen3": (*LAYER, *HEAD_NORMS),
-}
-
 DTYPES = ("float32", "bfloat16", "float64")
-
-
-def family_of(names: Sequence[str]) -> str:
-    """Return the family of a model.
-
-    Args:
-      names: of its class and of the classes that it derives from.
-    Raises:
-      ValueError: it is of no family that can be sampled.
-    """
-    found = next((name for name in names if name in FAMILIES), None)
-    if found is None:
-        known = ", ".join(FAMILIES)
-        raise ValueError(
-            f"rollout_actor is a {names[0]}; of Tunix's models, er_jax samples {known} "
-            "and those derived from them. Use rollout_engine='vanilla' for others, "
-            "Gemma among them"
-        )
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +67,8 @@ class Weights:
 
         Args:
           family: a name of `FAMILIES`.
-          config: of the model, with `norm_eps` and `rope_theta`, and, where it computes
-            in another type than that of its parameters, `dtype`.
+          config: of the model: what `Family.fields` reads, and, where it computes in
+            another type than that of its parameters, `dtype`.
           arrays: its parameters by path, or their shapes and dtypes.
           dtype: of parameters, activations and cache; None is what the model computes
             in.
@@ -143,21 +78,24 @@ class Weights:
             scale, a type that is not supported.
         """
         layers = {int(n) for n in re.findall(r"\blayers/(\d+)/", " ".join(arrays))}
-        leaves: dict[tuple[str | int, ...], Leaf] = {(x.ours,): x for x in TOP}
+        kind = FAMILIES[family]
+        leaves: dict[tuple[str | int, ...], Leaf] = {(x.ours,): x for x in kind.top}
         is_tied = PROJECTION.theirs not in arrays
         if not is_tied:
             leaves[(PROJECTION.ours,)] = PROJECTION
-        for i, x in itertools.product(sorted(layers), FAMILIES[family]):
+        for i, x in itertools.product(sorted(layers), kind.layer(arrays)):
             theirs = f"layers/{i}/{x.theirs}"
             leaves["layers", i, x.ours] = dataclasses.replace(x, theirs=theirs)
         _check_names(family, {x.theirs for x in leaves.values()}, arrays, lora_scale)
+        first = {path[2]: x for path, x in leaves.items() if path[:2] == ("layers", 0)}
 
-        def shape(name: str) -> tuple[int, ...]:
-            return tuple(arrays[name].shape)
+        def shape(leaf: Leaf) -> tuple[int, ...]:
+            return leaf.shape(arrays[leaf.theirs].shape)
 
-        vocab_size, dim = shape(TOP[0].theirs)
-        _, num_heads, head_dim = shape("layers/0/attn/q_proj/w")
-        found = dtype or getattr(config, "dtype", None) or arrays[TOP[0].theirs].dtype
+        vocab_size, dim = shape(EMBED)
+        # All families keep the heads of this one apart, [H, D, d].
+        num_heads, head_dim, _ = arrays[first["o_proj"].theirs].shape
+        found = dtype or getattr(config, "dtype", None) or arrays[EMBED.theirs].dtype
         name = jnp.dtype(found).name
         if name not in DTYPES:
             raise ValueError(
@@ -169,15 +107,14 @@ class Weights:
                 dim=dim,
                 num_layers=len(layers),
                 num_heads=num_heads,
-                num_kv_heads=shape("layers/0/attn/k_proj/w")[1],
+                num_kv_heads=shape(first["k_proj"])[1] // head_dim,
                 head_dim=head_dim,
-                hidden_dim=shape("layers/0/mlp/gate_proj/kernel")[1],
-                rope_theta=float(config.rope_theta),
-                norm_eps=float(config.norm_eps),
-                qkv_bias="layers/0/attn/q_bias" in arrays,
-                qk_norm="layers/0/attn/q_norm/w" in arrays,
+                hidden_dim=shape(first["gate_proj"])[1],
+                qkv_bias="q_bias" in first,
+                qk_norm="q_norm" in first,
                 tied_embeddings=is_tied,
                 dtype=name,
+                **kind.fields(config, len(layers)),
             )
         )
         return cls(leaves, frozenset(arrays), policy, lora_scale)
@@ -187,24 +124,22 @@ class Weights:
         dtype = self.policy.parameter_dtype()
 
         def leaf(of: Leaf) -> jax.Array:
-            x = self._merged_lora(arrays, of.theirs)
-            if of.merged is not None:
-                x = x.reshape(
-                    [math.prod(x.shape[i] for i in axes) for axes in of.merged]
-                )
-            return x.astype(dtype)
+            return of.made_from(self._merged_lora(arrays, of)).astype(dtype)
 
         return self._assembled({path: leaf(of) for path, of in self.leaves.items()})
 
-    def _merged_lora(self, arrays: Mapping[str, jax.Array], name: str) -> jax.Array:
+    def _merged_lora(self, arrays: Mapping[str, jax.Array], of: Leaf) -> jax.Array:
         """Return an array; if it has LoRA parameters, plus scale * A B, in float32."""
+        name = of.theirs
         x = arrays[name]
         if not self._has_lora(name):
             return x
         a, b = (arrays[f"{name}_lora_{part}"].astype(jnp.float32) for part in "ab")
         change = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+        order = of.inputs_first(x.ndim)
+        change = change.reshape([x.shape[axis] for axis in order])
         scale = jnp.asarray(self.lora_scale, jnp.float32)
-        return x.astype(jnp.float32) + scale * change.reshape(x.shape)
+        return x.astype(jnp.float32) + scale * change.transpose(*np.argsort(order))
 
     def _has_lora(self, name: str) -> bool:
         return f"{name}_lora_a" in self.names
@@ -260,9 +195,9 @@ class Weights:
         arrays: Mapping[str, Any],
         mesh: Mesh,
         axes: MeshAxes,
-        drafter: DrafterConfig,
+        drafters: Sequence[DrafterConfig],
     ) -> PolicyParams:
-        """Return the shardings of parameters and draft: those of the arrays.
+        """Return the shardings of parameters and drafts: those of the arrays.
 
         An axis of ours that merges several of theirs is sharded over all of their mesh
         axes. Nothing is sharded over the axis of rows.
@@ -270,16 +205,15 @@ class Weights:
         Args:
           arrays: by path; with a `NamedSharding` each, on a mesh of the same devices.
           mesh: from `mesh.layout.rollout_mesh`. axes: names of its axes in the arrays'.
-          drafter: how to quantize.
+          drafters: how to quantize each draft.
         """
 
         def sharding(of: Leaf) -> NamedSharding:
             x = arrays[of.theirs]
-            groups = of.merged or tuple((i,) for i in range(len(x.shape)))
-            sizes = [math.prod(x.shape[i] for i in group) for group in groups]
+            groups = of.groups(len(x.shape))
             names = _axis_names(x.sharding, len(x.shape), mesh, axes)
             entries: list[tuple[str, ...] | None] = []
-            for group, size in zip(groups, sizes, strict=True):
+            for group, size in zip(groups, of.shape(x.shape), strict=True):
                 several = tuple(itertools.chain(*(names[i] for i in group)))
                 parts = math.prod(mesh.shape[name] for name in several)
                 is_whole = of.is_whole or not several or size % parts != 0
@@ -288,8 +222,10 @@ class Weights:
 
         policy = self._assembled({p: sharding(of) for p, of in self.leaves.items()})
         shapes = jax.eval_shape(self.convert, _shapes(arrays))
-        draft = jax.eval_shape(lambda p: attach_draft(p, drafter.quantization), shapes)
-        return PolicyParams(policy=policy, draft=draft_shardings(draft.draft, policy))
+        quantized = [drafter.quantization for drafter in drafters]
+        found = jax.eval_shape(lambda p: attach_draft(p, quantized), shapes)
+        draft, *others = (draft_shardings(draft, policy) for draft in found.drafts)
+        return PolicyParams(policy=policy, draft=draft, others=tuple(others))
 
 
 def placed(
