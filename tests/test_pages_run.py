@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     "README.md": "test_readme.py",
     "CONTRIBUTING.md": "test_walkthroughs.py",
+    "docs/tunix.md": "test_tunix_installed.py",
 }
 
 # These compile more than a few programs.

@@ -319,7 +319,8 @@ def lowered(rows: int, vocab_size: int, *, is_gradient: bool) -> Any:
         prompt_ids=((rows, 16), np.int32), prompt_mask=((rows, 16), np.bool_),
         completion_ids=((rows, 48), np.int32), completion_mask=((rows, 48), np.bool_),
         logprobs=((rows, 48), np.float32), lengths=((rows,), np.int32),
-        finish=((rows,), np.int32), version=((rows, 48), np.int32), sequence_ids=((rows,), np.int32),
+        finish=((rows,), np.int32), version=((rows, 48), np.int32),
+        sequence_ids=((rows,), np.int32),
     )  # fmt: skip
     made: Any = {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
     out = er_jax.Rollout(**made)
