@@ -53,11 +53,13 @@ class Completions(Protocol):
 
 @struct.dataclass
 class Scores:
-    """What `score` returns, `[N, C]` as `Rollout.logprobs`, in float32 or wider.
+    """What `score` returns, shaped like `Rollout.logprobs`, in float32 or wider.
 
-    logprobs: of the completions' tokens, natural logarithms; 0 where masked.
-    entropy: of the distributions that these tokens' log-probabilities are taken from,
-      in nats; 0 where masked. None if it was not asked for.
+    Attributes:
+      logprobs: `[N, C]`, of the completions' tokens, natural logarithms; 0 where
+        masked.
+      entropy: `[N, C]`, of the distributions that these tokens' log-probabilities are
+        taken from, in nats; 0 where masked. None if it was not asked for.
     """
 
     logprobs: Array
