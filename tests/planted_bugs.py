@@ -1198,14 +1198,14 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "Tunix: scores with padding between the tokens",
-        "er_jax::token_logprobs",
-        "jnp.argsort(~mask, axis=1)",
-        "jnp.argsort(jnp.zeros_like(mask), axis=1)",
+        "er_jax::completion_logprobs",
+        "jnp.argsort(~mask, axis=1, stable=True)",
+        "jnp.argsort(jnp.zeros_like(mask), axis=1, stable=True)",
         (f"{TUNIX}::test_scores_are_those_of_the_text_without_padding",),
     ),
     PlantedBug(
         "Tunix: scores left where padding was moved from",
-        "er_jax::token_logprobs",
+        "er_jax::completion_logprobs",
         "jnp.take_along_axis(found, jnp.argsort(first, axis=1), axis=1)",
         "found",
         (f"{TUNIX}::test_scores_are_those_of_the_text_without_padding",),
@@ -1241,8 +1241,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "Tunix: every draft is the first",
         "er_jax::Adoption.__call__",
-        "others=tuple(others)",
-        "others=(draft,) * len(others)",
+        "tuple(others)",
+        "(draft,) * len(others)",
         (f"{TUNIX}::test_adopted_weights_are_shared_and_nothing_passes_the_host",),
     ),
 )

@@ -413,7 +413,7 @@ def test_scores_are_those_of_the_text_without_padding() -> None:
 
     def scores(prompts: Any, completions: Any, pad_id: int = 0) -> jax.Array:
         ids, completion_ids = jnp.asarray(prompts), jnp.asarray(completions)
-        return tunix_calls.token_logprobs(
+        return tunix_calls.completion_logprobs(
             policy,
             er_jax.PolicyParams(policy=params, draft=None),
             (ids, ids != pad_id),

@@ -366,8 +366,15 @@ def test_a_mesh_samples_what_one_device_does(
         graphdef, jax.tree.map(lay_out, state, nnx.get_partition_spec(state))
     )
     axes = MeshAxes(rows_axis, "none" if rows_axis == "fsdp" else "fsdp", "tp")
-    found = engine_of(sharded, mesh, axes=axes).generate(PROMPTS, asked(seed=5))
+    on_mesh = engine_of(sharded, mesh, axes=axes)
+    found = on_mesh.generate(PROMPTS, asked(seed=5))
     assert found.text == engine.generate(PROMPTS, asked(seed=5)).text
+    texts = found.left_padded_prompt_tokens, padded(found)
+    np.testing.assert_allclose(
+        on_mesh.get_per_token_logps(*texts),
+        engine.get_per_token_logps(*texts),
+        atol=1e-5,
+    )
 
 
 class Watched(grpo_learner.GRPOLearner):

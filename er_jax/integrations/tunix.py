@@ -193,7 +193,7 @@ class ErJaxRollout(base_rollout.BaseRollout):
         if completion_mask is None:
             completion_mask = completion != self.pad_id()
         with self._sampler.placement():
-            return tunix_calls.token_logprobs(
+            return tunix_calls.completion_logprobs(
                 self._policy,
                 self._sampler.params,
                 (prompt, prompt != self.pad_id()),

@@ -122,7 +122,7 @@ def left_padded(
     return found
 
 
-def token_logprobs(
+def completion_logprobs(
     policy: Policy,
     params: PolicyParams,
     prompts: tuple[jax.Array, jax.Array],
@@ -144,8 +144,8 @@ def token_logprobs(
       temperature of 0 counts as 1.
     """
     mask = completions[1]
-    # Stable: the order of what is kept stays.
-    last, first = jnp.argsort(prompts[1], axis=1), jnp.argsort(~mask, axis=1)
+    last = jnp.argsort(prompts[1], axis=1, stable=True)
+    first = jnp.argsort(~mask, axis=1, stable=True)
     prompt_ids, prompt_mask = (jnp.take_along_axis(x, last, axis=1) for x in prompts)
     ids, is_token = (jnp.take_along_axis(x, first, axis=1) for x in completions)
     rows = Rows(prompt_ids, prompt_mask, ids, is_token, mask.sum(axis=1))
