@@ -13,9 +13,12 @@ class Stop:
     """Ends a rollout at its next window, from any thread; call it to do so.
 
     Example:
+      >>> import er_jax
       >>> stop = er_jax.Stop()
-      >>> # rollout(..., until=er_jax.Until(stop=stop)) runs in another thread
+      >>> until = er_jax.Until(stop=stop)  # for a rollout in another thread
       >>> stop()
+      >>> stop.is_set
+      True
     """
 
     def __init__(self) -> None:

