@@ -91,6 +91,10 @@ class DecoderConfig:
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("global_layers", "dense_layers"):
+            if isinstance(getattr(self, name), list):
+                # As read from a file; a tuple can be hashed.
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

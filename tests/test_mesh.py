@@ -160,6 +160,25 @@ def test_drafts_that_see_a_span_change_no_token(name: str) -> None:
     assert (found.stats.accepted[4] != whole).any(), "the span should hide something"
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "4x2" in name.values])
+def test_what_ended_early_goes_on(name: str) -> None:
+    """On a mesh, and what ended there on one device."""
+    common: dict[str, Any] = {"key": jax.random.key(3), "config": config_of()}
+    mesh = mesh_of(**SHAPES[name])
+    part = er_jax.rollout(
+        POLICY, parameters(), prompts(), mesh=mesh, **common,
+        controller=Moving("fixed:4", (0, 4)), until=er_jax.Until(tokens=400),
+    )  # fmt: skip
+    assert {"unfinished", "stop"} <= set(part.finish_reason.tolist())
+    found = er_jax.rollout(
+        POLICY, parameters(), prompts(), mesh=mesh, resume=part, **common,
+        controller=Moving("fixed:4", (0, 4)),
+    )  # fmt: skip
+    assert_same(found, on_one_device())
+    found = er_jax.rollout(POLICY, parameters(), prompts(), resume=part, **common)
+    assert_same(found, on_one_device())
+
+
 class SecondDraft(Moving):
     """Runs the second of several drafts wherever it may."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -119,6 +120,7 @@ def world(policy: er_jax.Decoder, params: Params) -> dict[str, Any]:
         "dataclasses": dataclasses,
         "er_jax": er_jax,
         "jax": jax,
+        "jnp": jnp,
         "key": jax.random.key(0),
         "np": np,
         "params": params,

@@ -394,8 +394,8 @@ def test_an_update_of_long_rows_keeps_no_square_of_scores():
         jax.eval_shape(lambda: some_state(policy)),
         None,
         stack_chunks([example], Buckets((length,), length), capacity=1),
-        jnp.float32(1),
         jnp.float32(2),
+        config=sampled_at(1),
         options=OPTIONS,
         drafter=DRAFTER,
     )
