@@ -164,7 +164,8 @@ def test_code_on_pages_runs(
     names = world(*small)
     for block in blocks(PAGES[page]):
         code = compile(block, page, "exec", dont_inherit=True)
-        with jax.numpy_rank_promotion("allow"):  # as it is outside of tests
+        # As it is outside of tests.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             exec(code, names)
         # A class that a page only sketches; the real one is in test_integrations.py.
         names.update(LinenModel=LinenModel, NnxModel=NnxModel)
