@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -64,7 +65,7 @@ class Rollout:
     sequence_ids: np.ndarray
     stats: RolloutStats = dataclasses.field(default_factory=_no_stats)
 
-    @property
+    @functools.cached_property
     def finish_reason(self) -> np.ndarray:
         """Strings `[N]`, not inside `jax.jit`: "stop", "length", "nonfinite", or
         "unfinished" where the rollout ended early.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import numpy as np
 
 from er_jax.config import RolloutConfig
@@ -45,6 +45,8 @@ def earlier_rollout(
             f"resume={type(resume).__name__} must be a Rollout, or the path of a file "
             "that Rollout.save wrote"
         )
+    # Its arrays may be on a device, after `jax.device_put` or `jax.jit`.
+    found = jax.tree.map(np.asarray, found)
     remedy = "give the rollout of the same prompts, n and sequence_ids"
     count = len(found.sequence_ids)
     if count != len(sequence_ids):
@@ -100,8 +102,8 @@ def completions_of(
         if goes_on and length == config.max_new_tokens:
             goes_on, reason = False, LENGTH
         completion = Completion(
-            token_ids=_copied(earlier.completion_ids[row, :length]),
-            logprobs=_copied(earlier.logprobs[row, :length]),
+            token_ids=earlier.completion_ids[row, :length].copy(),
+            logprobs=earlier.logprobs[row, :length].copy(),
             finish_reason=reason,
         )
         if not goes_on:
@@ -109,7 +111,3 @@ def completions_of(
         elif length:
             begun[row] = completion
     return ended, begun
-
-
-def _copied(array: Any) -> np.ndarray:
-    return np.array(array)

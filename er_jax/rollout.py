@@ -157,6 +157,7 @@ def rollout(
                     stats,
                     begun=call.begun,
                     until=until,
+                    began_s=start_s,
                     on_finish=on_finish,
                     progress=progress,
                 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from benchmarks.lib.controllers import Restless
 from er_jax import Rollout, Stop, Until
 from er_jax.control.controller import Controller
 from er_jax.request import request_of
-from er_jax.resume import completions_of
+from er_jax.resume import completions_of, earlier_rollout
 from er_jax.scheduler import batch
 from er_jax.types import Finish, Program
 from tests.small import SIZES
@@ -135,13 +137,15 @@ def test_a_completion_that_ended_by_length_goes_on_at_a_higher_limit(
     [
         (Until(finished=3), lambda out: (out.finish_reason != "unfinished").sum() >= 3),
         (Until(tokens=30), lambda out: out.stats.num_tokens >= 30),
+        # The window that has just ended counts.
+        (Until(tokens=1), lambda out: len(out.stats.timeline) == 1),
         (
             Until(groups=1),
             lambda out: (out.finish_reason != "unfinished").reshape(4, 2).all(1).any(),
         ),
         (Until(seconds=1e-6), lambda out: len(out.stats.timeline) == 1),
     ],
-    ids=["finished", "tokens", "groups", "seconds"],
+    ids=["finished", "tokens", "first token", "groups", "seconds"],
 )
 def test_what_ends_a_rollout(
     wanted: Rollout, until: Until, reached: Callable[[Rollout], bool]
@@ -228,6 +232,49 @@ def test_a_file_holds_all_but_the_statistics(tmp_path: Path) -> None:
     np.savez(path, lengths=np.ones(3))
     with pytest.raises(ValueError, match=r"rollout.npz holds no rollout"):
         Rollout.load(path)
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_seconds_are_those_of_the_whole_call(
+    x64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a call does before it samples counts, though nothing runs then."""
+    module = sys.modules["er_jax.rollout"]
+    before_s, seen = 100.0, list[float]()
+    prepare = module.prepare
+    clock = time.perf_counter
+    late = 0.0
+
+    def slow(*arguments: Any) -> Any:
+        nonlocal late
+        late = before_s
+        return prepare(*arguments)
+
+    def is_reached(until: Until, *, seconds: float, **counts: int) -> bool:
+        seen.append(seconds)
+        return True
+
+    monkeypatch.setattr(module, "prepare", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late)
+    monkeypatch.setattr(Until, "is_reached", is_reached)
+    sample(until=Until(seconds=1.0), controller=Restless("best", (0, 3), (4,), 0))
+    assert seen
+    assert seen[0] > before_s
+
+
+def test_a_rollout_that_went_through_jax_is_taken(x64: None) -> None:
+    """Its arrays are those of a device then, and it has no statistics."""
+    prompts = [np.array(prompt, np.int32) for prompt in PROMPTS]
+    wanted = some_rollout()
+    found = earlier_rollout(
+        jax.device_put(wanted), prompts, np.arange(8), CONFIG, SIZES.vocab_size
+    )
+    assert {type(leaf) for leaf in jax.tree.leaves(found)} == {np.ndarray}
+    assert found.finish_reason is found.finish_reason, "made again at every look"
+    for mine, theirs in zip(
+        completions_of(found, CONFIG), completions_of(wanted, CONFIG), strict=True
+    ):
+        assert mine.keys() == theirs.keys()
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,12 @@ class FinishedWindow(NamedTuple):
     sequence: np.ndarray
     length: np.ndarray
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens emitted."""
+        grown = self.info.length - self.length
+        return int(grown[self.sequence != NONE].sum())
+
 
 class Batch:
     """The rows of a rollout: their state on the device, and the host's record of them.
@@ -330,9 +336,8 @@ class Batch:
         """
         if self._finished is None:
             return []
-        (info, buffers, moment, sequences, length_before) = self._finished
-        was_live = sequences != NONE
-        ended = np.flatnonzero(was_live & ~info.live)
+        (info, buffers, moment, sequences, _) = self._finished
+        ended = np.flatnonzero((sequences != NONE) & ~info.live)
         engine = self.topology.engine
         found = engine.fetch_rows(buffers, ended) if len(ended) else {}
         for slot, (tokens, logprobs) in found.items():
@@ -343,8 +348,7 @@ class Batch:
                 logprobs[: info.length[slot]],
                 FINISH_NAMES[int(info.finish_reason[slot])],
             )
-        num_tokens = int((info.length - length_before)[was_live].sum())
-        self.stats.add_window(moment, num_tokens, info.accepted)
+        self.stats.add_window(moment, self._finished.num_tokens, info.accepted)
         self._finished = None  # Last, so that an interrupted fetch can be repeated.
         return [int(sequences[slot]) for slot in found]
 
@@ -387,16 +391,26 @@ class Batch:
             found |= {s: self.begun.get(s, NOTHING) for s in self.queue}
         return found
 
-    def is_reached(self, until: Until) -> bool:
-        """Whether the rollout ends early now; the same in all processes."""
-        is_open = np.zeros(len(self.request.prompt_of), bool)
-        is_open[list(self.queue)] = True
-        is_open[self.rows.sequence[self.rows.is_live]] = True
+    def is_reached(self, until: Until, began_s: float) -> bool:
+        """Whether the rollout ends early now; the same in all processes.
+
+        Asked after every window, so all sequences are looked at for groups only.
+
+        Args:
+          until: when to end. began_s: `time.perf_counter()` when the call began.
+        """
+        count, group = len(self.request.prompt_of), self.request.group
+        num_open = len(self.queue) + self.num_live
+        open_groups: set[int] = set()
+        if until.groups is not None:
+            live = self.rows.sequence[self.rows.is_live].tolist()
+            open_groups = {sequence // group for sequence in (*self.queue, *live)}
+        last = 0 if self._finished is None else self._finished.num_tokens
         is_reached = until.is_reached(
-            seconds=time.perf_counter() - self.start_s,
-            finished=int((~is_open).sum()),
-            groups=int((~is_open.reshape(-1, self.request.group).any(axis=1)).sum()),
-            tokens=self.stats.num_tokens,
+            seconds=time.perf_counter() - began_s,
+            finished=count - num_open,
+            groups=count // group - len(open_groups),
+            tokens=self.stats.num_tokens + last,
         )
         agreement = self.topology.engine.agreement
         if agreement.is_spread and until.asks_leader:

@@ -39,6 +39,7 @@ def run(
     *,
     begun: Mapping[int, Completion] = MappingProxyType({}),
     until: Until | None = None,
+    began_s: float = 0.0,
     on_finish: Callable[[int, Completion], None] | None = None,
     progress: bool = False,
 ) -> dict[int, Completion]:
@@ -54,6 +55,7 @@ def run(
       controller: chooses programs and learns from windows.
       stats: filled in. begun: completions that go on, by sequence. until: when to end
         early; then the completions of rows that run or wait are "unfinished".
+      began_s: `time.perf_counter()` when the call began, for `until.seconds`.
       on_finish: called with (sequence id, completion) as rows end.
       progress: show a progress bar of finished sequences.
     Returns:
@@ -116,7 +118,7 @@ def run(
                         refresh=False,
                     )
                 batch.end_window(controller, failure)
-            if until is not None and batch.is_reached(until):
+            if until is not None and batch.is_reached(until, began_s):
                 break
         agreement = topology.engine.agreement
         _, failure = agreement.sync_or_raise([], deliver(batch.collect()))
