@@ -1035,6 +1035,16 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_costs.py::test_shared_programs_are_priced_beside_the_same_apart",),
     ),
     PlantedBug(
+        "a step is taken for slower than the drafts beside it leave room for",
+        "er_jax::LatencyTable._prediction",
+        "(1 + other.gamma) ** ROWS_EXPONENT + DRAFT_SHARE * other.gamma",
+        "1 + DRAFT_SHARE * other.gamma",
+        (
+            "tests/test_benchmarks.py"
+            "::test_plain_decoding_is_tried_where_only_drafts_ran[1.5]",
+        ),
+    ),
+    PlantedBug(
         "the shortest prompts are dealt first",
         "er_jax/replicas::deal",
         'np.argsort(-np.asarray(costs, float), kind="stable")',

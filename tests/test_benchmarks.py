@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ from benchmarks.lib import (
 from benchmarks.lib.bandwidth import Device
 from benchmarks.lib.controllers import Oracle, Plan
 from benchmarks.lib.schedules import POLICIES
+from benchmarks.lib.simulated import SimulatedEngine, SimulatedPolicy
 from er_jax import Controller, DrafterConfig
 from er_jax.acceptance import AcceptRule
 from er_jax.config import DEFAULT_GAMMAS
@@ -342,6 +344,40 @@ def test_first_calls_are_not_much_slower_than_an_oracles(name: str) -> None:
     plan = Plan(frozenset({(policy.slots, 0)}), is_short=False)
     _, (first,) = cold.calls(policy, Oracle(policy, plan), 1, args.gammas)
     assert first == pytest.approx(point["oracle_s"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("noise", [1.0, 1.5, 3.0])
+def test_plain_decoding_is_tried_where_only_drafts_ran(noise: float) -> None:
+    """At sixteen rows verifications are bound by arithmetic, and plain decoding wins.
+
+    The controller compiles at once. It has measured one row, where drafts pay, the more
+    so if the plain step came out slow, so that it starts with drafts.
+    """
+
+    def step_s(rows: int) -> float:
+        return 0.012 + 0.0011 * rows
+
+    def round_s(program: Program) -> float:
+        rows, _, gamma = program[:3]
+        verify = 1 + gamma * (0.07 + 0.028 * rows) if gamma else 1.0
+        return step_s(rows) * (0.42 * gamma + verify)
+
+    policy = SimulatedPolicy(
+        round_seconds=round_s, window_s=2.5, drafting_s=5.0, other_s=0.2, start_s=3.0,
+        slots=16, count=24, mean=32, longest=64, keep=0.9,
+    )  # fmt: skip
+    measure = SimulatedEngine.measure_round
+
+    def noisy(engine: SimulatedEngine, program: Program) -> float:
+        return measure(engine, program) * (1.0 if program.gamma else noise)
+
+    controller = Controller(patience=0.0)
+    with mock.patch.object(SimulatedEngine, "measure_round", noisy):
+        engine, _ = cold.calls(policy, controller, 12, DEFAULT_GAMMAS)
+    full = [n[1].gamma for n in engine.compiled if n[0] == "window" and n[1].rows == 16]
+    assert full[0] > 0 and 0 in full
+    plain = controller.speed(Program(16, 128, 0))
+    assert plain == pytest.approx(1 / step_s(16), rel=0.1)
 
 
 def test_no_draft_is_compiled_that_one_row_rules_out() -> None:

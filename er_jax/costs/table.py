@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from er_jax.costs.neighbours import Neighbours, distance, power_law
 from er_jax.costs.passes import (
     LENGTH_EXPONENT,
+    ROWS_EXPONENT,
     Kind,
     PassCosts,
     Reading,
@@ -328,12 +329,12 @@ class LatencyTable:
             curve, line = self._curve(program), self._neighbours().line(program)
             if curve is None or line[-1].rows >= program.rows:
                 return curve
-            # Extrapolated in rows. A round that drafts holds a pass of at least a step,
-            # and drafts of about half a step each: a step that looks slower than that
-            # would never be tried.
+            # Extrapolated in rows. A round that drafts holds its drafts, of about half
+            # a step each, and a step of gamma + 1 times the rows: a step that looks
+            # slower than so found would never be tried.
             bounds = [
                 self.seconds[other]
-                / (1 + DRAFT_SHARE * other.gamma)
+                / ((1 + other.gamma) ** ROWS_EXPONENT + DRAFT_SHARE * other.gamma)
                 * (program.cache_length / other.cache_length) ** LENGTH_EXPONENT
                 for other in self._neighbours().rounds_of_more(program)
             ]
