@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import er_jax
+from benchmarks import peers as comparison
 from benchmarks.lib import (
     agreement,
     bandwidth,
@@ -21,6 +22,7 @@ from benchmarks.lib import (
     pass_bytes,
     pass_points,
     passes,
+    peer_worker,
     peers,
     presets,
     records,
@@ -424,3 +426,31 @@ def test_the_peer_samples_as_many_tokens() -> None:
     peer = peers.TransformersRunner(policy, params, prompts, lengths, slots=2)
     assert peer.run() > 0
     assert peer.num_tokens == lengths
+
+
+def test_completions_end_with_their_first_stop_token() -> None:
+    rows = [[5, 6, 1, 1, 0], [1, 7, 7, 7, 7], [5, 6, 7, 8, 9]]
+    assert peer_worker.lengths_of(rows, [1, 2]) == [3, 1, 5]
+    assert peer_worker.lengths_of(rows, []) == [5, 5, 5]
+
+
+def test_every_completion_of_a_prompt_is_a_row_of_some_batch() -> None:
+    task = {"prompts": [[3], [4], [5]], "group": 2, "slots": 4}
+    assert list(peer_worker.batches(task)) == [[[3], [3], [4], [4]], [[5], [5]]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", ["tail", "flat"])
+def test_engines_sample_the_same_task(workload: str, tmp_path: Path) -> None:
+    """Where lengths are equal they give as many tokens; else, no more than the limit."""
+    args = comparison.Args(completions=6, slots=2, limit=24)
+    vocab_size = comparison.checkpoint("tiny", str(tmp_path)).vocab_size
+    task = comparison.task_of(str(tmp_path), vocab_size, workload, 2, args)
+    stops = np.array(task["stops"])
+    assert not np.isin(task["prompts"], [0, *stops]).any()
+    for name in filter(comparison.is_installed, peer_worker.ENGINES):
+        out = peer_worker.ENGINES[name](task)(1)
+        assert out.tokens <= out.row_steps or name == "er_jax, best", name
+        assert 6 <= out.tokens <= 6 * 24, name
+        if workload == "flat":
+            assert out.tokens == 6 * 8, name
