@@ -442,7 +442,7 @@ def test_every_completion_of_a_prompt_is_a_row_of_some_batch() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", ["tail", "flat"])
 def test_engines_sample_the_same_task(workload: str, tmp_path: Path) -> None:
-    """Where lengths are equal they give as many tokens; else, no more than the limit."""
+    """Where lengths are equal they give as many tokens; else at most the limit."""
     args = comparison.Args(completions=6, slots=2, limit=24)
     vocab_size = comparison.checkpoint("tiny", str(tmp_path)).vocab_size
     task = comparison.task_of(str(tmp_path), vocab_size, workload, 2, args)
