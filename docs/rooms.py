@@ -21,7 +21,9 @@ NOTE = "Description"  # where the picture holds what is drawn, as text
 
 # Modules outside of packages that are one room.
 TOGETHER = {
-    "words": ("types", "arguments", "devices", "figures", "until"),
+    "words": (
+        *("types", "arguments", "devices", "figures", "until", "thread_settings"),
+    ),
     "the policy": ("decoder", "drafter", "kv_cache", "products"),
     "a round": ("acceptance", "sampling", "steps"),
     "a request": ("config", "request", "stats"),

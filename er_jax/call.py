@@ -149,7 +149,7 @@ def _can_draft_with_spans(call: Call, config: RolloutConfig) -> bool:
             "the arrays of its cache itself, so drafts see all positions; use "
             "er_jax.kv_cache.write and attend in forward, or set window=None",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return can
 

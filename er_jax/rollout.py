@@ -115,6 +115,43 @@ def rollout(
       >>> out.completion_ids.shape
       (2, 4)
     """
+    return sample(
+        policy,
+        params,
+        prompts,
+        key=key,
+        config=config,
+        sequence_ids=sequence_ids,
+        controller=controller,
+        mesh=mesh,
+        on_finish=on_finish,
+        progress=progress,
+        profile=profile,
+        resume=resume,
+        until=until,
+        version=version,
+    )
+
+
+def sample(
+    policy: Policy,
+    params: Params | PolicyParams,
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: jax.Array,
+    config: RolloutConfig,
+    sequence_ids: Sequence[int] | None,
+    controller: Controller | None,
+    mesh: Mesh | None,
+    on_finish: Callable[[int, Completion], None] | None,
+    progress: bool,
+    profile: str | os.PathLike[str] | None,
+    resume: Rollout | str | os.PathLike[str] | None,
+    until: Until | None,
+    version: int,
+    on_checked: Callable[[Call], None] = lambda call: None,
+) -> Rollout:
+    """Do what `rollout` says; `on_checked` is called when no argument is refused."""
     checks.check_outside_jit(params, prompts, key)
     with _own_jax_settings():
         start_s, stats = time.perf_counter(), RolloutStats()
@@ -127,6 +164,7 @@ def rollout(
         num_compiled, compiled_s = len(engine.compiled_here), engine.compile_s
         with stats.timed("check", lambda: engine.compile_s):
             checks.check_finite(engine.find_nonfinite(call.policy_params))
+        on_checked(call)
         params = with_draft(call, config, stats)
         with stats.timed("calibration", lambda: engine.compile_s):
             load_saved_costs(call, params)
@@ -307,7 +345,7 @@ def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
             "with er_jax.attach_draft in every update. The rollout went on without "
             "drafting wherever that is faster, and its tokens are not affected",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     bad_ids = out.sequence_ids[out.finish_reason == "nonfinite"]
     if len(bad_ids):
@@ -316,7 +354,7 @@ def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
             f"non-finite logit, sequence ids {bad_ids.tolist()[:20]}; their tokens "
             "before it are kept",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

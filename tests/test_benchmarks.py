@@ -31,6 +31,7 @@ from benchmarks import (
     sampling,
     scaling,
     steps,
+    stream,
     trace,
     traffic,
     trainer_gap,
@@ -516,3 +517,13 @@ def test_long_caches_run_and_sample_the_same_tokens(tmp_path: Path) -> None:
     header, rows = long_caches.rows_of(record["points"])
     assert len(rows) == 4
     assert len(header) == len(rows[0])
+
+
+def test_a_stream_samples_the_same_tokens(tmp_path: Path) -> None:
+    stream.main(stream.Args(quick=True, out=tmp_path))
+    record = json.loads((tmp_path / "stream.json").read_text())
+    assert records.problems(record) == []
+    assert [p["reward"] for p in record["points"]] == list(stream.REWARDS)
+    header, rows = stream.rows_of(record["points"])
+    assert [row[-1] for row in rows] == ["yes", "yes"]
+    assert len(rows[0]) == len(header)

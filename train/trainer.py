@@ -204,24 +204,30 @@ class Trainer:
           The rollout, and rewards `[P, n]` float64.
         """
         tokenizer = self.subject.tokenizer
+        prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
+        ids = range(first_sequence_id, first_sequence_id + len(problems) * n)
         sample: Any = er_jax.rollout
         if self.config.mesh.replicas:
             sample = er_jax.rollout_replicas
-        out = sample(
+        elif self.config.grpo.stream:
+            sample = er_jax.stream
+        found = sample(
             self.policy,
             self.placement.sampler(self.state.params, self.state.gathered),
-            [tokenizer.encode_prompt(problem.prompt) for problem in problems],
+            prompts,
             key=key,
             config=self.config.rollout_config(
                 group_size=n, stop_token_ids=self.subject.stop_token_ids
             ),
-            sequence_ids=range(
-                first_sequence_id, first_sequence_id + len(problems) * n
-            ),
+            sequence_ids=ids,
             controller=self.controller,
             mesh=self.placement.sampling,
         )
-        return out, completions.score(self.subject, problems, out)
+        if isinstance(found, er_jax.Stream):
+            return completions.score_stream(
+                self.subject, problems, found, n=n, first_sequence_id=first_sequence_id
+            )
+        return found, completions.score(self.subject, problems, found)
 
     def evaluate(self) -> dict[str, Any]:
         """Sample the held-out problems, log the mean reward and return the record.
