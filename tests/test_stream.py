@@ -149,7 +149,7 @@ def test_a_slow_consumer_stalls_nothing(wanted: Rollout) -> None:
             thread.join(WAIT_S)
         assert sampling() == [], "it waits for its consumer"
         with pytest.raises(RuntimeError, match=r"iterate to the end, or call close"):
-            items.rollout
+            _ = items.rollout
         assert len(list(items)) == 8
 
 
@@ -222,7 +222,7 @@ def test_a_failure_reaches_the_consumer(x64: None) -> None:
     assert given
     assert {name for name, _ in given} <= set(caught.value.completions)
     with pytest.raises(er_jax.RolloutError, match="planted"):
-        items.rollout
+        _ = items.rollout
 
 
 def test_until_and_its_stop_are_heard(wanted: Rollout) -> None:
