@@ -134,9 +134,14 @@ class _Groups:
     members: dict[int, dict[int, Completion]] = dataclasses.field(default_factory=dict)
 
     def begin(self, call: Call) -> None:
-        """Take the completions that had ended before the call."""
+        """Take the completions that had ended before the call.
+
+        What a journal holds is given out again, and so comes by `add`.
+        """
         self.rows = {int(name): row for row, name in enumerate(call.sequence_ids)}
-        for row, completion in call.ended.items():
+        again = {} if call.journal is None else call.journal.finished
+        for row in call.ended.keys() - again.keys():
+            completion = call.ended[row]
             self.members.setdefault(row // self.n, {})[row] = completion
 
     def add(self, sequence_id: int, completion: Completion) -> None:
@@ -265,6 +270,7 @@ def stream(
     resume: Rollout | str | os.PathLike[str] | None = None,
     until: Until | None = None,
     version: int = 0,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Stream[tuple[int, Completion]]: ...
 
 
@@ -285,6 +291,7 @@ def stream(
     resume: Rollout | str | os.PathLike[str] | None = None,
     until: Until | None = None,
     version: int = 0,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Stream[tuple[int, list[Completion]]]: ...
 
 
@@ -304,6 +311,7 @@ def stream(
     resume: Rollout | str | os.PathLike[str] | None = None,
     until: Until | None = None,
     version: int = 0,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Stream[Any]:
     """Sample as `rollout` does, and give out what finishes while the rest decodes.
 
@@ -328,12 +336,14 @@ def stream(
         nor are groups of only such; a group that others complete has all n.
       until: as for `rollout`; the stream ends where the rollout does.
       version: as for `rollout`.
+      journal: as for `rollout`. What it holds is given out first.
     Returns:
       A `Stream`: an iterator, and a context manager that closes it. Its `rollout` is
       there when it has ended.
     Raises:
       ValueError: a wrong argument, at the call. What fails later reaches the consumer
         when it asks for the next item; see `Stream`.
+      OSError: the journal cannot be written, at the call.
     """
     if by not in BY:
         raise ValueError(f"by={by!r} must be one of {', '.join(map(repr, BY))}")
@@ -372,6 +382,7 @@ def stream(
             resume=resume,
             until=dataclasses.replace(own, stop=_AnyStop(stops)),
             version=version,
+            journal=journal,
             on_checked=on_checked,
         )
     )

@@ -1064,7 +1064,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "a digest that does not see where a number stands",
-        "train::_hashed",
+        "er_jax::_hashed",
         "first = mixed(words ^ mixed(index))",
         "first = mixed(words)",
         (f"{DAMAGE}::test_digests_see_places_and_nothing_of_the_layout",),

@@ -37,7 +37,7 @@ ORDER = (
     *("prefill", "steps"),
     *("config", "request", "stats"),
     *("engine.protocol", "engine.programs", "engine.lowering", "engine.windows"),
-    *("engine.scores", "engine.adoption", "engine.first_use"),
+    *("engine.scores", "engine.digests", "engine.adoption", "engine.first_use"),
     *("engine.engine", "engine.kept", "engine"),
     *("costs.record", "costs.passes", "costs.roofline"),
     *("costs.neighbours", "costs.table"),
@@ -50,7 +50,7 @@ ORDER = (
         "control.explain",
         "control",
     ),
-    *("result", "resume", "checks", "score"),
+    *("result", "resume", "journal", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
     *("scheduler.batch", "scheduler.loop", "scheduler"),
     *(

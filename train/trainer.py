@@ -24,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import er_jax
+from er_jax.engine.digests import tree_digest
 from train import completions, losses, tasks
 from train.batching import Buckets, Example, stack_chunks
 from train.completions import StepData
 from train.config import BaseConfig
 from train.controllers import RuleController
-from train.digests import text_digest, tree_digest
+from train.digests import text_digest
 from train.metrics import MetricsFile, quantiles
 from train.placement import Placement, is_first
 from train.subjects import Subject, subject_of
