@@ -23,6 +23,7 @@ from benchmarks import (
     fuzz,
     host,
     imitation,
+    journal,
     limits,
     long_caches,
     plans,
@@ -523,7 +524,19 @@ def test_a_stream_samples_the_same_tokens(tmp_path: Path) -> None:
     stream.main(stream.Args(quick=True, out=tmp_path))
     record = json.loads((tmp_path / "stream.json").read_text())
     assert records.problems(record) == []
-    assert [p["reward"] for p in record["points"]] == list(stream.REWARDS)
+    assert [p["reward"] for p in record["points"]] == 2 * list(stream.REWARDS)
     header, rows = stream.rows_of(record["points"])
+    assert [row[-1] for row in rows] == ["yes"] * 4
+    assert len(rows[0]) == len(header)
+
+
+def test_a_journal_changes_no_token(tmp_path: Path) -> None:
+    journal.main(journal.Args(quick=True, out=tmp_path))
+    record = json.loads((tmp_path / "journal.json").read_text())
+    assert records.problems(record) == []
+    header, rows = journal.rows_of(record["points"])
     assert [row[-1] for row in rows] == ["yes", "yes"]
     assert len(rows[0]) == len(header)
+    # What is noted more often takes more pieces.
+    default, often = record["points"]
+    assert often["bytes"] > default["bytes"] > 8 * default["num_tokens"]
