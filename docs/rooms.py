@@ -27,7 +27,9 @@ TOGETHER = {
     "the policy": ("decoder", "drafter", "kv_cache", "products"),
     "a round": ("acceptance", "sampling", "steps"),
     "a request": ("config", "request", "stats"),
-    "checks and result": ("checks", "result", "resume"),
+    "checks and result": (
+        *("checks", "result", "resume", "journal", "journal_format"),
+    ),
 }
 
 # What stands above all rooms: the public names, and the earlier ones.

@@ -50,7 +50,7 @@ ORDER = (
         "control.explain",
         "control",
     ),
-    *("result", "resume", "journal", "checks", "score"),
+    *("result", "resume", "journal_format", "journal", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
     *("scheduler.batch", "scheduler.loop", "scheduler"),
     *(

@@ -107,6 +107,7 @@ def test_groups_are_whole_and_given_once(wanted: Rollout) -> None:
     with streamed(by="group") as items:
         for prompt, members in items:
             given.append(prompt)
+            assert len(members) == 2
             rows = range(2 * prompt, 2 * prompt + 2)
             for row, completion in zip(rows, members, strict=True):
                 np.testing.assert_array_equal(

@@ -29,7 +29,7 @@ def rounds_of(seconds: float) -> Iterator[None]:
         time.sleep(max(window._start_s + window_s - time.perf_counter(), 0.0))
         return info, window_s, True
 
-    RunningWindow.wait = waiting  # type: ignore[method-assign]
+    RunningWindow.wait = waiting  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
