@@ -347,6 +347,7 @@ def stream(
     """
     if by not in BY:
         raise ValueError(f"by={by!r} must be one of {', '.join(map(repr, BY))}")
+    checks.check_outside_jit(params, prompts, key)
     checks.check_version(version, until)
     work = _Work()
     own = until or Until()

@@ -17,6 +17,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -198,9 +199,14 @@ class Trainer:
         n: int,
         key: jax.Array,
         first_sequence_id: int,
+        journal: Path | None = None,
     ) -> tuple[er_jax.Rollout, np.ndarray]:
         """Sample n completions of every problem and score them.
 
+        Args:
+          problems: P of them. n: completions of each. key: of the sampling.
+          first_sequence_id: of the first completion; the others follow.
+          journal: a file that the sampling goes on from after a kill.
         Returns:
           The rollout, and rewards `[P, n]` float64.
         """
@@ -212,6 +218,8 @@ class Trainer:
             sample = er_jax.rollout_replicas
         elif self.config.grpo.stream:
             sample = er_jax.stream
+        if journal is not None:
+            sample = functools.partial(sample, journal=journal)
         found = sample(
             self.policy,
             self.placement.sampler(self.state.params, self.state.gathered),
@@ -254,8 +262,12 @@ class Trainer:
         self.log.append(record)
         return record
 
-    def rollout_step(self) -> StepData:
-        """Sample and score the next prompts; changes the controller only."""
+    def rollout_step(self, journal: Path | None = None) -> StepData:
+        """Sample and score the next prompts; changes the controller only.
+
+        Args:
+          journal: a file that the sampling goes on from after a kill.
+        """
         config, grpo = self.config, self.config.grpo
         position = int(self.state.position)
         taken = range(position, position + grpo.prompts_per_step)
@@ -267,6 +279,7 @@ class Trainer:
             n=grpo.group_size,
             key=self.state.key,
             first_sequence_id=position * grpo.group_size,
+            journal=journal,
         )
         seconds = time.perf_counter() - start
         return StepData(problems=problems, out=out, rewards=rewards, seconds=seconds)

@@ -51,7 +51,7 @@ def _hashed(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Source: the mixing is the 32-bit finalizer of Appleby's MurmurHash3, a bijection.
     """
-    if leaf.dtype == jnp.bool_:
+    if leaf.dtype in (jnp.bool_, jnp.int4, jnp.uint4):  # not of whole bytes
         leaf = leaf.astype(jnp.uint8)
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
     words = lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize])
