@@ -21,11 +21,15 @@ NOTE = "Description"  # where the picture holds what is drawn, as text
 
 # Modules outside of packages that are one room.
 TOGETHER = {
-    "words": ("types", "arguments", "devices", "figures", "until"),
+    "words": (
+        *("types", "arguments", "devices", "figures", "until", "thread_settings"),
+    ),
     "the policy": ("decoder", "drafter", "kv_cache", "products"),
     "a round": ("acceptance", "sampling", "steps"),
     "a request": ("config", "request", "stats"),
-    "checks and result": ("checks", "result", "resume"),
+    "checks and result": (
+        *("checks", "result", "resume", "journal", "journal_format"),
+    ),
 }
 
 # What stands above all rooms: the public names, and the earlier ones.

@@ -23,6 +23,7 @@ from er_jax.result import Completion, Rollout, RolloutError
 from er_jax.rollout import compile_ahead, rollout
 from er_jax.score import Scores, score
 from er_jax.stats import RolloutStats
+from er_jax.stream import Stream, stream
 from er_jax.types import Policy
 from er_jax.until import Stop, Until
 
@@ -49,6 +50,7 @@ __all__ = [
     "RopeScaling",
     "Scores",
     "Stop",
+    "Stream",
     "TiedEmbedding",
     "Until",
     "attach_draft",
@@ -62,4 +64,5 @@ __all__ = [
     "rollout_replicas",
     "save_hf",
     "score",
+    "stream",
 ]

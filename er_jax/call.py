@@ -9,6 +9,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from er_jax.devices import device_bytes
 from er_jax.drafter import PolicyParams, check_draft, check_number
 from er_jax.engine.engine import Engine
 from er_jax.engine.kept import engine_for
+from er_jax.journal import Journal, array_digest
 from er_jax.mesh import layout
 from er_jax.mesh.engine import MeshEngine, mesh_engines_for
 from er_jax.mesh.topology import DataShards
@@ -33,6 +35,12 @@ from er_jax.scheduler.topology import OneDevice, Topology
 from er_jax.stats import RolloutStats
 from er_jax.types import Params, Policy, View
 
+# The settings that decide which tokens are sampled.
+DECIDING = (
+    "n", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop_token_ids",
+    "accept", "logprobs",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -41,6 +49,8 @@ class Call:
     params: as given, on the devices of `engine`.
     resume: the earlier rollout, or None. ended, begun: its completions by sequence, of
       those that are returned as they are and those that go on.
+    journal: the file that the call goes on with, or None; what it holds is a part of
+      `resume`.
     """
 
     params: Params | PolicyParams
@@ -52,12 +62,26 @@ class Call:
     resume: Rollout | None = None
     ended: Mapping[int, Completion] = dataclasses.field(default_factory=dict)
     begun: Mapping[int, Completion] = dataclasses.field(default_factory=dict)
+    journal: Journal | None = None
 
     @property
     def policy_params(self) -> Params:
         """The parameters without a draft."""
         params = self.params
         return params.policy if isinstance(params, PolicyParams) else params
+
+
+def check_one_process(mesh: Mesh | None) -> None:
+    """Refuse a journal of several processes, each of which has rows of its own."""
+    if mesh is None:
+        return
+    processes = {device.process_index for device in mesh.devices.flat}
+    if len(processes) > 1:
+        raise ValueError(
+            f"journal: the mesh has devices of {len(processes)} processes, and a "
+            "journal is of one; leave it out, and save what until=er_jax.Until(...) "
+            "returns"
+        )
 
 
 def prepare(
@@ -69,10 +93,13 @@ def prepare(
     controller: Controller | None,
     mesh: Mesh | None,
     resume: Rollout | str | os.PathLike[str] | None = None,
+    journal: Journal | None = None,
+    key: np.ndarray | None = None,
 ) -> Call:
     """Check the arguments of a rollout; find its engine and controller.
 
-    Parameters that are not on the mesh are moved there.
+    Parameters that are not on the mesh are moved there. `journal` has been entered, and
+    goes with the words of `key`.
     """
     checks.check_policy(policy)
     is_drafting = max(parse_control(config.control, config.gammas)) > 0
@@ -88,6 +115,10 @@ def prepare(
     begun: dict[int, Completion] = {}
     if resume is not None:
         earlier = earlier_rollout(resume, arrays, ids, config, policy.vocab_size)
+    if journal is not None:
+        journal.begin(_named(policy, params, arrays, ids, config, key, earlier))
+        earlier = journal.gone_on(arrays, ids, config, earlier)
+    if earlier is not None:
         ended, begun = completions_of(earlier, config)
     if isinstance(params, PolicyParams):
         check_draft(params)
@@ -108,7 +139,9 @@ def prepare(
         begun={sequence: found.token_ids for sequence, found in begun.items()},
         ended=ended,
     )
-    call = Call(params, arrays, ids, request, engine, controller, earlier, ended, begun)
+    call = Call(
+        params, arrays, ids, request, engine, controller, earlier, ended, begun, journal
+    )
     if not engine.compiled:
         checks.check_parameters(policy, call.policy_params)
         if max(controller.gammas):
@@ -125,6 +158,40 @@ def prepare(
     limit_bytes = checks.check_memory(engine, params, request, drafters)
     request = dataclasses.replace(request, state_limit_bytes=limit_bytes)
     return dataclasses.replace(call, request=request)
+
+
+def _named(
+    policy: Policy,
+    params: Params | PolicyParams,
+    prompts: Sequence[np.ndarray],
+    sequence_ids: np.ndarray,
+    config: RolloutConfig,
+    key: np.ndarray | None,
+    earlier: Rollout | None,
+) -> dict[str, Any]:
+    """Return what decides the tokens of a call, but for the values of parameters.
+
+    JSON values by names that an error can show. What only decides how fast they are
+    sampled is left out.
+    """
+    policy_params = params.policy if isinstance(params, PolicyParams) else params
+    shapes = [
+        f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(policy_params)
+    ]
+    resumed = None
+    if earlier is not None:
+        arrays = (earlier.completion_ids, earlier.lengths, earlier.finish)
+        resumed = array_digest(*arrays)
+    return {
+        "policy": f"{type(policy).__name__} of {policy.vocab_size} tokens",
+        "shapes": array_digest(np.array(shapes)),
+        "prompts": array_digest(*prompts),
+        "sequence_ids": array_digest(sequence_ids),
+        "key": np.asarray(key).tolist(),
+        "resume": resumed,
+        **{name: getattr(config, name) for name in DECIDING},
+    }
 
 
 def _can_draft_with_spans(call: Call, config: RolloutConfig) -> bool:
@@ -149,7 +216,7 @@ def _can_draft_with_spans(call: Call, config: RolloutConfig) -> bool:
             "the arrays of its cache itself, so drafts see all positions; use "
             "er_jax.kv_cache.write and attend in forward, or set window=None",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return can
 

@@ -22,12 +22,21 @@ import jax
 from jax.sharding import Mesh
 
 from er_jax import checks
-from er_jax.call import Call, load_saved_costs, prepare, topology_of, with_draft
+from er_jax.call import (
+    Call,
+    check_one_process,
+    load_saved_costs,
+    prepare,
+    topology_of,
+    with_draft,
+)
 from er_jax.config import RolloutConfig
 from er_jax.control.controller import Controller
 from er_jax.control.explain import explain
 from er_jax.costs import store
 from er_jax.drafter import PolicyParams, attach_draft
+from er_jax.engine.digests import tree_digest
+from er_jax.journal import Journal
 from er_jax.request import Request, row_buckets, sampling_of
 from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
@@ -52,6 +61,7 @@ def rollout(
     resume: Rollout | str | os.PathLike[str] | None = None,
     until: Until | None = None,
     version: int = 0,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Rollout:
     """Sample n completions of every prompt from the policy.
 
@@ -91,10 +101,17 @@ def rollout(
       until: when to end early; see `Until`.
       version: a number that `Rollout.version` gives to every token sampled by this
         call, such as the step of training; >= 0.
+      journal: a file that finished completions are appended to and, every five seconds,
+        the tokens so far of the others. Where it exists, the same call goes on from it:
+        after a kill or a power cut at most the last five seconds and a window are
+        sampled again. `on_finish` is called for the completions that it holds as well.
+        For one process. See docs/living-rollouts.md.
     Returns:
       A `Rollout`.
     Raises:
-      ValueError: a wrong argument, before anything is compiled or allocated.
+      ValueError: a wrong argument, before anything is compiled or allocated; or the
+        journal is of another call, which it names, or written by another rollout.
+      OSError: the journal cannot be written.
       RolloutError: anything later failed; it holds the completions finished before.
       KeyboardInterrupt: Ctrl-C; its attribute `completions` holds them as well, and
         `rollout` everything there is, as if the call had ended early (with one
@@ -102,7 +119,8 @@ def rollout(
     Warns:
       RuntimeWarning: rows ended at a non-finite logit (it names their sequence ids), or
         drafts were kept far less often than expected: a stale or broken draft; or the
-        policy's drafts cannot see a window that is stated.
+        policy's drafts cannot see a window that is stated; or the journal is damaged,
+        or could not be written and ends there.
     Example:
       >>> import jax, er_jax
       >>> policy = er_jax.Decoder(er_jax.DecoderConfig(
@@ -115,18 +133,74 @@ def rollout(
       >>> out.completion_ids.shape
       (2, 4)
     """
+    return sample(
+        policy,
+        params,
+        prompts,
+        key=key,
+        config=config,
+        sequence_ids=sequence_ids,
+        controller=controller,
+        mesh=mesh,
+        on_finish=on_finish,
+        progress=progress,
+        profile=profile,
+        resume=resume,
+        until=until,
+        version=version,
+        journal=journal,
+    )
+
+
+def sample(
+    policy: Policy,
+    params: Params | PolicyParams,
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: jax.Array,
+    config: RolloutConfig,
+    sequence_ids: Sequence[int] | None,
+    controller: Controller | None,
+    mesh: Mesh | None,
+    on_finish: Callable[[int, Completion], None] | None,
+    progress: bool,
+    profile: str | os.PathLike[str] | None,
+    resume: Rollout | str | os.PathLike[str] | None,
+    until: Until | None,
+    version: int,
+    journal: str | os.PathLike[str] | None,
+    on_checked: Callable[[Call], None] = lambda call: None,
+) -> Rollout:
+    """Do what `rollout` says; `on_checked` is called when no argument is refused."""
     checks.check_outside_jit(params, prompts, key)
-    with _own_jax_settings():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_own_jax_settings())
         start_s, stats = time.perf_counter(), RolloutStats()
         settings = sampling_of(config, key)
         checks.check_version(version, until)
+        kept = None
+        if journal is not None:
+            check_one_process(mesh)
+            kept = stack.enter_context(Journal(journal, version))
         call = prepare(
-            policy, params, prompts, config, sequence_ids, controller, mesh, resume
+            policy,
+            params,
+            prompts,
+            config,
+            sequence_ids,
+            controller,
+            mesh,
+            resume,
+            kept,
+            settings.key,
         )
         engine, controller, request = call.engine, call.controller, call.request
         num_compiled, compiled_s = len(engine.compiled_here), engine.compile_s
         with stats.timed("check", lambda: engine.compile_s):
             checks.check_finite(engine.find_nonfinite(call.policy_params))
+            if kept is not None:
+                kept.confirm(tree_digest(call.policy_params))
+        on_checked(call)
         params = with_draft(call, config, stats)
         with stats.timed("calibration", lambda: engine.compile_s):
             load_saved_costs(call, params)
@@ -135,6 +209,8 @@ def rollout(
         def assembled(found: Mapping[int, Completion]) -> Rollout:
             if engine.agreement.is_leader:
                 found = {**call.ended, **found}  # One process gives what was there.
+            if kept is not None:
+                kept.note(found, sync=True)
             return assemble(
                 call.prompts,
                 found,
@@ -148,6 +224,9 @@ def rollout(
 
         # A failure from here on, even a warning raised as an error, loses nothing.
         with _interruption(call, assembled), keeping(lambda: completions, request):
+            if kept is not None and on_finish is not None:
+                for sequence, completion in kept.finished.items():
+                    on_finish(int(call.sequence_ids[sequence]), completion.copy())
             with controller.sampling(_setting(config)), profiled(profile):
                 completions = loop.run(
                     topology_of(engine, params, request),
@@ -156,6 +235,7 @@ def rollout(
                     controller,
                     stats,
                     begun=call.begun,
+                    journal=kept,
                     until=until,
                     began_s=start_s,
                     on_finish=on_finish,
@@ -307,7 +387,7 @@ def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
             "with er_jax.attach_draft in every update. The rollout went on without "
             "drafting wherever that is faster, and its tokens are not affected",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     bad_ids = out.sequence_ids[out.finish_reason == "nonfinite"]
     if len(bad_ids):
@@ -316,7 +396,7 @@ def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
             f"non-finite logit, sequence ids {bad_ids.tolist()[:20]}; their tokens "
             "before it are kept",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

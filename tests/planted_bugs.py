@@ -32,6 +32,7 @@ TUNIX = "tests/test_tunix.py"
 SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
+STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
 LOWERING = "tests/test_lowering.py"
 SCORE_TESTS = "tests/test_score.py"
 SCORES = f"{SCORE_TESTS}::test_scores_are_the_rollouts_own"
@@ -443,6 +444,76 @@ BUGS: tuple[PlantedBug, ...] = (
         "np.where(old == NONE, versions[:, :known], old)",
         "versions[:, :known]",
         (f"{RESUME}::test_nothing_is_sampled_where_all_has_ended",),
+    ),
+    # -- streams and journals
+    PlantedBug(
+        "a group given out before its last member",
+        "er_jax::_Groups.add",
+        "len(members) == self.n",
+        "len(members) == self.n - 1",
+        (f"{STREAM}::test_groups_are_whole_and_given_once",),
+    ),
+    PlantedBug(
+        "a stream deaf to the stop of its caller",
+        "er_jax::_AnyStop.is_set",
+        "any(stop.is_set for stop in self._stops)",
+        "all(stop.is_set for stop in self._stops)",
+        (f"{STREAM}::test_until_and_its_stop_are_heard",),
+    ),
+    PlantedBug(
+        "a thread with JAX's settings of the process, not of its caller",
+        "er_jax::ThreadSettings.call",
+        "jax.config.values[name] != value",
+        "False",
+        (f"{STREAM}::test_a_thread_has_the_settings_of_its_caller",),
+    ),
+    PlantedBug(
+        "a journal of other parameters gone on with",
+        "er_jax::Journal.confirm",
+        'self._compare({"params": params_digest})',
+        "None",
+        (f"{JOURNAL}::test_a_journal_of_another_request_is_refused[-params]",),
+    ),
+    PlantedBug(
+        "a record read without its checksum",
+        "er_jax::_record_at",
+        "(kind, body) if _checksum(kind, body) == checksum else None",
+        "(kind, body)",
+        (f"{JOURNAL}::test_every_flip_is_found",),
+    ),
+    PlantedBug(
+        "a torn tail read as a whole record",
+        "er_jax::contents_of",
+        "end = start + HEAD.size + len(read[1])",
+        "end = len(data)",
+        (f"{JOURNAL}::test_every_cut_keeps_what_is_whole",),
+    ),
+    PlantedBug(
+        "tokens put behind others that were lost",
+        "er_jax/journal_format::joined",
+        "piece.start != len(known.token_ids)",
+        "piece.start < len(known.token_ids)",
+        (f"{JOURNAL}::test_nothing_is_put_behind_a_piece_that_is_missing",),
+    ),
+    PlantedBug(
+        "tokens of a row that runs one window older than their log-probabilities",
+        "er_jax::Batch.collect",
+        "tokens[: info.length[slot]]",
+        """
+        np.where(
+            np.arange(len(tokens)) < self._finished.length[slot] * info.live[slot]
+            + len(tokens) * ~info.live[slot],
+            tokens, 0,
+        )[: info.length[slot]]
+        """,
+        (f"{JOURNAL}::test_what_is_noted_of_a_row_is_of_one_window",),
+    ),
+    PlantedBug(
+        "what a journal holds not told to whoever is told of completions",
+        "er_jax::Journal.gone_on",
+        "known is not before",
+        "False",
+        (f"{JOURNAL}::test_a_stream_gives_what_it_holds_as_well",),
     ),
     # -- the round
     PlantedBug(
@@ -1074,7 +1145,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "a digest that does not see where a number stands",
-        "train::_hashed",
+        "er_jax::_hashed",
         "first = mixed(words ^ mixed(index))",
         "first = mixed(words)",
         (f"{DAMAGE}::test_digests_see_places_and_nothing_of_the_layout",),

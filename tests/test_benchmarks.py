@@ -24,6 +24,7 @@ from benchmarks import (
     fuzz,
     host,
     imitation,
+    journal,
     limits,
     long_caches,
     plans,
@@ -32,6 +33,7 @@ from benchmarks import (
     sampling,
     scaling,
     steps,
+    stream,
     trace,
     traffic,
     trainer_gap,
@@ -552,3 +554,25 @@ def test_long_caches_run_and_sample_the_same_tokens(tmp_path: Path) -> None:
     header, rows = long_caches.rows_of(record["points"])
     assert len(rows) == 4
     assert len(header) == len(rows[0])
+
+
+def test_a_stream_samples_the_same_tokens(tmp_path: Path) -> None:
+    stream.main(stream.Args(quick=True, out=tmp_path))
+    record = json.loads((tmp_path / "stream.json").read_text())
+    assert records.problems(record) == []
+    assert [p["reward"] for p in record["points"]] == 2 * list(stream.REWARDS)
+    header, rows = stream.rows_of(record["points"])
+    assert [row[-1] for row in rows] == ["yes"] * 4
+    assert len(rows[0]) == len(header)
+
+
+def test_a_journal_changes_no_token(tmp_path: Path) -> None:
+    journal.main(journal.Args(quick=True, out=tmp_path))
+    record = json.loads((tmp_path / "journal.json").read_text())
+    assert records.problems(record) == []
+    header, rows = journal.rows_of(record["points"])
+    assert [row[-1] for row in rows] == ["yes", "yes"]
+    assert len(rows[0]) == len(header)
+    # What is noted more often takes more pieces.
+    default, often = record["points"]
+    assert often["bytes"] > default["bytes"] > 8 * default["num_tokens"]

@@ -29,14 +29,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
-    *("arguments", "until", "types", "figures", "devices", "sampling", "acceptance"),
+    *("arguments", "until", "types", "figures", "devices", "thread_settings"),
+    *("sampling", "acceptance"),
     *("products", "drafter"),
     *("kernels.tpu", "kernels.cuda", "kernels.choice", "kernels"),
     *("attention", "kv_cache", "rotary", "experts", "decoder_config", "decoder"),
     *("prefill", "steps"),
     *("config", "request", "stats"),
     *("engine.protocol", "engine.programs", "engine.lowering", "engine.windows"),
-    *("engine.scores", "engine.adoption", "engine.first_use"),
+    *("engine.scores", "engine.digests", "engine.adoption", "engine.first_use"),
     *("engine.engine", "engine.kept", "engine"),
     *("costs.record", "costs.passes", "costs.roofline"),
     *("costs.neighbours", "costs.table"),
@@ -49,7 +50,7 @@ ORDER = (
         "control.explain",
         "control",
     ),
-    *("result", "resume", "checks", "score"),
+    *("result", "resume", "journal_format", "journal", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
     *("scheduler.batch", "scheduler.loop", "scheduler"),
     *(
@@ -61,7 +62,7 @@ ORDER = (
         "mesh.processes",
     ),
     *("mesh.engine", "mesh.topology", "mesh.prompts", "mesh"),
-    *("call", "rollout", "mesh.replicas"),
+    *("call", "rollout", "stream", "mesh.replicas"),
     *(
         "io.json_fields",
         "io.hf_fields",
@@ -79,7 +80,9 @@ ORDER = (
 )
 
 # Who may know of meshes; whoever reads for one device meets them nowhere else.
-MESH_ROOMS = ("mesh", "call", "rollout", "io", "tools", "integrations", "earlier")
+MESH_ROOMS = (
+    *("mesh", "call", "rollout", "stream", "io", "tools", "integrations", "earlier"),
+)
 
 # Beside the engine: what only several devices or processes need.
 COMPILING_MESH = ("er_jax/mesh/engine.py", "er_jax/mesh/processes.py")

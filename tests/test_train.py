@@ -12,11 +12,11 @@ import pytest
 
 import er_jax
 from configs import arithmetic, tiny
+from er_jax.engine.digests import tree_digest
 from er_jax.types import Program
 from train import losses, metrics, report, sft
 from train.batching import Buckets, Example, batch_of, make_batches, stack_chunks
 from train.controllers import RuleController
-from train.digests import tree_digest
 from train.losses import PolicyLoss
 from train.update import TrainState, derive, make_optimizer, update
 

@@ -19,10 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from er_jax.engine.digests import tree_digest
 from tests import test_checkpoints
 from tests.test_checkpoints import assert_same
 from train.checkpoints import DIRECTORY, Checkpoints, load_policy
-from train.digests import tree_digest
 from train.metrics import MetricsFile
 from train.report import write_report
 

@@ -73,6 +73,22 @@ def test_tiny_run_and_its_files(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_scored_while_the_rest_decodes_the_numbers_are_the_same(tmp_path):
+    """And a run may begin without a stream and go on with one."""
+    config = dataclasses.replace(tiny.CONFIG, reproducible=True, steps=2, save_every=1)
+    streamed = dataclasses.replace(
+        config, grpo=dataclasses.replace(config.grpo, stream=True)
+    )
+    run(dataclasses.replace(config, out=tmp_path / "whole"))
+    run(dataclasses.replace(streamed, out=tmp_path / "streamed"))
+    assert numbers(tmp_path / "streamed") == numbers(tmp_path / "whole")
+    run(dataclasses.replace(config, out=tmp_path / "mixed", steps=1))
+    run(dataclasses.replace(streamed, out=tmp_path / "mixed", resume=True))
+    steps = [numbers(tmp_path / name, ("step",)) for name in ("mixed", "whole")]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.slow
 def test_any_file_of_problems(tmp_path):
     data = tmp_path / "sums.jsonl"
     sums = [(a, b) for a in range(5) for b in (1, 2)]

@@ -295,6 +295,9 @@ def test_configs_survive_json(config: RunConfig) -> None:
 def test_differences_name_what_a_resumed_run_may_not_change() -> None:
     grown = dataclasses.replace(tiny.CONFIG, steps=50, resume=True, save_every=7)
     assert differences(to_json(tiny.CONFIG), to_json(grown)) == []
+    streamed = dataclasses.replace(tiny.CONFIG.grpo, stream=True)
+    grown = dataclasses.replace(grown, grpo=streamed, mesh=MeshConfig(data=2))
+    assert differences(to_json(tiny.CONFIG), to_json(grown)) == []
     other = dataclasses.replace(
         tiny.CONFIG, seed=3, grpo=dataclasses.replace(tiny.CONFIG.grpo, group_size=8)
     )
@@ -333,6 +336,10 @@ def test_bad_grpo_configs(name: str, value: Any, message: str) -> None:
         (
             {"reproducible": True, "control": "paper"},
             "reproducible=True: control='paper' follows the clock",
+        ),
+        (
+            {"grpo": GRPOConfig(stream=True), "mesh": MeshConfig(replicas=True)},
+            "grpo.stream=True: it is for one process without replicas",
         ),
         (
             {"grpo": GRPOConfig(max_new_tokens=100)},

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+import er_jax
 from configs import tiny
 from tests.test_train_damage import contents, files_of, flip
 from train.checkpoints import DIRECTORY, Checkpoints, load_policy, set_aside_after
@@ -238,6 +240,51 @@ def test_interrupted_a_run_goes_on_as_after_a_kill(tmp_path: Path) -> None:
             load_policy(cut, step=int(path.name))
     finish(start(cut, "--resume"))
     assert records_of(cut) == records_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_killed_in_the_middle_of_a_rollout_it_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Steps since the checkpoint are not sampled again; the numbers are the same."""
+    grpo = dataclasses.replace(tiny.CONFIG.grpo, stream=stream)
+    config = dataclasses.replace(
+        tiny.CONFIG, dtype="float64", steps=3, save_every=3, grpo=grpo
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    name = "stream" if stream else "rollout"
+    sample, steps = getattr(er_jax, name), list[Any]()
+
+    def sample_until_the_second(*args: Any, **named: Any) -> Any:
+        if "journal" in named:
+            steps.append(None)
+        if len(steps) == 2:
+            found = sample(*args, **named, until=er_jax.Until(tokens=40))
+            list(found if stream else ())
+            raise KeyboardInterrupt
+        return sample(*args, **named)
+
+    with jax.enable_x64(True):
+        run(dataclasses.replace(config, out=whole))
+        monkeypatch.setattr(er_jax, name, sample_until_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(dataclasses.replace(config, out=cut))
+        monkeypatch.undo()
+        assert [r["step"] for r in records_of(cut) if r["kind"] == "step"] == [1]
+        assert len(list((cut / "journals").iterdir())) == 2
+        run(dataclasses.replace(config, out=cut, resume=True))
+    assert records_of(cut) == records_of(whole)
+    sampled = [
+        sum(r["timing"]["tokens_by_gamma"].values())
+        for r in MetricsFile(cut / "metrics.jsonl").read()
+        if r["kind"] == "step"
+    ]
+    tokens = [r["num_tokens"] for r in records_of(cut) if r["kind"] == "step"]
+    assert sampled[0] == 0
+    assert 0 < sampled[1] <= tokens[1] - 40
+    assert sampled[2] == tokens[2]
+    assert not (cut / "journals").exists()
 
 
 @pytest.mark.slow

@@ -26,8 +26,9 @@ import jax
 import orbax.checkpoint as ocp
 
 import er_jax
+from er_jax.engine.digests import tree_digest
 from train.config import ModelConfig, differences
-from train.digests import text_digest, tree_digest
+from train.digests import text_digest
 from train.files import writing
 from train.placement import Placement
 from train.tasks import Tokenizer

@@ -75,19 +75,59 @@ def _scores(
     scores = np.zeros(len(out.lengths))
     n = len(scores) // len(problems)
     for row, length in enumerate(out.lengths):
-        problem = problems[row // n]
-        text = subject.tokenizer.decode(out.completion_ids[row, :length])
-        finished = bool(out.finish_reason[row] == "stop")
-        try:
-            scores[row] = rewards.score(
-                subject.reward, text, problem.answer, finished=finished
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; completion {row % n + 1} of {n}, {text[:MOST_SHOWN]!r}, "
-                f"of the problem {problem.prompt[:MOST_SHOWN]!r}"
-            ) from error
+        ids, reason = out.completion_ids[row, :length], str(out.finish_reason[row])
+        scores[row] = _score(subject, problems, row, n, ids, reason)
     return scores
+
+
+def _score(
+    subject: Subject,
+    problems: Sequence[Problem],
+    row: int,
+    n: int,
+    token_ids: np.ndarray,
+    finish_reason: str,
+) -> float:
+    """Return the reward of one completion; ValueError naming it if it has none."""
+    problem = problems[row // n]
+    text = subject.tokenizer.decode(token_ids)
+    finished = finish_reason == "stop"
+    try:
+        return rewards.score(subject.reward, text, problem.answer, finished=finished)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; completion {row % n + 1} of {n}, {text[:MOST_SHOWN]!r}, "
+            f"of the problem {problem.prompt[:MOST_SHOWN]!r}"
+        ) from error
+
+
+def score_stream(
+    subject: Subject,
+    problems: Sequence[Problem],
+    items: er_jax.Stream[tuple[int, er_jax.Completion]],
+    *,
+    n: int,
+    first_sequence_id: int,
+) -> tuple[er_jax.Rollout, np.ndarray]:
+    """Score completions as they finish, while the others decode.
+
+    Args:
+      subject: has the tokenizer and the reward. problems: P of them.
+      items: the stream of their completions, n each; closed at the end.
+      first_sequence_id: that of the first completion; the others follow.
+    Returns:
+      The rollout, and rewards `[P, n]` float64: those of `score`.
+    Raises:
+      ValueError: the reward failed or gave no finite number.
+    """
+    scores = np.zeros(len(problems) * n)
+    with items:
+        for sequence_id, found in items:
+            row = sequence_id - first_sequence_id
+            scores[row] = _score(
+                subject, problems, row, n, found.token_ids, found.finish_reason
+            )
+    return items.rollout, scores.reshape(-1, n)
 
 
 def examples_of(

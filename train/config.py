@@ -23,6 +23,7 @@ DTYPES = ("float32", "float64")
 # that another mesh rounds differently.
 FREE_ON_RESUME = (
     "steps", "out", "resume", "resume_step", "save_every", "profile", "mesh",
+    "grpo.stream",
 )  # fmt: skip
 
 
@@ -124,6 +125,8 @@ class GRPOConfig:
         padded to, ascending. A bucket for the longest is added.
       chunk_tokens: tokens, padding included, in one forward and backward pass of the
         update.
+      stream: score each completion as it finishes, while the others decode; the same
+        numbers, sooner where a reward takes long. For one process, without replicas.
     """
 
     prompts_per_step: int = 16
@@ -141,6 +144,7 @@ class GRPOConfig:
     format_bonus: float = 0.0
     bucket_lengths: tuple[int, ...] = (48, 128)
     chunk_tokens: int = 1_152
+    stream: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -231,6 +235,13 @@ class BaseConfig:
             "reproducible",
             self.reproducible,
             f"control={self.control!r} follows the clock; use 'ar' or 'fixed:g'",
+        )
+        spread = self.mesh.replicas or self.mesh.coordinator is not None
+        require(
+            not (self.grpo.stream and spread),
+            "grpo.stream",
+            self.grpo.stream,
+            "it is for one process without replicas; leave it out",
         )
         self.rollout_config(group_size=2)  # checks `control`
 
@@ -330,9 +341,9 @@ def differences(
     """
     found = []
     for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
+        before, after, full = old.get(name), new.get(name), f"{prefix}{name}"
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{prefix}{name}.")
-        elif before != after and f"{prefix}{name}".split(".")[0] not in FREE_ON_RESUME:
-            found.append(f"{prefix}{name}: {before!r} -> {after!r}")
+        elif before != after and not {prefix.split(".")[0], full} & {*FREE_ON_RESUME}:
+            found.append(f"{full}: {before!r} -> {after!r}")
     return found

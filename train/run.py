@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import jax
 from tqdm import tqdm
 
 import er_jax
+from er_jax.engine.digests import tree_digest
 from train import tasks
 from train.checkpoints import (
     DIRECTORY,
@@ -37,6 +39,9 @@ from train.report import write_report
 from train.trainer import Trainer
 
 Say = Callable[[str], None]
+
+# The journals of rollouts since the last checkpoint, in the run's directory.
+JOURNALS = "journals"
 
 
 def run(config: BaseConfig) -> list[dict[str, Any]]:
@@ -137,7 +142,7 @@ def take_steps(trainer: Trainer, checkpoints: Checkpoints) -> er_jax.Rollout | N
             # The second step of this process: the first one compiles.
             is_traced = config.profile is not None and step == done + 2
             with profiled(config.profile if is_traced else None):
-                data = trainer.rollout_step()
+                data = trainer.rollout_step(journal_of(trainer))
                 record, rollout = trainer.learn(data), data.out
             bar.update()
             bar.set_postfix(
@@ -148,6 +153,24 @@ def take_steps(trainer: Trainer, checkpoints: Checkpoints) -> er_jax.Rollout | N
                     trainer.evaluate()
                 save(trainer, checkpoints)
     return rollout
+
+
+def journal_of(trainer: Trainer) -> Path | None:
+    """Return the file that the next rollout goes on from after a kill.
+
+    It is named by its policy: after a resume that did not repeat a step bit for bit
+    there is another one. Going on changes which sequences are batched together, which
+    `reproducible` forbids in float32.
+    """
+    config = trainer.config
+    is_bound = config.reproducible and config.dtype == "float32"
+    if is_bound or config.mesh.replicas or jax.process_count() > 1:
+        return None
+    folder = config.out / JOURNALS
+    with writing("a journal", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    step, params = int(trainer.state.step) + 1, trainer.state.params.policy
+    return folder / f"{step}-{tree_digest(params)}"
 
 
 def profiled(directory: Path | None) -> AbstractContextManager[Any]:
@@ -194,6 +217,8 @@ def save(trainer: Trainer, checkpoints: Checkpoints) -> None:
             "reference_digest": trainer.reference_digest,
         },
     )
+    if is_first():  # The rollouts before it are needed no more.
+        shutil.rmtree(trainer.config.out / JOURNALS, ignore_errors=True)
 
 
 def resume(trainer: Trainer) -> bool:

@@ -17,6 +17,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import er_jax
+from er_jax.engine.digests import tree_digest
 from train import completions, losses, tasks
 from train.batching import Buckets, Example, stack_chunks
 from train.completions import StepData
 from train.config import BaseConfig
 from train.controllers import RuleController
-from train.digests import text_digest, tree_digest
+from train.digests import text_digest
 from train.metrics import MetricsFile, quantiles
 from train.placement import Placement, is_first
 from train.subjects import Subject, subject_of
@@ -197,31 +199,44 @@ class Trainer:
         n: int,
         key: jax.Array,
         first_sequence_id: int,
+        journal: Path | None = None,
     ) -> tuple[er_jax.Rollout, np.ndarray]:
         """Sample n completions of every problem and score them.
 
+        Args:
+          problems: P of them. n: completions of each. key: of the sampling.
+          first_sequence_id: of the first completion; the others follow.
+          journal: a file that the sampling goes on from after a kill.
         Returns:
           The rollout, and rewards `[P, n]` float64.
         """
         tokenizer = self.subject.tokenizer
+        prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
+        ids = range(first_sequence_id, first_sequence_id + len(problems) * n)
         sample: Any = er_jax.rollout
         if self.config.mesh.replicas:
             sample = er_jax.rollout_replicas
-        out = sample(
+        elif self.config.grpo.stream:
+            sample = er_jax.stream
+        if journal is not None:
+            sample = functools.partial(sample, journal=journal)
+        found = sample(
             self.policy,
             self.placement.sampler(self.state.params, self.state.gathered),
-            [tokenizer.encode_prompt(problem.prompt) for problem in problems],
+            prompts,
             key=key,
             config=self.config.rollout_config(
                 group_size=n, stop_token_ids=self.subject.stop_token_ids
             ),
-            sequence_ids=range(
-                first_sequence_id, first_sequence_id + len(problems) * n
-            ),
+            sequence_ids=ids,
             controller=self.controller,
             mesh=self.placement.sampling,
         )
-        return out, completions.score(self.subject, problems, out)
+        if isinstance(found, er_jax.Stream):
+            return completions.score_stream(
+                self.subject, problems, found, n=n, first_sequence_id=first_sequence_id
+            )
+        return found, completions.score(self.subject, problems, found)
 
     def evaluate(self) -> dict[str, Any]:
         """Sample the held-out problems, log the mean reward and return the record.
@@ -247,8 +262,12 @@ class Trainer:
         self.log.append(record)
         return record
 
-    def rollout_step(self) -> StepData:
-        """Sample and score the next prompts; changes the controller only."""
+    def rollout_step(self, journal: Path | None = None) -> StepData:
+        """Sample and score the next prompts; changes the controller only.
+
+        Args:
+          journal: a file that the sampling goes on from after a kill.
+        """
         config, grpo = self.config, self.config.grpo
         position = int(self.state.position)
         taken = range(position, position + grpo.prompts_per_step)
@@ -260,6 +279,7 @@ class Trainer:
             n=grpo.group_size,
             key=self.state.key,
             first_sequence_id=position * grpo.group_size,
+            journal=journal,
         )
         seconds = time.perf_counter() - start
         return StepData(problems=problems, out=out, rewards=rewards, seconds=seconds)

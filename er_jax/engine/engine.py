@@ -50,6 +50,7 @@ from er_jax.engine.windows import (
     run_take,
     run_window,
 )
+from er_jax.thread_settings import ThreadSettings
 from er_jax.types import (
     Admission,
     DecodeState,
@@ -371,21 +372,17 @@ class Engine:
           params: target and draft, or their shapes. settings: traced sampling settings.
           programs: the windows. progress: show a progress bar.
         """
-        # 64-bit mode may be set for the calling thread only.
-        is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+        of_caller = ThreadSettings.here()
 
         def compile_one(program: Program) -> None:
             rows, length, gamma = program[:3]
-            with jax.enable_x64(is_wide):
-                state = jax.eval_shape(
-                    lambda: steps.empty_state(self.policy, rows, length)
-                )
-                used = PolicyParams(params.policy, draft=None)
-                if gamma:
-                    used = params.only(program.draft)
-                zero = np.int32(0)
-                arguments = (used, state, settings, zero, zero)
-                self._window(arguments, gamma, None, program.span)
+            state = jax.eval_shape(lambda: steps.empty_state(self.policy, rows, length))
+            used = PolicyParams(params.policy, draft=None)
+            if gamma:
+                used = params.only(program.draft)
+            zero = np.int32(0)
+            arguments = (used, state, settings, zero, zero)
+            self._window(arguments, gamma, None, program.span)
 
         # Processes compile in the same order, because they synchronise after each.
         threads = 1 if self.agreement.is_spread else os.cpu_count()
@@ -393,7 +390,10 @@ class Engine:
             concurrent.futures.ThreadPoolExecutor(threads) as pool,
             tqdm(total=len(programs), unit="program", disable=not progress) as bar,
         ):
-            for _ in pool.map(compile_one, programs):
+            compiled = pool.map(
+                functools.partial(of_caller.call, compile_one), programs
+            )
+            for _ in compiled:
                 bar.update()
 
     def fetch_rows(

@@ -40,6 +40,7 @@ from er_jax.mesh.rules import DATA_AXIS
 from er_jax.result import Completion, Rollout, RolloutError, assemble
 from er_jax.rollout import profiled, rollout
 from er_jax.stats import RolloutStats
+from er_jax.thread_settings import ThreadSettings
 from er_jax.types import Finish, Params, Policy
 from er_jax.until import Stop, Until
 
@@ -406,8 +407,7 @@ def _side_by_side(
       on_finish: as for `rollout_replicas`, called by one thread at a time.
       bar: shows progress.
     """
-    # 64-bit mode may be set for the calling thread only.
-    is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+    settings = ThreadSettings.here()
     lock, stop = threading.Lock(), Stop()
     found = _Found()
 
@@ -422,8 +422,7 @@ def _side_by_side(
     def run(replica: int) -> None:
         start = time.perf_counter()
         try:
-            with jax.enable_x64(is_wide):
-                out = sample(replica, finished, Until(stop=stop))
+            out = settings.call(sample, replica, finished, Until(stop=stop))
             if out is not None:
                 found.outs[replica] = out
         except BaseException as error:

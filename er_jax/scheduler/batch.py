@@ -24,6 +24,7 @@ import numpy as np
 from er_jax.control.protocol import ControllerProtocol
 from er_jax.costs import timing
 from er_jax.engine.protocol import WindowHandle
+from er_jax.journal import Journal
 from er_jax.request import Request
 from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
@@ -98,6 +99,7 @@ class Batch:
       topology: the devices. request: the sequences. stats: filled in. settings: traced
         sampling settings.
       begun: completions that go on, by sequence; their tokens are part of the prompt.
+      journal: is told of what has been sampled; None keeps none.
     Attributes:
       rows: the host's record. queue: sequences that wait for a row. completions:
         sequence -> completion of those that finished. program: the program that ran
@@ -111,9 +113,10 @@ class Batch:
         stats: RolloutStats,
         settings: Sampling,
         begun: Mapping[int, Completion] = MappingProxyType({}),
+        journal: Journal | None = None,
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
-        self.settings, self.begun = settings, begun
+        self.settings, self.begun, self.journal = settings, begun, journal
         self.queue = collections.deque(request.waiting)
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
@@ -332,25 +335,33 @@ class Batch:
         """Record the last window, fetch its completions and return their sequences.
 
         Completions come from the window's own copies of the tokens, so the next window
-        may already run on the state.
+        may already run on the state. When the journal is due, rows that go on are
+        fetched with them.
         """
         if self._finished is None:
             return []
         (info, buffers, moment, sequences, _) = self._finished
-        ended = np.flatnonzero((sequences != NONE) & ~info.live)
+        is_due = self.journal is not None and self.journal.is_due()
+        wanted = np.flatnonzero((sequences != NONE) & (~info.live | is_due))
         engine = self.topology.engine
-        found = engine.fetch_rows(buffers, ended) if len(ended) else {}
-        for slot, (tokens, logprobs) in found.items():
+        rows = engine.fetch_rows(buffers, wanted) if len(wanted) else {}
+        found: dict[int, Completion] = {}
+        for slot, (tokens, logprobs) in rows.items():
             sequence = int(sequences[slot])
-            self.completions[sequence] = self._completion(
+            reason = Finish.UNFINISHED if info.live[slot] else info.finish_reason[slot]
+            found[sequence] = self._completion(
                 sequence,
                 tokens[: info.length[slot]],
                 logprobs[: info.length[slot]],
-                FINISH_NAMES[int(info.finish_reason[slot])],
+                FINISH_NAMES[int(reason)],
             )
+        ended = {int(sequences[slot]) for slot in rows if not info.live[slot]}
+        self.completions |= {s: found[s] for s in found if s in ended}
+        if self.journal is not None:
+            self.journal.note(found, sync=is_due)
         self.stats.add_window(moment, self._finished.num_tokens, info.accepted)
         self._finished = None  # Last, so that an interrupted fetch can be repeated.
-        return [int(sequences[slot]) for slot in found]
+        return [sequence for sequence in found if sequence in ended]
 
     def _completion(
         self, sequence: int, tokens: np.ndarray, logprobs: np.ndarray, reason: str

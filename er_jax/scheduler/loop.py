@@ -21,6 +21,7 @@ import jax
 from tqdm import tqdm
 
 from er_jax.control.protocol import ControllerProtocol
+from er_jax.journal import Journal
 from er_jax.request import Request
 from er_jax.result import Completion, keeping
 from er_jax.scheduler.batch import Batch
@@ -38,6 +39,7 @@ def run(
     stats: RolloutStats,
     *,
     begun: Mapping[int, Completion] = MappingProxyType({}),
+    journal: Journal | None = None,
     until: Until | None = None,
     began_s: float = 0.0,
     on_finish: Callable[[int, Completion], None] | None = None,
@@ -53,8 +55,10 @@ def run(
       topology: engine and parameters, and the layouts of a batch on the devices.
       request: the sequences. settings: traced sampling settings.
       controller: chooses programs and learns from windows.
-      stats: filled in. begun: completions that go on, by sequence. until: when to end
-        early; then the completions of rows that run or wait are "unfinished".
+      stats: filled in. begun: completions that go on, by sequence.
+      journal: is told of what has been sampled, now and then of rows that run.
+      until: when to end early; then the completions of rows that run or wait are
+        "unfinished".
       began_s: `time.perf_counter()` when the call began, for `until.seconds`.
       on_finish: called with (sequence id, completion) as rows end.
       progress: show a progress bar of finished sequences.
@@ -64,7 +68,7 @@ def run(
       RolloutError: anything failed; it carries the finished completions.
       KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
-    batch = Batch(topology, request, stats, settings, begun)
+    batch = Batch(topology, request, stats, settings, begun, journal)
 
     def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
