@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from er_jax import checks
@@ -293,8 +294,14 @@ def profiled(
 
 
 def _setting(config: RolloutConfig) -> tuple[float, ...]:
-    """Return the sampling settings that acceptance depends on."""
-    return config.temperature, config.top_k, config.top_p, config.min_p
+    """Return the sampling settings that acceptance depends on.
+
+    Of single prompts, their mean to two digits: acceptance is that of the batch.
+    """
+    values = (config.temperature, config.top_k, config.top_p, config.min_p)
+    return tuple(
+        float(f"{np.mean(x):.2g}") if isinstance(x, tuple) else x for x in values
+    )
 
 
 def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:

@@ -21,7 +21,8 @@ from er_jax.config import RolloutConfig
 from er_jax.drafter import PolicyParams
 from er_jax.engine.scores import scored
 from er_jax.request import sampling_of
-from er_jax.types import Array, Params, Policy
+from er_jax.settings import rows_own
+from er_jax.types import Array, Params, Policy, Sampling
 
 
 class Completions(Protocol):
@@ -98,7 +99,8 @@ def score(
         arrays prompt_ids, prompt_mask, completion_ids, completion_mask and lengths. On
         the host, on devices, or traced.
       config: the settings of the rollout. Only temperature, top_k, top_p, min_p and
-        logprobs are read.
+        logprobs are read. Where these differ between prompts, the whole rollout is
+        scored, or `config.of_prompts(...)` is that of a part's prompts.
       entropy: whether to return entropies.
       chunk_tokens: bounds the memory. Rows are taken in chunks of at most this many
         tokens, padding included, but no less than one row; logits exist for a fourth of
@@ -129,18 +131,31 @@ def score(
     check_whole("chunk_tokens", chunk_tokens)
     if isinstance(params, PolicyParams):
         params = params.policy
+    completions = _checked(rollout)
     settings = sampling_of(config, np.zeros(2, np.uint32))
+    _check_rows(config, settings, len(completions[0]))
     is_truncated = config.logprobs == "processed" and sampling.is_truncated(settings)
     found = scored(
         policy,
         params,
-        _checked(rollout),
+        completions,
         settings,
         truncated=is_truncated,
         entropy=bool(entropy),
         chunk_tokens=int(chunk_tokens),
     )
     return Scores(*found)
+
+
+def _check_rows(config: RolloutConfig, settings: Sampling, num_rows: int) -> None:
+    """Refuse settings of single prompts for another number of completions."""
+    wanted = {len(own) for own in rows_own(settings).values()} - {num_rows}
+    if wanted:
+        raise ValueError(
+            f"config has settings of {config.num_prompts} prompts, which with n="
+            f"{config.n} are {wanted.pop()} completions, and rollout has {num_rows}; "
+            "give the whole rollout, or config.of_prompts(...) of these prompts"
+        )
 
 
 _ARRAYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "lengths")

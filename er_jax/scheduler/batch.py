@@ -29,6 +29,7 @@ from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import Shape, Topology
+from er_jax.settings import of_rows
 from er_jax.stats import Moment, RolloutStats
 from er_jax.types import (
     FINISH_NAMES,
@@ -260,7 +261,7 @@ class Batch:
         self.state, window = engine.start_window(
             self.topology.params_of(shared).only(program.draft),
             self.state,
-            self.settings,
+            of_rows(self.settings, self.rows.sequence),
             program.gamma,
             exit_live=min(self._exit_live(), num_live - 1),
             max_rounds=max_rounds,
