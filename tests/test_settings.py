@@ -1,0 +1,277 @@
+"""What a request may say: settings of single prompts, in rollouts and in scores.
+
+A completion has to be that of a rollout with its prompt alone and plain numbers: token
+for token in float64, however rows are packed and whether drafts run or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import er_jax
+from benchmarks.lib.controllers import Restless
+from er_jax import Controller, Rollout
+from er_jax.scheduler import batch
+from tests.conftest import CompileCount
+from tests.small import SIZES, small_policy
+from tests.test_resume import Ending, assert_same
+
+# What rollouts compute, the tests of their promises show at the default level.
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
+CompileCounter = Callable[[], AbstractContextManager[CompileCount]]
+
+POLICY = er_jax.Decoder(dataclasses.replace(SIZES, dtype="float64"))
+PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10], [2, 1]]
+CONFIG = er_jax.RolloutConfig(
+    max_new_tokens=24, n=2, max_slots=4, stop_token_ids=(11, 17), gammas=(0, 3),
+    drafter=er_jax.DrafterConfig(window=None), logprobs="processed",
+)  # fmt: skip
+KEY = jax.random.key(5)
+
+PLAIN: dict[str, Any] = {
+    "max_new_tokens": (24, 7, 16, 12, 1),
+    "temperature": (1.0, 0.0, 0.6, 1.4, 1.0),
+    "min_p": [0.0, 0.0, 0.0, 0.1, 0.0],
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "not truncated": PLAIN,
+    "truncated": {
+        **PLAIN,
+        "top_k": np.array([0, 0, 3, 9, 0]),
+        "top_p": np.array([1.0, 1.0, 0.8, 1.0, 0.5]),
+    },
+}
+
+
+@functools.cache
+def params(seed: int = 0) -> Any:
+    with jax.enable_x64(True):
+        return POLICY.init(jax.random.key(seed))
+
+
+def sample(
+    config: er_jax.RolloutConfig = CONFIG, prompts: Any = None, **named: Any
+) -> Rollout:
+    named = {"key": KEY, "policy": POLICY, "params": params()} | named
+    return er_jax.rollout(prompts=prompts or PROMPTS, config=config, **named)
+
+
+def config_of(name: str, **changes: Any) -> er_jax.RolloutConfig:
+    return dataclasses.replace(CONFIG, **SETTINGS[name], **changes)
+
+
+@functools.cache
+def one_by_one(name: str) -> tuple[list[list[int]], list[str], np.ndarray]:
+    """Return tokens, reasons and log-probabilities of every prompt by itself."""
+    tokens, reasons, logprobs = [], [], []
+    for index, prompt in enumerate(PROMPTS):
+        own: dict[str, Any] = {k: v[index] for k, v in SETTINGS[name].items()}
+        config = dataclasses.replace(CONFIG, **own, control="ar")
+        with jax.enable_x64(True):
+            ids = [2 * index, 2 * index + 1]
+            out = sample(config, [prompt], sequence_ids=ids)
+        tokens += rows(out)
+        reasons += out.finish_reason.tolist()
+        logprobs += [out.logprobs[out.completion_mask]]
+    return tokens, reasons, np.concatenate(logprobs)
+
+
+def rows(out: Rollout) -> list[list[int]]:
+    pairs = zip(out.completion_ids, out.completion_mask, strict=True)
+    return [ids[mask].tolist() for ids, mask in pairs]
+
+
+def assert_each_is_its_own(out: Rollout, name: str) -> None:
+    tokens, reasons, logprobs = one_by_one(name)
+    assert rows(out) == tokens
+    assert out.finish_reason.tolist() == reasons
+    np.testing.assert_allclose(out.logprobs[out.completion_mask], logprobs, atol=1e-5)
+
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "MIN_ROUNDS", 3)
+
+
+# -- settings of single prompts --------------------------------------------------------
+
+
+def controllers() -> dict[str, Any]:
+    return {
+        "ar": None,
+        "fixed:3": None,
+        # Any program at any time: rows move, the batch shrinks and the cache grows.
+        "best": Restless("best", (0, 3), (1, 2, 4), 1),
+    }
+
+
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.parametrize("control", controllers())
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_prompt_has_its_own(name: str, control: str, x64: None) -> None:
+    config = config_of(name, control=control)
+    out = sample(config, controller=controllers()[control])
+    assert out.completion_ids.shape == (10, 24)
+    assert_each_is_its_own(out, name)
+    if control == "best":
+        assert len({moment.rows for moment in out.stats.timeline}) > 1
+
+
+def test_other_values_compile_nothing(compile_counter: CompileCounter) -> None:
+    policy = small_policy("settings of prompts")
+    own_params = policy.init(jax.random.key(0))
+    run = functools.partial(sample, policy=policy, params=own_params)
+    plain = dataclasses.replace(CONFIG, control="ar")
+    run(plain, PROMPTS[:2])
+    first = run(dataclasses.replace(plain, temperature=(1.0, 0.5)), PROMPTS[:2])
+    kinds = {name.split("(")[0] for name, _ in first.stats.compiled}
+    assert kinds == {"window"}, "settings of rows should be known to windows alone"
+    run(dataclasses.replace(plain, top_k=(0, 4)), PROMPTS[:2])
+    with compile_counter() as compiled:
+        for change in (
+            {"temperature": (0.2, 1.0)},
+            {"min_p": (0.2, 0.0)},
+            {"max_new_tokens": (3, 24)},
+            {"top_p": (1.0, 1.0)},
+            {"top_p": (0.5, 0.7), "temperature": 0.5},
+            {"top_k": (0, 2), "top_p": 0.9, "max_new_tokens": [24, 24]},
+        ):
+            run(dataclasses.replace(plain, **change), PROMPTS[:2])
+        run(dataclasses.replace(plain, temperature=(1, 2, 3)), PROMPTS[:3])
+    assert compiled.count == 0, compiled
+
+
+def test_best_measures_the_programs_that_run() -> None:
+    policy = small_policy("settings measured")
+    config = dataclasses.replace(CONFIG, temperature=np.linspace(0.5, 1, 5))
+    out = sample(config, policy=policy, params=policy.init(jax.random.key(0)))
+    sizes = [name for name, _ in out.stats.compiled if name.startswith("window")]
+    assert len(sizes) == len(set(sizes)), "a program was measured that does not run"
+
+
+def test_what_is_compiled_ahead_is_what_runs() -> None:
+    policy = small_policy("settings ahead")
+    own_params = policy.init(jax.random.key(0))
+    config = config_of("truncated", control="ar", max_slots=1)
+    er_jax.compile_ahead(policy, own_params, PROMPTS, config=config)
+    out = sample(config, policy=policy, params=own_params)
+    assert not [n for n, _ in out.stats.compiled if n.startswith("window")]
+
+
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_going_on(name: str, x64: None) -> None:
+    """Ended early, then gone on, with limits that differ."""
+    stop = er_jax.Stop()
+    config = config_of(name)
+    part = sample(config, controller=Ending(3, stop), until=er_jax.Until(stop=stop))
+    assert "unfinished" in part.finish_reason
+    assert_each_is_its_own(sample(config, resume=part), name)
+    lower = dataclasses.replace(config, max_new_tokens=(2, 2, 16, 2, 1), control="ar")
+    whole = sample(config, resume=sample(lower))
+    assert_each_is_its_own(whole, name)
+    with pytest.raises(ValueError, match=r"max_new_tokens=2 counts .* holds one of"):
+        sample(lower, resume=whole)
+
+
+@pytest.mark.parametrize("kind", ["raw", "temperature", "processed"])
+def test_scores_are_the_rollouts_own(kind: str, x64: None) -> None:
+    config = config_of("truncated", logprobs=kind, control="ar")
+    out = sample(config)
+    for chunk_tokens in (2048, 1):
+        found = er_jax.score(
+            POLICY, params(), out, config=config, chunk_tokens=chunk_tokens
+        )
+        np.testing.assert_allclose(found.logprobs, out.logprobs, atol=1e-5)
+    few = jax.tree.map(lambda x: x[[2, 3, 6, 7]], out)
+    part = er_jax.score(POLICY, params(), few, config=config.of_prompts([1, 3]))
+    np.testing.assert_allclose(part.logprobs, few.logprobs, atol=1e-5)
+    if kind != "raw":
+        with pytest.raises(ValueError, match=r"5 prompts.* 10 completions.* has 4"):
+            er_jax.score(POLICY, params(), few, config=config)
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_plain_settings(x64: None) -> None:
+    config = config_of("truncated", control="ar")
+    out = sample(config)
+
+    def loss(params: Any, part: Any, config: Any, chunk_tokens: int = 64) -> Any:
+        found = er_jax.score(
+            POLICY, params, part, config=config, chunk_tokens=chunk_tokens, entropy=True
+        )
+        return (found.logprobs + found.entropy).sum()
+
+    whole = jax.grad(loss)(params(1), out, config, 1)
+    parts = []
+    for index in (0, 2, 3):  # the others are greedy, or of one token
+        own = {k: v[index] for k, v in SETTINGS["truncated"].items()}
+        part = jax.tree.map(lambda x, i=2 * index: x[i : i + 2], out)
+        plain = dataclasses.replace(config, **own)
+        parts.append(jax.grad(loss)(params(1), part, plain))
+    last = jax.tree.map(lambda x: x[8:], out)
+    parts.append(jax.grad(loss)(params(1), last, config.of_prompts([4])))
+    wanted = jax.tree.map(lambda *x: sum(x), *parts)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-8), whole, wanted
+    )
+
+
+def test_acceptance_is_learnt_at_the_mean(x64: None) -> None:
+    controller = Controller("fixed:3", (0, 3))
+    config = config_of("truncated", control="fixed:3")
+    sample(config, controller=controller)
+    assert controller.state_dict()["acceptance"]["setting"] == [0.8, 2.4, 0.86, 0.02]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"data": 2}, pytest.param({"data": 2, "model": 2}, marks=pytest.mark.slow)],
+)
+def test_on_a_mesh(shape: dict[str, int], x64: None) -> None:
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape))
+    policy = er_jax.Decoder(
+        dataclasses.replace(POLICY.config, num_kv_heads=2, num_heads=2)
+    )
+    own_params = policy.init(jax.random.key(0))
+    config = config_of("truncated", control="fixed:3")
+    run = functools.partial(sample, config, policy=policy, params=own_params)
+    assert_same(run(mesh=mesh), run())
+
+
+def test_replicas_get_the_settings_of_their_prompts(x64: None) -> None:
+    config = config_of("truncated", control="ar", max_slots=2)
+    mesh = jax.make_mesh((2,), ("data",))
+    out = er_jax.rollout_replicas(
+        POLICY, params(), PROMPTS, key=KEY, config=config, mesh=mesh,
+        expected_lengths=(1, 9, 1, 1, 9),
+    )  # fmt: skip
+    assert_each_is_its_own(out, "truncated")
+    with pytest.raises(ValueError, match=r"of 5 prompts, and there are 4"):
+        er_jax.rollout_replicas(
+            POLICY, params(), PROMPTS[:4], key=KEY, config=config, mesh=mesh
+        )
+
+
+def test_arrays_of_any_kind_become_tuples() -> None:
+    config = er_jax.RolloutConfig(
+        max_new_tokens=np.array([3, 4]),
+        temperature=jax.numpy.array([1.0, 0.5]),
+        top_k=range(2),
+    )
+    assert config.max_new_tokens == (3, 4)
+    assert config.temperature == (1.0, 0.5)
+    assert config.top_k == (0, 1)
+    assert config.most_new_tokens == 4
+    assert hash(config) == hash(dataclasses.replace(config))
+    assert config.of_prompts([1]).temperature == (0.5,)
+    assert CONFIG.of_prompts([1]) == CONFIG
