@@ -138,13 +138,25 @@ def check_num_prompts(config: RolloutConfig, num_prompts: int) -> None:
 
 
 def check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
-    """Refuse stop tokens outside of the vocabulary."""
-    for token in config.stop_token_ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"stop_token_ids holds {token}, outside the vocabulary 0 .. "
-                f"{vocab_size - 1}; it could never be sampled"
-            )
+    """Refuse tokens outside of the vocabulary, and a ban of all that could be drawn."""
+    for name, tokens in (
+        ("stop_token_ids", config.stop_token_ids),
+        ("banned_ids", config.banned_ids),
+        ("logit_bias", tuple(dict(config.logit_bias))),
+    ):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{name} holds {token}, outside the vocabulary 0 .. "
+                    f"{vocab_size - 1}; it could never be sampled"
+                )
+    is_early = np.max(config.min_new_tokens) > 0
+    banned = {*config.banned_ids, *(config.stop_token_ids if is_early else ())}
+    if len(banned) == vocab_size:
+        raise ValueError(
+            f"banned_ids{' and stop_token_ids (min_new_tokens)' if is_early else ''} "
+            f"leave none of {vocab_size} tokens to be sampled; ban fewer"
+        )
 
 
 def check_length(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,8 +60,15 @@ def parse_control(control: str, gammas: Sequence[int]) -> tuple[int, ...]:
 PerPrompt: TypeAlias = Any
 """A sequence or flat array of numbers, one for each prompt; kept as a tuple."""
 
+COUNTS = ("max_new_tokens", "n", "max_slots")
+
 # Settings that may be one value for each prompt.
-PER_PROMPT = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+PER_PROMPT = (
+    *("max_new_tokens", "min_new_tokens"),
+    *("temperature", "top_k", "top_p", "min_p"),
+)
+
+MOST_BIAS = float(np.finfo(np.float32).max)
 
 PAPER_LADDER = (5, 7, 9, 11)
 LOGPROB_KINDS = tuple(kind.name.lower() for kind in LogprobKind)
@@ -74,10 +81,11 @@ class RolloutConfig:
     Programs are compiled for the largest `max_new_tokens`, `max_slots`, `accept`,
     `attention`, `drafter` and the gammas that `control` allows. Changing anything else
     between calls compiles nothing, once there is a program with what is asked for:
-    top-k or top-p, and sampling settings of single prompts.
+    top-k or top-p, sampling settings of single prompts, anything added to logits.
 
-    `max_new_tokens`, `temperature`, `top_k`, `top_p` and `min_p` are one value for all
-    prompts, or an array or sequence of P values, one for the n completions of each.
+    `max_new_tokens`, `min_new_tokens`, `temperature`, `top_k`, `top_p` and `min_p` are
+    one value for all prompts, or an array or sequence of P values, one for the n
+    completions of each.
 
     Args:
       max_new_tokens: limit of each completion in tokens, >= 1.
@@ -89,12 +97,18 @@ class RolloutConfig:
       min_p: drop tokens less likely than this times the most likely, in [0, 1]; 0 is
         off.
       stop_token_ids: the first of these ends a completion and is part of it.
+      min_new_tokens: tokens at the beginning of a completion, >= 0, that are drawn from
+        tokens other than `stop_token_ids`. A completion that stops is longer.
+      banned_ids: tokens that are never drawn.
+      logit_bias: number added to the logit of a token, by token; the result is divided
+        by the temperature.
       pad_id: fills `prompt_ids` and `completion_ids` outside their masks.
       accept: "coupled" (replayable), "token" or "block"; all are exact.
       gammas: draft lengths the controller may choose from; must contain 0.
       control: "best", "paper" (the published rule), "ar" or "fixed:g".
       logprobs: "raw" (the model's own distribution), "temperature" (after temperature,
         before truncation: what RL trainers recompute) or "processed" (what is sampled).
+        Bias, banned tokens and `min_new_tokens` are in the last alone.
       max_slots: rows decoded at once, >= 1.
       attention: "auto" (the kernel of the platform, where there is one and it passes
         its check on the device), "xla" (never a kernel) or "kernel" (an error where
@@ -124,26 +138,31 @@ class RolloutConfig:
     drafter: DrafterConfig | tuple[DrafterConfig, ...] = dataclasses.field(
         default_factory=DrafterConfig
     )
+    min_new_tokens: int | PerPrompt = 0
+    banned_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "n", "max_slots", "top_k", "pad_id"):
+        for name in (*COUNTS, "min_new_tokens", "top_k", "pad_id"):
             self._set_each(name, _whole_number)
         for name in ("temperature", "top_p", "min_p"):
             self._set_each(name, _real_number)
-        for name in ("gammas", "stop_token_ids"):
+        for name in ("gammas", "stop_token_ids", "banned_ids"):
             # A tuple of Python ints can be hashed and written to a file.
             numbers = whole_numbers(name, getattr(self, name))
             object.__setattr__(self, name, numbers)
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         if not isinstance(self.drafter, DrafterConfig):
             # A tuple can be hashed.
             object.__setattr__(self, "drafter", drafter_configs(self.drafter))
-        for name in ("max_new_tokens", "n", "max_slots"):
+        for name in COUNTS:
             for own_name, value in self._each(name):
                 if value < 1:
                     raise ValueError(f"{own_name}={value} must be at least 1")
         ranges: tuple[tuple[str, float, float, str], ...] = (
             ("temperature", 0.0, math.inf, "use 0 for greedy decoding"),
             ("top_k", 0, math.inf, "use 0 to switch it off"),
+            ("min_new_tokens", 0, math.inf, "use 0 to let completions stop at once"),
             ("min_p", 0.0, 1.0, "use 0 to switch it off"),
         )
         for name, low, high, remedy in ranges:
@@ -200,6 +219,13 @@ class RolloutConfig:
                     f"{name} has {len(value)} values, and {first[0]} {first[1]}; give "
                     "one for each prompt, or one number for all"
                 )
+        least, most = np.broadcast_arrays(self.min_new_tokens, self.max_new_tokens)
+        if (least > most).any():
+            index = int(np.argmax(least > most))
+            raise ValueError(
+                f"min_new_tokens={least.flat[index]} must be no more than "
+                f"max_new_tokens={most.flat[index]}; lower it"
+            )
 
     @property
     def num_prompts(self) -> int | None:
@@ -243,6 +269,27 @@ def _is_several(value: Any) -> bool:
     """Whether a value is a flat array, or another sequence of values."""
     is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
     return is_sequence or getattr(value, "ndim", None) == 1
+
+
+def _bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """Return pairs of token and bias, ascending; `ValueError` for anything else."""
+    try:
+        pairs = dict(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"logit_bias={value!r} must be a mapping from tokens to numbers, as {{7: "
+            "-2.5}"
+        ) from error
+    found: dict[int, float] = {}
+    for token, bias in pairs.items():
+        number = _real_number(f"logit_bias[{token!r}]", bias)
+        if not abs(number) <= MOST_BIAS:
+            raise ValueError(
+                f"logit_bias[{token!r}]={number} must be finite and within float32; "
+                "use banned_ids to ban a token"
+            )
+        found[_whole_number(f"token {token!r} of logit_bias", token)] = number
+    return tuple(sorted(found.items()))
 
 
 def _whole_number(name: str, value: Any) -> int:

@@ -168,10 +168,13 @@ def offered_views(views: Sequence[View], cache_length: int, gamma: int) -> list[
     ]
 
 
-def sampling_of(config: RolloutConfig, key: jax.Array | np.ndarray) -> Sampling:
+def sampling_of(
+    config: RolloutConfig, key: jax.Array | np.ndarray, vocab_size: int
+) -> Sampling:
     """Return the traced settings of a config and a key.
 
-    Settings that differ between prompts are `[N]`; see `settings.of_rows`.
+    Settings that differ between prompts are `[N]`, and completions begin at 0; see
+    `settings.of_rows`.
 
     Raises:
       ValueError: `key` is not one random key.
@@ -195,7 +198,24 @@ def sampling_of(config: RolloutConfig, key: jax.Array | np.ndarray) -> Sampling:
         **_numbers(config),
         stop_ids=np.array(stops + [NONE] * (num_stops - len(stops)), np.int32),
         logprob_kind=np.int32(LOGPROB_KINDS.index(config.logprobs)),
+        **_bounds(config, vocab_size),
     )
+
+
+def _bounds(config: RolloutConfig, vocab_size: int) -> dict[str, np.ndarray]:
+    """Return the fields for bias and least lengths; none where nothing needs them."""
+    least = np.asarray(config.min_new_tokens, np.int32)
+    has_early = bool(config.stop_token_ids) and bool((least > 0).any())
+    if not (config.logit_bias or config.banned_ids or has_early):
+        return {}
+    bias = np.zeros((2, vocab_size), np.float32)
+    for token, value in dict(config.logit_bias).items():
+        bias[:, token] = value
+    bias[:, list(config.banned_ids)] = -np.inf
+    bias[1, list(config.stop_token_ids)] = -np.inf
+    if least.ndim:
+        least = np.repeat(least, config.n)
+    return {"bias": bias, "begin": np.array(0, np.int32), "min_new_tokens": least}
 
 
 def _numbers(config: RolloutConfig) -> dict[str, np.ndarray]:
@@ -272,6 +292,13 @@ class Request:
         """Return the position of the first token of a completion."""
         known = len(self.prompts[self.prompt_of[sequence]])
         return known - self.num_begun.get(sequence, 0)
+
+    def with_begins(self, settings: Sampling) -> Sampling:
+        """Return settings with the position where each completion begins, if used."""
+        if settings.begin is None:
+            return settings
+        begins = [self.begin(s) for s in range(len(self.prompt_of))]
+        return dataclasses.replace(settings, begin=np.array(begins, np.int32))
 
     @property
     def waiting(self) -> list[int]:

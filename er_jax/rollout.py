@@ -119,7 +119,7 @@ def rollout(
     checks.check_outside_jit(params, prompts, key)
     with _own_jax_settings():
         start_s, stats = time.perf_counter(), RolloutStats()
-        settings = sampling_of(config, key)
+        settings = sampling_of(config, key, policy.vocab_size)
         checks.check_version(version, until)
         call = prepare(
             policy, params, prompts, config, sequence_ids, controller, mesh, resume
@@ -230,7 +230,7 @@ def compile_ahead(
             is_drafting = any(program.gamma for program in wanted)
             shapes_of = jax.eval_shape(make, params) if is_drafting else None
             params = shapes_of or PolicyParams(policy=params, draft=None)
-        settings = sampling_of(config, jax.random.key(0))
+        settings = sampling_of(config, jax.random.key(0), policy.vocab_size)
         call.engine.compile_windows(params, settings, wanted, progress=progress)
     return wanted
 

@@ -1,9 +1,10 @@
 """From logits to a draw: the target distribution, the noise, log-probabilities.
 
-Target and draft use the same transform: temperature, then top-k, top-p and min-p. All
-settings are traced arrays (`types.Sampling`). A draw is the argmax of log-probability
-plus Gumbel noise. The noise is a pure function of (key, sequence id, position, purpose,
-token) and never depends on row, round or gamma; that makes rollouts replayable.
+Target and draft use the same transform: a bias (`bias`), temperature, then top-k, top-p
+and min-p. All settings are traced arrays (`types.Sampling`). A draw is the argmax of
+log-probability plus Gumbel noise. The noise is a pure function of (key, sequence id,
+position, purpose, token) and never depends on row, round or gamma; that makes rollouts
+replayable.
 
 Left out: penalties and logit processors that read earlier tokens.
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from er_jax.bias import biased
 from er_jax.settings import beside
 from er_jax.types import LogprobKind, Purpose, Sampling
 
@@ -514,4 +516,4 @@ def noised_logprobs(
       `[..., V]`.
     """
     noise = gumbel(sampling, sequence_id, position, logits.shape[-1], logits.dtype)
-    return target_logprobs(logits, sampling) + noise
+    return target_logprobs(biased(logits, sampling, position), sampling) + noise

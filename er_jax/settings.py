@@ -52,6 +52,13 @@ def marked(settings: Sampling, of_row: Any, same: Any) -> Any:
     return dataclasses.replace(jax.tree.map(lambda _: same, settings), **own)
 
 
+def without_bounds(settings: Sampling) -> Sampling:
+    """Return the settings without bias and bounds of stops."""
+    return dataclasses.replace(
+        settings, bias=None, stop_sequences=None, begin=None, min_new_tokens=None
+    )
+
+
 def kinds(settings: Sampling) -> tuple[Hashable, ...]:
     """Return what is asked for beyond plain settings, as a part of a program's name.
 

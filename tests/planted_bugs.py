@@ -261,9 +261,9 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "scores before the temperature",
         "er_jax::score",
-        "settings = sampling_of(config, np.zeros(2, np.uint32))",
+        "settings = sampling_of(config, np.zeros(2, np.uint32), policy.vocab_size)",
         """
-        settings = sampling_of(config, np.zeros(2, np.uint32))
+        settings = sampling_of(config, np.zeros(2, np.uint32), policy.vocab_size)
         settings = settings.replace(temperature=np.float32(1))
         """,
         (f"{SCORES}[temperature]",),

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
-    *("arguments", "until", "types", "figures", "devices", "settings", "sampling"),
-    "acceptance",
+    *("arguments", "until", "types", "figures", "devices", "settings", "bias"),
+    *("sampling", "acceptance"),
     *("products", "drafter"),
     *("kernels.tpu", "kernels.cuda", "kernels.choice", "kernels"),
     *("attention", "kv_cache", "rotary", "experts", "decoder_config", "decoder"),

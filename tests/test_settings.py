@@ -19,10 +19,13 @@ import pytest
 import er_jax
 from benchmarks.lib.controllers import Restless
 from er_jax import Controller, Rollout
+from er_jax.request import sampling_of
+from er_jax.sampling import gumbel
 from er_jax.scheduler import batch
 from tests.conftest import CompileCount
 from tests.small import SIZES, small_policy
 from tests.test_resume import Ending, assert_same
+from tests.toy import oracle_logprobs
 
 # What rollouts compute, the tests of their promises show at the default level.
 pytestmark = pytest.mark.usefixtures("unoptimized_module")
@@ -230,7 +233,7 @@ def test_acceptance_is_learnt_at_the_mean(x64: None) -> None:
     controller = Controller("fixed:3", (0, 3))
     config = config_of("truncated", control="fixed:3")
     sample(config, controller=controller)
-    assert controller.state_dict()["acceptance"]["setting"] == [0.8, 2.4, 0.86, 0.02]
+    assert controller.state_dict()["setting"] == [0.8, 2.4, 0.86, 0.02]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +263,112 @@ def test_replicas_get_the_settings_of_their_prompts(x64: None) -> None:
         er_jax.rollout_replicas(
             POLICY, params(), PROMPTS[:4], key=KEY, config=config, mesh=mesh
         )
+
+
+# -- bias, banned tokens, least lengths ------------------------------------------------
+
+BOUNDED: dict[str, Any] = {
+    "min_new_tokens": (0, 3, 20, 11, 24), "banned_ids": (5, 9),
+    "logit_bias": {11: 2.5, 17: 1.0, 3: -0.5},
+}  # fmt: skip
+
+
+def in_front(texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return texts as an array, padded behind with 0, and where they have tokens."""
+    width = max(map(len, texts))
+    mask = np.arange(width)[None] < np.array([len(text) for text in texts])[:, None]
+    ids = np.zeros(mask.shape, np.int32)
+    ids[mask] = np.concatenate(texts)
+    return ids, mask
+
+
+def check_by_hand(out: Rollout, config: er_jax.RolloutConfig, n: int = 2) -> None:
+    """Find every token again as the best of oracle and noise, from whole texts."""
+    texts = [PROMPTS[row // n] + tokens for row, tokens in enumerate(rows(out))]
+    ids, mask = in_front(texts)
+    positions = np.where(mask, np.arange(ids.shape[1])[None], -1)
+    cache = POLICY.init_cache(*ids.shape)
+    hidden, _ = POLICY.forward(params(), ids, positions.astype(np.int32), cache)
+    logits = np.asarray(POLICY.logits(params(), hidden))
+    plain = sampling_of(dataclasses.replace(config, min_new_tokens=0), KEY, 24)
+    bias = np.zeros(24)
+    for token, value in dict(config.logit_bias).items():
+        bias[token] = value
+    bias[list(config.banned_ids)] = -np.inf
+    least = np.broadcast_to(config.min_new_tokens, len(PROMPTS))
+    for row, text in enumerate(texts):
+        begin = len(PROMPTS[row // n])
+        for at in range(begin, len(text)):
+            own = logits[row, at - 1] + bias
+            if at - begin < least[row // n]:
+                own[list(config.stop_token_ids)] = -np.inf
+            wanted = oracle_logprobs(own, plain)
+            noise = gumbel(plain, np.int32(row), np.int32(at), 24, np.float64)
+            assert text[at] == np.argmax(wanted + np.asarray(noise)), (row, at)
+            np.testing.assert_allclose(
+                out.logprobs[row, at - begin], wanted[text[at]], atol=1e-5
+            )
+            is_stop = text[at] in config.stop_token_ids
+            assert not is_stop or at == len(text) - 1
+        is_stop = text[-1] in config.stop_token_ids
+        assert is_stop or len(text) == begin + config.max_new_tokens
+        assert out.finish_reason[row] == ("stop" if is_stop else "length")
+
+
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.parametrize("control", controllers())
+def test_bias_bans_and_least_lengths(control: str, x64: None) -> None:
+    config = dataclasses.replace(CONFIG, **BOUNDED, control=control)
+    out = sample(config, controller=controllers()[control])
+    check_by_hand(out, config)
+    assert "stop" in out.finish_reason and "length" in out.finish_reason
+    assert (out.lengths[4:6] > 20).all() and (out.lengths[8:] == 24).all()
+    found = er_jax.score(POLICY, params(), out, config=config)
+    np.testing.assert_allclose(found.logprobs, out.logprobs, atol=1e-5)
+    found = er_jax.score(POLICY, params(), out, config=config, chunk_tokens=1)
+    np.testing.assert_allclose(found.logprobs, out.logprobs, atol=1e-5)
+
+
+@pytest.mark.usefixtures("short_windows")
+def test_least_lengths_count_from_the_prompt_when_going_on(x64: None) -> None:
+    config = dataclasses.replace(CONFIG, **BOUNDED)
+    stop = er_jax.Stop()
+    part = sample(config, controller=Ending(2, stop), until=er_jax.Until(stop=stop))
+    assert (part.lengths[part.finish_reason == "unfinished"] > 0).any()
+    check_by_hand(sample(config, resume=part), config)
+
+
+@pytest.mark.parametrize("kind", ["raw", "temperature"])
+def test_other_kinds_of_logprobs_know_no_bias(kind: str, x64: None) -> None:
+    config = dataclasses.replace(
+        CONFIG, **BOUNDED, control="ar", logprobs=kind, temperature=0.7
+    )
+    out = sample(config)
+    plain = er_jax.RolloutConfig(max_new_tokens=24, logprobs=kind, temperature=0.7)
+    for settings in (config, plain):
+        found = er_jax.score(POLICY, params(), out, config=settings)
+        np.testing.assert_allclose(found.logprobs, out.logprobs, atol=1e-5)
+
+
+def test_other_biases_compile_nothing(compile_counter: CompileCounter) -> None:
+    policy = small_policy("biases")
+    own_params = policy.init(jax.random.key(0))
+    run = functools.partial(sample, policy=policy, params=own_params)
+    plain = dataclasses.replace(CONFIG, control="ar")
+    run(plain)
+    first = run(dataclasses.replace(plain, banned_ids=(3,)))
+    assert [name.split("(")[0] for name, _ in first.stats.compiled] == ["window"]
+    with compile_counter() as compiled:
+        for change in (
+            {"banned_ids": range(20)},
+            {"logit_bias": {4: 1}},
+            {"min_new_tokens": 3},
+            {"min_new_tokens": (1, 2, 3, 4, 5), "logit_bias": {1: 0.5, 2: -3.0}},
+        ):
+            run(dataclasses.replace(plain, **change))
+        # Without a stop id there is nothing to hold back.
+        run(dataclasses.replace(plain, min_new_tokens=3, stop_token_ids=()))
+    assert compiled.count == 0, compiled
 
 
 def test_arrays_of_any_kind_become_tuples() -> None:

@@ -62,6 +62,9 @@ def neutral_sampling(like: Sampling | None = None) -> Sampling:
         top_k=like.top_k,
         top_p=like.top_p,
         min_p=np.zeros_like(like.min_p),
+        bias=like.bias,
+        begin=like.begin,
+        min_new_tokens=like.min_new_tokens,
     )
 
 

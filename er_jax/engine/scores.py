@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax import sampling
+from er_jax import bias, sampling
 from er_jax.settings import rows_own
 from er_jax.types import NONE, Array, Params, Policy, Sampling
 
@@ -68,12 +68,15 @@ def scored(
     def score_tokens(
         settings: Sampling, params: Params, part: Any
     ) -> tuple[jax.Array, ...]:
-        hidden, targets, is_scored = part
+        hidden, targets, is_scored, index = part
         # Nothing that is not scored may reach a gradient, not even as 0 times NaN.
         mask = is_scored.reshape(is_scored.shape + (1,) * (hidden.ndim - 2))
         hidden = jnp.where(mask, hidden, jnp.zeros((), hidden.dtype))
         logits = policy.logits(params, hidden)
         _check_logits(logits, (*targets.shape, policy.vocab_size))
+        if settings.bias is not None:
+            drawn_from = bias.biased(logits, settings, index)
+            logits = bias.of_kind(logits, drawn_from, settings)
         found = sampling.scored_logprobs(logits, targets, settings, truncated)
         zero = jnp.zeros((), logits.dtype)
         return tuple(jnp.where(is_scored, x, zero) for x in found[: 1 + entropy])
@@ -85,7 +88,10 @@ def scored(
         )
         cache = policy.init_cache(*tokens.shape)
         hidden, _ = policy.forward(params, tokens, positions, cache)
-        part = (hidden[:, -width:], targets, is_scored)
+        index = None
+        if settings.bias is not None:
+            index = lax.broadcasted_iota(jnp.int32, targets.shape, 1)
+        part = (hidden[:, -width:], targets, is_scored, index)
         most = max(most_logits // len(tokens), 1)
         return _in_pieces(score_some, params, part, axis=1, most=most)
 

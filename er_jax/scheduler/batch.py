@@ -114,7 +114,7 @@ class Batch:
         begun: Mapping[int, Completion] = MappingProxyType({}),
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
-        self.settings, self.begun = settings, begun
+        self.settings, self.begun = request.with_begins(settings), begun
         self.queue = collections.deque(request.waiting)
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
