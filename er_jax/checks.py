@@ -6,6 +6,7 @@ Each raises a `ValueError` that names the argument, its value, the limit and the
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,6 +142,7 @@ def check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
     """Refuse tokens outside of the vocabulary, and a ban of all that could be drawn."""
     for name, tokens in (
         ("stop_token_ids", config.stop_token_ids),
+        ("stop_sequences", tuple(itertools.chain(*config.stop_sequences))),
         ("banned_ids", config.banned_ids),
         ("logit_bias", tuple(dict(config.logit_bias))),
     ):
@@ -151,7 +153,7 @@ def check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
                     f"{vocab_size - 1}; it could never be sampled"
                 )
     is_early = np.max(config.min_new_tokens) > 0
-    banned = {*config.banned_ids, *(config.stop_token_ids if is_early else ())}
+    banned = {*config.banned_ids, *(config.stop_ids if is_early else ())}
     if len(banned) == vocab_size:
         raise ValueError(
             f"banned_ids{' and stop_token_ids (min_new_tokens)' if is_early else ''} "

@@ -98,7 +98,11 @@ class RolloutConfig:
         off.
       stop_token_ids: the first of these ends a completion and is part of it.
       min_new_tokens: tokens at the beginning of a completion, >= 0, that are drawn from
-        tokens other than `stop_token_ids`. A completion that stops is longer.
+        tokens other than `stop_token_ids`, and at which no stop sequence ends it. A
+        completion that stops is longer.
+      stop_sequences: several tokens each; when one of them has been sampled, the
+        completion ends with it. Tokens of the prompt do not count. One of a single
+        token is a stop id.
       banned_ids: tokens that are never drawn.
       logit_bias: number added to the logit of a token, by token; the result is divided
         by the temperature.
@@ -139,6 +143,7 @@ class RolloutConfig:
         default_factory=DrafterConfig
     )
     min_new_tokens: int | PerPrompt = 0
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
     banned_ids: tuple[int, ...] = ()
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
@@ -152,6 +157,8 @@ class RolloutConfig:
             numbers = whole_numbers(name, getattr(self, name))
             object.__setattr__(self, name, numbers)
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        sequences = _stop_sequences(self.stop_sequences)
+        object.__setattr__(self, "stop_sequences", sequences)
         if not isinstance(self.drafter, DrafterConfig):
             # A tuple can be hashed.
             object.__setattr__(self, "drafter", drafter_configs(self.drafter))
@@ -238,6 +245,12 @@ class RolloutConfig:
         """The limit of the prompt with the largest; the width of the result."""
         return max(value for _, value in self._each("max_new_tokens"))
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The stop ids, and the stop sequences of a single token."""
+        single = (tokens[0] for tokens in self.stop_sequences if len(tokens) == 1)
+        return tuple(dict.fromkeys([*self.stop_token_ids, *single]))
+
     def of_prompts(self, prompts: Sequence[int]) -> RolloutConfig:
         """Return the settings of some of the prompts.
 
@@ -269,6 +282,24 @@ def _is_several(value: Any) -> bool:
     """Whether a value is a flat array, or another sequence of values."""
     is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
     return is_sequence or getattr(value, "ndim", None) == 1
+
+
+def _stop_sequences(value: Any) -> tuple[tuple[int, ...], ...]:
+    """Return sequences of tokens as tuples; `ValueError` for anything else."""
+    if not _is_several(value):
+        raise ValueError(
+            f"stop_sequences={value!r} must be several sequences of token ids; give a "
+            "tuple of them, as ((7, 2),)"
+        )
+    found = []
+    for i, tokens in enumerate(value):
+        found.append(whole_numbers(f"stop_sequences[{i}]", tokens))
+        if not found[-1]:
+            raise ValueError(
+                f"stop_sequences[{i}] is empty and would end every completion; leave "
+                "it out"
+            )
+    return tuple(found)
 
 
 def _bias(value: Any) -> tuple[tuple[int, float], ...]:

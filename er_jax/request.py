@@ -191,7 +191,7 @@ def sampling_of(
     if data.shape != (2,):
         # The key of another generator: two words drawn with it become the noise key.
         data = np.asarray(jax.random.bits(key, (2,), np.uint32))
-    stops = list(dict.fromkeys(config.stop_token_ids))
+    stops = list(config.stop_ids)
     num_stops = power_of_two(max(len(stops), 1), 8)
     return Sampling(
         key=data.astype(np.uint32),
@@ -203,19 +203,34 @@ def sampling_of(
 
 
 def _bounds(config: RolloutConfig, vocab_size: int) -> dict[str, np.ndarray]:
-    """Return the fields for bias and least lengths; none where nothing needs them."""
+    """Return the fields of bias and bounds of stops; none where nothing needs them."""
     least = np.asarray(config.min_new_tokens, np.int32)
-    has_early = bool(config.stop_token_ids) and bool((least > 0).any())
-    if not (config.logit_bias or config.banned_ids or has_early):
+    has_early = bool(config.stop_ids) and bool((least > 0).any())
+    sequences = [tokens for tokens in config.stop_sequences if len(tokens) > 1]
+    found: dict[str, np.ndarray] = {}
+    if config.logit_bias or config.banned_ids or has_early:
+        found["bias"] = _bias(config, vocab_size)
+    if sequences:
+        longest = power_of_two(max(map(len, sequences)), 4)
+        shape = (power_of_two(len(sequences), 4), longest)
+        found["stop_sequences"] = np.full(shape, NONE, np.int32)
+        for line, tokens in zip(found["stop_sequences"], sequences, strict=False):
+            line[-len(tokens) :] = tokens
+    if not found:
         return {}
+    if least.ndim:
+        least = np.repeat(least, config.n)
+    return found | {"begin": np.array(0, np.int32), "min_new_tokens": least}
+
+
+def _bias(config: RolloutConfig, vocab_size: int) -> np.ndarray:
+    """Return what is added to logits, `[2, V]`; see `types.Sampling`."""
     bias = np.zeros((2, vocab_size), np.float32)
     for token, value in dict(config.logit_bias).items():
         bias[:, token] = value
     bias[:, list(config.banned_ids)] = -np.inf
-    bias[1, list(config.stop_token_ids)] = -np.inf
-    if least.ndim:
-        least = np.repeat(least, config.n)
-    return {"bias": bias, "begin": np.array(0, np.int32), "min_new_tokens": least}
+    bias[1, list(config.stop_ids)] = -np.inf
+    return bias
 
 
 def _numbers(config: RolloutConfig) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax import acceptance, bias, kv_cache, sampling
+from er_jax import acceptance, bias, kv_cache, sampling, stops
 from er_jax.acceptance import AcceptRule
 from er_jax.drafter import PolicyParams, draft_params
 from er_jax.types import (
@@ -406,6 +406,8 @@ def _emit(
     """End the emitted tokens at stops, limits and bad logits, and advance the rows."""
     offsets = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
     is_stop = jnp.any(emitted[..., None] == settings.stop_ids[None, None], axis=-1)
+    if settings.stop_sequences is not None:
+        is_stop |= stops.ends(state.tokens, state.length, emitted, settings)
     first_stop = jnp.min(
         jnp.where(is_stop, offsets, jnp.int32(emitted.shape[1])), axis=-1
     )

@@ -56,6 +56,7 @@ def neutral_sampling(like: Sampling | None = None) -> Sampling:
     )
     if like is None:
         return plain
+    sequences = like.stop_sequences
     return dataclasses.replace(
         plain,
         temperature=np.ones_like(like.temperature),
@@ -63,6 +64,7 @@ def neutral_sampling(like: Sampling | None = None) -> Sampling:
         top_p=like.top_p,
         min_p=np.zeros_like(like.min_p),
         bias=like.bias,
+        stop_sequences=(None if sequences is None else np.full_like(sequences, NONE)),
         begin=like.begin,
         min_new_tokens=like.min_new_tokens,
     )
