@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -143,7 +143,7 @@ class RolloutConfig:
         default_factory=DrafterConfig
     )
     min_new_tokens: int | PerPrompt = 0
-    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    stop_sequences: Sequence[Sequence[int]] = ()
     banned_ids: tuple[int, ...] = ()
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
@@ -251,6 +251,12 @@ class RolloutConfig:
         single = (tokens[0] for tokens in self.stop_sequences if len(tokens) == 1)
         return tuple(dict.fromkeys([*self.stop_token_ids, *single]))
 
+    @property
+    def is_biased(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's."""
+        has_early = bool(self.stop_ids) and bool(np.max(self.min_new_tokens) > 0)
+        return bool(self.logit_bias or self.banned_ids or has_early)
+
     def of_prompts(self, prompts: Sequence[int]) -> RolloutConfig:
         """Return the settings of some of the prompts.
 
@@ -286,7 +292,8 @@ def _is_several(value: Any) -> bool:
 
 def _stop_sequences(value: Any) -> tuple[tuple[int, ...], ...]:
     """Return sequences of tokens as tuples; `ValueError` for anything else."""
-    if not _is_several(value):
+    is_several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    if not is_several:
         raise ValueError(
             f"stop_sequences={value!r} must be several sequences of token ids; give a "
             "tuple of them, as ((7, 2),)"

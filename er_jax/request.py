@@ -168,13 +168,8 @@ def offered_views(views: Sequence[View], cache_length: int, gamma: int) -> list[
     ]
 
 
-def sampling_of(
-    config: RolloutConfig, key: jax.Array | np.ndarray, vocab_size: int
-) -> Sampling:
-    """Return the traced settings of a config and a key.
-
-    Settings that differ between prompts are `[N]`, and completions begin at 0; see
-    `settings.of_rows`.
+def noise_key(key: jax.Array | np.ndarray) -> np.ndarray:
+    """Return the words that noise is folded from, uint32 `[2]`.
 
     Raises:
       ValueError: `key` is not one random key.
@@ -191,10 +186,24 @@ def sampling_of(
     if data.shape != (2,):
         # The key of another generator: two words drawn with it become the noise key.
         data = np.asarray(jax.random.bits(key, (2,), np.uint32))
+    return data.astype(np.uint32)
+
+
+def sampling_of(
+    config: RolloutConfig, key: jax.Array | np.ndarray, vocab_size: int
+) -> Sampling:
+    """Return the traced settings of a config and a key.
+
+    Settings that differ between prompts are `[N]`, and completions begin at 0; see
+    `settings.of_rows`.
+
+    Raises:
+      ValueError: `key` is not one random key.
+    """
     stops = list(config.stop_ids)
     num_stops = power_of_two(max(len(stops), 1), 8)
     return Sampling(
-        key=data.astype(np.uint32),
+        key=noise_key(key),
         **_numbers(config),
         stop_ids=np.array(stops + [NONE] * (num_stops - len(stops)), np.int32),
         logprob_kind=np.int32(LOGPROB_KINDS.index(config.logprobs)),
@@ -205,10 +214,9 @@ def sampling_of(
 def _bounds(config: RolloutConfig, vocab_size: int) -> dict[str, np.ndarray]:
     """Return the fields of bias and bounds of stops; none where nothing needs them."""
     least = np.asarray(config.min_new_tokens, np.int32)
-    has_early = bool(config.stop_ids) and bool((least > 0).any())
     sequences = [tokens for tokens in config.stop_sequences if len(tokens) > 1]
     found: dict[str, np.ndarray] = {}
-    if config.logit_bias or config.banned_ids or has_early:
+    if config.is_biased:
         found["bias"] = _bias(config, vocab_size)
     if sequences:
         longest = power_of_two(max(map(len, sequences)), 4)

@@ -29,7 +29,7 @@ from er_jax.control.controller import Controller
 from er_jax.control.explain import explain
 from er_jax.costs import store
 from er_jax.drafter import PolicyParams, attach_draft
-from er_jax.request import Request, row_buckets, sampling_of
+from er_jax.request import Request, noise_key, row_buckets, sampling_of
 from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
 from er_jax.stats import RolloutStats
@@ -119,12 +119,13 @@ def rollout(
     checks.check_outside_jit(params, prompts, key)
     with _own_jax_settings():
         start_s, stats = time.perf_counter(), RolloutStats()
-        settings = sampling_of(config, key, policy.vocab_size)
+        words = noise_key(key)
         checks.check_version(version, until)
         call = prepare(
             policy, params, prompts, config, sequence_ids, controller, mesh, resume
         )
         engine, controller, request = call.engine, call.controller, call.request
+        settings = sampling_of(config, words, policy.vocab_size)
         num_compiled, compiled_s = len(engine.compiled_here), engine.compile_s
         with stats.timed("check", lambda: engine.compile_s):
             checks.check_finite(engine.find_nonfinite(call.policy_params))

@@ -133,6 +133,8 @@ def score(
     check_whole("chunk_tokens", chunk_tokens)
     if isinstance(params, PolicyParams):
         params = params.policy
+    if config.is_biased:
+        checks.check_token_ids(config, policy.vocab_size)
     completions = _checked(rollout)
     settings = sampling_of(config, np.zeros(2, np.uint32), policy.vocab_size)
     if config.logprobs != "processed" or settings.bias is None:

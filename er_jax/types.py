@@ -235,10 +235,10 @@ class Sampling:
     min_p: Array
     stop_ids: Array
     logprob_kind: Array
-    bias: Array | None = None
-    stop_sequences: Array | None = None
-    begin: Array | None = None
-    min_new_tokens: Array | None = None
+    bias: Array = None
+    stop_sequences: Array = None
+    begin: Array = None
+    min_new_tokens: Array = None
 
 
 @struct.dataclass

@@ -11,18 +11,24 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from er_jax.acceptance import AcceptRule
+from er_jax.acceptance import ACCEPT_RULES, AcceptRule
 from er_jax.drafter import PolicyParams
 from er_jax.sampling import gumbel
-from er_jax.types import Finish, Params, Sampling
+from er_jax.types import NONE, Finish, Params, Sampling
 from tests.test_lossless import (
+    ALL_LAST,
+    DOWNWARDS,
     PROMPT,
+    UPWARDS,
+    chain_state,
     cut,
     emitted_and_reasons,
     run,
+    run_chain,
     visit_round,
 )
 from tests.toy import (
@@ -158,8 +164,8 @@ def test_every_outcome_of_a_round(
                     if t in stops and i >= case.get("least", 0)
                 ]  # fmt: skip
                 assert not ends or ends[0] == len(emitted) - 1
-        for kind, joint in zip(KINDS, found, strict=True):
-            one = of_kind(config, kind)
+        for own, joint in zip(KINDS, found, strict=True):
+            one = of_kind(config, own)
             wanted = chain(
                 [
                     probs_at(full_table(target), one, i < case.get("least", 0))
@@ -213,11 +219,13 @@ def hand_draws(
     ids: np.ndarray,
 ) -> np.ndarray:
     """Return `own_draws` by the oracle, one row and one token after another."""
-    positions = np.arange(prompts.shape[1], prompts.shape[1] + num_tokens)
+    begin = prompts.shape[1]
+    positions = jnp.arange(begin, begin + num_tokens, dtype=jnp.int32)
+    sequence_ids = jnp.asarray(ids, jnp.int32)[:, None]
+    vocab_size = table.shape[-1]
     noise = np.asarray(
-        gumbel(config, ids[:, None].astype(np.int32), positions[None].astype(np.int32),
-               table.shape[-1], np.float64)
-    )  # fmt: skip
+        gumbel(config, sequence_ids, positions[None], vocab_size, jnp.float64)
+    )
     out = []
     for row, prompt in enumerate(prompts.tolist()):
         own = (*KINDS, GREEDY)[kinds[row]]
@@ -229,3 +237,30 @@ def hand_draws(
             text.append(int(np.argmax(logprobs + noise[row, i])))
         out.append(text[len(prompt) :])
     return np.array(out)
+
+
+@pytest.mark.parametrize(
+    ("rule", "gamma"), [("coupled", 0), *((rule, 2) for rule in ACCEPT_RULES)]
+)
+def test_a_stop_sequence_across_rounds(rule: AcceptRule, gamma: int) -> None:
+    """In windows of one round: wherever the rounds cut it, after good and bad drafts.
+
+    The chain counts on from the prompt's last token, so rows differ in where the
+    sequence begins; where the prompt has the first of it, the next time counts.
+    """
+    wanted = ([1, 2, 3, 0, 1, 2], [2, 3, 0, 1, 2], [3, 0, 1, 2], [0, 1, 2])
+    for draft in (UPWARDS, DOWNWARDS):
+        state = chain_state(ALL_LAST)
+        config = dataclasses.replace(
+            settings(), begin=np.full(16, 2, np.int32),
+            min_new_tokens=np.zeros(16, np.int32),
+            stop_sequences=np.array([[NONE, 0, 1, 2], [NONE] * 4], np.int32),
+        )  # fmt: skip
+        for _ in range(8):
+            state, _ = run_chain(
+                rule, gamma, state, config, UPWARDS, draft, max_rounds=1
+            )
+        found = emitted_and_reasons(state)
+        for last, (tokens, reason) in zip(ALL_LAST, found, strict=True):
+            assert tokens == wanted[last]
+            assert reason == Finish.STOP

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -246,9 +247,14 @@ def test_on_a_mesh(shape: dict[str, int], x64: None) -> None:
         dataclasses.replace(POLICY.config, num_kv_heads=2, num_heads=2)
     )
     own_params = policy.init(jax.random.key(0))
-    config = config_of("truncated", control="fixed:3")
+    config = config_of(
+        "truncated", control="fixed:3", min_new_tokens=(0, 7, 3, 9, 1),
+        stop_sequences=sequences(), logit_bias={11: 2.0}, banned_ids=(4,),
+    )  # fmt: skip
     run = functools.partial(sample, config, policy=policy, params=own_params)
-    assert_same(run(mesh=mesh), run())
+    out = run()
+    assert_same(run(mesh=mesh), out)
+    assert set(out.finish_reason.tolist()) == {"stop", "length"}
 
 
 def test_replicas_get_the_settings_of_their_prompts(x64: None) -> None:
@@ -286,11 +292,11 @@ def check_by_hand(out: Rollout, config: er_jax.RolloutConfig, n: int = 2) -> Non
     """Find every token again as the best of oracle and noise, from whole texts."""
     texts = [PROMPTS[row // n] + tokens for row, tokens in enumerate(rows(out))]
     ids, mask = in_front(texts)
-    positions = np.where(mask, np.arange(ids.shape[1])[None], -1)
-    cache = POLICY.init_cache(*ids.shape)
-    hidden, _ = POLICY.forward(params(), ids, positions.astype(np.int32), cache)
-    logits = np.asarray(POLICY.logits(params(), hidden))
+    positions = jnp.where(mask, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], -1)
+    logits = np.asarray(logits_of(params(), jnp.asarray(ids), positions))
     plain = sampling_of(dataclasses.replace(config, min_new_tokens=0), KEY, 24)
+    sequence_ids = jnp.arange(len(texts), dtype=jnp.int32)[:, None]
+    noise = np.asarray(gumbel(plain, sequence_ids, positions, 24, jnp.float64))
     bias = np.zeros(24)
     for token, value in dict(config.logit_bias).items():
         bias[token] = value
@@ -303,8 +309,7 @@ def check_by_hand(out: Rollout, config: er_jax.RolloutConfig, n: int = 2) -> Non
             if at - begin < least[row // n]:
                 own[list(config.stop_token_ids)] = -np.inf
             wanted = oracle_logprobs(own, plain)
-            noise = gumbel(plain, np.int32(row), np.int32(at), 24, np.float64)
-            assert text[at] == np.argmax(wanted + np.asarray(noise)), (row, at)
+            assert text[at] == np.argmax(wanted + noise[row, at]), (row, at)
             np.testing.assert_allclose(
                 out.logprobs[row, at - begin], wanted[text[at]], atol=1e-5
             )
@@ -313,6 +318,12 @@ def check_by_hand(out: Rollout, config: er_jax.RolloutConfig, n: int = 2) -> Non
         is_stop = text[-1] in config.stop_token_ids
         assert is_stop or len(text) == begin + config.max_new_tokens
         assert out.finish_reason[row] == ("stop" if is_stop else "length")
+
+
+@jax.jit
+def logits_of(params: Any, ids: jax.Array, positions: jax.Array) -> jax.Array:
+    cache = POLICY.init_cache(*ids.shape)
+    return POLICY.logits(params, POLICY.forward(params, ids, positions, cache)[0])
 
 
 @pytest.mark.usefixtures("short_windows")
@@ -368,6 +379,103 @@ def test_other_biases_compile_nothing(compile_counter: CompileCounter) -> None:
             run(dataclasses.replace(plain, **change))
         # Without a stop id there is nothing to hold back.
         run(dataclasses.replace(plain, min_new_tokens=3, stop_token_ids=()))
+    assert compiled.count == 0, compiled
+
+
+# -- stop sequences --------------------------------------------------------------------
+
+
+ENDLESS = dataclasses.replace(
+    CONFIG, stop_token_ids=(), max_new_tokens=(24, 9, *[24] * 3)
+)
+
+
+@functools.cache
+def unstopped() -> tuple[list[list[int]], list[str]]:
+    """Return tokens and reasons of completions that only the limit ends."""
+    with jax.enable_x64(True):
+        out = sample(dataclasses.replace(ENDLESS, control="ar"))
+    return rows(out), out.finish_reason.tolist()
+
+
+def sequences() -> tuple[tuple[int, ...], ...]:
+    """Return parts of completions, of several lengths, and one that never occurs."""
+    texts = unstopped()[0]
+    ends = ((0, 5, 8), (1, 0, 2), (5, 9, 15), (6, 22, 24), (9, 14, 19))
+    parts = [tuple(texts[row][start:stop]) for row, start, stop in ends]
+    return (*parts, (5,) * 7)
+
+
+def cut(least: Any = 0) -> tuple[list[list[int]], list[str]]:
+    """Return what has to be left of the completions, and why."""
+    texts, reasons = list(unstopped()[0]), list(unstopped()[1])
+    least = np.repeat(np.broadcast_to(least, len(PROMPTS)), 2)
+    for row, text in enumerate(texts):
+        for end in range(1, len(text) + 1):
+            found = [s for s in sequences() if tuple(text[:end][-len(s) :]) == tuple(s)]
+            if found and end > least[row]:
+                texts[row], reasons[row] = text[:end], "stop"
+                break
+    return texts, reasons
+
+
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.parametrize("control", controllers())
+def test_the_first_stop_sequence_ends_a_completion(control: str, x64: None) -> None:
+    config = dataclasses.replace(ENDLESS, control=control, stop_sequences=sequences())
+    out = sample(config, controller=controllers()[control])
+    texts, reasons = cut()
+    assert rows(out) == texts
+    assert out.finish_reason.tolist() == reasons
+    # Several rows should end by one, and some not.
+    shorter = [len(a) < len(b) for a, b in zip(texts, unstopped()[0], strict=True)]
+    assert 4 <= sum(shorter) < len(shorter)
+
+
+@pytest.mark.usefixtures("short_windows")
+def test_stop_sequences_and_least_lengths_when_going_on(x64: None) -> None:
+    """A sequence that the interruption cuts, and one that ends too early to count."""
+    least = (5, 0, 15, 24, 18)
+    config = dataclasses.replace(
+        ENDLESS, stop_sequences=sequences(), min_new_tokens=least
+    )
+    whole = sample(dataclasses.replace(config, control="ar"))
+    texts, reasons = cut(least)
+    assert rows(whole) == texts
+    assert whole.finish_reason.tolist() == reasons
+    assert texts != cut()[0]
+    for decisions in (1, 2, 3):
+        stop = er_jax.Stop()
+        part = sample(
+            config, controller=Ending(decisions, stop), until=er_jax.Until(stop=stop)
+        )
+        assert_same(sample(config, resume=part), whole)
+
+
+def test_tokens_of_the_prompt_do_not_count(x64: None) -> None:
+    texts, _ = unstopped()
+    across = (*PROMPTS[0][-2:], *texts[0][:2])
+    config = dataclasses.replace(ENDLESS, control="ar", stop_sequences=(across,))
+    assert rows(sample(config)) == texts
+
+
+def test_a_sequence_of_one_token_is_a_stop_id(x64: None) -> None:
+    ids = dataclasses.replace(CONFIG, control="ar", min_new_tokens=3)
+    one = dataclasses.replace(ids, stop_token_ids=(17,), stop_sequences=[[11]])
+    assert_same(sample(one), sample(ids))
+
+
+def test_other_stop_sequences_compile_nothing(compile_counter: CompileCounter) -> None:
+    policy = small_policy("stop sequences")
+    own_params = policy.init(jax.random.key(0))
+    run = functools.partial(sample, policy=policy, params=own_params)
+    plain = dataclasses.replace(CONFIG, control="ar")
+    run(plain)
+    first = run(dataclasses.replace(plain, stop_sequences=((1, 2),)))
+    assert [name.split("(")[0] for name, _ in first.stats.compiled] == ["window"]
+    with compile_counter() as compiled:
+        for found in ([[3, 4, 5, 6]], [(1, 2), (2, 3), (4, 5, 6), (7, 7)]):
+            run(dataclasses.replace(plain, stop_sequences=found))
     assert compiled.count == 0, compiled
 
 
