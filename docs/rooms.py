@@ -24,6 +24,7 @@ TOGETHER = {
     "words": ("types", "arguments", "devices", "figures", "until"),
     "the policy": ("decoder", "drafter", "kv_cache", "products"),
     "a round": ("acceptance", "sampling", "steps"),
+    "what is asked": ("bias", "settings", "stops"),
     "a request": ("config", "request", "stats"),
     "checks and result": ("checks", "result", "resume"),
 }

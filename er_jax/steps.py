@@ -163,10 +163,8 @@ def decode_round(
                 position = state.length[:, None] + _offsets(gamma + 1)
                 noise = _token_noise(state, settings, logits, position)
                 emitted = sampling.draw(drawn_from, settings, noise, truncated)
-                logprobs = sampling.drawn_logprobs(
-                    bias.of_kind(logits, drawn_from, settings),
-                    emitted, settings, truncated,
-                )  # fmt: skip
+                logits = bias.of_kind(logits, drawn_from, settings)
+                logprobs = sampling.drawn_logprobs(logits, emitted, settings, truncated)
             else:
                 target = sampling.target_logprobs(drawn_from, settings, truncated)
     with jax.named_scope("accept"):

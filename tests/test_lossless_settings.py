@@ -183,6 +183,7 @@ def test_coupled_emits_the_targets_own_draws(gamma: int, x64: None) -> None:
     drafts: list[Params] = [
         toy_params(policy, seed=1),
         jax.tree.map(lambda x: np.full_like(x, np.nan), target),
+        target,
     ]
     rng = np.random.default_rng(0)
     rows = 32
@@ -196,12 +197,16 @@ def test_coupled_emits_the_targets_own_draws(gamma: int, x64: None) -> None:
         by_hand = hand_draws(full_table(target), prompts, 13, here, kinds, ids)
         np.testing.assert_array_equal(draws, by_hand)
         wanted = cut(draws, limits, (0, 3))
-        for draft in drafts[: 1 if gamma == 0 else 2]:
+        for draft in drafts if gamma else drafts[:1]:
             state = start_state(
                 policy, target, prompts, limits, cache_length=17, sequence_ids=ids
             )
-            state, _ = run("coupled", gamma, state, here, target, draft, policy=policy)
+            state, info = run(
+                "coupled", gamma, state, here, target, draft, policy=policy
+            )
             assert emitted_and_reasons(state) == wanted
+            if gamma and draft is target:
+                assert info.accepted[:gamma].sum() == 0, "it sees other settings"
         more = [
             len(tokens) - least[row]
             for row, (tokens, reason) in enumerate(wanted)
