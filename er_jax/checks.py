@@ -152,7 +152,7 @@ def check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
                     f"{name} holds {token}, outside the vocabulary 0 .. "
                     f"{vocab_size - 1}; it could never be sampled"
                 )
-    is_early = np.max(config.min_new_tokens) > 0
+    is_early = bool(config.stop_ids) and np.max(config.min_new_tokens) > 0
     banned = {*config.banned_ids, *(config.stop_ids if is_early else ())}
     if len(banned) == vocab_size:
         raise ValueError(

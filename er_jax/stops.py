@@ -26,7 +26,7 @@ def ends(
       tokens: int32 `[B, S]`, of the rows before the round. length: int32 `[B]`, those
         that are known.
       emitted: int32 `[B, T]`, that follow; up to the first end they must be right.
-      settings: with stop sequences `[K, L]`.
+      settings: with stop sequences `[F, W]`.
     """
     sequences, count = settings.stop_sequences, emitted.shape[1]
     longest = sequences.shape[1]
@@ -34,10 +34,10 @@ def ends(
     known = jnp.take_along_axis(tokens, jnp.maximum(before, 0), axis=1)
     known = jnp.where(before >= settings.begin[:, None], known, OUTSIDE)
     text = jnp.concatenate([known, emitted], axis=1)
-    # All parts of L tokens, `[B, T, L]`: the one that ends at each emitted token.
+    # All parts of W tokens, `[B, T, W]`: the one that ends at each emitted token.
     offsets = jnp.arange(count, dtype=jnp.int32)
     index = offsets[:, None] + jnp.arange(longest, dtype=jnp.int32)[None]
-    parts = jnp.take(text, index, axis=1)[:, :, None]
+    parts = jnp.take(text, index, axis=1, mode="clip")[:, :, None]
     wanted = sequences[None, None]
     is_same = jnp.all((parts == wanted) | (wanted == NONE), axis=-1)
     # A line of padding alone is no sequence.

@@ -5,6 +5,7 @@ Axis letters, used in every shape comment of the project:
     B rows            T positions in this call   S cache length      G gamma
     V vocabulary      L layers                   H heads             K key/value heads
     D head size       N sequences of a request   P distinct prompts  E stop ids
+    F stop sequences  W tokens of the longest of these
 
 A *row* is one index of the compiled batch; the scheduler calls the same index a *slot*.
 A *live* row is still generating. `-1` (`NONE`) is the only sentinel: an unused stop id,
@@ -221,7 +222,7 @@ class Sampling:
     logprob_kind: int32 `[]`, a `LogprobKind`.
     bias: None, or float32 `[2, V]`, added to the logits; the second line to those of a
       completion's first `min_new_tokens` tokens. -inf bans a token.
-    stop_sequences: None, or int32 `[K, L]`, padded in front with `NONE`.
+    stop_sequences: None, or int32 `[F, W]`, padded in front with `NONE`.
     begin: int32 `[B]`, the position of each completion's first token; None without bias
       and stop sequences.
     min_new_tokens: int32 `[B]`, tokens of a completion that no stop may be among; None

@@ -25,6 +25,7 @@ from er_jax.sampling import gumbel
 from er_jax.scheduler import batch
 from tests.conftest import CompileCount
 from tests.small import SIZES, small_policy
+from tests.test_mesh import Moving
 from tests.test_resume import Ending, assert_same
 from tests.toy import oracle_logprobs
 
@@ -237,10 +238,8 @@ def test_acceptance_is_learnt_at_the_mean(x64: None) -> None:
     assert controller.state_dict()["setting"] == [0.8, 2.4, 0.86, 0.02]
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [{"data": 2}, pytest.param({"data": 2, "model": 2}, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{"data": 2}, {"data": 2, "model": 2}])
 def test_on_a_mesh(shape: dict[str, int], x64: None) -> None:
     mesh = jax.make_mesh(tuple(shape.values()), tuple(shape))
     policy = er_jax.Decoder(
@@ -253,7 +252,10 @@ def test_on_a_mesh(shape: dict[str, int], x64: None) -> None:
     )  # fmt: skip
     run = functools.partial(sample, config, policy=policy, params=own_params)
     out = run()
-    assert_same(run(mesh=mesh), out)
+    controller = Moving("fixed:3", (3,), is_shared=True) if "model" in shape else None
+    found = run(mesh=mesh, controller=controller)
+    assert_same(found, out)
+    assert ("model" in shape) == any(m.shared_rows for m in found.stats.timeline)
     assert set(out.finish_reason.tolist()) == {"stop", "length"}
 
 
