@@ -399,8 +399,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "span that the window's name leaves out",
         "er_jax::Engine._window_name",
-        """return ("window", *sizes, *compiled_in, kind, program.span)""",
-        """return ("window", *sizes, *compiled_in, kind)""",
+        '("window", *sizes, *compiled_in, kind, program.span, *kinds(settings))',
+        '("window", *sizes, *compiled_in, kind, *kinds(settings))',
         (f"{SPANS}::test_a_program_of_spans_is_another_one",),
     ),
     PlantedBug(
