@@ -106,6 +106,7 @@ def prepare(
     if isinstance(params, PolicyParams) and params.draft is None and not is_drafting:
         params = params.policy
     arrays = checks.checked_prompts(prompts, policy.vocab_size)
+    checks.check_num_prompts(config, len(arrays))
     checks.check_result_fits(len(arrays), config)
     ids = checks.checked_sequence_ids(sequence_ids, len(arrays) * config.n)
     checks.check_token_ids(config, policy.vocab_size)

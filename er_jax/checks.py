@@ -6,6 +6,7 @@ Each raises a `ValueError` that names the argument, its value, the limit and the
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from er_jax import devices
 from er_jax.arguments import MOST, is_whole
-from er_jax.config import RolloutConfig, parse_control
+from er_jax.config import PER_PROMPT, RolloutConfig, parse_control
 from er_jax.control.protocol import ControllerProtocol
 from er_jax.drafter import (
     DrafterConfig,
@@ -116,25 +117,48 @@ def checked_sequence_ids(ids: Sequence[int] | None, count: int) -> np.ndarray:
 def check_result_fits(num_prompts: int, config: RolloutConfig) -> None:
     """Check that the arrays of the result fit in the host's memory."""
     width = 4 + 4 + 1  # token, log-probability, mask
-    size = num_prompts * config.n * config.max_new_tokens * width
+    size = num_prompts * config.n * config.most_new_tokens * width
     limit = devices.host_memory_bytes()
     if limit is not None and size > limit:
         raise ValueError(
             f"n={config.n} completions of each of {num_prompts} prompts, of "
-            f"max_new_tokens={config.max_new_tokens}, are {size / 1e9:.1f} GB of "
+            f"max_new_tokens={config.most_new_tokens}, are {size / 1e9:.1f} GB of "
             f"results, and the host has {limit / 1e9:.1f} GB; sample them in several "
             "calls, with other sequence_ids in each"
         )
 
 
+def check_num_prompts(config: RolloutConfig, num_prompts: int) -> None:
+    """Refuse settings of single prompts that are for another number of prompts."""
+    if config.num_prompts not in (None, num_prompts):
+        names = [n for n in PER_PROMPT if isinstance(getattr(config, n), tuple)]
+        raise ValueError(
+            f"{', '.join(names)} of {config.num_prompts} prompts, and there are "
+            f"{num_prompts}; give one value for each prompt, or one number for all"
+        )
+
+
 def check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
-    """Refuse stop tokens outside of the vocabulary."""
-    for token in config.stop_token_ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"stop_token_ids holds {token}, outside the vocabulary 0 .. "
-                f"{vocab_size - 1}; it could never be sampled"
-            )
+    """Refuse tokens outside of the vocabulary, and a ban of all that could be drawn."""
+    for name, tokens in (
+        ("stop_token_ids", config.stop_token_ids),
+        ("stop_sequences", tuple(itertools.chain(*config.stop_sequences))),
+        ("banned_ids", config.banned_ids),
+        ("logit_bias", tuple(dict(config.logit_bias))),
+    ):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{name} holds {token}, outside the vocabulary 0 .. "
+                    f"{vocab_size - 1}; it could never be sampled"
+                )
+    is_early = bool(config.stop_ids) and np.max(config.min_new_tokens) > 0
+    banned = {*config.banned_ids, *(config.stop_ids if is_early else ())}
+    if len(banned) == vocab_size:
+        raise ValueError(
+            f"banned_ids{' and stop_token_ids (min_new_tokens)' if is_early else ''} "
+            f"leave none of {vocab_size} tokens to be sampled; ban fewer"
+        )
 
 
 def check_length(
@@ -143,13 +167,13 @@ def check_length(
     """Refuse prompts that exceed the policy's context with their completion."""
     if max_length is None:
         return
-    for index, prompt in enumerate(prompts):
-        if len(prompt) + config.max_new_tokens > max_length:
+    limits = config.of_sequences("max_new_tokens", len(prompts))[:: config.n].tolist()
+    for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if len(prompt) + limit > max_length:
             raise ValueError(
                 f"prompts[{index}] has {len(prompt)} tokens, which with max_new_tokens="
-                f"{config.max_new_tokens} exceeds the policy's {max_length} positions; "
-                f"shorten it to {max(max_length - config.max_new_tokens, 0)} tokens or "
-                "lower max_new_tokens"
+                f"{limit} exceeds the policy's {max_length} positions; shorten it to "
+                f"{max(max_length - limit, 0)} tokens or lower max_new_tokens"
             )
 
 

@@ -82,12 +82,12 @@ def request_of(
     starts = {s: len(unique[prompt_of[s]]) for s in waiting}
     bucket = power_of_two(max(starts.values(), default=1), MIN_PROMPT_BUCKET)
     num_begun = {sequence: len(tokens) for sequence, tokens in begun.items()}
-    longest = bucket + config.max_new_tokens
+    limits = config.of_sequences("max_new_tokens", len(prompts))
+    longest = bucket + config.most_new_tokens
     if begun:
         # A row needs no room for the tokens that it has twice.
         ends = [
-            start + config.max_new_tokens - num_begun.get(s, 0)
-            for s, start in starts.items()
+            start + int(limits[s]) - num_begun.get(s, 0) for s, start in starts.items()
         ]
         longest = max(bucket, *ends)
     step = 64 if longest <= 512 else 128
@@ -101,7 +101,7 @@ def request_of(
         prompts=unique,
         prompt_of=prompt_of,
         sequence_ids=sequence_ids,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=config.most_new_tokens,
         slots=-(-slots // num_shards) * num_shards,
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
@@ -110,6 +110,7 @@ def request_of(
         group=config.n,
         ended=frozenset(ended),
         num_begun=num_begun,
+        limits=limits if isinstance(config.max_new_tokens, tuple) else None,
     )
 
 
@@ -167,8 +168,8 @@ def offered_views(views: Sequence[View], cache_length: int, gamma: int) -> list[
     ]
 
 
-def sampling_of(config: RolloutConfig, key: jax.Array | np.ndarray) -> Sampling:
-    """Return the traced settings of a config and a key.
+def noise_key(key: jax.Array | np.ndarray) -> np.ndarray:
+    """Return the words that noise is folded from, uint32 `[2]`.
 
     Raises:
       ValueError: `key` is not one random key.
@@ -185,17 +186,81 @@ def sampling_of(config: RolloutConfig, key: jax.Array | np.ndarray) -> Sampling:
     if data.shape != (2,):
         # The key of another generator: two words drawn with it become the noise key.
         data = np.asarray(jax.random.bits(key, (2,), np.uint32))
-    stops = list(dict.fromkeys(config.stop_token_ids))
+    return data.astype(np.uint32)
+
+
+def sampling_of(
+    config: RolloutConfig, key: jax.Array | np.ndarray, vocab_size: int
+) -> Sampling:
+    """Return the traced settings of a config and a key.
+
+    Settings that differ between prompts are `[N]`, and completions begin at 0; see
+    `settings.of_rows`.
+
+    Raises:
+      ValueError: `key` is not one random key.
+    """
+    stops = list(config.stop_ids)
     num_stops = power_of_two(max(len(stops), 1), 8)
     return Sampling(
-        key=data.astype(np.uint32),
-        temperature=np.float32(config.temperature),
-        top_k=np.int32(min(config.top_k, 2**31 - 1)),
-        top_p=np.float32(config.top_p),
-        min_p=np.float32(config.min_p),
+        key=noise_key(key),
+        **_numbers(config),
         stop_ids=np.array(stops + [NONE] * (num_stops - len(stops)), np.int32),
         logprob_kind=np.int32(LOGPROB_KINDS.index(config.logprobs)),
+        **_bounds(config, vocab_size),
     )
+
+
+def _bounds(config: RolloutConfig, vocab_size: int) -> dict[str, np.ndarray]:
+    """Return the fields of bias and bounds of stops; none where nothing needs them."""
+    least = np.asarray(config.min_new_tokens, np.int32)
+    sequences = [tokens for tokens in config.stop_sequences if len(tokens) > 1]
+    found: dict[str, np.ndarray] = {}
+    if config.is_biased:
+        found["bias"] = _bias(config, vocab_size)
+    if sequences:
+        longest = power_of_two(max(map(len, sequences)), 4)
+        shape = (power_of_two(len(sequences), 4), longest)
+        found["stop_sequences"] = np.full(shape, NONE, np.int32)
+        for line, tokens in zip(found["stop_sequences"], sequences, strict=False):
+            line[-len(tokens) :] = tokens
+    if not found:
+        return {}
+    if least.ndim:
+        least = np.repeat(least, config.n)
+    return found | {"begin": np.array(0, np.int32), "min_new_tokens": least}
+
+
+def _bias(config: RolloutConfig, vocab_size: int) -> np.ndarray:
+    """Return what is added to logits, `[2, V]`; see `types.Sampling`."""
+    bias = np.zeros((2, vocab_size), np.float32)
+    for token, value in dict(config.logit_bias).items():
+        bias[:, token] = value
+    bias[:, list(config.banned_ids)] = -np.inf
+    bias[1, list(config.stop_ids)] = -np.inf
+    return bias
+
+
+def _numbers(config: RolloutConfig) -> dict[str, np.ndarray]:
+    """Return the settings of the distribution, `[]`, or `[N]` where prompts differ.
+
+    Then all of them are `[N]`, so that there is one more kind of program and not many;
+    but top-k and top-p only where one is on.
+    """
+    names = ("temperature", "top_k", "top_p", "min_p")
+    dtypes = (np.float32, np.int32, np.float32, np.float32)
+    found = {
+        name: np.asarray(getattr(config, name), dtype)
+        for name, dtype in zip(names, dtypes, strict=True)
+    }
+    count = config.num_prompts
+    if count is None or not any(x.ndim for x in found.values()):
+        return found
+    is_truncated = (found["top_k"] > 0).any() or (found["top_p"] < 1).any()
+    for name, x in found.items():
+        is_off = name in ("top_k", "top_p") and not is_truncated
+        found[name] = x.max() if is_off else config.of_sequences(name, count, x.dtype)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +270,7 @@ class Request:
     prompts: the distinct prompts, int32 arrays; that of a sequence which goes on ends
       with its tokens so far.
     prompt_of: int `[N]`, index into `prompts` for each sequence.
-    sequence_ids: int `[N]`. max_new_tokens: limit of each completion in tokens.
+    sequence_ids: int `[N]`. max_new_tokens: limit of a completion in tokens.
     slots: rows of the full batch.
     cache_lengths: lengths the cache may have, ascending; the last holds any row.
     prompt_bucket: T, tokens of a prefilled prompt, padding included.
@@ -217,6 +282,7 @@ class Request:
     num_begun: tokens of a completion that are part of its prompt, by sequence.
     ring_slots: of the shortest ring in the policy's cache; None where no row goes past
       one.
+    limits: int `[N]`, the limit of each completion; None where it is the same for all.
     """
 
     prompts: Sequence[np.ndarray]
@@ -233,6 +299,7 @@ class Request:
     ended: Collection[int] = frozenset()
     num_begun: Mapping[int, int] = dataclasses.field(default_factory=dict)
     ring_slots: int | None = None
+    limits: np.ndarray | None = None
 
     def views_at(self, cache_length: int, gamma: int) -> list[View]:
         """Return the drafts that a program may run; see `offered_views`."""
@@ -240,8 +307,21 @@ class Request:
 
     def limit(self, sequence: int) -> int:
         """Return the length in tokens at which a sequence ends, prompt included."""
+        limits = self.limits
+        own = self.max_new_tokens if limits is None else int(limits[sequence])
+        return self.begin(sequence) + own
+
+    def begin(self, sequence: int) -> int:
+        """Return the position of the first token of a completion."""
         known = len(self.prompts[self.prompt_of[sequence]])
-        return known + self.max_new_tokens - self.num_begun.get(sequence, 0)
+        return known - self.num_begun.get(sequence, 0)
+
+    def with_begins(self, settings: Sampling) -> Sampling:
+        """Return settings with the position where each completion begins, if used."""
+        if settings.begin is None:
+            return settings
+        begins = [self.begin(s) for s in range(len(self.prompt_of))]
+        return dataclasses.replace(settings, begin=np.array(begins, np.int32))
 
     @property
     def waiting(self) -> list[int]:

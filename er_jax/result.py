@@ -146,8 +146,9 @@ def assemble(
         prompt = prompts[row // config.n]
         prompt_ids[row, width - len(prompt) :] = prompt
         prompt_mask[row, width - len(prompt) :] = True
-    completion_ids = np.zeros((count, config.max_new_tokens), np.int32)
-    logprobs = np.zeros((count, config.max_new_tokens), np.float32)
+    longest = config.most_new_tokens
+    completion_ids = np.zeros((count, longest), np.int32)
+    logprobs = np.zeros((count, longest), np.float32)
     lengths, reasons = np.zeros((2, count), np.int32)
     assert len(completions) == count or agreement.is_spread
     for row, completion in completions.items():
@@ -160,11 +161,11 @@ def assemble(
     completion_ids, logprobs, lengths, reasons = map(
         agreement.sum, (completion_ids, logprobs, lengths, reasons)
     )
-    completion_mask = np.arange(config.max_new_tokens)[None] < lengths[:, None]
+    completion_mask = np.arange(longest)[None] < lengths[:, None]
     completion_ids = np.where(completion_mask, completion_ids, np.int32(config.pad_id))
     versions = np.where(completion_mask, np.int32(version), np.int32(NONE))
     if earlier is not None:
-        known = min(config.max_new_tokens, earlier.version.shape[1])
+        known = min(longest, earlier.version.shape[1])
         old = earlier.version[:, :known]
         versions[:, :known] = np.where(old == NONE, versions[:, :known], old)
     return Rollout(

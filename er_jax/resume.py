@@ -67,11 +67,12 @@ def earlier_rollout(
             raise ValueError(
                 f"resume has another prompt than the request in row {row}; {remedy}"
             )
-    longest = int(found.lengths.max(initial=0))
-    if longest > config.max_new_tokens:
+    limits = config.of_sequences("max_new_tokens", len(prompts))
+    if (found.lengths > limits).any():
+        row = int(np.argmax(found.lengths - limits))
         raise ValueError(
-            f"max_new_tokens={config.max_new_tokens} counts all tokens of a "
-            f"completion, and resume holds one of {longest}; raise it"
+            f"max_new_tokens={limits[row]} counts all tokens of a completion, and "
+            f"resume holds one of {found.lengths[row]}; raise it"
         )
     ids = found.completion_ids[found.completion_mask]
     if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
@@ -96,10 +97,13 @@ def completions_of(
     """
     ended: dict[int, Completion] = {}
     begun: dict[int, Completion] = {}
+    limits = config.of_sequences(
+        "max_new_tokens", len(earlier.sequence_ids) // config.n
+    )
     for row, reason in enumerate(earlier.finish_reason.tolist()):
         length = int(earlier.lengths[row])
         goes_on = reason in (LENGTH, UNFINISHED)
-        if goes_on and length == config.max_new_tokens:
+        if goes_on and length == limits[row]:
             goes_on, reason = False, LENGTH
         completion = Completion(
             token_ids=earlier.completion_ids[row, :length].copy(),

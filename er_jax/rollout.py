@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from er_jax import checks
@@ -37,7 +38,7 @@ from er_jax.costs import store
 from er_jax.drafter import PolicyParams, attach_draft
 from er_jax.engine.digests import tree_digest
 from er_jax.journal import Journal
-from er_jax.request import Request, row_buckets, sampling_of
+from er_jax.request import Request, noise_key, row_buckets, sampling_of
 from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
 from er_jax.stats import RolloutStats
@@ -176,7 +177,7 @@ def sample(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own_jax_settings())
         start_s, stats = time.perf_counter(), RolloutStats()
-        settings = sampling_of(config, key)
+        words = noise_key(key)
         checks.check_version(version, until)
         kept = None
         if journal is not None:
@@ -192,9 +193,10 @@ def sample(
             mesh,
             resume,
             kept,
-            settings.key,
+            words,
         )
         engine, controller, request = call.engine, call.controller, call.request
+        settings = sampling_of(config, words, policy.vocab_size)
         num_compiled, compiled_s = len(engine.compiled_here), engine.compile_s
         with stats.timed("check", lambda: engine.compile_s):
             checks.check_finite(engine.find_nonfinite(call.policy_params))
@@ -309,7 +311,7 @@ def compile_ahead(
             is_drafting = any(program.gamma for program in wanted)
             shapes_of = jax.eval_shape(make, params) if is_drafting else None
             params = shapes_of or PolicyParams(policy=params, draft=None)
-        settings = sampling_of(config, jax.random.key(0))
+        settings = sampling_of(config, jax.random.key(0), policy.vocab_size)
         call.engine.compile_windows(params, settings, wanted, progress=progress)
     return wanted
 
@@ -373,8 +375,14 @@ def profiled(
 
 
 def _setting(config: RolloutConfig) -> tuple[float, ...]:
-    """Return the sampling settings that acceptance depends on."""
-    return config.temperature, config.top_k, config.top_p, config.min_p
+    """Return the sampling settings that acceptance depends on.
+
+    Of single prompts, their mean to two digits: acceptance is that of the batch.
+    """
+    values = (config.temperature, config.top_k, config.top_p, config.min_p)
+    return tuple(
+        float(f"{np.mean(x):.2g}") if isinstance(x, tuple) else x for x in values
+    )
 
 
 def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:

@@ -1,9 +1,10 @@
 """From logits to a draw: the target distribution, the noise, log-probabilities.
 
-Target and draft use the same transform: temperature, then top-k, top-p and min-p. All
-settings are traced arrays (`types.Sampling`). A draw is the argmax of log-probability
-plus Gumbel noise. The noise is a pure function of (key, sequence id, position, purpose,
-token) and never depends on row, round or gamma; that makes rollouts replayable.
+Target and draft use the same transform: a bias (`bias`), temperature, then top-k, top-p
+and min-p. All settings are traced arrays (`types.Sampling`). A draw is the argmax of
+log-probability plus Gumbel noise. The noise is a pure function of (key, sequence id,
+position, purpose, token) and never depends on row, round or gamma; that makes rollouts
+replayable.
 
 Left out: penalties and logit processors that read earlier tokens.
 
@@ -21,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from er_jax.bias import biased
+from er_jax.settings import beside
 from er_jax.types import LogprobKind, Purpose, Sampling
 
 # Log-probability of a token that cannot be drawn. It is finite, so that sums and
@@ -55,7 +58,7 @@ def _temperature_scaled(
     the others may go to -inf.
     """
     one = jnp.ones((), values.dtype)
-    temperature = sampling.temperature.astype(values.dtype)
+    temperature = beside(sampling.temperature, values).astype(values.dtype)
     temperature = jnp.where(temperature == 0, one, temperature)
     return _below_best(values, best) / temperature
 
@@ -135,7 +138,15 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
     A threshold keeps every token that ties with the last one kept, so the kept set is a
     function of the scores alone, and not of a sort's order among equals.
     """
-    top_k = jnp.minimum(sampling.top_k, jnp.int32(scores.shape[-1]))
+    chosen_k, chosen_p = (beside(x, scores) for x in (sampling.top_k, sampling.top_p))
+    top_k = jnp.minimum(chosen_k, jnp.int32(scores.shape[-1]))
+
+    def where_on(is_on: jax.Array, find: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Return the thresholds of rows with a setting on, and of the others none."""
+        if not jnp.ndim(is_on):
+            return lax.cond(is_on, find, all_of, scores)
+        found = lax.cond(jnp.any(is_on), find, all_of, scores)
+        return jnp.where(is_on, found, all_of(scores))
 
     def count(scores: jax.Array, last: jax.Array) -> jax.Array:
         kept = _keys(scores) <= last
@@ -147,7 +158,7 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
     def all_of(scores: jax.Array) -> jax.Array:
         return ~jnp.zeros_like(_keys(scores[..., :1]))
 
-    by_rank = lax.cond(sampling.top_k > 0, by_count, all_of, scores)
+    by_rank = where_on(chosen_k > 0, by_count)
 
     def mass(scores: jax.Array, last: jax.Array) -> jax.Array:
         kept = _keys(scores) <= jnp.minimum(last, by_rank)
@@ -155,21 +166,22 @@ def _truncated(scores: jax.Array, sampling: Sampling) -> jax.Array:
         return jnp.sum(jnp.where(kept, jnp.exp(scores), zero), -1, keepdims=True)
 
     def by_mass(scores: jax.Array) -> jax.Array:
-        wanted = mass(scores, by_rank) * sampling.top_p.astype(scores.dtype)
+        wanted = mass(scores, by_rank) * chosen_p.astype(scores.dtype)
         return _threshold(scores, lambda scores, last: mass(scores, last) >= wanted)
 
-    nucleus = lax.cond(sampling.top_p < 1, by_mass, all_of, scores)
+    nucleus = where_on(chosen_p < 1, by_mass)
     is_kept = _keys(scores) <= jnp.minimum(by_rank, nucleus)
     return jnp.where(is_kept, scores, jnp.asarray(NEVER, scores.dtype))
 
 
 def is_truncated(sampling: Sampling) -> bool:
-    """Whether top-k or top-p is on, for settings on the host.
+    """Whether top-k or top-p is on for any row, for settings on the host.
 
     It decides which of two programs runs (`truncated` below): the search for thresholds
-    in a conditional would have a GPU wait for the host in every pass.
+    in a conditional would have a GPU wait for the host in every pass. Rows have a top-k
+    or top-p of their own only where one is on for some row of the request.
     """
-    return bool(sampling.top_k > 0 or sampling.top_p < 1)
+    return bool(jnp.ndim(sampling.top_k) or sampling.top_k > 0 or sampling.top_p < 1)
 
 
 def _kept_scores(logits: jax.Array, sampling: Sampling, truncated: bool) -> jax.Array:
@@ -178,7 +190,7 @@ def _kept_scores(logits: jax.Array, sampling: Sampling, truncated: bool) -> jax.
     if truncated:
         scores = _truncated(scores, sampling)
     # Scores are relative to the maximum, so min-p is a threshold at log(min_p).
-    floor = jnp.log(sampling.min_p.astype(scores.dtype))
+    floor = jnp.log(beside(sampling.min_p, scores).astype(scores.dtype))
     return jnp.where(scores >= floor, scores, jnp.asarray(NEVER, scores.dtype))
 
 
@@ -207,7 +219,7 @@ def target_logprobs(
         jnp.zeros((), logprobs.dtype),
         jnp.asarray(NEVER, logprobs.dtype),
     )
-    return jnp.where(sampling.temperature == 0, greedy, logprobs)
+    return jnp.where(beside(sampling.temperature, logits) == 0, greedy, logprobs)
 
 
 def is_distribution(logits: jax.Array) -> jax.Array:
@@ -232,7 +244,8 @@ def draw(
         `target_logprobs`.
     """
     scores = _kept_scores(logits, sampling, truncated)
-    noised = jnp.where(sampling.temperature == 0, scores, scores + noise)
+    is_greedy = beside(sampling.temperature, logits) == 0
+    noised = jnp.where(is_greedy, scores, scores + noise)
     return jnp.argmax(noised, axis=-1).astype(jnp.int32)
 
 
@@ -252,7 +265,7 @@ def drawn_logprobs(
     scores = _scores_of_kind(logits, sampling, truncated)
     # A drawn token is a kept one.
     logprobs = _of_tokens(logits, tokens, sampling) - _log_total(scores)[..., 0]
-    is_certain = _is_certain(sampling)
+    is_certain = _is_certain(sampling, logprobs)
     return jnp.where(is_certain, jnp.zeros_like(logprobs), logprobs).astype(jnp.float32)
 
 
@@ -315,10 +328,10 @@ def _score(
     entropy = jnp.log(total) - mean
 
     is_raw = sampling.logprob_kind == LogprobKind.RAW
-    temperature = sampling.temperature.astype(logits.dtype)
+    temperature = beside(sampling.temperature, logits).astype(logits.dtype)
     is_scaled = ~is_raw & (temperature != 0)
     scale = one / jnp.where(is_scaled, temperature, one)
-    is_certain = _is_certain(sampling)
+    is_certain = _is_certain(sampling, logits)
     scale = jnp.where(is_certain, zero, scale)
     chance = jnp.where(is_own, weights + added, weights) / (total + added)
     slopes = (
@@ -330,10 +343,13 @@ def _score(
     return (logprobs, entropy), slopes
 
 
-def _is_certain(sampling: Sampling) -> jax.Array:
-    """Whether tokens have probability 1: greedy decoding draws from one token."""
+def _is_certain(sampling: Sampling, values: jax.Array) -> jax.Array:
+    """Whether tokens have probability 1: greedy decoding draws from one token.
+
+    values: `[B, ...]`, that the result is to broadcast against.
+    """
     is_processed = sampling.logprob_kind == LogprobKind.PROCESSED
-    return is_processed & (sampling.temperature == 0)
+    return is_processed & (beside(sampling.temperature, values) == 0)
 
 
 def _scores_of_kind(
@@ -500,4 +516,4 @@ def noised_logprobs(
       `[..., V]`.
     """
     noise = gumbel(sampling, sequence_id, position, logits.shape[-1], logits.dtype)
-    return target_logprobs(logits, sampling) + noise
+    return target_logprobs(biased(logits, sampling, position), sampling) + noise

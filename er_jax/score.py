@@ -8,6 +8,7 @@ Left out: losses and advantages, and how the memory is bounded (`engine.scores`)
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
@@ -21,7 +22,8 @@ from er_jax.config import RolloutConfig
 from er_jax.drafter import PolicyParams
 from er_jax.engine.scores import scored
 from er_jax.request import sampling_of
-from er_jax.types import Array, Params, Policy
+from er_jax.settings import rows_own, without_bounds
+from er_jax.types import Array, Params, Policy, Sampling
 
 
 class Completions(Protocol):
@@ -86,10 +88,11 @@ def score(
 
     * "raw": the model's own.
     * "temperature": after the temperature; temperature 0 counts as 1.
-    * "processed": what is sampled, truncated by the same functions. A token that these
-      parameters would leave out, because they have moved or because a bound was met
-      within rounding, counts as kept beside the others: its log-probability is finite,
-      with a gradient. At temperature 0 all are 0, and so are all gradients.
+    * "processed": what is sampled, biased and truncated by the same functions. A token
+      that these parameters would leave out, because they have moved or because a bound
+      was met within rounding, counts as kept beside the others: its log-probability is
+      finite, with a gradient. At temperature 0 all are 0, and so are all gradients. A
+      banned token has -1e30.
 
     Args:
       policy: the model; see `Policy`.
@@ -97,8 +100,9 @@ def score(
       rollout: a `Rollout`, a part of one made by `jax.tree.map`, or whatever has its
         arrays prompt_ids, prompt_mask, completion_ids, completion_mask and lengths. On
         the host, on devices, or traced.
-      config: the settings of the rollout. Only temperature, top_k, top_p, min_p and
-        logprobs are read.
+      config: the settings of the rollout. Only logprobs, temperature, top_k, top_p,
+        min_p and what is added to logits are read. Where these differ between prompts,
+        give the whole rollout, or `config.of_prompts(...)` with those of a part.
       entropy: whether to return entropies.
       chunk_tokens: bounds the memory. Rows are taken in chunks of at most this many
         tokens, padding included, but no less than one row; logits exist for a fourth of
@@ -129,18 +133,36 @@ def score(
     check_whole("chunk_tokens", chunk_tokens)
     if isinstance(params, PolicyParams):
         params = params.policy
-    settings = sampling_of(config, np.zeros(2, np.uint32))
+    if config.is_biased:
+        checks.check_token_ids(config, policy.vocab_size)
+    completions = _checked(rollout)
+    settings = sampling_of(config, np.zeros(2, np.uint32), policy.vocab_size)
+    if config.logprobs != "processed" or settings.bias is None:
+        settings = without_bounds(settings)
+    settings = dataclasses.replace(settings, stop_sequences=None)
+    _check_rows(config, settings, len(completions[0]))
     is_truncated = config.logprobs == "processed" and sampling.is_truncated(settings)
     found = scored(
         policy,
         params,
-        _checked(rollout),
+        completions,
         settings,
         truncated=is_truncated,
         entropy=bool(entropy),
         chunk_tokens=int(chunk_tokens),
     )
     return Scores(*found)
+
+
+def _check_rows(config: RolloutConfig, settings: Sampling, num_rows: int) -> None:
+    """Refuse settings of single prompts for another number of completions."""
+    wanted = {len(own) for own in rows_own(settings).values()} - {num_rows}
+    if wanted:
+        raise ValueError(
+            f"config has settings of {config.num_prompts} prompts, which with n="
+            f"{config.n} are {wanted.pop()} completions, and rollout has {num_rows}; "
+            "give the whole rollout, or config.of_prompts(...) of these prompts"
+        )
 
 
 _ARRAYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "lengths")

@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax import acceptance, kv_cache, sampling
+from er_jax import acceptance, bias, kv_cache, sampling, stops
 from er_jax.acceptance import AcceptRule
 from er_jax.drafter import PolicyParams, draft_params
 from er_jax.types import (
@@ -154,17 +154,19 @@ def decode_round(
             policy, params.policy, state, tokens, positions, is_any
         )
         logits = policy.logits(params.policy, hidden)
-        is_finite = sampling.is_distribution(logits)
+        drawn_from = _biased(state, settings, logits)
+        is_finite = sampling.is_distribution(drawn_from)
         # `_emit` drops tokens of bad logits.
         with jax.named_scope("sample"):
             if accept == "coupled":
                 # The target's draws are emitted; drafts only say how many.
                 position = state.length[:, None] + _offsets(gamma + 1)
                 noise = _token_noise(state, settings, logits, position)
-                emitted = sampling.draw(logits, settings, noise, truncated)
+                emitted = sampling.draw(drawn_from, settings, noise, truncated)
+                logits = bias.of_kind(logits, drawn_from, settings)
                 logprobs = sampling.drawn_logprobs(logits, emitted, settings, truncated)
             else:
-                target = sampling.target_logprobs(logits, settings, truncated)
+                target = sampling.target_logprobs(drawn_from, settings, truncated)
     with jax.named_scope("accept"):
         if accept == "coupled":
             num_accepted = acceptance.coupled_num_accepted(drafted, emitted)
@@ -291,6 +293,7 @@ def _draft(
         positions = _positions(state, depth[None, None])
         hidden, cache = policy.forward(draft, token[:, None], positions, cache)
         logits = policy.logits(draft, hidden)[:, 0]
+        logits = _biased(state, settings, logits, depth)
         with jax.named_scope("sample"):
             # A broken draft proposes uniformly.
             position = state.length + depth
@@ -312,6 +315,27 @@ def _draft(
     state = dataclasses.replace(state, **{name: cache})
     tokens, *logprobs = (jnp.moveaxis(x, 0, 1) for x in out)
     return state, tokens, logprobs[0] if logprobs else None
+
+
+def _biased(
+    state: DecodeState,
+    settings: Sampling,
+    logits: jax.Array,
+    depth: jax.Array | None = None,
+) -> jax.Array:
+    """Return the logits that tokens are drawn from.
+
+    Args:
+      logits: `[B, V]` after `depth` drafts, int32 `[]`; or `[B, T, V]`, after none to
+        T - 1 drafts.
+    """
+    if settings.bias is None:
+        return logits
+    if depth is None:
+        position = state.length[:, None] + _offsets(logits.shape[1])
+    else:
+        position = state.length + depth
+    return bias.biased(logits, settings, position)
 
 
 def _token_noise(
@@ -380,6 +404,8 @@ def _emit(
     """End the emitted tokens at stops, limits and bad logits, and advance the rows."""
     offsets = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
     is_stop = jnp.any(emitted[..., None] == settings.stop_ids[None, None], axis=-1)
+    if settings.stop_sequences is not None:
+        is_stop |= stops.ends(state.tokens, state.length, emitted, settings)
     first_stop = jnp.min(
         jnp.where(is_stop, offsets, jnp.int32(emitted.shape[1])), axis=-1
     )

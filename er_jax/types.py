@@ -5,6 +5,7 @@ Axis letters, used in every shape comment of the project:
     B rows            T positions in this call   S cache length      G gamma
     V vocabulary      L layers                   H heads             K key/value heads
     D head size       N sequences of a request   P distinct prompts  E stop ids
+    F stop sequences  W tokens of the longest of these
 
 A *row* is one index of the compiled batch; the scheduler calls the same index a *slot*.
 A *live* row is still generating. `-1` (`NONE`) is the only sentinel: an unused stop id,
@@ -208,13 +209,24 @@ class Ring:
 class Sampling:
     """The sampling settings as traced arrays: changing one compiles nothing.
 
+    Temperature and min-p are `[]`, or `[B]` where rows have their own; top-k and top-p
+    are then `[B]` as well, unless both are off for all rows. What is None is not in the
+    program.
+
     key: uint32 `[2]`, the threefry key data all noise is folded from.
-    temperature: float32 `[]`, >= 0; 0 is greedy.
-    top_k: int32 `[]`, 0 is off.
-    top_p: float32 `[]` in (0, 1], 1 is off.
-    min_p: float32 `[]` in [0, 1], 0 is off.
+    temperature: float32 `[]` or `[B]`, >= 0; 0 is greedy.
+    top_k: int32 `[]` or `[B]`, 0 is off.
+    top_p: float32 `[]` or `[B]` in (0, 1], 1 is off.
+    min_p: float32 `[]` or `[B]` in [0, 1], 0 is off.
     stop_ids: int32 `[E]`, padded with `NONE`.
     logprob_kind: int32 `[]`, a `LogprobKind`.
+    bias: None, or float32 `[2, V]`, added to the logits; the second line to those of a
+      completion's first `min_new_tokens` tokens. -inf bans a token.
+    stop_sequences: None, or int32 `[F, W]`, padded in front with `NONE`.
+    begin: int32 `[B]`, the position of each completion's first token; None without bias
+      and stop sequences.
+    min_new_tokens: int32 `[B]`, tokens of a completion that no stop may be among; None
+      as `begin`.
     """
 
     key: Array
@@ -224,6 +236,10 @@ class Sampling:
     min_p: Array
     stop_ids: Array
     logprob_kind: Array
+    bias: Array = None
+    stop_sequences: Array = None
+    begin: Array = None
+    min_new_tokens: Array = None
 
 
 @struct.dataclass

@@ -33,6 +33,8 @@ SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
 STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
+SETTINGS = "tests/test_settings.py"
+LOSSLESS_SETTINGS = "tests/test_lossless_settings.py"
 LOWERING = "tests/test_lowering.py"
 SCORE_TESTS = "tests/test_score.py"
 SCORES = f"{SCORE_TESTS}::test_scores_are_the_rollouts_own"
@@ -208,14 +210,14 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "greedy decoding with noise",
         "er_jax::draw",
-        "noised = jnp.where(sampling.temperature == 0, scores, scores + noise)",
+        "noised = jnp.where(is_greedy, scores, scores + noise)",
         "noised = scores + noise",
         ("tests/test_sampling.py::test_draws_are_the_best_of_logprobs_plus_noise",),
     ),
     PlantedBug(
         "log-probability of a certain token normalised",
         "er_jax::drawn_logprobs",
-        "is_certain = _is_certain(sampling)",
+        "is_certain = _is_certain(sampling, logprobs)",
         "is_certain = jnp.zeros((), jnp.bool_)",
         ("tests/test_sampling.py::test_draws_are_the_best_of_logprobs_plus_noise",),
     ),
@@ -262,9 +264,9 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "scores before the temperature",
         "er_jax::score",
-        "settings = sampling_of(config, np.zeros(2, np.uint32))",
+        "settings = sampling_of(config, np.zeros(2, np.uint32), policy.vocab_size)",
         """
-        settings = sampling_of(config, np.zeros(2, np.uint32))
+        settings = sampling_of(config, np.zeros(2, np.uint32), policy.vocab_size)
         settings = settings.replace(temperature=np.float32(1))
         """,
         (f"{SCORES}[temperature]",),
@@ -398,8 +400,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "span that the window's name leaves out",
         "er_jax::Engine._window_name",
-        """return ("window", *sizes, *compiled_in, kind, program.span)""",
-        """return ("window", *sizes, *compiled_in, kind)""",
+        '("window", *sizes, *compiled_in, kind, program.span, *kinds(settings))',
+        '("window", *sizes, *compiled_in, kind, *kinds(settings))',
         (f"{SPANS}::test_a_program_of_spans_is_another_one",),
     ),
     PlantedBug(
@@ -423,12 +425,97 @@ BUGS: tuple[PlantedBug, ...] = (
         "first_s",
         (f"{DRAFTS}::test_a_draft_that_never_ran_is_predicted_by_its_bytes",),
     ),
+    # -- what a request may say
+    PlantedBug(
+        "settings of rows stay where they are when rows move",
+        "er_jax::Batch.start_window",
+        "of_rows(self.settings, self.rows.sequence)",
+        "of_rows(self.settings, np.arange(len(self.rows)))",
+        (f"{SETTINGS}::test_each_prompt_has_its_own[not truncated-best]",),
+    ),
+    PlantedBug(
+        "rows without top-p lose what rounding hides",
+        "er_jax::_truncated",
+        "jnp.where(is_on, found, all_of(scores))",
+        "found",
+        ("tests/test_sampling.py::test_rows_with_settings_of_their_own",),
+    ),
+    PlantedBug(
+        "limits of prompts are that of the first",
+        "er_jax::Request.limit",
+        "int(limits[sequence])",
+        "int(limits[0])",
+        (f"{SETTINGS}::test_each_prompt_has_its_own[not truncated-ar]",),
+    ),
+    PlantedBug(
+        "bias in the verification only",
+        "er_jax::_draft",
+        "logits = _biased(state, settings, logits, depth)",
+        "",
+        (f"{LOSSLESS_SETTINGS}::test_coupled_emits_the_targets_own_draws[4]",),
+    ),
+    PlantedBug(
+        "bias in the draft only",
+        "er_jax::decode_round",
+        "drawn_from = _biased(state, settings, logits)",
+        "drawn_from = logits",
+        (f"{LOSSLESS_SETTINGS}::test_every_outcome_of_a_round[token]",),
+    ),
+    PlantedBug(
+        "bias in log-probabilities of all kinds",
+        "er_jax::of_kind",
+        "jnp.where(is_processed, drawn, logits)",
+        "drawn",
+        (f"{SETTINGS}::test_other_kinds_of_logprobs_know_no_bias[raw]",),
+    ),
+    PlantedBug(
+        "least length one token too long for stop ids",
+        "er_jax::biased",
+        "position - begin < least",
+        "position - begin <= least",
+        (f"{LOSSLESS_SETTINGS}::test_every_outcome_of_a_round[token]",),
+    ),
+    PlantedBug(
+        "least length one token too long for stop sequences",
+        "er_jax::ends",
+        "made >= settings.min_new_tokens[:, None]",
+        "made > settings.min_new_tokens[:, None]",
+        (f"{SETTINGS}::test_stop_sequences_and_least_lengths_when_going_on",),
+    ),
+    PlantedBug(
+        "least length counted from where a row goes on",
+        "er_jax::Request.with_begins",
+        "self.begin(s)",
+        "len(self.prompts[self.prompt_of[s]])",
+        (f"{SETTINGS}::test_stop_sequences_and_least_lengths_when_going_on",),
+    ),
+    PlantedBug(
+        "scores with the least length of the token before",
+        "er_jax::scored",
+        "lax.broadcasted_iota(jnp.int32, targets.shape, 1)",
+        "lax.broadcasted_iota(jnp.int32, targets.shape, 1) - 1",
+        (f"{SETTINGS}::test_bias_bans_and_least_lengths[ar]",),
+    ),
+    PlantedBug(
+        "stop sequence that rounds cut is missed",
+        "er_jax::ends",
+        "jnp.where(before >= settings.begin[:, None], known, OUTSIDE)",
+        "jnp.full_like(known, OUTSIDE)",
+        (f"{LOSSLESS_SETTINGS}::test_a_stop_sequence_across_rounds[coupled-2]",),
+    ),
+    PlantedBug(
+        "stop sequence that begins in the prompt",
+        "er_jax::ends",
+        "before >= settings.begin[:, None]",
+        "before >= 0",
+        (f"{LOSSLESS_SETTINGS}::test_a_stop_sequence_across_rounds[coupled-2]",),
+    ),
     # -- going on from an earlier rollout
     PlantedBug(
         "tokens so far counted twice against the limit",
-        "er_jax::Request.limit",
-        "known + self.max_new_tokens - self.num_begun.get(sequence, 0)",
-        "known + self.max_new_tokens",
+        "er_jax::Request.begin",
+        "known - self.num_begun.get(sequence, 0)",
+        "known",
         (f"{RESUME}::test_what_has_begun_is_part_of_the_prompt",),
     ),
     PlantedBug(

@@ -439,9 +439,40 @@ def test_unknown_memory_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"temperature": "1"}, ["temperature='1'", "must be a number"]),
         ({"temperature": None}, ["temperature=None", "must be a number"]),
         ({"temperature": True}, ["temperature=True", "must be a number"]),
-        ({"temperature": np.ones(2)}, ["temperature=", "must be a number"]),
+        ({"temperature": np.ones((1, 2))}, ["temperature=", "must be a number"]),
+        ({"temperature": np.ones(2)}, ["temperature of 2 prompts", "there are 1"]),
+        ({"temperature": []}, ["temperature has 0 values", "one number for all"]),
+        ({"temperature": (1, "1")}, ["temperature[1]='1'", "must be a number"]),
+        ({"temperature": (1, -1)}, ["temperature[1]=-1.0", "greedy"]),
+        ({"max_new_tokens": (4, 0)}, ["max_new_tokens[1]=0", "at least 1"]),
+        ({"max_new_tokens": (4, 2.5)}, ["max_new_tokens[1]=2.5", "whole number"]),
+        ({"top_p": (1.0, 2.0)}, ["top_p[1]=2.0", "at most 1"]),
+        ({"top_k": (1,), "top_p": (1, 1)}, ["top_p has 2 values, and top_k 1"]),
+        ({"n": (1, 2)}, ["n=(1, 2)", "whole number"]),
+        ({"min_new_tokens": -1}, ["min_new_tokens=-1", "0"]),
+        ({"min_new_tokens": 5}, ["min_new_tokens=5", "max_new_tokens=4", "lower"]),
+        (
+            {"min_new_tokens": (1, 3), "max_new_tokens": (1, 2)},
+            ["min_new_tokens=3", "max_new_tokens=2"],
+        ),
+        ({"banned_ids": 3}, ["banned_ids=3", "banned_ids=(3,)"]),
+        ({"banned_ids": (26,)}, ["banned_ids holds 26", "0 .. 25"]),
+        ({"banned_ids": range(26)}, ["banned_ids leave none of 26", "fewer"]),
+        (
+            {"banned_ids": range(25), "stop_token_ids": (25,), "min_new_tokens": 1},
+            ["banned_ids and stop_token_ids (min_new_tokens) leave none of 26"],
+        ),
+        ({"logit_bias": 3}, ["logit_bias=3", "mapping"]),
+        ({"logit_bias": {3: "1"}}, ["logit_bias[3]='1'", "must be a number"]),
+        ({"logit_bias": {3: -np.inf}}, ["logit_bias[3]=-inf", "banned_ids"]),
+        ({"logit_bias": {3.5: 1}}, ["token 3.5 of logit_bias", "whole number"]),
+        ({"logit_bias": {26: 1}}, ["logit_bias holds 26", "0 .. 25"]),
+        ({"stop_sequences": 3}, ["stop_sequences=3", "((7, 2),)"]),
+        ({"stop_sequences": (3, 4)}, ["stop_sequences[0]=3"]),
+        ({"stop_sequences": ((3,), ())}, ["stop_sequences[1] is empty"]),
+        ({"stop_sequences": ((3, 26),)}, ["stop_sequences holds 26", "0 .. 25"]),
         ({"top_p": "0.9"}, ["top_p='0.9'", "must be a number"]),
-        ({"min_p": [0.1]}, ["min_p=[0.1]", "must be a number"]),
+        ({"min_p": [[0.1]]}, ["min_p[0]=[0.1]", "must be a number"]),
         ({"top_k": True}, ["top_k=True", "whole number"]),
         ({"n": "2"}, ["n='2'", "whole number"]),
         ({"control": None}, ["control=None", "'best'", "'fixed:g'"]),
@@ -472,11 +503,16 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         top_k=np.int32(3),  # type: ignore[arg-type]
         stop_token_ids=np.array([3, 4]),  # type: ignore[arg-type]
         gammas=[np.int64(0), 2],  # type: ignore[arg-type]
+        banned_ids=np.array([1, 2]),  # type: ignore[arg-type]
+        logit_bias={np.int64(7): np.float32(0.5)},  # type: ignore[dict-item]
+        stop_sequences=np.array([[1, 2]]),  # type: ignore[arg-type]
     )
     assert type(config.max_new_tokens) is type(config.top_k) is int
     assert type(config.temperature) is type(config.top_p) is float
     assert config.stop_token_ids == (3, 4)
     assert config.gammas == (0, 2)
+    assert config.logit_bias == ((7, 0.5),)
+    assert config.stop_sequences == ((1, 2),)
     json.dumps(dataclasses.asdict(config))
 
 

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
     *("arguments", "until", "types", "figures", "devices", "thread_settings"),
+    *("settings", "bias", "stops"),
     *("sampling", "acceptance"),
     *("products", "drafter"),
     *("kernels.tpu", "kernels.cuda", "kernels.choice", "kernels"),

@@ -6,6 +6,7 @@ generator bit for bit with published vectors and with JAX's own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -167,6 +168,42 @@ def test_target_of_a_row_does_not_depend_on_other_rows() -> None:
         np.asarray(target_logprobs(logits, config))[same],
         np.asarray(target_logprobs(changed, config))[same],
     )
+
+
+def test_rows_with_settings_of_their_own() -> None:
+    """Each row gets what it gets alone, with numbers; the tail is below rounding."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 2, (6, 3, 300)).astype(np.float32)
+    logits[..., 100:] -= 18
+    own: dict[str, list[Any]] = {
+        "temperature": [1.0, 0.0, 0.7, 1.4, 1.0, 2.0],
+        "top_k": [0, 0, 7, 0, 250, 1000],
+        "top_p": [1.0, 1.0, 1.0, 0.8, 0.5, 1.0],
+        "min_p": [0.0, 0.0, 0.1, 0.0, 0.0, 0.0],
+    }
+    plain = settings(logprob_kind=LogprobKind.PROCESSED)
+    columns = {k: np.array(v, getattr(plain, k).dtype) for k, v in own.items()}
+    rows = dataclasses.replace(plain, **columns)
+    found = np.asarray(target_logprobs(logits, rows))
+    noise = rng.gumbel(size=logits.shape).astype(np.float32)
+    draw = jax.jit(sampling.draw)
+    tokens = draw(logits, rows, noise)
+    drawn = jax.jit(sampling.drawn_logprobs)(logits, tokens, rows)
+    scored, entropy = jax.jit(sampling.scored_logprobs)(logits, tokens, rows)
+    assert sampling.is_truncated(rows)
+    for row in range(6):
+        one = settings(**{name: values[row] for name, values in own.items()})
+        wanted = np.asarray(target_logprobs(logits[row], one))
+        np.testing.assert_array_equal(found[row] == sampling.NEVER, wanted < -1e29)
+        np.testing.assert_allclose(found[row], wanted, rtol=1e-6, atol=1e-6)
+        best = draw(logits[row], one, noise[row])
+        np.testing.assert_array_equal(tokens[row], best)
+        probs = np.exp(wanted.astype(np.float64))
+        at = np.take_along_axis(wanted, np.asarray(best)[:, None], axis=-1)[:, 0]
+        np.testing.assert_allclose(drawn[row], at, atol=1e-5)
+        np.testing.assert_allclose(scored[row], at, atol=1e-5)
+        bits = -np.sum(probs * np.where(probs > 0, wanted, 0), axis=-1)
+        np.testing.assert_allclose(entropy[row], bits, atol=1e-4)
 
 
 def test_is_distribution() -> None:

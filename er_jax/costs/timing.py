@@ -16,6 +16,7 @@ import numpy as np
 from er_jax.costs.table import TRUSTED_POSITIONS
 from er_jax.drafter import PolicyParams
 from er_jax.engine.protocol import EngineProtocol
+from er_jax.settings import of_rows
 from er_jax.types import (
     NONE,
     DecodeState,
@@ -40,8 +41,8 @@ def neutral_sampling(like: Sampling | None = None) -> Sampling:
     """Return settings of plain sampling: key 0, no truncation, no stop tokens.
 
     Args:
-      like: settings whose programs are to run: with as many stop ids, all unused, and
-        with their truncation.
+      like: settings whose programs are to run: with as many stop ids, all unused, with
+        their truncation, and for each row if they are.
     """
     num_stop_ids = NUM_STOP_IDS if like is None else len(like.stop_ids)
     plain = Sampling(
@@ -55,7 +56,18 @@ def neutral_sampling(like: Sampling | None = None) -> Sampling:
     )
     if like is None:
         return plain
-    return dataclasses.replace(plain, top_k=like.top_k, top_p=like.top_p)
+    sequences = like.stop_sequences
+    return dataclasses.replace(
+        plain,
+        temperature=np.ones_like(like.temperature),
+        top_k=like.top_k,
+        top_p=like.top_p,
+        min_p=np.zeros_like(like.min_p),
+        bias=like.bias,
+        stop_sequences=(None if sequences is None else np.full_like(sequences, NONE)),
+        begin=like.begin,
+        min_new_tokens=like.min_new_tokens,
+    )
 
 
 def measure_round(
@@ -76,6 +88,7 @@ def measure_round(
     """
     if settings is None:
         settings = neutral_sampling()
+    settings = of_rows(settings, np.zeros(program.rows, int))
     state = engine.allocate(program.rows, program.cache_length)
     reach = engine.rounds_per_test * (program.gamma + 1)
     # No further than the policy's context, even if the cache is longer.

@@ -50,6 +50,7 @@ from er_jax.engine.windows import (
     run_take,
     run_window,
 )
+from er_jax.settings import kinds, of_rows
 from er_jax.thread_settings import ThreadSettings
 from er_jax.types import (
     Admission,
@@ -175,6 +176,9 @@ class Engine:
         """Return abstract values of host arrays that are the same for all rows."""
         return abstract(tree)
 
+    def _abstract_settings(self, settings: Sampling) -> Any:
+        return abstract(settings)
+
     def _abstract_params(self, params: Any) -> Any:
         return abstract(params)
 
@@ -275,13 +279,13 @@ class Engine:
         kind = draft_kind if program.gamma else None
         sizes = (program.rows, program.cache_length, program.gamma)
         compiled_in = (len(settings.stop_ids), sampling.is_truncated(settings))
-        return ("window", *sizes, *compiled_in, kind, program.span)
+        return ("window", *sizes, *compiled_in, kind, program.span, *kinds(settings))
 
     def has_window(self, program: Program, draft_kind: str, settings: Sampling) -> bool:
         """Whether a window is compiled for a kind of draft and for these settings.
 
-        All settings are traced but the number of stop ids, and whether top-k or top-p
-        is on.
+        All settings are traced but the number of stop ids, whether top-k or top-p is
+        on, and the `settings.kinds` that are asked for.
         """
         name = self._window_name(program, draft_kind, settings)
         return self._key(*name) in self.compiled
@@ -308,7 +312,8 @@ class Engine:
         """Start one window without waiting for it.
 
         Args:
-          params: target and draft. state: donated. settings: traced sampling settings.
+          params: target and draft. state: donated. settings: traced sampling settings,
+            those of rows for the rows of the state.
           gamma: drafts per round. exit_live, max_rounds: see `run_window`.
           draft_kind: kind of `params.draft`, so that callers of many windows find it
             only once; None finds it.
@@ -345,7 +350,8 @@ class Engine:
                     self.policy,
                     self._abstract_params(params),
                     self._abstract_state(state),
-                    *self._abstract_same((settings, *limits)),
+                    self._abstract_settings(settings),
+                    *self._abstract_same(limits),
                     gamma=gamma,
                     accept=self.accept,
                     truncated=sampling.is_truncated(settings),
@@ -381,7 +387,8 @@ class Engine:
             if gamma:
                 used = params.only(program.draft)
             zero = np.int32(0)
-            arguments = (used, state, settings, zero, zero)
+            own = of_rows(settings, np.zeros(rows, int))
+            arguments = (used, state, own, zero, zero)
             self._window(arguments, gamma, None, program.span)
 
         # Processes compile in the same order, because they synchronise after each.

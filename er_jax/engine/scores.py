@@ -13,6 +13,7 @@ Left out: which tokens (`score`), what a loss makes of the result.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax import sampling
+from er_jax import bias, sampling
+from er_jax.settings import rows_own
 from er_jax.types import NONE, Array, Params, Policy, Sampling
 
 # Logits up to this many are made at once, however few tokens a chunk may have: 4 MB in
@@ -48,7 +50,7 @@ def scored(
       policy, params: the model.
       completions: ids and mask of prompts, ids and mask of completions, lengths; see
         `score.Completions`.
-      settings: traced. truncated: see `sampling.is_truncated`.
+      settings: traced; those of rows `[N]`. truncated: see `sampling.is_truncated`.
       entropy: whether to return entropies.
       chunk_tokens: of a chunk of rows, at most; one row may have more. A fourth of
         these have logits at a time.
@@ -61,26 +63,39 @@ def scored(
     rows = max(min(chunk_tokens // length, num_rows), 1)
     most_logits = max(chunk_tokens // 4, LEAST_LOGITS // policy.vocab_size, 1)
 
-    def score_tokens(params: Params, part: Any) -> tuple[jax.Array, ...]:
-        hidden, targets, is_scored = part
+    own = rows_own(settings)
+
+    def score_tokens(
+        settings: Sampling, params: Params, part: Any
+    ) -> tuple[jax.Array, ...]:
+        hidden, targets, is_scored, index = part
         # Nothing that is not scored may reach a gradient, not even as 0 times NaN.
         mask = is_scored.reshape(is_scored.shape + (1,) * (hidden.ndim - 2))
         hidden = jnp.where(mask, hidden, jnp.zeros((), hidden.dtype))
         logits = policy.logits(params, hidden)
         _check_logits(logits, (*targets.shape, policy.vocab_size))
+        if settings.bias is not None:
+            drawn_from = bias.biased(logits, settings, index)
+            logits = bias.of_kind(logits, drawn_from, settings)
         found = sampling.scored_logprobs(logits, targets, settings, truncated)
         zero = jnp.zeros((), logits.dtype)
         return tuple(jnp.where(is_scored, x, zero) for x in found[: 1 + entropy])
 
     def score_rows(params: Params, part: Any) -> tuple[jax.Array, ...]:
-        tokens, positions, targets, is_scored = part
+        tokens, positions, targets, is_scored, own = part
+        score_some = functools.partial(
+            score_tokens, dataclasses.replace(settings, **own)
+        )
         cache = policy.init_cache(*tokens.shape)
         hidden, _ = policy.forward(params, tokens, positions, cache)
-        part = (hidden[:, -width:], targets, is_scored)
+        index = None
+        if settings.bias is not None:
+            index = lax.broadcasted_iota(jnp.int32, targets.shape, 1)
+        part = (hidden[:, -width:], targets, is_scored, index)
         most = max(most_logits // len(tokens), 1)
-        return _in_pieces(score_tokens, params, part, axis=1, most=most)
+        return _in_pieces(score_some, params, part, axis=1, most=most)
 
-    return _in_pieces(score_rows, params, sequences, axis=0, most=rows)
+    return _in_pieces(score_rows, params, (*sequences, own), axis=0, most=rows)
 
 
 def _sequences(

@@ -27,6 +27,7 @@ from er_jax.drafter import (
     drafter_configs,
 )
 from er_jax.engine.protocol import ROWS, SAME, Layout, OneDevice, TokenBuffers
+from er_jax.settings import marked
 from er_jax.types import (
     Admission,
     DecodeState,
@@ -103,7 +104,8 @@ def run_window(
         rounds_per_test=rounds_per_test,
         layout=layout,
     )
-    run = layout.over_rows(window, (SAME, ROWS, SAME, SAME, SAME), (ROWS, SAME, ROWS))
+    marks = (SAME, ROWS, marked(settings, ROWS, SAME), SAME, SAME)
+    run = layout.over_rows(window, marks, (ROWS, SAME, ROWS))
     state, info, buffers = run(params, state, settings, exit_live, max_rounds)
     return layout.lay_out(state, policy), info, buffers
 

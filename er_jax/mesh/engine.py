@@ -41,7 +41,8 @@ from er_jax.mesh.layout import (
 )
 from er_jax.mesh.processes import Processes, fetch_rows
 from er_jax.mesh.rules import DATA_AXIS, draft_shardings, state_shardings
-from er_jax.types import Admission, DecodeState, Params, Policy
+from er_jax.settings import marked
+from er_jax.types import Admission, DecodeState, Params, Policy, Sampling
 
 REPLICATED, OVER_ROWS = PartitionSpec(), PartitionSpec(DATA_AXIS)
 
@@ -133,6 +134,10 @@ class MeshEngine(Engine):
     def _abstract_same(self, tree: Any) -> Any:
         replicated = self._sharding(REPLICATED)
         return abstract(tree, jax.tree.map(lambda _: replicated, tree))
+
+    def _abstract_settings(self, settings: Sampling) -> Any:
+        over_rows, replicated = map(self._sharding, (OVER_ROWS, REPLICATED))
+        return abstract(settings, marked(settings, over_rows, replicated))
 
     def _abstract_params(self, params: Any) -> Any:
         shardings = jax.tree.map(lambda x: on_mesh(x.sharding, self.mesh), params)

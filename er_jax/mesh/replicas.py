@@ -241,6 +241,7 @@ def rollout_replicas(
     whole_mesh = layout.rollout_mesh(mesh)
     arrays = checks.checked_prompts(prompts, policy.vocab_size)
     ids = checks.checked_sequence_ids(sequence_ids, len(arrays) * config.n)
+    checks.check_num_prompts(config, len(arrays))
     costs = _checked_lengths(expected_lengths, len(arrays))
     size = whole_mesh.shape[DATA_AXIS]
     num_replicas = size if num_replicas is None else num_replicas
@@ -289,7 +290,7 @@ def rollout_replicas(
             own_params[replica],
             [arrays[prompt].tolist() for prompt in own_prompts],
             key=key,
-            config=config,
+            config=config.of_prompts(own_prompts),
             sequence_ids=ids[columns[own_prompts].reshape(-1)].tolist(),
             controller=controller,
             mesh=own[replica],

@@ -30,6 +30,7 @@ from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import Shape, Topology
+from er_jax.settings import of_rows
 from er_jax.stats import Moment, RolloutStats
 from er_jax.types import (
     FINISH_NAMES,
@@ -116,7 +117,8 @@ class Batch:
         journal: Journal | None = None,
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
-        self.settings, self.begun, self.journal = settings, begun, journal
+        self.settings = request.with_begins(settings)
+        self.begun, self.journal = begun, journal
         self.queue = collections.deque(request.waiting)
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
@@ -263,7 +265,7 @@ class Batch:
         self.state, window = engine.start_window(
             self.topology.params_of(shared).only(program.draft),
             self.state,
-            self.settings,
+            of_rows(self.settings, self.rows.sequence),
             program.gamma,
             exit_live=min(self._exit_live(), num_live - 1),
             max_rounds=max_rounds,

@@ -1,0 +1,271 @@
+"""Settings of rows, biases and bounds of stops are exact under speculation.
+
+As in tests/test_lossless.py: all outcomes of a round add up to the target, and with
+coupled acceptance every token is the target's own draw. Here rows differ in their
+settings, some tokens are biased or banned, and none may stop at first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from er_jax.acceptance import ACCEPT_RULES, AcceptRule
+from er_jax.drafter import PolicyParams
+from er_jax.sampling import gumbel
+from er_jax.types import NONE, Finish, Params, Sampling
+from tests.test_lossless import (
+    ALL_LAST,
+    DOWNWARDS,
+    PROMPT,
+    UPWARDS,
+    chain_state,
+    cut,
+    emitted_and_reasons,
+    run,
+    run_chain,
+    visit_round,
+)
+from tests.toy import (
+    Toy,
+    full_table,
+    oracle_logprobs,
+    own_draws,
+    settings,
+    start_state,
+    toy_params,
+)
+
+NUM_TOKENS = 4
+
+# Two kinds of rows, and what is the same for both.
+KINDS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.7, "top_k": 2, "top_p": 1.0, "min_p": 0.0},
+    {"temperature": 1.3, "top_k": 0, "top_p": 0.8, "min_p": 0.1},
+)
+GREEDY: dict[str, Any] = KINDS[0] | {"temperature": 0.0, "top_k": 0}
+
+
+def of_kinds(kinds: np.ndarray, own: Any, **common: Any) -> Sampling:
+    """Return the settings of rows, each of the kind given by its number `[B]`."""
+    found = settings(**common)
+    columns = {
+        name: np.array([kind[name] for kind in own], getattr(found, name).dtype)[kinds]
+        for name in own[0]
+    }
+    return dataclasses.replace(found, **columns)
+
+
+def of_kind(config: Sampling, kind: dict[str, Any]) -> Sampling:
+    """Return the settings of a row of a kind, as numbers."""
+    types = {name: getattr(config, name).dtype.type for name in kind}
+    own = {name: types[name](value) for name, value in kind.items()}
+    return dataclasses.replace(config, **own)
+
+
+def bounded(config: Sampling, bias: Any, least: Any, begin: Any) -> Sampling:
+    """Return settings with a bias and a least number of tokens, `[B]` each."""
+    early = np.array(bias, np.float32)
+    early[[token for token in config.stop_ids if token >= 0]] = -np.inf
+    return dataclasses.replace(
+        config, bias=np.stack([np.array(bias, np.float32), early]),
+        begin=np.asarray(begin, np.int32), min_new_tokens=np.asarray(least, np.int32),
+    )  # fmt: skip
+
+
+def probs_at(table: np.ndarray, config: Sampling, is_early: bool) -> np.ndarray:
+    """Return the probabilities `[V, V, V]` of a table with the bias of a position."""
+    table = table + config.bias[int(is_early)]
+    flat = table.reshape(-1, table.shape[-1])
+    rows = [np.exp(oracle_logprobs(line, config)) for line in flat]
+    return np.array(rows).reshape(table.shape)
+
+
+def chain(probs: list[np.ndarray]) -> np.ndarray:
+    """Return the joint distribution of the first tokens, given each one's table."""
+    joint = np.zeros((probs[0].shape[0],) * len(probs))
+    for tokens in np.ndindex(joint.shape):
+        text = (*PROMPT, *tokens)
+        chances = [p[text[i : i + 3]] for i, p in enumerate(probs)]
+        joint[tokens] = np.prod(chances)
+    return joint
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "settings of rows": {"bias": [0.0, 0.0, 0.0]},
+    "bias": {"bias": [0.5, -1.0, 0.0]},
+    "ban": {"bias": [0.0, 0.0, -np.inf]},
+    # Token 0 stops, but not among the first two: in the middle of a round.
+    "least length": {"bias": [0.3, 0.0, 0.0], "least": 2, "stop_ids": (0,)},
+}
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_every_outcome_of_a_round(
+    rule: AcceptRule, x64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All drafts and all acceptances add up to each row's own target, to 1e-9."""
+    gamma, policy = 2, Toy(dtype="float64")
+    size = policy.vocab_size
+    target, draft = toy_params(policy, seed=0), toy_params(policy, seed=1)
+    one_round, rows = visit_round(monkeypatch, rule, gamma, policy, None)
+    is_asked = (rows[:, :2] == PROMPT).all(axis=1)
+    params = PolicyParams(policy=target, draft=draft)
+    first = target["pages"] + draft["lines"][None]
+    for name, case in CASES.items():
+        stops = case.get("stop_ids", ())
+        found = [np.zeros((size,) * NUM_TOKENS) for _ in KINDS]
+        for turn in range(2):  # every row is of the one kind, and then of the other
+            kinds = (np.arange(len(rows)) + turn) % 2
+            least, begin = np.full(len(rows), case.get("least", 0)), [2] * len(rows)
+            config = of_kinds(kinds, KINDS, stop_ids=stops)
+            config = bounded(config, case["bias"], least, begin)
+            state = start_state(policy, target, rows[:, :2], 9, cache_length=11)
+            state, info, final, chances = jax.device_get(
+                one_round(params, state, config)
+            )
+            for row in np.flatnonzero(is_asked):
+                kind = int(kinds[row])
+                one = of_kind(config, KINDS[kind])
+                is_early = [i < case.get("least", 0) for i in range(NUM_TOKENS)]
+                probs = [probs_at(full_table(target), one, x) for x in is_early]
+                ahead = [
+                    probs_at(first if i == 0 else full_table(draft), one, is_early[i])
+                    for i in range(gamma)
+                ]
+                text = tuple(rows[row, : 2 + gamma])
+                chance = np.prod([p[text[i : i + 3]] for i, p in enumerate(ahead)])
+                if not chance:
+                    continue
+                passes = rows[row, 2 + gamma :]
+                kept = np.where(passes, chances[row], 1 - chances[row])
+                chance *= kept.prod()
+                n = int(info.num_accepted[row])
+                for last in range(size):
+                    done = (*text[2 : 2 + n], last)
+                    rest = chance * final[row, last]
+                    if not rest:
+                        continue
+                    for tokens in np.ndindex((size,) * (NUM_TOKENS - len(done))):
+                        whole = (*PROMPT, *done, *tokens)
+                        share = [
+                            probs[i][whole[i : i + 3]]
+                            for i in range(len(done), NUM_TOKENS)
+                        ]
+                        found[kind][(*done, *tokens)] += rest * np.prod(share)
+                emitted = state.tokens[row, 2 : state.length[row]].tolist()
+                ends = [
+                    i for i, t in enumerate(emitted)
+                    if t in stops and i >= case.get("least", 0)
+                ]  # fmt: skip
+                assert not ends or ends[0] == len(emitted) - 1
+        for own, joint in zip(KINDS, found, strict=True):
+            one = of_kind(config, own)
+            wanted = chain(
+                [
+                    probs_at(full_table(target), one, i < case.get("least", 0))
+                    for i in range(NUM_TOKENS)
+                ]
+            )
+            np.testing.assert_allclose(joint, wanted, rtol=0, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 4])
+def test_coupled_emits_the_targets_own_draws(gamma: int, x64: None) -> None:
+    """Token for token in float64, whatever settings the other rows have."""
+    policy = Toy(vocab_size=4, dtype="float64")
+    target = toy_params(policy, seed=0)
+    drafts: list[Params] = [
+        toy_params(policy, seed=1),
+        jax.tree.map(lambda x: np.full_like(x, np.nan), target),
+        target,
+    ]
+    rng = np.random.default_rng(0)
+    rows = 32
+    prompts = rng.integers(0, 4, (rows, 3)).astype(np.int32)
+    ids, limits = rng.permutation(1000)[:rows], rng.integers(1, 14, rows)
+    kinds, least = rng.integers(0, 3, rows), rng.integers(0, 6, rows)
+    config = of_kinds(kinds, (*KINDS, GREEDY), stop_ids=(0, 3))
+    for bias in ([0.0, 0.0, 0.0, 0.0], [1.0, -np.inf, 0.2, 0.0]):
+        here = bounded(config, bias, least, np.full(rows, 3))
+        draws = own_draws(full_table(target), prompts, 13, here, ids)
+        by_hand = hand_draws(full_table(target), prompts, 13, here, kinds, ids)
+        np.testing.assert_array_equal(draws, by_hand)
+        wanted = cut(draws, limits, (0, 3))
+        for draft in drafts if gamma else drafts[:1]:
+            state = start_state(
+                policy, target, prompts, limits, cache_length=17, sequence_ids=ids
+            )
+            state, info = run(
+                "coupled", gamma, state, here, target, draft, policy=policy
+            )
+            assert emitted_and_reasons(state) == wanted
+            if gamma and draft is target:
+                assert info.accepted[:gamma].sum() == 0, "it sees other settings"
+        more = [
+            len(tokens) - least[row]
+            for row, (tokens, reason) in enumerate(wanted)
+            if reason == Finish.STOP
+        ]
+        assert min(more) == 1, "a stop should come as soon as it may"
+
+
+def hand_draws(
+    table: np.ndarray,
+    prompts: np.ndarray,
+    num_tokens: int,
+    config: Sampling,
+    kinds: np.ndarray,
+    ids: np.ndarray,
+) -> np.ndarray:
+    """Return `own_draws` by the oracle, one row and one token after another."""
+    begin = prompts.shape[1]
+    positions = jnp.arange(begin, begin + num_tokens, dtype=jnp.int32)
+    sequence_ids = jnp.asarray(ids, jnp.int32)[:, None]
+    vocab_size = table.shape[-1]
+    noise = np.asarray(
+        gumbel(config, sequence_ids, positions[None], vocab_size, jnp.float64)
+    )
+    out = []
+    for row, prompt in enumerate(prompts.tolist()):
+        own = (*KINDS, GREEDY)[kinds[row]]
+        text = list(prompt)
+        for i in range(num_tokens):
+            logits = table[text[-2], text[-1]]
+            logits = logits + config.bias[int(i < config.min_new_tokens[row])]
+            logprobs = oracle_logprobs(logits, of_kind(config, own))
+            text.append(int(np.argmax(logprobs + noise[row, i])))
+        out.append(text[len(prompt) :])
+    return np.array(out)
+
+
+@pytest.mark.parametrize(
+    ("rule", "gamma"), [("coupled", 0), *((rule, 2) for rule in ACCEPT_RULES)]
+)
+def test_a_stop_sequence_across_rounds(rule: AcceptRule, gamma: int) -> None:
+    """In windows of one round: wherever the rounds cut it, after good and bad drafts.
+
+    The chain counts on from the prompt's last token, so rows differ in where the
+    sequence begins; where the prompt has the first of it, the next time counts.
+    """
+    wanted = ([1, 2, 3, 0, 1, 2], [2, 3, 0, 1, 2], [3, 0, 1, 2], [0, 1, 2])
+    for draft in (UPWARDS, DOWNWARDS):
+        state = chain_state(ALL_LAST)
+        config = dataclasses.replace(
+            settings(), begin=np.full(16, 2, np.int32),
+            min_new_tokens=np.zeros(16, np.int32),
+            stop_sequences=np.array([[NONE, 0, 1, 2], [NONE] * 4], np.int32),
+        )  # fmt: skip
+        for _ in range(8):
+            state, _ = run_chain(
+                rule, gamma, state, config, UPWARDS, draft, max_rounds=1
+            )
+        found = emitted_and_reasons(state)
+        for last, (tokens, reason) in zip(ALL_LAST, found, strict=True):
+            assert tokens == wanted[last]
+            assert reason == Finish.STOP
