@@ -17,6 +17,14 @@ from er_jax.drafter import (
 from er_jax.engine.windows import refresh_draft
 from er_jax.io.hf_save import save_hf
 from er_jax.io.hf_weights import load_hf
+from er_jax.lora import (
+    LoRAWeight,
+    add_lora,
+    lora_pairs,
+    merge_lora,
+    with_lora_pairs,
+    without_lora,
+)
 from er_jax.mesh.prompts import gather_prompts
 from er_jax.mesh.replicas import ExpectedLengths, rollout_replicas
 from er_jax.result import Completion, Rollout, RolloutError
@@ -39,6 +47,7 @@ __all__ = [
     "DrafterConfig",
     "ExpectedLengths",
     "LinearScaling",
+    "LoRAWeight",
     "Policy",
     "PolicyParams",
     "QuantizedWeight",
@@ -51,15 +60,20 @@ __all__ = [
     "Stop",
     "TiedEmbedding",
     "Until",
+    "add_lora",
     "attach_draft",
     "compile_ahead",
     "dot",
     "gather_prompts",
     "load_hf",
+    "lora_pairs",
+    "merge_lora",
     "quantize",
     "refresh_draft",
     "rollout",
     "rollout_replicas",
     "save_hf",
     "score",
+    "with_lora_pairs",
+    "without_lora",
 ]

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imports in er_jax run downwards: a module may import only those before it.
 ORDER = (
     *("arguments", "until", "types", "figures", "devices", "sampling", "acceptance"),
-    *("products", "drafter"),
+    *("products", "lora", "drafter"),
     *("kernels.tpu", "kernels.cuda", "kernels.choice", "kernels"),
     *("attention", "kv_cache", "rotary", "experts", "decoder_config", "decoder"),
     *("prefill", "steps"),
