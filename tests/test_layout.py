@@ -306,6 +306,7 @@ TRAIN_ORDER = (
     "sft",
     "config",
     "metrics",
+    "trained",
     "placement",
     "checkpoints",
     "subjects",

@@ -34,6 +34,7 @@ from train.config import BaseConfig, HFConfig, to_json
 from train.files import replace_text, writing
 from train.placement import agreed, is_first, on_host
 from train.report import write_report
+from train.trained import trained_part
 from train.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -55,9 +56,14 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
     if is_first():
         prepare(trainer, is_resumed, say)
     agreed(0)  # The first process has changed it before another one reads it again.
-    sizes = [leaf.size for leaf in jax.tree.leaves(trainer.shapes()[0])]
+    shapes = trainer.shapes()[0]
+    total, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
+        for tree in (shapes, trained_part(shapes))
+    )
+    of_them = "" if total == trained else f", {trained:.2f} M of them trained"
     say(
-        f"{sum(sizes) / 1e6:.1f} M parameters, {config.dtype}, "
+        f"{total:.1f} M parameters{of_them}, {config.dtype}, "
         f"control {config.control}, {len(trainer.problems['train'])} problems, "
         f"writing to {config.out}"
     )
@@ -70,11 +76,11 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
             record = trainer.evaluate()
             say(f"held-out reward before the first step: {record['reward']:.3f}")
         rollout = take_steps(trainer, checkpoints)
-    trained = export(trainer)
+    exported = export(trainer)
     records = trainer.log.read()
     if is_first():
         seconds = time.perf_counter() - start
-        write_report(config.out, records, seconds, trained, rollout)
+        write_report(config.out, records, seconds, exported, rollout)
     return records
 
 
@@ -243,7 +249,7 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, step: int | None) -> No
         saved.policy, **saved.trainer, step=saved.step, position=saved.host["position"]
     )
     trainer.controller.load_state_dict(saved.host["controller"])
-    if trainer.config.grpo.kl_coef > 0:
+    if trainer.config.grpo.kl_coef > 0 and not trainer.config.lora.rank:
         trainer.reference_digest = saved.host["reference_digest"]
         try:
             trainer.ref_params = checkpoints.restore_policy(
