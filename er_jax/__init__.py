@@ -17,6 +17,7 @@ from er_jax.drafter import (
 from er_jax.engine.windows import refresh_draft
 from er_jax.io.hf_save import save_hf
 from er_jax.io.hf_weights import load_hf
+from er_jax.io.peft import load_peft_adapter, save_peft_adapter
 from er_jax.lora import (
     LoRAWeight,
     add_lora,
@@ -66,6 +67,7 @@ __all__ = [
     "dot",
     "gather_prompts",
     "load_hf",
+    "load_peft_adapter",
     "lora_pairs",
     "merge_lora",
     "quantize",
@@ -73,6 +75,7 @@ __all__ = [
     "rollout",
     "rollout_replicas",
     "save_hf",
+    "save_peft_adapter",
     "score",
     "with_lora_pairs",
     "without_lora",

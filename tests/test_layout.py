@@ -68,6 +68,7 @@ ORDER = (
         "io.hf_config",
         "io.hf_weights",
         "io.hf_save",
+        "io.peft",
         "io.text",
     ),
     "io",
