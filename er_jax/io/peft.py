@@ -289,6 +289,11 @@ def _check_tensors(
     found = set()
     for name in sorted(handle.keys()):
         match = TENSOR.fullmatch(name)
+        if name.endswith((".base_layer.weight", ".embed_tokens.weight")):
+            raise ValueError(
+                f"{path} holds {printable(name)}, a weight of the checkpoint; save the "
+                "adapter again with save_embedding_layers=False"
+            )
         if match is None or match[1] not in modules:
             raise ValueError(
                 f"{path} holds {printable(name)}, which is no low-rank pair of a "
