@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from tests.test_train import DRAFTER, OPTIMIZER, OPTIONS, random_examples, sampl
 from train import losses
 from train.batching import Buckets, batch_of, stack_chunks
 from train.checkpoints import DIRECTORY, load_policy
-from train.config import LoRAConfig, MeshConfig
+from train.config import GRPOConfig, HFConfig, LoRAConfig, MeshConfig
 from train.metrics import MetricsFile
+from train.placement import Placement
 from train.run import run
 from train.trained import trained_part
 from train.update import TrainState, derive, update
@@ -65,6 +67,7 @@ def frozen_of(params: er_jax.PolicyParams) -> Any:
     return er_jax.without_lora(params.policy), params.draft
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_an_update_steps_the_pairs_and_moves_nothing_else() -> None:
     state = some_state()
     assert len(jax.tree.leaves(state.opt_state)) == 1 + 2 * 2 * 7
@@ -97,6 +100,14 @@ def test_an_update_reuses_every_buffer_and_quantizes_nothing() -> None:
     state = jax.eval_shape(some_state)
     lowered = update.lower(*arguments(state), **SETTINGS)
     assert "round_nearest_even" not in lowered.as_text()
+    # Nor on a mesh, where what is gathered for rollouts is kept as well.
+    placement = Placement.of(MeshConfig(2, 2, 2))
+    params, gathered = jax.eval_shape(
+        lambda p: placement.drafted(POLICY, p, DRAFTER), state.params.policy
+    )
+    spread = state.replace(params=params, gathered=gathered)
+    text = update.lower(*arguments(spread), placement=placement, **SETTINGS).as_text()
+    assert "round_nearest_even" not in text
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -173,15 +184,44 @@ def test_a_run_resumes_and_saves_its_pairs_only(x64: None, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
+def test_a_trained_checkpoint_is_its_base_and_its_adapter(tmp_path: Path) -> None:
+    from tests.test_train_hf import make_checkpoint
+
+    base = make_checkpoint("qwen3", tmp_path / "base")
+    data = tmp_path / "sums.jsonl"
+    problems = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(12)]
+    data.write_text("".join(json.dumps(p) + "\n" for p in problems))
+    grpo = GRPOConfig(
+        prompts_per_step=2, group_size=4, max_new_tokens=8, max_slots=8,
+        learning_rate=0.01, bucket_lengths=(16,), chunk_tokens=128,
+    )  # fmt: skip
+    run(
+        HFConfig(
+            model=base, data=data, out=tmp_path / "run", steps=2, num_eval=2,
+            control="fixed:2", reward="tests.test_train_hf:long", grpo=grpo,
+            lora=LoRAConfig(rank=2, targets=("q_proj", "down_proj")),
+        )
+    )  # fmt: skip
+    policy, plain = er_jax.load_hf(base)
+    adapted = er_jax.load_peft_adapter(tmp_path / "run" / "adapter-2", policy, plain)
+    _, trained = er_jax.load_hf(tmp_path / "run" / "trained-2")
+    merged = er_jax.merge_lora(adapted)
+    jax.tree.map(np.testing.assert_array_equal, trained, merged)
+    layer, old = trained["layers"][0], plain["layers"][0]
+    assert np.abs(layer["q_proj"] - old["q_proj"]).max() > 1e-5
+    np.testing.assert_array_equal(layer["k_proj"], old["k_proj"])
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("unoptimized")
 def test_a_run_on_a_mesh_is_that_of_one_device(x64: None, tmp_path: Path) -> None:
     model = dataclasses.replace(CONFIG.model, num_heads=4, num_kv_heads=2, head_dim=8)
     config = dataclasses.replace(CONFIG, model=model, dtype="float64", steps=2)
     alone = dataclasses.replace(config, out=tmp_path / "alone")
     many = dataclasses.replace(config, out=tmp_path / "many", mesh=MeshConfig(2, 2, 2))
     run(alone)
-    run(many)
-    run(dataclasses.replace(many, mesh=MeshConfig(), steps=3, resume=True))
-    run(dataclasses.replace(alone, steps=3, resume=True))
+    run(dataclasses.replace(many, steps=1))
+    run(dataclasses.replace(many, mesh=MeshConfig(), resume=True))
     for one, other in zip(steps_of(alone.out), steps_of(many.out), strict=True):
         assert one["reward"] == other["reward"]
         assert one["num_tokens"] == other["num_tokens"]

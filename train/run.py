@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 import er_jax
+from er_jax.lora import has_lora, is_lora
 from train import tasks
 from train.checkpoints import (
     DIRECTORY,
@@ -166,20 +168,37 @@ def profiled(directory: Path | None) -> AbstractContextManager[Any]:
 def export(trainer: Trainer) -> Path | None:
     """Save a trained Hugging Face checkpoint in its own format.
 
+    Low-rank pairs are saved twice: alone, as an adapter of PEFT, and merged.
+
     Returns:
       Its directory; None for the demo, whose checkpoints are Orbax's only.
     """
     config = trainer.config
     if not isinstance(config, HFConfig):
         return None
-    trained = config.out / f"trained-{int(trainer.state.step)}"
+    step = int(trainer.state.step)
+    trained, adapter = (
+        config.out / f"{kind}-{step}" for kind in ("trained", "adapter")
+    )
     params = trainer.state.params.policy
     if jax.process_count() > 1:
         params = on_host(params)  # Every process takes part: each holds a piece.
+    if is_first() and has_lora(params) and not adapter.exists():
+        with writing("the trained adapter", adapter):
+            er_jax.save_peft_adapter(adapter, trainer.policy, params)
     if is_first() and not trained.exists():
         with writing("the trained checkpoint", trained):
-            er_jax.save_hf(trained, trainer.policy, params)
+            er_jax.save_hf(trained, trainer.policy, merged(params))
     return trained
+
+
+def merged(params: Any) -> Any:
+    """Return plain weights; those with a pair are merged one by one, to the host."""
+    return jax.tree.map(
+        lambda leaf: np.asarray(er_jax.merge_lora(leaf)) if is_lora(leaf) else leaf,
+        params,
+        is_leaf=is_lora,
+    )
 
 
 # -- checkpoints
