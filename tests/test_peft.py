@@ -93,10 +93,10 @@ def test_what_is_saved_is_loaded_again(
     pairs = jax.tree.map(lambda x: x + 0.5, er_jax.lora_pairs(made))
     made = er_jax.with_lora_pairs(made, pairs)
     er_jax.save_peft_adapter(tmp_path / "adapter", policy, made)
-    found = er_jax.load_peft_adapter(tmp_path / "adapter", policy, params)
-    jax.tree.map(np.testing.assert_array_equal, found, made)
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["target_modules"] == sorted(targets) and fields["lora_alpha"] == 5
+    found = er_jax.load_peft_adapter(tmp_path / "adapter", policy, params)
+    jax.tree.map(np.testing.assert_array_equal, found, made)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     if "up_proj" in targets:
         name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import er_jax
 from configs import tiny
@@ -112,6 +113,27 @@ def test_an_update_reuses_every_buffer_and_quantizes_nothing() -> None:
     assert memory is not None
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes >= size
+
+
+def test_pairs_are_gathered_for_rollouts_and_bases_are_kept() -> None:
+    """Over `fsdp`, updates and rollouts have arrays of their own."""
+    placement = Placement.of(MeshConfig(2, 2, 2))
+    params = placement.put(POLICY, some_state().params.policy)
+
+    def step(params: Any) -> Any:
+        """Derive, change the pairs, derive again."""
+        first, gathered = placement.drafted(POLICY, params, DRAFTER)
+        pairs = jax.tree.map(lambda x: 2 * x, er_jax.lora_pairs(params))
+        params = er_jax.with_lora_pairs(params, pairs)
+        return params, *placement.drafted(POLICY, params, DRAFTER, first, gathered)
+
+    stepped, again, gathered = jax.jit(step)(params)
+    jax.tree.map(np.testing.assert_array_equal, gathered, stepped)
+    weight = gathered["layers"][0]["q_proj"]
+    assert weight.a.sharding.is_fully_replicated
+    assert weight.base.sharding.spec == PartitionSpec(None, "model")
+    wanted = er_jax.attach_draft(stepped, DRAFTER).draft
+    jax.tree.map(np.testing.assert_array_equal, again.draft, wanted)
 
 
 def test_what_is_wrong_with_pairs_is_refused_before_a_run(tmp_path: Path) -> None:
