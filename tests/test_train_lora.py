@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 import er_jax
 from configs import tiny
 from er_jax.lora import has_lora
+from er_jax.tools.cli import Sample
 from tests.test_train import DRAFTER, OPTIMIZER, OPTIONS, random_examples, sampled_at
 from train import losses
 from train.batching import Buckets, batch_of, stack_chunks
@@ -115,6 +116,7 @@ def test_an_update_reuses_every_buffer_and_quantizes_nothing() -> None:
     assert memory.alias_size_in_bytes >= size
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_pairs_are_gathered_for_rollouts_and_bases_are_kept() -> None:
     """Over `fsdp`, updates and rollouts have arrays of their own."""
     placement = Placement.of(MeshConfig(2, 2, 2))
@@ -232,6 +234,17 @@ def test_a_trained_checkpoint_is_its_base_and_its_adapter(tmp_path: Path) -> Non
     layer, old = trained["layers"][0], plain["layers"][0]
     assert np.abs(layer["q_proj"] - old["q_proj"]).max() > 1e-5
     np.testing.assert_array_equal(layer["k_proj"], old["k_proj"])
+    ways: tuple[dict[str, Any], ...] = (
+        dict(model=base, adapter=tmp_path / "run" / "adapter-2"),
+        dict(model=tmp_path / "run" / "trained-2"),
+    )
+    settings: dict[str, Any] = dict(prompt=("1+1=",), max_new_tokens=8, temperature=0)
+    said = []
+    for number, way in enumerate(ways):
+        file = tmp_path / f"{number}.jsonl"
+        Sample(control="ar", out=file, **settings, **way).run()
+        said.append(json.loads(file.read_text())["completion"])
+    assert said[0] == said[1]
 
 
 @pytest.mark.long
