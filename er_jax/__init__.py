@@ -17,6 +17,15 @@ from er_jax.drafter import (
 from er_jax.engine.windows import refresh_draft
 from er_jax.io.hf_save import save_hf
 from er_jax.io.hf_weights import load_hf
+from er_jax.io.peft import load_peft_adapter, save_peft_adapter
+from er_jax.lora import (
+    LoRAWeight,
+    add_lora,
+    lora_pairs,
+    merge_lora,
+    with_lora_pairs,
+    without_lora,
+)
 from er_jax.mesh.prompts import gather_prompts
 from er_jax.mesh.replicas import ExpectedLengths, rollout_replicas
 from er_jax.result import Completion, Rollout, RolloutError
@@ -40,6 +49,7 @@ __all__ = [
     "DrafterConfig",
     "ExpectedLengths",
     "LinearScaling",
+    "LoRAWeight",
     "Policy",
     "PolicyParams",
     "QuantizedWeight",
@@ -53,16 +63,23 @@ __all__ = [
     "Stream",
     "TiedEmbedding",
     "Until",
+    "add_lora",
     "attach_draft",
     "compile_ahead",
     "dot",
     "gather_prompts",
     "load_hf",
+    "load_peft_adapter",
+    "lora_pairs",
+    "merge_lora",
     "quantize",
     "refresh_draft",
     "rollout",
     "rollout_replicas",
     "save_hf",
+    "save_peft_adapter",
     "score",
     "stream",
+    "with_lora_pairs",
+    "without_lora",
 ]

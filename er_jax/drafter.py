@@ -24,10 +24,13 @@ import jax
 import jax.numpy as jnp
 from aqt.jax.v2 import aqt_quantizer, aqt_tensor
 from flax import struct
+from jax import lax
 
 from er_jax import products
 from er_jax.arguments import MOST, is_whole
-from er_jax.types import Params, Span
+from er_jax.lora import LoRAWeight
+from er_jax.types import Params, Span, wide_dtype
+from er_jax.types import TiedEmbedding as TiedEmbedding
 
 # The window of drafts that "auto" chooses from, beside all positions.
 AUTO_WINDOW = 512
@@ -151,20 +154,6 @@ class QuantizedWeight:
 
 
 @struct.dataclass
-class TiedEmbedding:
-    """An embedding table that is also the vocabulary projection.
-
-    Attributes:
-      table: `[V, d]`, for look-ups, and for the projection where `projection` is None.
-      projection: None in the policy; in a draft the quantized `[d, V]` projection, so
-        that drafting reads the small copy while look-ups stay exact.
-    """
-
-    table: jax.Array
-    projection: Any = None
-
-
-@struct.dataclass
 class PolicyParams:
     """The policy and its draft in one pytree: two siblings.
 
@@ -174,7 +163,8 @@ class PolicyParams:
       policy: the live parameters.
       draft: their quantized view, with the same structure. A leaf that is not quantized
         may be None and is then the policy's own; `attach_draft` leaves all of these
-        None, so that no embedding table is stored twice.
+        None, so that no embedding table is stored twice. So is the pair of a
+        `LoRAWeight`, of which the draft has the quantized base.
       others: further drafts, such as one of 4 bits beside one of 8. With "best" the
         controller chooses among all of them; other controls use `draft`.
     """
@@ -195,7 +185,7 @@ class PolicyParams:
 
 def is_weight(leaf: Any) -> bool:
     """Whether a node of a parameter tree is one weight: `is_leaf` of `jax.tree.map`."""
-    return isinstance(leaf, QuantizedWeight | TiedEmbedding)
+    return isinstance(leaf, QuantizedWeight | TiedEmbedding | LoRAWeight)
 
 
 def _quantize_weight(
@@ -234,11 +224,25 @@ def _quantize_weight(
     )
 
 
-def _quantized_leaves(params: Params, config: DrafterConfig) -> Params:
-    """Map every quantized leaf to its codes and every other leaf to None."""
+def _quantized_leaves(
+    params: Params, config: DrafterConfig, previous: PolicyParams | None = None
+) -> Params:
+    """Map every quantized leaf to its codes and every other leaf to None.
+
+    previous: an earlier policy with its draft. What is the same array as there keeps
+    its codes.
+    """
     projection_bits = config.projection_bits or config.bits
 
-    def leaf(path: tuple[Any, ...], value: Any) -> Any:
+    def leaf(
+        path: tuple[Any, ...], value: Any, before: Any = None, draft: Any = None
+    ) -> Any:
+        if isinstance(value, LoRAWeight):
+            base = leaf(path, value.base, before, draft)
+            pairless = value.replace(base=base, a=None, b=None)  # type: ignore[attr-defined]
+            return None if base is None else pairless
+        if before is not None and _array(value) is _array(_base(before)):
+            return _base(draft)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if isinstance(value, TiedEmbedding):
             return TiedEmbedding(
@@ -252,7 +256,18 @@ def _quantized_leaves(params: Params, config: DrafterConfig) -> Params:
         bits = projection_bits if PROJECTION in name else config.bits
         return _quantize_weight(value, name, config, bits)
 
-    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_weight)
+    earlier = () if previous is None else (previous.policy, previous.draft)
+    return jax.tree_util.tree_map_with_path(leaf, params, *earlier, is_leaf=is_weight)
+
+
+def _base(leaf: Any) -> Any:
+    """Return the frozen part of a `LoRAWeight`, and anything else as it is."""
+    return leaf.base if isinstance(leaf, LoRAWeight) else leaf
+
+
+def _array(leaf: Any) -> Any:
+    """Return the array that a weight of the policy is quantized from."""
+    return leaf.table if isinstance(leaf, TiedEmbedding) else leaf
 
 
 def draft_params(params: PolicyParams) -> Params:
@@ -261,6 +276,10 @@ def draft_params(params: PolicyParams) -> Params:
     def fill(policy: Any, draft: Any) -> Any:
         if draft is None:
             return policy
+        if isinstance(draft, LoRAWeight) and draft.a is None:
+            if not isinstance(policy, LoRAWeight):
+                raise ValueError("the draft is of a policy with low-rank pairs")
+            return policy.replace(base=draft.base)  # type: ignore[attr-defined]
         if isinstance(draft, TiedEmbedding) and draft.table is None:
             return draft.replace(table=policy.table)  # type: ignore[attr-defined]
         return draft
@@ -283,6 +302,8 @@ def with_scales_inside(params: PolicyParams) -> PolicyParams:
             return leaf.replace(  # type: ignore[attr-defined]
                 projection=inside(leaf.projection)
             )
+        if isinstance(leaf, LoRAWeight):
+            return leaf.replace(base=inside(leaf.base))  # type: ignore[attr-defined]
         if isinstance(leaf, QuantizedWeight):
             return leaf.replace(scales_inside=True)  # type: ignore[attr-defined]
         return leaf
@@ -310,23 +331,35 @@ def drafter_configs(
 
 
 def attach_draft(
-    params: Params, config: DrafterConfig | Sequence[DrafterConfig]
+    params: Params,
+    config: DrafterConfig | Sequence[DrafterConfig],
+    *,
+    previous: PolicyParams | None = None,
 ) -> PolicyParams:
     """Derive the draft of `params`, or several, and return all as one pytree.
 
     Pure and jittable. At the end of the jitted parameter update a draft costs one more
-    pass over the weights. It holds the quantized leaves only.
+    pass over the weights that have changed. It holds the quantized leaves only.
 
     Args:
       params: the policy's parameters.
       config: how to quantize them; a sequence makes a draft for each entry.
+      previous: earlier parameters with drafts by the same config. A weight, or base of
+        a `LoRAWeight`, that is the very array it was there keeps its codes and is not
+        read. Inside `jax.jit` that is the same traced array.
     Returns:
       `PolicyParams`; `policy` is `params` itself.
     Raises:
-      ValueError: as `drafter_configs` and `quantize`.
+      ValueError: as `drafter_configs` and `quantize`; `previous` with another number of
+        drafts.
     """
     configs = drafter_configs(config)
-    first, *others = (_quantized_leaves(params, one) for one in configs)
+    if previous is not None:
+        check_number(previous, configs)
+    first, *others = (
+        _quantized_leaves(params, one, previous and previous.only(number))
+        for number, one in enumerate(configs)
+    )
     return PolicyParams(policy=params, draft=first, others=tuple(others))
 
 
@@ -384,6 +417,7 @@ def _check_draft(params: PolicyParams, of: str) -> None:
         ) from error
 
     def weight_shape(leaf: Any) -> tuple[int, ...]:
+        leaf = _base(leaf)
         if isinstance(leaf, TiedEmbedding):
             return tuple(leaf.table.shape)
         if isinstance(leaf, QuantizedWeight) and leaf.is_grouped:
@@ -413,7 +447,8 @@ def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
 
     Args:
       x: `[..., in]`.
-      w: an array `[in, out]`, a `QuantizedWeight` of one, or a `TiedEmbedding`.
+      w: an array `[in, out]`, a `QuantizedWeight` of one, a `TiedEmbedding`, or a
+        `LoRAWeight`, whose base gets no gradient.
       out_dtype: dtype of the result; None is the dtype of `x`. Sums are always float32
         or wider.
     Returns:
@@ -424,6 +459,11 @@ def dot(x: jax.Array, w: Any, *, out_dtype: Any = None) -> jax.Array:
     if x.ndim == 1:
         return dot(x[None], w, out_dtype=out_dtype)[0]
     out_dtype = jnp.dtype(out_dtype or x.dtype)
+    if isinstance(w, LoRAWeight):
+        wide = wide_dtype(x.dtype)
+        whole = dot(x, lax.stop_gradient(w.base), out_dtype=wide)
+        change = dot(dot(x, w.a.astype(x.dtype)), w.b.astype(x.dtype), out_dtype=wide)
+        return (whole + w.scale * change).astype(out_dtype)
     if isinstance(w, TiedEmbedding):
         if w.projection is not None:
             return dot(x, w.projection, out_dtype=out_dtype)

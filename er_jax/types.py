@@ -34,6 +34,21 @@ RING_DRAFTS = 32
 Params = Any
 """A pytree of policy (or draft) parameters."""
 
+
+@struct.dataclass
+class TiedEmbedding:
+    """An embedding table that is also the vocabulary projection.
+
+    Attributes:
+      table: `[V, d]`, for look-ups, and for the projection where `projection` is None.
+      projection: None in the policy; in a draft the quantized `[d, V]` projection, so
+        that drafting reads the small copy while look-ups stay exact.
+    """
+
+    table: jax.Array
+    projection: Any = None
+
+
 Cache = Any
 """A pytree of key/value entries; every leaf is `[B, S, ...]`, indexed by position.
 

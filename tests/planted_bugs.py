@@ -39,6 +39,8 @@ LOWERING = "tests/test_lowering.py"
 SCORE_TESTS = "tests/test_score.py"
 SCORES = f"{SCORE_TESTS}::test_scores_are_the_rollouts_own"
 LEFT_OUT = "test_tokens_that_truncation_leaves_out_count_as_kept"
+LORA, PEFT = "tests/test_lora.py", "tests/test_peft.py"
+TRAIN_LORA = "tests/test_train_lora.py"
 SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
@@ -1320,6 +1322,122 @@ BUGS: tuple[PlantedBug, ...] = (
             "tests/test_drafter.py::"
             "test_the_vocabulary_projection_has_bits_of_its_own[None]",
         ),
+    ),
+    # -- low-rank pairs
+    PlantedBug(
+        "LoRA: a change without its scale",
+        "er_jax::dot",
+        "w.scale * change",
+        "change",
+        (f"{LORA}::test_a_product_is_that_of_the_sum[shape1-float64-1e-12]",),
+    ),
+    PlantedBug(
+        "LoRA: a change without its scale in the draft alone",
+        "er_jax::draft_params",
+        "policy.replace(base=draft.base)",
+        "policy.replace(base=draft.base, scale=1.0)",
+        (f"{LORA}::test_a_draft_is_the_quantized_bases_with_the_live_pairs[config0]",),
+    ),
+    PlantedBug(
+        "LoRA: gradients reach the frozen base",
+        "er_jax::dot",
+        "lax.stop_gradient(w.base)",
+        "w.base",
+        (f"{LORA}::test_the_gradient_is_the_pairs_alone",),
+    ),
+    PlantedBug(
+        "LoRA: no gradient of the pair",
+        "er_jax::dot",
+        "dot(dot(x, w.a.astype(x.dtype)), w.b.astype(x.dtype), out_dtype=wide)",
+        """
+        dot(dot(x, lax.stop_gradient(w.a.astype(x.dtype))), w.b.astype(x.dtype),
+            out_dtype=wide)
+        """,
+        (f"{LORA}::test_the_gradient_is_the_pairs_alone",),
+    ),
+    PlantedBug(
+        "LoRA: a draft with the pairs that it was made with",
+        "er_jax::_quantized_leaves",
+        "value.replace(base=base, a=None, b=None)",
+        "value.replace(base=base)",
+        (f"{LORA}::test_a_draft_is_the_quantized_bases_with_the_live_pairs[config0]",),
+    ),
+    PlantedBug(
+        "codes kept of a weight that has changed",
+        "er_jax::_quantized_leaves",
+        "_array(value) is _array(_base(before))",
+        "True",
+        (f"{LORA}::test_codes_of_the_same_arrays_are_kept",),
+    ),
+    PlantedBug(
+        "LoRA: new pairs that change the policy",
+        "er_jax::add_lora",
+        "jnp.zeros((rank, num_out), kind)",
+        "jnp.ones((rank, num_out), kind)",
+        (f"{LORA}::test_targets_decide_which_weights_have_pairs",),
+    ),
+    PlantedBug(
+        "LoRA: all pairs begin alike",
+        "er_jax::add_lora",
+        "jax.random.uniform(own, (num_in, rank), kind, -bound, bound)",
+        "jax.random.uniform(key, (num_in, rank), kind, -bound, bound)",
+        (f"{LORA}::test_targets_decide_which_weights_have_pairs",),
+    ),
+    PlantedBug(
+        "LoRA: merged without the scale",
+        "er_jax::merge_lora",
+        "leaf.scale * change",
+        "change",
+        (f"{LORA}::test_merged_and_without",),
+    ),
+    PlantedBug(
+        "LoRA: the sides of a pair sharded as each other",
+        "er_jax::LORA_PARTS",
+        '{"base": (0, 1), "a": (0, None), "b": (None, 1)}',
+        '{"base": (0, 1), "a": (1, None), "b": (None, 0)}',
+        (f"{LORA}::test_pairs_lie_as_the_dimensions_of_their_bases",),
+    ),
+    PlantedBug(
+        "LoRA: the scale of a stabilised adapter is that of any other",
+        "er_jax::load_peft_adapter",
+        'math.sqrt(rank) if fields["use_rslora"] else rank',
+        "rank",
+        (f"{PEFT}::test_an_adapter_is_the_change_that_it_says",),
+    ),
+    PlantedBug(
+        "LoRA: an adapter saved with the rank for alpha",
+        "er_jax::save_peft_adapter",
+        "alpha = scale * rank",
+        "alpha = rank",
+        (f"{PEFT}::test_what_is_saved_is_loaded_again",),
+    ),
+    PlantedBug(
+        "LoRA: an adapter of one layer saved as of all",
+        "er_jax::_targets",
+        "short if named == weights.keys() else sorted(weights)",
+        "short",
+        (f"{PEFT}::test_what_is_saved_is_loaded_again",),
+    ),
+    PlantedBug(
+        "LoRA: the reference moves with the policy",
+        "train::reference_of",
+        "er_jax.without_lora(params) if has_lora(params) else kept",
+        "params if has_lora(params) else kept",
+        (f"{TRAIN_LORA}::test_an_update_steps_the_pairs_and_moves_nothing_else",),
+    ),
+    PlantedBug(
+        "LoRA: a mesh samples from the pairs of the step before",
+        "train::Placement.drafted",
+        "new is old",
+        "new is not None",
+        (f"{TRAIN_LORA}::test_pairs_are_gathered_for_rollouts_and_bases_are_kept",),
+    ),
+    PlantedBug(
+        "LoRA: every step quantizes all bases again",
+        "train::Placement.drafted",
+        "er_jax.attach_draft(params, config, previous=previous)",
+        "er_jax.attach_draft(params, config)",
+        (f"{TRAIN_LORA}::test_an_update_reuses_every_buffer_and_quantizes_nothing",),
     ),
     # -- Tunix
     PlantedBug(

@@ -156,6 +156,28 @@ def test_the_quantized_kernels_are_what_is_multiplied(framework: str) -> None:
     assert np.abs(logits[0] - logits[2]).max() > 1e-3
 
 
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_kernels_may_have_low_rank_pairs(framework: str) -> None:
+    policy, params = made(framework)
+    lora = dict(rank=2, alpha=3, key=jax.random.key(2))
+    changed = er_jax.add_lora(params, targets=("qkv", "up"), **lora)  # type: ignore[arg-type]
+    pairs = jax.tree.map(lambda x: x + 0.1, er_jax.lora_pairs(changed))
+    changed = er_jax.with_lora_pairs(changed, pairs)
+    tokens = jnp.asarray([PROMPTS[1]], jnp.int32)
+    positions = jnp.arange(4, dtype=jnp.int32)[None]
+    logits = []
+    with jax.numpy_rank_promotion("allow"):
+        for tree in (changed, er_jax.merge_lora(changed), params):
+            cache = policy.init_cache(1, 8)
+            hidden, _ = policy.forward(tree, tokens, positions, cache)
+            logits.append(np.asarray(policy.logits(tree, hidden)))
+        np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+        assert np.abs(logits[0] - logits[2]).max() > 1e-2
+        wrong = er_jax.add_lora(params, targets=("embed",), **lora)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"has a low-rank pair, but a Embed"):
+            policy.forward(wrong, tokens, positions, policy.init_cache(1, 8))
+
+
 class General(LinenModel):
     """With a layer that is no `Dense`."""
 

@@ -46,6 +46,7 @@ SLOW = (
     "docs/any-policy.md",
     "docs/huggingface.md",
     "docs/index.md",
+    "docs/lora.md",
     "docs/pods.md",
     "docs/profiling.md",
     "docs/training.md",

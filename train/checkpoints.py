@@ -3,8 +3,9 @@
 One Orbax step is one GRPO step. Step 0 is the policy that GRPO starts from and is never
 deleted. A step holds three items: `policy` (parameters), `trainer` (optimizer state and
 random key) and `host` (JSON: config, data position, controller, digest of the data, and
-the digests of all three items). The draft is not saved, because it is computed from the
-parameters.
+the digests of all items). The draft is not saved, because it is computed from the
+parameters. Of a policy with low-rank pairs `policy` is the pairs, and step 0 holds one
+item more, `frozen`: all that is never trained.
 
 Orbax writes a step into a temporary directory and renames it, so a step is either whole
 or missing: a run that was killed while saving goes on from the step before. Damage that
@@ -27,11 +28,13 @@ import orbax.checkpoint as ocp
 
 import er_jax
 from er_jax.engine.digests import tree_digest
-from train.config import ModelConfig, differences
+from er_jax.lora import has_lora, is_lora
+from train.config import LoRAConfig, ModelConfig, differences
 from train.digests import text_digest
 from train.files import writing
 from train.placement import Placement
 from train.tasks import Tokenizer
+from train.trained import trained_part, with_trained_part
 
 DIRECTORY = "checkpoints"
 
@@ -90,7 +93,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             (out / DIRECTORY).absolute(),
             options=options,
-            item_names=("policy", "trainer", "host"),
+            item_names=("policy", "trainer", "host", "frozen"),
         )
 
     def __enter__(self) -> Checkpoints:
@@ -115,18 +118,17 @@ class Checkpoints:
         Raises:
           OSError: the checkpoint could not be written; names it and the remedy.
         """
-        digests = {
-            "policy": tree_digest(policy),
-            "trainer": tree_digest(trainer),
-            "host": text_digest([step, host]),
-        }
+        items = {"policy": trained_part(policy), "trainer": trainer}
+        if has_lora(policy) and step == 0:
+            items["frozen"] = er_jax.without_lora(policy)
+        digests = {name: tree_digest(item) for name, item in items.items()}
+        digests["host"] = text_digest([step, host])
         path = Path(self._manager.directory) / str(step)
         with writing(f"the checkpoint of step {step}", path):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    policy=ocp.args.StandardSave(policy),
-                    trainer=ocp.args.StandardSave(trainer),
+                    **{name: ocp.args.StandardSave(x) for name, x in items.items()},
                     host=ocp.args.JsonSave({**host, "digests": digests}),
                 ),
                 force=True,
@@ -155,7 +157,7 @@ class Checkpoints:
         step = self._existing(step)
         if digest is None:
             digest = self._host(step)[1]["policy"]
-        return self._arrays(step, "policy", like, digest)
+        return self._policy(step, like, digest)
 
     def restore(
         self,
@@ -201,7 +203,7 @@ class Checkpoints:
         check(host)
         return Saved(
             step=step,
-            policy=self._arrays(step, "policy", policy, digests["policy"]),
+            policy=self._policy(step, policy, digests["policy"]),
             trainer=self._arrays(step, "trainer", trainer, digests["trainer"]),
             host=host,
         )
@@ -237,6 +239,20 @@ class Checkpoints:
         if digests.get("host") != text_digest([step, host]):
             raise self._damaged(step, "host", "its digest is another")
         return host, digests
+
+    def _policy(self, step: int, like: Any, wanted: str | None) -> Any:
+        """Return the parameters of a step, with what only step 0 holds."""
+        part = self._arrays(step, "policy", trained_part(like), wanted)
+        if not has_lora(like):
+            return part
+        digest = self._host(self._existing(0))[1].get("frozen")
+        frozen = self._arrays(0, "frozen", er_jax.without_lora(like), digest)
+        whole = jax.tree.map(
+            lambda leaf, base: leaf.replace(base=base) if is_lora(leaf) else base,
+            *(like, frozen),
+            is_leaf=is_lora,
+        )
+        return with_trained_part(whole, part)
 
     def _arrays(self, step: int, item: str, like: Any, wanted: str | None) -> Any:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -354,6 +370,9 @@ def load_policy(
         tokenizer = Tokenizer()
         model = ModelConfig(**config["model"])
         policy = model.decoder(tokenizer.vocab_size, config["dtype"])
-        shapes = jax.eval_shape(policy.init, jax.random.key(0))
+        settings = LoRAConfig(**config.get("lora", {}))
+        shapes = jax.eval_shape(
+            lambda key: settings.added(policy.init(key), key), jax.random.key(0)
+        )
         like = Placement().shaped(policy, shapes)
         return policy, checkpoints.restore_policy(like, step), tokenizer

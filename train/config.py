@@ -11,7 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import er_jax
+from er_jax.lora import TARGETS, has_lora
 from train.losses import PolicyLoss
 from train.settings import check_types, require
 from train.sft import SFTConfig
@@ -182,6 +185,38 @@ class GRPOConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank pairs that are trained in the place of the policy's weights.
+
+    Args:
+      rank: of every pair; 0 trains all weights.
+      alpha: changes are scaled by alpha / rank; None is rank.
+      targets: words; a matrix whose path contains one of them gets a pair.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.rank >= 0, "rank", self.rank, "give >= 0")
+        require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "give > 0")
+
+    def added(self, params: Any, key: jax.Array) -> Any:
+        """Return parameters with new pairs, if there are to be any and are none yet.
+
+        Raises:
+          ValueError: as `er_jax.add_lora`.
+        """
+        if not self.rank or has_lora(params):
+            return params
+        return er_jax.add_lora(
+            params, rank=self.rank, alpha=self.alpha, targets=self.targets, key=key
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class BaseConfig:
     """The settings of any run.
 
@@ -201,6 +236,7 @@ class BaseConfig:
       profile: directory for a trace of one step, the second of this process.
       mesh: the devices; a resumed run may have others.
       grpo: the reinforcement learning.
+      lora: low-rank pairs in the place of whole weights.
     """
 
     seed: int = 0
@@ -216,6 +252,7 @@ class BaseConfig:
     profile: Path | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
         check_types(self)

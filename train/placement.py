@@ -220,19 +220,38 @@ class Placement:
         return jax.tree.map(lambda x: lax.with_sharding_constraint(x, sharding), batch)
 
     def drafted(
-        self, policy: er_jax.Policy, params: Any, config: er_jax.DrafterConfig
+        self,
+        policy: er_jax.Policy,
+        params: Any,
+        config: er_jax.DrafterConfig,
+        previous: er_jax.PolicyParams | None = None,
+        gathered: Any = None,
     ) -> tuple[er_jax.PolicyParams, Any]:
         """Derive what a rollout samples from, inside a jit.
 
+        Args:
+          policy, params, config: of the draft.
+          previous, gathered: the results before an update. Arrays of `params` that are
+            the same as there are neither gathered nor quantized again.
         Returns:
           The parameters with their draft; and the parameters gathered along `fsdp`,
           which the draft was made from, or None when there is nothing to gather.
         """
         if self.mesh is None:
-            return er_jax.attach_draft(params, config), None
+            return er_jax.attach_draft(params, config, previous=previous), None
         shardings = jax.tree.map(self._gathered, self.params(policy, params))
-        gathered = lax.with_sharding_constraint(params, shardings)
-        draft = er_jax.attach_draft(gathered, config).draft
+        if previous is None:
+            gathered = lax.with_sharding_constraint(params, shardings)
+        else:
+            whole = previous.policy if gathered is None else gathered
+            gathered = jax.tree.map(
+                lambda new, old, whole, sharding: (
+                    whole if new is old else lax.with_sharding_constraint(new, sharding)
+                ),
+                *(params, previous.policy, whole, shardings),
+            )
+            previous = er_jax.PolicyParams(policy=whole, draft=previous.draft)
+        draft = er_jax.attach_draft(gathered, config, previous=previous).draft
         draft = lax.with_sharding_constraint(
             draft, rules.draft_shardings(draft, shardings)
         )

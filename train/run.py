@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 import er_jax
 from er_jax.engine.digests import tree_digest
+from er_jax.lora import has_lora, is_lora
 from train import tasks
 from train.checkpoints import (
     DIRECTORY,
@@ -36,6 +38,7 @@ from train.config import BaseConfig, HFConfig, to_json
 from train.files import replace_text, writing
 from train.placement import agreed, is_first, on_host
 from train.report import write_report
+from train.trained import trained_part
 from train.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -60,9 +63,14 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
     if is_first():
         prepare(trainer, is_resumed, say)
     agreed(0)  # The first process has changed it before another one reads it again.
-    sizes = [leaf.size for leaf in jax.tree.leaves(trainer.shapes()[0])]
+    shapes = trainer.shapes()[0]
+    total, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
+        for tree in (shapes, trained_part(shapes))
+    )
+    of_them = "" if total == trained else f", {trained:.2f} M of them trained"
     say(
-        f"{sum(sizes) / 1e6:.1f} M parameters, {config.dtype}, "
+        f"{total:.1f} M parameters{of_them}, {config.dtype}, "
         f"control {config.control}, {len(trainer.problems['train'])} problems, "
         f"writing to {config.out}"
     )
@@ -75,11 +83,11 @@ def run(config: BaseConfig) -> list[dict[str, Any]]:
             record = trainer.evaluate()
             say(f"held-out reward before the first step: {record['reward']:.3f}")
         rollout = take_steps(trainer, checkpoints)
-    trained = export(trainer)
+    exported = export(trainer)
     records = trainer.log.read()
     if is_first():
         seconds = time.perf_counter() - start
-        write_report(config.out, records, seconds, trained, rollout)
+        write_report(config.out, records, seconds, exported, rollout)
     return records
 
 
@@ -183,20 +191,37 @@ def profiled(directory: Path | None) -> AbstractContextManager[Any]:
 def export(trainer: Trainer) -> Path | None:
     """Save a trained Hugging Face checkpoint in its own format.
 
+    Low-rank pairs are saved twice: alone, as an adapter of PEFT, and merged.
+
     Returns:
       Its directory; None for the demo, whose checkpoints are Orbax's only.
     """
     config = trainer.config
     if not isinstance(config, HFConfig):
         return None
-    trained = config.out / f"trained-{int(trainer.state.step)}"
+    step = int(trainer.state.step)
+    trained, adapter = (
+        config.out / f"{kind}-{step}" for kind in ("trained", "adapter")
+    )
     params = trainer.state.params.policy
     if jax.process_count() > 1:
         params = on_host(params)  # Every process takes part: each holds a piece.
+    if is_first() and has_lora(params) and not adapter.exists():
+        with writing("the trained adapter", adapter):
+            er_jax.save_peft_adapter(adapter, trainer.policy, params)
     if is_first() and not trained.exists():
         with writing("the trained checkpoint", trained):
-            er_jax.save_hf(trained, trainer.policy, params)
+            er_jax.save_hf(trained, trainer.policy, merged(params))
     return trained
+
+
+def merged(params: Any) -> Any:
+    """Return plain weights; those with a pair are merged one by one, to the host."""
+    return jax.tree.map(
+        lambda leaf: np.asarray(er_jax.merge_lora(leaf)) if is_lora(leaf) else leaf,
+        params,
+        is_leaf=is_lora,
+    )
 
 
 # -- checkpoints
@@ -268,7 +293,7 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, step: int | None) -> No
         saved.policy, **saved.trainer, step=saved.step, position=saved.host["position"]
     )
     trainer.controller.load_state_dict(saved.host["controller"])
-    if trainer.config.grpo.kl_coef > 0:
+    if trainer.config.grpo.kl_coef > 0 and not trainer.config.lora.rank:
         trainer.reference_digest = saved.host["reference_digest"]
         try:
             trainer.ref_params = checkpoints.restore_policy(

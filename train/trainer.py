@@ -36,6 +36,7 @@ from train.metrics import MetricsFile, quantiles
 from train.placement import Placement, is_first
 from train.subjects import Subject, subject_of
 from train.tasks import Problem
+from train.trained import trained_part
 from train.update import TrainState, derive, first_opt_state, make_optimizer, update
 
 
@@ -51,7 +52,8 @@ class Trainer:
       controller: of the rollouts, kept from step to step.
       log: the file that records go to.
       state: None until `start_from` or `set_state`.
-      ref_params: the policy of step 0; None when the loss has no KL term.
+      ref_params: the policy of step 0; None when the loss has no KL term, or if the
+        policy has low-rank pairs.
       reference_digest: of `ref_params`.
     """
 
@@ -84,6 +86,7 @@ class Trainer:
         buckets = Buckets(
             grpo.bucket_lengths, grpo.chunk_tokens, placement.num_row_groups
         ).up_to(longest + grpo.max_new_tokens - 1)
+        _shapes(subject.policy, config)  # checks the targets of low-rank pairs
         kind = RuleController if config.reproducible else er_jax.Controller
         return cls(
             config=config,
@@ -131,9 +134,13 @@ class Trainer:
         return self.subject.first_params(self.keys["init"], self.buckets, self.log)
 
     def start_from(self, params: Any) -> None:
-        """Begin at step 0 with these parameters, which the trainer takes over."""
+        """Begin at step 0 with these parameters, which the trainer takes over.
+
+        They get low-rank pairs, if the config says so.
+        """
+        params = self.config.lora.added(params, self._lora_key)
         params = self.placement.put(self.policy, params)
-        if self.config.grpo.kl_coef > 0:
+        if self.config.grpo.kl_coef > 0 and not self.config.lora.rank:
             self.ref_params = jax.tree.map(jnp.copy, params)  # `update` donates params
             self.reference_digest = tree_digest(params)
         self.set_state(
@@ -170,18 +177,23 @@ class Trainer:
           Those of `params`, and those of "opt_state" and "key" by name.
         """
         placement = self.placement
-        params = jax.eval_shape(self.policy.init, self.keys["init"])
+        params = _shapes(self.policy, self.config)
         opt_state = placement.shaped_optimizer(
             self.policy,
             make_optimizer(self.config.grpo),
             jax.eval_shape(self._first_opt_state, params),
-            params,
+            trained_part(params),
         )
         items = {
             "opt_state": opt_state,
             "key": placement.shaped_whole(self._rollout_key),
         }
         return placement.shaped(self.policy, params), items
+
+    @property
+    def _lora_key(self) -> jax.Array:
+        # Not one more of `keys`, which would change all of these.
+        return jax.random.fold_in(self.keys["init"], 1)
 
     @property
     def _rollout_key(self) -> np.ndarray:
@@ -336,6 +348,13 @@ class Trainer:
         return infos
 
 
+def _shapes(policy: er_jax.Decoder, config: BaseConfig) -> Any:
+    """Return the shapes of the parameters that a run trains."""
+    return jax.eval_shape(
+        lambda key: config.lora.added(policy.init(key), key), jax.random.key(0)
+    )
+
+
 def step_record(
     state: TrainState,
     data: StepData,
@@ -366,7 +385,7 @@ def step_record(
         "length": quantiles(data.out.lengths),
         "num_tokens": int(data.out.lengths.sum()),
         "position": int(state.position),
-        "params_digest": tree_digest(state.params.policy),
+        "params_digest": tree_digest(trained_part(state.params.policy)),
         "timing": {
             "rollout_s": data.seconds,
             "update_s": update_s,

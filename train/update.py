@@ -2,8 +2,10 @@
 
 A GRPO step calls `update` once or several times with the same completions. Gradients
 are accumulated over chunks of rows, so that memory depends on the size of a chunk and
-not on the number of completions. The same program requantizes the policy into the
-buffers of its old draft: the next rollout speculates with the newest weights.
+not on the number of completions. The same program requantizes what has changed of
+the policy into the buffers of its old draft: the next rollout speculates with the
+newest weights. Of a policy with low-rank pairs nothing has changed that a draft is made
+of.
 
 Left out: where completions come from. Where arrays lie is decided by `placement`.
 
@@ -27,6 +29,7 @@ from train.batching import Chunks
 from train.config import GRPOConfig
 from train.losses import PolicyLoss
 from train.placement import Placement
+from train.trained import reference_of, trained_part, with_trained_part
 
 ONE_DEVICE = Placement()
 
@@ -37,7 +40,7 @@ class TrainState:
 
     Attributes:
       params: the policy and its draft; the optimizer and checkpoints use `.policy`.
-      opt_state: the optimizer's state for `params.policy`.
+      opt_state: the optimizer's state for the trained part of `params.policy`.
       key: uint32 `[2]`, key data of the run's sampling noise. It is never split: every
         completion of the run has a sequence id of its own, and so noise of its own.
       step: int32 `[]`, GRPO steps done.
@@ -80,7 +83,8 @@ def first_opt_state(
         state = optimizer.init(params)
         return placement.optimized(policy, optimizer, state, params)
 
-    return make(params) if placement.mesh is None else jax.jit(make)(params)
+    part = trained_part(params)
+    return make(part) if placement.mesh is None else jax.jit(make)(part)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "drafter", "placement"))
@@ -132,7 +136,8 @@ def update(
     Args:
       policy, optimizer: what to update and how.
       state: donated, the old draft included. `step` and `position` stay as they are.
-      ref_params: the reference policy; None when `options.kl_coef` is 0.
+      ref_params: the reference policy; None when `options.kl_coef` is 0, or if the
+        policy has low-rank pairs, without which it is its own reference.
       chunks: all completions of the step, by bucket.
       num_completions: float32 `[]`, N.
       config: of the rollout. options: the loss. drafter: how the draft is made.
@@ -146,10 +151,14 @@ def update(
         of `losses.AGREED`.
     """
 
-    def loss_fn(params: Any, batch: Any) -> Any:
-        return losses.policy_loss(policy, params, ref_params, batch, config, options)
+    policy_params = state.params.policy
+    reference = reference_of(policy_params, ref_params)
 
-    params = state.params.policy
+    def loss_fn(part: Any, batch: Any) -> Any:
+        params = with_trained_part(policy_params, part)
+        return losses.policy_loss(policy, params, reference, batch, config, options)
+
+    params = trained_part(policy_params)
     first = jax.tree.map(lambda leaf: leaf[0], chunks[0].batch)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -179,7 +188,10 @@ def update(
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
     params = placement.trained(policy, optax.apply_updates(params, updates))
     opt_state = placement.optimized(policy, optimizer, opt_state, params)
-    policy_and_draft, gathered = placement.drafted(policy, params, drafter)
+    params = with_trained_part(policy_params, params)
+    policy_and_draft, gathered = placement.drafted(
+        policy, params, drafter, state.params, state.gathered
+    )
     info = {
         "loss": mean(loss),
         "kl": mean(sums["kl"]),

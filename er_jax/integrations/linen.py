@@ -8,8 +8,9 @@ A module has to offer
 
 as `types.Policy` describes them, and may use `kv_cache.write` and `kv_cache.attend`.
 Its `nn.Dense` layers can draft: in a draft pass their calls are intercepted, and
-multiply with the quantized kernel, which is never dequantized. Any other layer with a
-quantized parameter is refused by name.
+multiply with the quantized kernel, which is never dequantized. So do those whose kernel
+has a low-rank pair (`lora`), in every pass. Any other layer with such a parameter is
+refused by name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from er_jax.drafter import QuantizedWeight, dot
+from er_jax.lora import LoRAWeight
 from er_jax.types import Cache, Params, wide_dtype
 
 
@@ -69,14 +71,20 @@ class LinenPolicy:
 def _quantized_layers(
     call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
-    """Compute layers that have a quantized kernel; call the others as they are."""
+    """Compute layers with a quantized kernel or a pair; call others as they are."""
     module = context.module
     own = module.variables.get("params", {}) if module.scope is not None else {}
-    names = [name for name, leaf in own.items() if isinstance(leaf, QuantizedWeight)]
+    kinds = QuantizedWeight | LoRAWeight
+    names = [name for name, leaf in own.items() if isinstance(leaf, kinds)]
     if not names or context.method_name == "setup":
         return call(*args, **kwargs)
     if type(module) is not nn.Dense or context.method_name != "__call__":
         path = "/".join([*module.path, names[0]])
+        if isinstance(own[names[0]], LoRAWeight):
+            raise ValueError(
+                f"{path} has a low-rank pair, but a {type(module).__name__} cannot "
+                "multiply with it; leave it out of the targets of er_jax.add_lora"
+            )
         raise ValueError(
             f"{path} is quantized, but a {type(module).__name__} cannot multiply with "
             f"it; name it in DrafterConfig.skip: skip=('embed', 'norm', {path!r})"

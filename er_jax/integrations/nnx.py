@@ -8,8 +8,9 @@ A module has to offer
 
 as `types.Policy` describes them, and may use `kv_cache.write` and `kv_cache.attend`.
 Its `nnx.Linear` layers can draft: in a draft pass they are layers that multiply with
-the quantized kernel, which is never dequantized. Any other layer with a quantized
-parameter is refused by name.
+the quantized kernel, which is never dequantized. So are those whose kernel has a
+low-rank pair (`lora`), in every pass. Any other layer with such a parameter is refused
+by name.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from er_jax.drafter import QuantizedWeight, dot
+from er_jax.lora import LoRAWeight
 from er_jax.types import Cache, Params, wide_dtype
 
 
 class _QuantizedLinear(nnx.Linear):
-    """An `nnx.Linear` whose kernel is quantized."""
+    """An `nnx.Linear` whose kernel is quantized or has a low-rank pair."""
 
     def __call__(self, inputs: jax.Array, *unused: Any, **also: Any) -> jax.Array:
         y = dot(inputs.astype(self.dtype or inputs.dtype), self.kernel.get_value())
@@ -80,13 +82,15 @@ class NnxPolicy:
         """Return the module with these parameters, or with those of a draft.
 
         Raises:
-          ValueError: a layer that cannot multiply with its quantized parameter.
+          ValueError: a layer that cannot multiply with its quantized parameter, or with
+            the low-rank pair of it.
         """
         module = nnx.merge(self.graphdef, nnx.State(params))
         for path, node in nnx.iter_graph(module):
             if not isinstance(node, nnx.Variable):
                 continue
-            if not isinstance(node.get_value(), QuantizedWeight):
+            weight = node.get_value()
+            if not isinstance(weight, QuantizedWeight | LoRAWeight):
                 continue
             owner = module
             for part in path[:-1]:
@@ -96,6 +100,12 @@ class NnxPolicy:
                 owner.__class__ = _QuantizedLinear
             elif not isinstance(owner, _QuantizedLinear):
                 name = "/".join(map(str, path))
+                if isinstance(weight, LoRAWeight):
+                    raise ValueError(
+                        f"{name} has a low-rank pair, but a {type(owner).__name__} "
+                        "cannot multiply with it; leave it out of the targets of "
+                        "er_jax.add_lora"
+                    )
                 raise ValueError(
                     f"{name} is quantized, but a {type(owner).__name__} cannot "
                     "multiply with it; name it in DrafterConfig.skip: "

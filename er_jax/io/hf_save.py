@@ -27,6 +27,7 @@ from er_jax.drafter import TiedEmbedding
 from er_jax.io.hf_config import CONFIG, decoder_config, new_fields
 from er_jax.io.hf_weights import DTYPES, INDEX, WEIGHTS, Tensor, tensors_of
 from er_jax.io.json_fields import is_file
+from er_jax.lora import has_lora
 from er_jax.types import Params
 
 # Files beside configuration and weights, copied from the checkpoint that was loaded.
@@ -94,6 +95,11 @@ def _disassembled(
 ) -> Iterator[tuple[str, Any]]:
     """Yield the name and leaf of every tensor, after checking that they fit."""
     remedy = "give the policy's own parameters, without a draft"
+    if has_lora(params):
+        raise ValueError(
+            "params has low-rank pairs; save er_jax.merge_lora of them, or the pairs "
+            "alone with er_jax.save_peft_adapter"
+        )
     leaves = jax.tree.leaves(params)
     count = len({tensor.path for tensor in tensors})
     if len(leaves) != count:

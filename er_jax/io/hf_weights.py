@@ -114,7 +114,7 @@ def load_hf(
         parts.setdefault(tensor.path, []).append(tensor)
     leaves: dict[tuple[str | int, ...], jax.Array] = {}
     with contextlib.ExitStack() as stack:
-        handles = {file: stack.enter_context(_opened(path / file)) for file in files}
+        handles = {file: stack.enter_context(opened(path / file)) for file in files}
         file_of = _file_of_each(path, handles, files, tensors, config)
         total = sum(math.prod(tensor.shape) for tensor in tensors.values())
         bar = stack.enter_context(
@@ -267,7 +267,8 @@ def _is_plain(name: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """Open a file of tensors, as NumPy arrays; refuse a damaged one."""
     try:
         # NumPy knows bfloat16 once ml_dtypes is imported, as JAX does.
         handle = safe_open(path, framework="np")

@@ -4,7 +4,7 @@ A mesh may have any of three axes. Rows of the state are sharded over `data`. We
 are sharded over `model` along heads and features, so that a layer needs one sum over
 that axis after attention and one after the feed-forward part, and over `fsdp` along the
 other dimension, for training. A quantized weight is sharded like the weight it was made
-from.
+from, and a low-rank pair like the dimensions that it shares with its base.
 
 A dimension that its axis does not divide is refused, not replicated. The only exception
 is key/value heads, of which models have few: if `model` does not divide them, they are
@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from er_jax.decoder import Decoder, DecoderConfig
 from er_jax.drafter import QuantizedWeight, TiedEmbedding, is_weight
+from er_jax.lora import LoRAWeight
 from er_jax.types import Params, Policy
 
 AnyMesh = Mesh | AbstractMesh
@@ -58,6 +59,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"router", ("fsdp", "")),
 )
 
+# Of a weight with a low-rank pair: which of its dimensions each part has. The rank is
+# whole on every device.
+LORA_PARTS = {"base": (0, 1), "a": (0, None), "b": (None, 1)}
+
 KV_WEIGHTS = re.compile(r"[kv]_(proj|bias)")
 
 
@@ -78,8 +83,13 @@ def param_spec(
       ValueError: no rule for this path, or an axis does not divide a dimension.
     """
     axes = axes or MeshAxes()
-    name = path.split("/")[-1]
+    *above, name = path.split("/")
+    part = LORA_PARTS.get(name)
+    if part is not None and above:
+        name = above[-1]
     rule = next((dims for words, dims in RULES if re.fullmatch(words, name)), None)
+    if rule is not None and part is not None:
+        rule = tuple("" if dim is None else rule[dim] for dim in part)
     if rule is None:
         raise ValueError(
             f"no rule says how {path} is sharded over a mesh; give its sharding, or "
@@ -152,6 +162,9 @@ def draft_shardings(draft: Params, params: Params) -> Params:
             return leaf.replace(  # type: ignore[attr-defined]
                 projection=quantized(leaf.projection, NamedSharding(table.mesh, spec))
             )
+        if isinstance(leaf, LoRAWeight):
+            base = quantized(leaf.base, sharding.base)
+            return leaf.replace(base=base)  # type: ignore[attr-defined]
         return quantized(leaf, sharding)
 
     return jax.tree.map(of_parent, params, draft, is_leaf=is_weight)

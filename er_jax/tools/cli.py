@@ -33,6 +33,7 @@ from er_jax.costs.passes import PassCosts
 from er_jax.costs.roofline import Roofline
 from er_jax.drafter import DrafterConfig
 from er_jax.io import hf_weights
+from er_jax.io.peft import load_peft_adapter
 from er_jax.io.text import load_tokenizer
 from er_jax.result import Completion, RolloutError
 from er_jax.rollout import rollout
@@ -232,6 +233,7 @@ class Sample:
       control: how draft lengths are chosen.
       seed: of the noise; the same seed gives the same completions.
       dtype: of the parameters; None is the checkpoint's own.
+      adapter: directory of a low-rank adapter in PEFT's format.
       out: JSONL file for prompts, completions and log-probabilities.
       profile: directory for a trace of the device, for XProf or Perfetto.
     """
@@ -245,6 +247,7 @@ class Sample:
     control: str = "best"
     seed: int = 0
     dtype: Dtype | None = None
+    adapter: Path | None = None
     out: Path | None = None
     profile: Path | None = None
 
@@ -268,6 +271,8 @@ class Sample:
         tokenizer = load_tokenizer(self.model)
         config = dataclasses.replace(config, stop_token_ids=tokenizer.stop_token_ids)
         policy, params = hf_weights.load_hf(self.model, dtype=self.dtype, progress=True)
+        if self.adapter is not None:
+            params = load_peft_adapter(self.adapter, policy, params)
         try:
             found = rollout(
                 policy,
