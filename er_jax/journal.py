@@ -234,12 +234,14 @@ class Journal:
         """Whether it is time to note those that run."""
         return time.monotonic() - self._noted_s >= EVERY_S
 
-    def note(self, completions: Mapping[int, Completion], *, sync: bool) -> None:
+    def note(self, completions: Mapping[int, Completion], *, sync: bool) -> int:
         """Hand what is new in completions to the thread that writes.
 
         Args:
           completions: by row; those that have ended are noted once.
           sync: whether they include those that run; these then reach the disk at once.
+        Returns:
+          How many tokens were new.
         Warns:
           RuntimeWarning: once, if the file could not be written. Nothing is written any
             more then, and the rollout goes on.
@@ -269,6 +271,7 @@ class Journal:
         if pieces:
             self._writer.items.put((pieces, sync))
         self._warn_of_failure()
+        return sum(len(piece.token_ids) for piece in pieces)
 
     def _warn_of_failure(self) -> None:
         failure = None if self._writer is None else self._writer.failure

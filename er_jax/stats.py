@@ -70,6 +70,8 @@ class RolloutStats:
         `compile` also has the time this call waited for another thread's compilation.
       num_prefilled: distinct prompts prefilled.
       num_cloned: completions that started from cache entries still in the batch.
+      num_resumed: tokens that an earlier call had sampled.
+      num_journalled: tokens that were given to the journal.
       switch: why drafts ran or did not; see `control.explain`. Empty unless the
         controller is an `er_jax.Controller`.
       replica_s: wall seconds of each replica of `rollout_replicas`, in all processes;
@@ -86,6 +88,8 @@ class RolloutStats:
     compiled: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     num_prefilled: int = 0
     num_cloned: int = 0
+    num_resumed: int = 0
+    num_journalled: int = 0
     switch: str = ""
     replica_s: list[float] = dataclasses.field(default_factory=list)
 
@@ -160,8 +164,8 @@ class RolloutStats:
                     counts = getattr(whole, name)
                     counts[gamma] = counts.get(gamma, 0) + getattr(part, name)[gamma]
             whole.compiled += part.compiled
-            whole.num_prefilled += part.num_prefilled
-            whole.num_cloned += part.num_cloned
+            for name in ("num_prefilled", "num_cloned", "num_resumed"):
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
         return whole
 
     def keep_rate(self, gamma: int) -> float:
@@ -175,6 +179,13 @@ class RolloutStats:
             return float("nan")
         kept = float(np.arange(gamma + 1) @ histogram)
         return kept / (gamma * float(histogram.sum()))
+
+    @property
+    def kept_share(self) -> float:
+        """Drafts kept / drafts proposed in all rounds, NaN where none were."""
+        kept = sum(np.arange(len(h)) @ h for h in self.accepted.values())
+        proposed = sum((len(h) - 1) * h.sum() for h in self.accepted.values())
+        return float(kept / proposed) if proposed else float("nan")
 
     def summary(self) -> str:
         """Return the rollout as text: time by phase, tokens by gamma, programs."""
@@ -217,6 +228,10 @@ class RolloutStats:
             f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "
             "started from entries already there"
         )
+        if self.num_resumed:
+            lines.append(f"resumed: {self.num_resumed} tokens of earlier calls")
+        if self.num_journalled:
+            lines.append(f"journal: {self.num_journalled} tokens written")
         if self.replica_s:
             lines.append(
                 f"replicas: {len(self.replica_s)}, from {min(self.replica_s):.2f} to "

@@ -185,6 +185,8 @@ def test_it_begins_where_what_is_resumed_ends(wanted: Rollout, path: Path) -> No
     more = sample(path, resume=part, until=Until(tokens=20), version=1)
     found = sum(len(p.token_ids) for p in contents_of(path.read_bytes()).pieces)
     assert found == more.lengths.sum() - part.lengths.sum() > 0
+    assert more.stats.num_journalled == found
+    assert more.stats.num_resumed == part.lengths.sum()
     given: dict[int, Completion] = {}
     out = sample(path, resume=part, version=2, on_finish=given.__setitem__)
     assert_same(out, wanted)

@@ -53,7 +53,7 @@ ORDER = (
     ),
     *("result", "resume", "journal_format", "journal", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
-    *("scheduler.batch", "scheduler.loop", "scheduler"),
+    *("scheduler.batch", "scheduler.monitor", "scheduler.loop", "scheduler"),
     *(
         "mesh.rules",
         "mesh.attention",

@@ -18,13 +18,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import jax
-from tqdm import tqdm
 
 from er_jax.control.protocol import ControllerProtocol
 from er_jax.journal import Journal
 from er_jax.request import Request
 from er_jax.result import Completion, keeping
 from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.monitor import Monitor
 from er_jax.scheduler.topology import Topology
 from er_jax.stats import RolloutStats
 from er_jax.types import Sampling
@@ -61,7 +61,7 @@ def run(
         "unfinished".
       began_s: `time.perf_counter()` when the call began, for `until.seconds`.
       on_finish: called with (sequence id, completion) as rows end.
-      progress: show a progress bar of finished sequences.
+      progress: show a progress bar of finished sequences; see `Monitor`.
     Returns:
       Sequence (0 .. N-1) -> completion.
     Raises:
@@ -72,7 +72,7 @@ def run(
 
     def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
-            bar.update()
+            monitor.finish(len(batch.completions[sequence].token_ids))
             if on_finish is None:
                 continue
             try:
@@ -95,7 +95,7 @@ def run(
         return batch.completions
 
     with (
-        tqdm(total=len(request.waiting), unit="seq", disable=not progress) as bar,
+        Monitor(len(request.waiting), progress, stats) as monitor,
         keeping(finished, request, batch.unfinished),
     ):
         while batch.queue or batch.num_live:
@@ -116,11 +116,7 @@ def run(
                 batch.start_window(program, controller.table.round_seconds(program))
                 # While this window runs, completions of the one before are delivered.
                 failure = deliver(batch.collect())
-                if progress:
-                    bar.set_postfix_str(
-                        f"live={batch.num_live}, gamma={program.gamma}",
-                        refresh=False,
-                    )
+                monitor.show(program, batch.rows, request, len(batch.queue))
                 batch.end_window(controller, failure)
             if until is not None and batch.is_reached(until, began_s):
                 break
