@@ -1202,18 +1202,6 @@ BUGS: tuple[PlantedBug, ...] = (
         ("tests/test_control.py::test_a_round_is_guessed_from_steps",),
     ),
     PlantedBug(
-        "guesses go on where rounds were timed",
-        "er_jax::Controller._speeds",
-        "may_guess &= self._rule is None and not self.knows_drafts",
-        "may_guess &= self._rule is None",
-        (
-            "tests/test_benchmarks.py"
-            "::test_plain_decoding_is_tried_where_only_drafts_ran[1.5]",
-            "tests/test_control.py"
-            "::test_drafts_are_bought_for_a_batch_whose_steps_promise_a_gain",
-        ),
-    ),
-    PlantedBug(
         "a step is taken for slower than the drafts beside it leave room for",
         "er_jax::LatencyTable._prediction",
         "(1 + other.gamma) ** ROWS_EXPONENT + DRAFT_SHARE * other.gamma",

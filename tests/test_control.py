@@ -468,7 +468,7 @@ def test_drafts_are_bought_for_a_batch_whose_steps_promise_a_gain() -> None:
     assert 1.1 < gain < 1.5
     # Nothing is known of the batch before its first window.
     assert seconds == 1 + math.ceil(2.0 / (1 - 1 / gain))
-    # Once rounds were timed nothing is guessed.
+    # What was timed is believed.
     controller.observe(SEEING, 100, np.array([0, 0, 0, 0, 32]), 8.0)
     options = [SEEING, LONG]
     assert controller.choose(options, SEEING, compile_s=FREE) == LONG

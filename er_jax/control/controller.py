@@ -171,7 +171,7 @@ class Controller:
         Args:
           may_guess: whether drafts have guessed costs before any were timed.
         """
-        may_guess &= self._rule is None and not self.knows_drafts
+        may_guess &= self._rule is None
         used = {view: self.acceptance_of(view) for view in {p.view for p in programs}}
         tokens = {
             (gamma, view): used[view].tokens_per_round(gamma)
