@@ -27,7 +27,7 @@ from tests.conftest import CompileCount
 from tests.small import SIZES, small_policy
 from tests.test_mesh import Moving
 from tests.test_resume import Ending, assert_same
-from tests.toy import oracle_logprobs
+from tests.toy import Toy, full_table, oracle_logprobs, settings, toy_params
 
 # What rollouts compute, the tests of their promises show at the default level.
 pytestmark = pytest.mark.usefixtures("unoptimized_module")
@@ -358,8 +358,8 @@ def test_other_kinds_of_logprobs_know_no_bias(kind: str, x64: None) -> None:
     )
     out = sample(config)
     plain = er_jax.RolloutConfig(max_new_tokens=24, logprobs=kind, temperature=0.7)
-    for settings in (config, plain):
-        found = er_jax.score(POLICY, params(), out, config=settings)
+    for own in (config, plain):
+        found = er_jax.score(POLICY, params(), out, config=own)
         np.testing.assert_allclose(found.logprobs, out.logprobs, atol=1e-5)
 
 
@@ -479,6 +479,109 @@ def test_other_stop_sequences_compile_nothing(compile_counter: CompileCounter) -
         for found in ([[3, 4, 5, 6]], [(1, 2), (2, 3), (4, 5, 6), (7, 7)]):
             run(dataclasses.replace(plain, stop_sequences=found))
     assert compiled.count == 0, compiled
+
+
+# -- all of it together, at random -----------------------------------------------------
+
+TOY = Toy(vocab_size=5, dtype="float64")
+
+
+def asked(seed: int, num_prompts: int) -> dict[str, Any]:
+    """Return random settings, each of them for single prompts, for all, or absent."""
+    rng = np.random.default_rng(seed)
+    ranges: dict[str, Any] = {
+        "max_new_tokens": range(1, 25), "min_new_tokens": (0, 0, 1, 2, 5, 9),
+        "temperature": (0.0, 0.5, 1.0, 1.6), "top_k": (0, 0, 2, 3),
+        "top_p": (1.0, 0.9, 0.6), "min_p": (0.0, 0.0, 0.1),
+    }  # fmt: skip
+    found: dict[str, Any] = {"max_new_tokens": 24}
+    for name, values in ranges.items():
+        how = rng.integers(3)
+        own = [values[i] for i in rng.integers(0, len(values), num_prompts)]
+        if how:
+            found[name] = own[0] if how == 1 else own
+    limits = np.broadcast_to(found["max_new_tokens"], num_prompts)
+    least = np.minimum(found.get("min_new_tokens", 0), limits)
+    found["min_new_tokens"] = least.tolist() if rng.integers(2) else int(least.min())
+    if rng.integers(2):
+        found["banned_ids"] = (int(rng.integers(5)),)
+    if rng.integers(2):
+        found["logit_bias"] = {int(rng.integers(5)): float(rng.normal())}
+    if rng.integers(3):
+        found["stop_token_ids"] = (int(rng.integers(5)),)
+    if rng.integers(3):
+        lengths = rng.integers(1, 5, rng.integers(1, 4))
+        found["stop_sequences"] = [rng.integers(0, 5, k).tolist() for k in lengths]
+    return found
+
+
+def drawn_by_hand(
+    table: np.ndarray, prompt: list[int], index: int, config: Any, noise: np.ndarray
+) -> tuple[list[int], str, list[float]]:
+    """Return the completion of a prompt, one token at a time."""
+    own = config.of_prompts([index])
+
+    def value(name: str) -> Any:
+        return np.ravel(getattr(own, name))[0]
+
+    plain = settings(
+        **{name: value(name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    )
+    text, logprobs = [prompt[0], *prompt], []
+    begin = len(text)
+    while True:
+        made = len(text) - begin
+        logits = table[text[-2], text[-1]].copy()
+        for token, extra in dict(config.logit_bias).items():
+            logits[token] += np.float32(extra)
+        logits[list(config.banned_ids)] = -np.inf
+        if made < value("min_new_tokens"):
+            logits[list(config.stop_ids)] = -np.inf
+        line = oracle_logprobs(logits, plain)
+        text.append(int(np.argmax(line + noise[len(prompt) + made])))
+        logprobs.append(line[text[-1]])
+        tokens = text[begin:]
+        ends = [s for s in config.stop_sequences if tokens[-len(s) :] == list(s)]
+        if text[-1] in config.stop_token_ids or ends:
+            if len(tokens) > value("min_new_tokens"):
+                return tokens, "stop", logprobs
+        if len(tokens) == value("max_new_tokens"):
+            return tokens, "length", logprobs
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.filterwarnings("ignore:drafts were kept")  # The draft is a far one.
+def test_random_requests_equal_what_is_done_by_hand(x64: None) -> None:
+    target, draft = toy_params(TOY, seed=0), toy_params(TOY, seed=1)
+    pair = er_jax.PolicyParams(policy=target, draft=draft)
+    prompts, n = [[1], [2, 3, 4], [0, 1], [4, 4]], 2
+    ids, places = (jnp.arange(count, dtype=jnp.int32) for count in (8, 32))
+    reasons = []
+    for seed in range(40):
+        config = er_jax.RolloutConfig(
+            **asked(seed, len(prompts)), n=n, max_slots=4, gammas=(0, 2),
+            drafter=er_jax.DrafterConfig(window=None), logprobs="processed",
+        )  # fmt: skip
+        if {*config.banned_ids, *config.stop_ids} >= {*range(5)}:
+            continue
+        key = jax.random.key(seed)
+        controller = Restless("best", (0, 2), (2, 4), seed)
+        out = er_jax.rollout(
+            TOY, pair, prompts, key=key, config=config, controller=controller
+        )
+        words = sampling_of(config, key, 5)
+        noise = np.asarray(gumbel(words, ids[:, None], places[None], 5, jnp.float64))
+        for row, tokens in enumerate(rows(out)):
+            index = row // n
+            wanted, reason, logprobs = drawn_by_hand(
+                full_table(target), prompts[index], index, config, noise[row]
+            )
+            assert (tokens, out.finish_reason[row]) == (wanted, reason), (seed, row)
+            at = out.logprobs[row, : len(tokens)]
+            np.testing.assert_allclose(at, logprobs, atol=1e-5, err_msg=f"{seed} {row}")
+            reasons.append(reason)
+    assert 60 < reasons.count("stop") < len(reasons) - 60
 
 
 def test_arrays_of_any_kind_become_tuples() -> None:
