@@ -342,6 +342,39 @@ def test_bias_bans_and_least_lengths(control: str, x64: None) -> None:
     np.testing.assert_allclose(found.logprobs, out.logprobs, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_gradients_are_of_what_is_sampled(x64: None) -> None:
+    config = dataclasses.replace(CONFIG, **BOUNDED, temperature=0.7, control="ar")
+    out = sample(config)
+    texts = [PROMPTS[row // 2] + tokens for row, tokens in enumerate(rows(out))]
+    ids, mask = in_front(texts)
+    positions = jnp.where(mask, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], -1)
+    begin = np.array([len(PROMPTS[row // 2]) for row in range(10)])[:, None]
+    made = np.arange(1, ids.shape[1])[None] - begin
+    early = made < np.repeat(BOUNDED["min_new_tokens"], 2)[:, None]
+    bias = np.zeros((*early.shape, 24))
+    for token, value in BOUNDED["logit_bias"].items():
+        bias[..., token] = value
+    bias[..., list(BOUNDED["banned_ids"])] = -np.inf
+    bias[..., list(CONFIG.stop_token_ids)] += np.where(early, -np.inf, 0)[..., None]
+
+    def by_hand(params: Any) -> jax.Array:
+        scores = (logits_of(params, jnp.asarray(ids), positions)[:, :-1] + bias) / 0.7
+        best = jnp.max(scores, axis=-1, keepdims=True)
+        total = jnp.log(jnp.sum(jnp.exp(scores - best), axis=-1)) + best[..., 0]
+        own = jnp.take_along_axis(scores, jnp.asarray(ids)[:, 1:, None], axis=-1)
+        is_made = mask[:, 1:] & (made >= 0)
+        return jnp.sum(jnp.where(is_made, own[..., 0] - total, 0))
+
+    def scored(params: Any) -> jax.Array:
+        return er_jax.score(POLICY, params, out, config=config).logprobs.sum()
+
+    found, wanted = jax.grad(scored)(params(1)), jax.grad(by_hand)(params(1))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6), found, wanted
+    )
+
+
 @pytest.mark.usefixtures("short_windows")
 def test_least_lengths_count_from_the_prompt_when_going_on(x64: None) -> None:
     config = dataclasses.replace(CONFIG, **BOUNDED)
@@ -597,3 +630,6 @@ def test_arrays_of_any_kind_become_tuples() -> None:
     assert hash(config) == hash(dataclasses.replace(config))
     assert config.of_prompts([1]).temperature == (0.5,)
     assert CONFIG.of_prompts([1]) == CONFIG
+    for wrong in (2, -1, 0.5):
+        with pytest.raises(ValueError, match=rf"{wrong}.* of 2 prompts; .* 0 to 1"):
+            config.of_prompts([wrong])  # type: ignore[list-item]
