@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from er_jax.acceptance import ACCEPT_RULES, AcceptRule
+from er_jax.acceptance import AcceptRule
 from er_jax.drafter import PolicyParams
 from er_jax.sampling import gumbel
 from er_jax.types import NONE, Finish, Params, Sampling
@@ -176,7 +176,7 @@ def followed(
     return joint
 
 
-@pytest.mark.parametrize("gamma", [0, 1, 4])
+@pytest.mark.parametrize("gamma", [0, pytest.param(1, marks=pytest.mark.slow), 4])
 def test_coupled_emits_the_targets_own_draws(gamma: int, x64: None) -> None:
     """Token for token in float64, whatever settings the other rows have."""
     policy = Toy(vocab_size=4, dtype="float64")
@@ -246,7 +246,13 @@ def hand_draws(
 
 
 @pytest.mark.parametrize(
-    ("rule", "gamma"), [("coupled", 0), *((rule, 2) for rule in ACCEPT_RULES)]
+    ("rule", "gamma"),
+    [
+        ("coupled", 0),
+        ("coupled", 2),
+        pytest.param("token", 2, marks=pytest.mark.slow),
+        pytest.param("block", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stop_sequence_across_rounds(rule: AcceptRule, gamma: int) -> None:
     """In windows of one round: wherever the rounds cut it, after good and bad drafts.

@@ -155,6 +155,7 @@ def test_other_values_compile_nothing(compile_counter: CompileCounter) -> None:
     assert compiled.count == 0, compiled
 
 
+@pytest.mark.slow
 def test_best_measures_the_programs_that_run() -> None:
     policy = small_policy("settings measured")
     config = dataclasses.replace(CONFIG, temperature=np.linspace(0.5, 1, 5))
@@ -163,6 +164,7 @@ def test_best_measures_the_programs_that_run() -> None:
     assert len(sizes) == len(set(sizes)), "a program was measured that does not run"
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_runs() -> None:
     policy = small_policy("settings ahead")
     own_params = policy.init(jax.random.key(0))
@@ -173,7 +175,9 @@ def test_what_is_compiled_ahead_is_what_runs() -> None:
 
 
 @pytest.mark.usefixtures("short_windows")
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", ["not truncated", pytest.param("truncated", marks=pytest.mark.slow)]
+)
 def test_going_on(name: str, x64: None) -> None:
     """Ended early, then gone on, with limits that differ."""
     stop = er_jax.Stop()
