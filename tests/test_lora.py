@@ -56,7 +56,7 @@ def policy_of(kind: str = "float32") -> er_jax.Decoder:
 
 @functools.cache
 def parameters(kind: str) -> Any:
-    return policy_of(kind).init(jax.random.key(0))
+    return jax.jit(policy_of(kind).init)(jax.random.key(0))
 
 
 def plain_of(kind: str = "float32") -> Any:
@@ -358,8 +358,6 @@ def test_drafts_with_the_live_pair_change_no_token(x64: None) -> None:
     np.testing.assert_array_equal(plain.completion_ids, drafted.completion_ids)
     np.testing.assert_allclose(plain.logprobs, drafted.logprobs, atol=1e-6)
     assert drafted.stats.keep_rate(3) > 0.9
-    found = er_jax.score(policy, params, plain, config=CONFIG)
-    np.testing.assert_allclose(found.logprobs, plain.logprobs, atol=1e-6)
     # A draft of earlier pairs is as good, because its pairs are those of the policy.
     old = er_jax.attach_draft(with_pairs("float64"), DrafterConfig())
     live = PolicyParams(policy=params, draft=old.draft)
