@@ -463,7 +463,7 @@ def test_drafts_are_bought_for_a_batch_whose_steps_promise_a_gain() -> None:
         seconds += 1
         assert seconds < 100
     assert chosen == SEEING
-    gain = 0.010 / guessed_seconds(controller.table, SEEING)
+    gain = 0.010 / (guessed_seconds(controller.table, SEEING) or math.inf)
     gain *= controller.acceptance.tokens_per_round(4)
     assert 1.1 < gain < 1.5
     # Nothing is known of the batch before its first window.
