@@ -36,6 +36,7 @@ from er_jax.journal_format import (
     Piece,
     contents_of,
     joined,
+    pieces_of,
     record,
 )
 from er_jax.result import NOTHING, Completion, Rollout, assemble
@@ -175,7 +176,8 @@ class Journal:
         pieces: dict[int, list[Piece]] = {}
         for piece in self._found.pieces:
             pieces.setdefault(piece.row, []).append(piece)
-        count, width = len(sequence_ids), config.max_new_tokens
+        count, width = len(sequence_ids), config.most_new_tokens
+        limits = config.of_sequences("max_new_tokens", len(prompts))
         completions: dict[int, Completion] = {}
         versions = np.full((count, width), -1, np.int32)
         for row in range(count):
@@ -187,6 +189,7 @@ class Journal:
                     token_ids=earlier.completion_ids[row, :length],
                     logprobs=earlier.logprobs[row, :length],
                     finish_reason=str(earlier.finish_reason[row]),
+                    mask=earlier.completion_mask[row, :length],
                 )
             before = known
             known, own = joined(known, own, pieces.get(row, []))
@@ -194,7 +197,7 @@ class Journal:
             versions[row, : len(own)] = own
             self._noted[row] = len(own)
             # What ended by length goes on where the limit is higher now.
-            goes_on = known.finish_reason == LENGTH and len(own) < width
+            goes_on = known.finish_reason == LENGTH and len(own) < limits[row]
             if known.finish_reason != UNFINISHED and not goes_on:
                 self._ended.add(row)
                 if known is not before:
@@ -253,16 +256,7 @@ class Journal:
             self._noted[row] = length
             if has_ended:
                 self._ended.add(row)
-            pieces.append(
-                Piece(
-                    row=row,
-                    start=start,
-                    version=self._version,
-                    finish=FINISH_NAMES.index(completion.finish_reason),
-                    token_ids=completion.token_ids[start:],
-                    logprobs=completion.logprobs[start:],
-                )
-            )
+            pieces += pieces_of(row, completion, start, self._version)
         if sync:
             self._noted_s = time.monotonic()
         assert self._writer is not None, "`confirm` comes first"

@@ -24,6 +24,7 @@ PHASES = (
     "prefill",
     "windows",
     "moves",
+    "answers",
     "compile",
     "host",
 )
@@ -60,16 +61,20 @@ class RolloutStats:
     Attributes:
       seconds: phase -> seconds. Phases are check (the search for NaN in the
         parameters), draft refresh, calibration, prefill, windows (device time of the
-        decoding loops), moves (compaction and growth), compile, and host (the rest of
-        the wall time).
+        decoding loops), moves (compaction and growth), answers (nothing ran, because
+        all sequences waited for `respond`), compile, and host (the rest of the wall
+        time).
       rounds: gamma -> row-rounds of live rows.
       tokens: gamma -> tokens emitted.
       accepted: gamma -> int64 `[gamma + 1]`, row-rounds by number of drafts kept.
       timeline: windows in order.
       compiled: (program name, seconds) of everything this call compiled. The phase
         `compile` also has the time this call waited for another thread's compilation.
-      num_prefilled: distinct prompts prefilled.
+      num_prefilled: distinct prompts prefilled. prefilled_tokens: their tokens; with
+        `respond`, all of a conversation count again in every turn.
       num_cloned: completions that started from cache entries still in the batch.
+      num_answers: answers of `respond` that a completion went on with.
+      failed_turns: sequence id -> what went wrong, of completions that ended as "tool".
       switch: why drafts ran or did not; see `control.explain`. Empty unless the
         controller is an `er_jax.Controller`.
       replica_s: wall seconds of each replica of `rollout_replicas`, in all processes;
@@ -86,6 +91,9 @@ class RolloutStats:
     compiled: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     num_prefilled: int = 0
     num_cloned: int = 0
+    prefilled_tokens: int = 0
+    num_answers: int = 0
+    failed_turns: dict[int, str] = dataclasses.field(default_factory=dict)
     switch: str = ""
     replica_s: list[float] = dataclasses.field(default_factory=list)
 
@@ -162,6 +170,9 @@ class RolloutStats:
             whole.compiled += part.compiled
             whole.num_prefilled += part.num_prefilled
             whole.num_cloned += part.num_cloned
+            whole.prefilled_tokens += part.prefilled_tokens
+            whole.num_answers += part.num_answers
+            whole.failed_turns |= part.failed_turns
         return whole
 
     def keep_rate(self, gamma: int) -> float:
@@ -217,6 +228,11 @@ class RolloutStats:
             f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "
             "started from entries already there"
         )
+        if self.num_answers or self.failed_turns:
+            lines.append(
+                f"turns: {self.num_answers} answered, {len(self.failed_turns)} failed; "
+                f"{self.prefilled_tokens} tokens prefilled"
+            )
         if self.replica_s:
             lines.append(
                 f"replicas: {len(self.replica_s)}, from {min(self.replica_s):.2f} to "

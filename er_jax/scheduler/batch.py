@@ -25,11 +25,12 @@ from er_jax.control.protocol import ControllerProtocol
 from er_jax.costs import timing
 from er_jax.engine.protocol import WindowHandle
 from er_jax.journal import Journal
-from er_jax.request import Request
+from er_jax.request import Request, bucket_of
 from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import Shape, Topology
+from er_jax.scheduler.turns import Turns
 from er_jax.settings import of_rows
 from er_jax.stats import Moment, RolloutStats
 from er_jax.types import (
@@ -53,6 +54,9 @@ MIN_ROUNDS, MAX_ROUNDS = 16, 4096
 # The first window that drafts, after one that did not, is a trial of this many
 # row-rounds: enough to tell a broken draft from a good one, at little cost.
 TRIAL_ROW_ROUNDS = 64
+
+# Longest wait for answers before other reasons to end are looked at.
+ANSWER_WAIT_S = 0.05
 
 # Slots are refilled when one in this many is free: one prefill serves all rows that it
 # fills, and an idle row costs only its share of a step.
@@ -101,6 +105,9 @@ class Batch:
         sampling settings.
       begun: completions that go on, by sequence; their tokens are part of the prompt.
       journal: is told of what has been sampled; None keeps none.
+      turns: of conversations; None where a completion is one turn.
+      turned: why the turns of completions that go on have ended, by sequence, of those
+        that wait for an answer.
     Attributes:
       rows: the host's record. queue: sequences that wait for a row. completions:
         sequence -> completion of those that finished. program: the program that ran
@@ -115,12 +122,15 @@ class Batch:
         settings: Sampling,
         begun: Mapping[int, Completion] = MappingProxyType({}),
         journal: Journal | None = None,
+        turns: Turns | None = None,
+        turned: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
         self.settings = request.with_begins(settings)
-        self.begun, self.journal = begun, journal
-        self.queue = collections.deque(request.waiting)
+        self.begun, self.journal, self.turns = begun, journal, turns
+        self.queue = collections.deque(s for s in request.waiting if s not in turned)
         self.completions: dict[int, Completion] = {}
+        self._turned = turned
         self.start_s = time.perf_counter()
         self.program: Program | None = None
         self.rows = Rows.empty(request.slots)
@@ -138,6 +148,19 @@ class Batch:
         """Rows that still generate."""
         return self.rows.num_live
 
+    @property
+    def num_open(self) -> int:
+        """Sequences that wait for an answer."""
+        return 0 if self.turns is None else len(self.turns.open)
+
+    @property
+    def is_going_on(self) -> bool:
+        """Whether a sequence is live, waits for a row or an answer, or may do so."""
+        if self.queue or self.num_live:
+            return True
+        is_unknown = self.turns is not None and self._finished is not None
+        return is_unknown or self.num_open > 0
+
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """Time device work on the state, waiting until it is done."""
@@ -153,8 +176,11 @@ class Batch:
         assert self.program is not None
         if not self.queue or self._is_trial or self._decided_ago_s >= WINDOW_S:
             return True
+        if self._shape != self.program.shape:
+            return True
         reach = self._options.reach(self._shape, self.program.gamma)
-        needed = max(self.rows.needed_length(reach), self.request.prompt_bucket)
+        start_length = self.request.bucket(self.queue)
+        needed = max(self.rows.needed_length(reach), start_length)
         return needed > self.program.cache_length
 
     def is_refill_due(self) -> bool:
@@ -165,20 +191,24 @@ class Batch:
 
     def refill(self) -> None:
         """Start queued sequences in the free slots."""
+        self._make_room()
         free = np.flatnonzero(self.rows.sequence == NONE)
         count = min(len(free), len(self.queue))
         starting = [self.queue.popleft() for _ in range(count)]
+        request = self.request.starting(starting)
 
         def plan(starting: list[int], free: list[int], shard_rows: slice) -> Admission:
             admission, num_prefilled = plan_admission(
-                self.request, self.rows, self._shape[1], starting, free, shard_rows
+                request, self.rows, self._shape[1], starting, free, shard_rows
             )
             self.stats.num_prefilled += num_prefilled
+            tokens = int(admission.length[:num_prefilled].sum()) - num_prefilled
+            self.stats.prefilled_tokens += tokens
             self.stats.num_cloned += int(admission.num_clones)
             return admission
 
         admission = self.topology.admission(
-            plan, starting, free, self.rows.resident, self.request.prompt_of
+            plan, starting, free, self.rows.resident, request.prompt_of
         )
         shared = self._shape[2]
         engine, params = (
@@ -188,9 +218,29 @@ class Batch:
         with self._timed("prefill"):
             self.state = engine.admit(params, self.state, admission)
 
+    def _make_room(self) -> None:
+        """Lengthen the cache if it is too short for what waits.
+
+        It was shortened, or never so long, while longer conversations were answered.
+        """
+        needed = self.request.bucket(self.queue)
+        if needed > self._shape[1]:
+            length = bucket_of(needed, self.request.cache_lengths)
+            self._move((self._shape[0], length, self._shape[2]))
+
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run now; see `Options.programs`."""
-        return self._options.programs(self.rows, self._shape, bool(self.queue), gammas)
+        start_length = None
+        if self.turns is not None and (self.queue or self.turns.open):
+            start_length = self.request.bucket([*self.queue, *self.turns.open])
+        return self._options.programs(
+            self.rows,
+            self._shape,
+            bool(self.queue),
+            gammas,
+            num_open=self.num_open,
+            start_length=start_length,
+        )
 
     def compile_s(self, program: Program) -> float:
         """Return the compile seconds until this batch can run a program; 0 if ready."""
@@ -224,7 +274,11 @@ class Batch:
     def move_to(self, program: Program) -> None:
         """Compact or grow the state to the shape of a program."""
         self.program, self._decided_ago_s = program, 0.0
-        route = self.topology.route(self._shape, program.shape, self.num_live)
+        self._move(program.shape)
+
+    def _move(self, new: Shape) -> None:
+        """Compact or grow the state to a shape."""
+        route = self.topology.route(self._shape, new, self.num_live)
         for shape in route:
             keep = np.flatnonzero(self.rows.is_live)
             if shape[0] >= len(self.rows):
@@ -358,12 +412,62 @@ class Batch:
                 FINISH_NAMES[int(reason)],
             )
         ended = {int(sequences[slot]) for slot in rows if not info.live[slot]}
+        if self.turns is not None:
+            for sequence in tuple(ended):
+                if self.turns.takes(self.request, sequence, found[sequence]):
+                    ended.remove(sequence)
+                    found[sequence] = self.turns.open[sequence]
         self.completions |= {s: found[s] for s in found if s in ended}
         if self.journal is not None:
             self.journal.note(found, sync=is_due)
         self.stats.add_window(moment, self._finished.num_tokens, info.accepted)
         self._finished = None  # Last, so that an interrupted fetch can be repeated.
         return [sequence for sequence in found if sequence in ended]
+
+    def ask_again(self) -> list[int]:
+        """Ask for what was not answered before; return sequences that have ended."""
+        for sequence, reason in self._turned.items():
+            whole = dataclasses.replace(self.begun[sequence], finish_reason=reason)
+            if self.turns is None or not self.turns.takes(
+                self.request, sequence, whole
+            ):
+                self.completions[sequence] = whole
+        return list(self.completions)
+
+    def take_answers(self, wait_s: float = 0.0) -> list[int]:
+        """Queue the sequences that were answered; return those that have ended.
+
+        Args:
+          wait_s: how long to wait for a first answer.
+        """
+        if self.turns is None:
+            return []
+        found = self.turns.answered(self.request, wait_s)
+        if not found:
+            return []
+        reason = FINISH_NAMES[Finish.UNFINISHED]
+        on = {s: c for s, c in found.items() if c.finish_reason == reason}
+        ended = {s: c for s, c in found.items() if s not in on}
+        if self.journal is not None:
+            self.journal.note(found, sync=False)
+        self.completions |= ended
+        if on:
+            self.request = self.request.going_on(
+                {s: c.token_ids for s, c in on.items()}
+            )
+            self.settings = self.request.with_begins(self.settings)
+            self.begun = {**self.begun, **on}
+            # In front: who has begun ends first.
+            self.queue.extendleft(reversed(on))
+        self.turns.forget(found)
+        return list(ended)
+
+    def wait_for_answers(self) -> list[int]:
+        """Wait a moment for an answer, while nothing can run; as `take_answers`."""
+        if not self.num_open:
+            return []
+        with self.stats.timed("answers", lambda: 0.0):
+            return self.take_answers(ANSWER_WAIT_S)
 
     def _completion(
         self, sequence: int, tokens: np.ndarray, logprobs: np.ndarray, reason: str
@@ -400,6 +504,8 @@ class Batch:
                 (int(self.rows.sequence[slot]), self.rows.length[slot])
             ]
         }
+        if self.turns is not None:
+            found |= self.turns.open
         if self.topology.engine.agreement.is_leader:
             found |= {s: self.begun.get(s, NOTHING) for s in self.queue}
         return found
@@ -413,11 +519,12 @@ class Batch:
           until: when to end. began_s: `time.perf_counter()` when the call began.
         """
         count, group = len(self.request.prompt_of), self.request.group
-        num_open = len(self.queue) + self.num_live
+        num_open = len(self.queue) + self.num_live + self.num_open
         open_groups: set[int] = set()
         if until.groups is not None:
             live = self.rows.sequence[self.rows.is_live].tolist()
-            open_groups = {sequence // group for sequence in (*self.queue, *live)}
+            asked = () if self.turns is None else self.turns.open
+            open_groups = {s // group for s in (*self.queue, *live, *asked)}
         last = 0 if self._finished is None else self._finished.num_tokens
         is_reached = until.is_reached(
             seconds=time.perf_counter() - began_s,

@@ -1,0 +1,119 @@
+"""Conversations: sequences whose turn has ended, and that wait for an answer.
+
+A row whose turn has ended leaves the batch like any that has ended. When its answer is
+there, the sequence goes back into the queue with all tokens so far as its prompt, which
+is prefilled again. Noise depends on key, sequence id and position alone, so the tokens
+are those of a rollout of the whole text so far.
+
+Left out: threads (`respond`), rows and the queue (`batch`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from er_jax.request import Request
+from er_jax.respond import Calls, Respond, Turn, checked_answer
+from er_jax.result import Completion
+from er_jax.resume import LENGTH, STOP, UNFINISHED, turn_of
+from er_jax.stats import RolloutStats
+from er_jax.types import FINISH_NAMES, Finish
+
+TOOL = FINISH_NAMES[Finish.TOOL]
+
+
+class Turns:
+    """The turns of a rollout that have ended and are not answered.
+
+    Args:
+      respond: what answers, and the limits. vocab_size: of the policy.
+      stats: is told of answers, and of failures to answer.
+    Attributes:
+      open: sequence -> completion so far, "unfinished", of those that wait.
+    """
+
+    def __init__(self, respond: Respond, vocab_size: int, stats: RolloutStats) -> None:
+        self.open: dict[int, Completion] = {}
+        self._respond, self._vocab_size, self._stats = respond, vocab_size, stats
+        self._calls: Calls | None = Calls(respond)
+        self._room: dict[int, int] = {}
+        self._reason: dict[int, str] = {}
+
+    def takes(self, request: Request, sequence: int, completion: Completion) -> bool:
+        """Whether a row that has ended waits for an answer now; if so, it is asked for.
+
+        Args:
+          request: of the sequence. completion: that has ended.
+        """
+        if sequence in self.open:
+            return True  # An interrupted fetch is repeated.
+        length = len(completion.token_ids)
+        room = request.most_tokens(sequence) - length
+        spans, most = completion.turns, self._respond.max_turns
+        is_last = most is not None and len(spans) >= most
+        if completion.finish_reason not in (STOP, LENGTH) or room < 1 or is_last:
+            return False
+        open_ = dataclasses.replace(completion, finish_reason=UNFINISHED)
+        self._room[sequence] = room
+        self._reason[sequence] = completion.finish_reason
+        self.open[sequence] = open_
+        if self._calls is None:
+            return True
+        turn = Turn(
+            index=len(spans) - 1,
+            token_ids=completion.token_ids[turn_of(completion) :].copy(),
+            prompt_ids=request.prompt(sequence).copy(),
+            completion_ids=completion.token_ids.copy(),
+            finish_reason=completion.finish_reason,
+            room=room,
+        )
+        self._calls.ask(sequence, int(request.sequence_ids[sequence]), turn)
+        return True
+
+    def answered(self, request: Request, wait_s: float) -> dict[int, Completion]:
+        """Return completions that go on ("unfinished"), and those that have ended.
+
+        They stay open until `forget`, so that an interruption loses none.
+
+        Args:
+          request: of the sequences. wait_s: how long to wait for a first answer.
+        """
+        found: dict[int, Completion] = {}
+        answers = [] if self._calls is None else self._calls.answers(wait_s)
+        for sequence, answer in answers:
+            found[sequence] = self._ended_or_gone_on(request, sequence, answer)
+        return found
+
+    def _ended_or_gone_on(
+        self, request: Request, sequence: int, answer: Any
+    ) -> Completion:
+        completion = self.open[sequence]
+        if answer is None:
+            reason = self._reason[sequence]
+            return dataclasses.replace(completion, finish_reason=reason)
+        room = self._room[sequence]
+        try:
+            if isinstance(answer, BaseException):
+                raise ValueError(f"{type(answer).__name__}: {answer}")
+            tokens = checked_answer(answer, self._vocab_size, room)
+        except ValueError as error:
+            name = int(request.sequence_ids[sequence])
+            turn = len(completion.turns) - 1
+            self._stats.failed_turns[name] = f"turn {turn}: {error}"
+            return dataclasses.replace(completion, finish_reason=TOOL)
+        self._stats.num_answers += 1
+        reason = UNFINISHED if len(tokens) < room else LENGTH
+        return dataclasses.replace(completion.answered(tokens), finish_reason=reason)
+
+    def forget(self, sequences: Mapping[int, Any]) -> None:
+        """Take sequences for no longer open."""
+        for sequence in sequences:
+            del self.open[sequence], self._room[sequence], self._reason[sequence]
+
+    def close(self) -> None:
+        """Ask for nothing more, and take no more answers; what is open stays so."""
+        if self._calls is not None:
+            self._calls.close()
+        self._calls = None
