@@ -131,6 +131,7 @@ def prepare(
     if earlier is not None:
         ended, begun = completions_of(earlier, config)
     limit = None if respond is None else respond.max_turn_tokens
+    checks.check_turns(limit, config)
     turned: dict[int, str] = {}
     for row, completion in begun.items():
         reason = turn_end(completion, config, row, limit)

@@ -93,7 +93,10 @@ def turn_by_turn() -> tuple[list[list[int]], list[list[bool]]]:
         prompts = [PROMPTS[row // 2] + texts[row] for row in ROWS]
         room = [LIMITS[row // 2] - len(texts[row]) for row in ROWS]
         limits = tuple(max(min(TURN_TOKENS, left), 1) for left in room)
-        config = dataclasses.replace(CONFIG, max_new_tokens=limits, n=1)
+        least = tuple(min(2, limit) for limit in limits)
+        config = dataclasses.replace(
+            CONFIG, max_new_tokens=limits, min_new_tokens=least, n=1
+        )
         out = er_jax.rollout(POLICY, params(), prompts, key=KEY, config=config)
         for row in tuple(open_rows):
             new = out.completion_ids[row, : out.lengths[row]]
@@ -425,7 +428,8 @@ def test_calls_that_hang_are_replaced(is_async: bool) -> None:
     """Those behind them run, `max_parallel` at a time, and closing waits for none."""
     running, most = 0, 0
     release = threading.Event()
-    turn = Turn(0, *[np.zeros(1, np.int32)] * 3, "stop", 1)
+    tokens = np.zeros(1, np.int32)
+    turn = Turn(0, tokens, tokens, tokens, "stop", 1)
 
     def begin(by: int) -> None:
         nonlocal running, most
@@ -468,6 +472,10 @@ def test_calls_that_hang_are_replaced(is_async: bool) -> None:
     ("make", "message"),
     [
         (lambda: sample(respond=3), "respond=3 must be a function"),
+        (
+            lambda: sample(respond=Respond(tool, max_turn_tokens=1)),
+            "max_turn_tokens=1 must be at least min_new_tokens=2",
+        ),
         (lambda: Respond(tool, max_turns=0), "respond.max_turns=0"),
         (lambda: Respond(tool, max_turn_tokens=1.5), "respond.max_turn_tokens=1.5"),  # type: ignore[arg-type]
         (lambda: Respond(tool, max_parallel=0), "respond.max_parallel=0"),
