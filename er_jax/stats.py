@@ -70,8 +70,9 @@ class RolloutStats:
       timeline: windows in order.
       compiled: (program name, seconds) of everything this call compiled. The phase
         `compile` also has the time this call waited for another thread's compilation.
-      num_prefilled: distinct prompts prefilled. prefilled_tokens: their tokens; with
-        `respond`, all of a conversation count again in every turn.
+      num_prefilled: distinct prompts prefilled.
+      prefilled_tokens: their tokens; with `respond`, all of a conversation count again
+        in every turn.
       num_cloned: completions that started from cache entries still in the batch.
       num_answers: answers of `respond` that a completion went on with.
       failed_turns: sequence id -> what went wrong, of completions that ended as "tool".
