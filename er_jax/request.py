@@ -105,7 +105,7 @@ def request_of(
         slots=-(-slots // num_shards) * num_shards,
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
-        chunk=_chunk_of(bucket),
+        chunk=chunk_of(bucket),
         views=_views_of(config),
         group=config.n,
         ended=frozenset(ended),
@@ -115,7 +115,7 @@ def request_of(
     )
 
 
-def _chunk_of(bucket: int) -> int:
+def chunk_of(bucket: int) -> int:
     """Return how many prompts of a bucket are prefilled together."""
     is_cpu = jax.default_backend() == "cpu"
     tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
@@ -385,20 +385,23 @@ class Request:
             self, prompts=prompts, prompt_of=prompt_of, num_begun=num_begun, turns=turns
         )
 
-    def bucket(self, sequences: Iterable[int]) -> int:
-        """Return the bucket that holds what some sequences start from."""
+    def bucket(self, lengths: Iterable[int]) -> int:
+        """Return the bucket that holds prompts of some lengths in tokens."""
         if self.turns is None:
             return self.prompt_bucket
-        lengths = (len(self.prompts[self.prompt_of[s]]) for s in sequences)
         longest = power_of_two(max(lengths, default=1), self.prompt_bucket)
         return min(longest, self.cache_lengths[-1])
 
+    def start_length(self, sequence: int) -> int:
+        """Return the tokens that a sequence starts from."""
+        return len(self.prompts[self.prompt_of[sequence]])
+
     def starting(self, sequences: Iterable[int]) -> Request:
         """Return the request in the sizes of an admission of some sequences."""
-        bucket = self.bucket(sequences)
+        bucket = self.bucket(map(self.start_length, sequences))
         if bucket == self.prompt_bucket:
             return self
-        return dataclasses.replace(self, prompt_bucket=bucket, chunk=_chunk_of(bucket))
+        return dataclasses.replace(self, prompt_bucket=bucket, chunk=chunk_of(bucket))
 
     @property
     def waiting(self) -> list[int]:

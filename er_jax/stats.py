@@ -71,10 +71,11 @@ class RolloutStats:
       compiled: (program name, seconds) of everything this call compiled. The phase
         `compile` also has the time this call waited for another thread's compilation.
       num_prefilled: distinct prompts prefilled.
-      prefilled_tokens: their tokens; with `respond`, all of a conversation count again
-        in every turn.
+      prefilled_tokens: prefilled in all, of prompts and of what `respond` appended.
       num_cloned: completions that started from cache entries still in the batch.
       num_answers: answers of `respond` that a completion went on with.
+      num_kept: of these, those whose row was still there, so that nothing but the answer
+        was prefilled.
       failed_turns: sequence id -> what went wrong, of completions that ended as "tool".
       switch: why drafts ran or did not; see `control.explain`. Empty unless the
         controller is an `er_jax.Controller`.
@@ -94,6 +95,7 @@ class RolloutStats:
     num_cloned: int = 0
     prefilled_tokens: int = 0
     num_answers: int = 0
+    num_kept: int = 0
     failed_turns: dict[int, str] = dataclasses.field(default_factory=dict)
     switch: str = ""
     replica_s: list[float] = dataclasses.field(default_factory=list)
@@ -173,6 +175,7 @@ class RolloutStats:
             whole.num_cloned += part.num_cloned
             whole.prefilled_tokens += part.prefilled_tokens
             whole.num_answers += part.num_answers
+            whole.num_kept += part.num_kept
             whole.failed_turns |= part.failed_turns
         return whole
 
@@ -231,8 +234,9 @@ class RolloutStats:
         )
         if self.num_answers or self.failed_turns:
             lines.append(
-                f"turns: {self.num_answers} answered, {len(self.failed_turns)} failed; "
-                f"{self.prefilled_tokens} tokens prefilled"
+                f"turns: {self.num_answers} answered, {self.num_kept} went on in their "
+                f"rows, {len(self.failed_turns)} failed; {self.prefilled_tokens} tokens "
+                "prefilled"
             )
         if self.replica_s:
             lines.append(

@@ -374,6 +374,25 @@ class Admission:
     clone_length: Array
 
 
+@struct.dataclass
+class Continuation:
+    """Rows that have ended and go on behind tokens that are appended to them.
+
+    Laid out in chunks of C rows, like the prompts of an `Admission`.
+
+    slot: int32 `[A]`, the rows; B where unused. A is a multiple of C.
+    tokens: int32 `[A, T]`, to append, right-padded. count: int32 `[A]`, how many.
+    limit: int32 `[A]`, the new limit of each row.
+    num_chunks: int32 `[]`, chunks that are used.
+    """
+
+    slot: Array
+    tokens: Array
+    count: Array
+    limit: Array
+    num_chunks: Array
+
+
 class Program(NamedTuple):
     """The name of a compiled window.
 

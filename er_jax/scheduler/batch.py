@@ -14,7 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import Shape, Topology
-from er_jax.scheduler.turns import Turns
+from er_jax.scheduler.turns import Turns, plan_going_on
 from er_jax.settings import of_rows
 from er_jax.stats import Moment, RolloutStats
 from er_jax.types import (
@@ -131,6 +131,7 @@ class Batch:
         self.queue = collections.deque(s for s in request.waiting if s not in turned)
         self.completions: dict[int, Completion] = {}
         self._turned = turned
+        self._num_undecided = 0
         self.start_s = time.perf_counter()
         self.program: Program | None = None
         self.rows = Rows.empty(request.slots)
@@ -150,16 +151,15 @@ class Batch:
 
     @property
     def num_open(self) -> int:
-        """Sequences that wait for an answer."""
-        return 0 if self.turns is None else len(self.turns.open)
+        """Sequences that wait for an answer, and rows that ended and may do so."""
+        if self.turns is None:
+            return 0
+        return len(self.turns.open) + self._num_undecided
 
     @property
     def is_going_on(self) -> bool:
         """Whether a sequence is live, waits for a row or an answer, or may do so."""
-        if self.queue or self.num_live:
-            return True
-        is_unknown = self.turns is not None and self._finished is not None
-        return is_unknown or self.num_open > 0
+        return bool(self.queue) or self.num_live > 0 or self.num_open > 0
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -179,8 +179,7 @@ class Batch:
         if self._shape != self.program.shape:
             return True
         reach = self._options.reach(self._shape, self.program.gamma)
-        start_length = self.request.bucket(self.queue)
-        needed = max(self.rows.needed_length(reach), start_length)
+        needed = max(self.rows.needed_length(reach), self._start_bucket())
         return needed > self.program.cache_length
 
     def is_refill_due(self) -> bool:
@@ -191,9 +190,16 @@ class Batch:
 
     def refill(self) -> None:
         """Start queued sequences in the free slots."""
-        self._make_room()
-        free = np.flatnonzero(self.rows.sequence == NONE)
+        if self.turns is not None:
+            self._make_room()
+            self._go_on_in_place()
+        free = self.rows.free
         count = min(len(free), len(self.queue))
+        if not count:
+            return
+        if self.turns is not None:
+            free = free[:count]
+        free = np.sort(free)
         starting = [self.queue.popleft() for _ in range(count)]
         request = self.request.starting(starting)
 
@@ -210,6 +216,7 @@ class Batch:
         admission = self.topology.admission(
             plan, starting, free, self.rows.resident, request.prompt_of
         )
+        self.rows.held[self.rows.is_live] = NONE
         shared = self._shape[2]
         engine, params = (
             self.topology.engine_of(shared),
@@ -218,28 +225,47 @@ class Batch:
         with self._timed("prefill"):
             self.state = engine.admit(params, self.state, admission)
 
+    def _start_bucket(self) -> int:
+        """Return the positions that rows need to start from what waits, or may."""
+        if self.turns is None:
+            return self.request.prompt_bucket
+        held = self.rows.length[self.rows.held != NONE].tolist()
+        lengths = map(self.request.start_length, self.queue)
+        return self.request.bucket([*lengths, *self.turns.lengths, *held])
+
     def _make_room(self) -> None:
         """Lengthen the cache if it is too short for what waits.
 
         It was shortened, or never so long, while longer conversations were answered.
         """
-        needed = self.request.bucket(self.queue)
+        needed = self._start_bucket()
         if needed > self._shape[1]:
             length = bucket_of(needed, self.request.cache_lengths)
             self._move((self._shape[0], length, self._shape[2]))
 
+    def _go_on_in_place(self) -> None:
+        """Have queued sequences go on in the rows that hold them still."""
+        on, continuation, chunk = plan_going_on(self.request, self.rows, self.queue)
+        if not on:
+            return
+        self.queue = collections.deque(s for s in self.queue if s not in set(on))
+        self.stats.num_kept += len(on)
+        self.stats.prefilled_tokens += int(continuation.count.sum())
+        with self._timed("prefill"):
+            self.state = self.topology.engine.go_on(
+                self.topology.params_of(False), self.state, continuation, chunk
+            )
+
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run now; see `Options.programs`."""
-        start_length = None
-        if self.turns is not None and (self.queue or self.turns.open):
-            start_length = self.request.bucket([*self.queue, *self.turns.open])
+        is_needed = bool(self.queue) or self.num_open > 0
         return self._options.programs(
             self.rows,
             self._shape,
             bool(self.queue),
             gammas,
             num_open=self.num_open,
-            start_length=start_length,
+            start_length=self._start_bucket() if is_needed else 1,
         )
 
     def compile_s(self, program: Program) -> float:
@@ -280,7 +306,7 @@ class Batch:
         """Compact or grow the state to a shape."""
         route = self.topology.route(self._shape, new, self.num_live)
         for shape in route:
-            keep = np.flatnonzero(self.rows.is_live)
+            keep = np.sort(self.rows.to_keep[: shape[0]])
             if shape[0] >= len(self.rows):
                 keep = np.arange(len(self.rows))
             index = self.topology.rows_after(keep, self._shape, shape)
@@ -367,9 +393,16 @@ class Batch:
         finished = FinishedWindow(
             info, window.buffers, moment, self.rows.sequence, self.rows.length
         )
+        may_go_on = self._may_go_on(info, sequence)
         rows = dataclasses.replace(
-            self.rows, sequence=sequence, length=info.length.astype(int)
+            self.rows,
+            sequence=sequence,
+            held=np.where(may_go_on, self.rows.sequence, self.rows.held)
+            if self.topology.keeps_rows and self.request.ring_slots is None
+            else self.rows.held,
+            length=info.length.astype(int),
         )
+        self._num_undecided = int(may_go_on.sum())
         # Assigned together, last: after an interruption, it can be waited for again.
         self._finished, self._in_flight, self.rows = finished, None, rows
         self._decided_ago_s += seconds
@@ -386,6 +419,17 @@ class Batch:
         )
         if failure is not None:
             raise failure
+
+    def _may_go_on(self, info: WindowInfo, sequence: np.ndarray) -> np.ndarray:
+        """Return the rows that ended and may be answered, bool `[rows]`.
+
+        Args:
+          sequence: int `[rows]`, the sequences that are live after the window.
+        """
+        if self.turns is None:
+            return np.zeros(len(self.rows), bool)
+        has_ended = self.rows.is_live & (sequence == NONE)
+        return has_ended & (info.finish_reason != Finish.NONFINITE)
 
     def collect(self) -> list[int]:
         """Record the last window, fetch its completions and return their sequences.
@@ -417,6 +461,8 @@ class Batch:
                 if self.turns.takes(self.request, sequence, found[sequence]):
                     ended.remove(sequence)
                     found[sequence] = self.turns.open[sequence]
+            self._release(ended)
+            self._num_undecided = 0
         self.completions |= {s: found[s] for s in found if s in ended}
         if self.journal is not None:
             self.journal.note(found, sync=is_due)
@@ -460,11 +506,16 @@ class Batch:
             # In front: who has begun ends first.
             self.queue.extendleft(reversed(on))
         self.turns.forget(found)
+        self._release(ended)
         return list(ended)
+
+    def _release(self, ended: Collection[int]) -> None:
+        """Hold no rows any more for sequences that have ended."""
+        self.rows.held[np.isin(self.rows.held, list(ended))] = NONE
 
     def wait_for_answers(self) -> list[int]:
         """Wait a moment for an answer, while nothing can run; as `take_answers`."""
-        if not self.num_open:
+        if self.turns is None or not self.turns.open:
             return []
         with self.stats.timed("answers", lambda: 0.0):
             return self.take_answers(ANSWER_WAIT_S)
@@ -519,11 +570,11 @@ class Batch:
           until: when to end. began_s: `time.perf_counter()` when the call began.
         """
         count, group = len(self.request.prompt_of), self.request.group
-        num_open = len(self.queue) + self.num_live + self.num_open
+        asked = () if self.turns is None else self.turns.open
+        num_open = len(self.queue) + self.num_live + len(asked)
         open_groups: set[int] = set()
         if until.groups is not None:
             live = self.rows.sequence[self.rows.is_live].tolist()
-            asked = () if self.turns is None else self.turns.open
             open_groups = {s // group for s in (*self.queue, *live, *asked)}
         last = 0 if self._finished is None else self._finished.num_tokens
         is_reached = until.is_reached(
