@@ -74,8 +74,8 @@ class RolloutStats:
       prefilled_tokens: prefilled in all, of prompts and of what `respond` appended.
       num_cloned: completions that started from cache entries still in the batch.
       num_answers: answers of `respond` that a completion went on with.
-      num_kept: of these, those whose row was still there, so that nothing but the answer
-        was prefilled.
+      num_kept: of these, those whose row was still there, so that only the answer was
+        prefilled.
       failed_turns: sequence id -> what went wrong, of completions that ended as "tool".
       switch: why drafts ran or did not; see `control.explain`. Empty unless the
         controller is an `er_jax.Controller`.
@@ -234,9 +234,9 @@ class RolloutStats:
         )
         if self.num_answers or self.failed_turns:
             lines.append(
-                f"turns: {self.num_answers} answered, {self.num_kept} went on in their "
-                f"rows, {len(self.failed_turns)} failed; {self.prefilled_tokens} tokens "
-                "prefilled"
+                f"turns: {self.num_answers} answered, {len(self.failed_turns)} failed, "
+                f"{self.num_kept} went on in their rows; {self.prefilled_tokens} "
+                "tokens prefilled"
             )
         if self.replica_s:
             lines.append(

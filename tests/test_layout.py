@@ -53,7 +53,8 @@ ORDER = (
     ),
     *("result", "resume", "journal_format", "journal", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
-    *("scheduler.turns", "scheduler.batch", "scheduler.loop", "scheduler"),
+    *("scheduler.turns", "scheduler.batch", "scheduler.conversations"),
+    *("scheduler.loop", "scheduler"),
     *(
         "mesh.rules",
         "mesh.attention",

@@ -158,6 +158,17 @@ def test_tokens_are_those_of_calls_turn_by_turn(
         for mask, length in zip(out.completion_mask, out.lengths, strict=True)
     )
     assert out.stats.num_tokens == out.completion_mask.sum()
+    num_gone_on = sum(len(spans) - 1 for spans in out.turns)
+    if slots == 8:
+        # Every row is still there, and each prompt was prefilled once.
+        assert out.stats.num_kept == num_gone_on
+        appended = [
+            np.diff(spans)[1::2].sum() for spans in map(np.ravel, out.turns)
+        ]  # fmt: skip
+        prompts = sum(len(prompt) - 1 for prompt in PROMPTS)
+        assert out.stats.prefilled_tokens == prompts + sum(appended)
+    else:
+        assert 0 < out.stats.num_kept < num_gone_on
     assert sorted(seen) == list(ROWS)
     for row, completion in seen.items():
         assert completion.turns == out.turns[row]
@@ -323,6 +334,18 @@ def test_a_rollout_that_ends_early_goes_on(monkeypatch: pytest.MonkeyPatch) -> N
     last = sample(respond=None, resume=part)
     assert (last.lengths[stopped] == part.lengths[stopped]).all()
     assert set(last.finish_reason[stopped].tolist()) == {"stop"}
+
+
+def test_ctrl_c_gives_everything_and_it_goes_on() -> None:
+    def on_finish(sequence_id: int, completion: Completion) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sample(on_finish=on_finish)
+    part: Rollout = caught.value.rollout  # type: ignore[attr-defined]
+    assert {len(spans) for spans in part.turns} > {1}
+    assert "unfinished" in part.finish_reason
+    assert_turn_by_turn(sample(resume=part))
 
 
 def test_a_journal_goes_on(tmp_path: Path) -> None:

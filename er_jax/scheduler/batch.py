@@ -14,7 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,12 +25,11 @@ from er_jax.control.protocol import ControllerProtocol
 from er_jax.costs import timing
 from er_jax.engine.protocol import WindowHandle
 from er_jax.journal import Journal
-from er_jax.request import Request, bucket_of
+from er_jax.request import Request
 from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.topology import Shape, Topology
-from er_jax.scheduler.turns import Turns, plan_going_on
 from er_jax.settings import of_rows
 from er_jax.stats import Moment, RolloutStats
 from er_jax.types import (
@@ -54,9 +53,6 @@ MIN_ROUNDS, MAX_ROUNDS = 16, 4096
 # The first window that drafts, after one that did not, is a trial of this many
 # row-rounds: enough to tell a broken draft from a good one, at little cost.
 TRIAL_ROW_ROUNDS = 64
-
-# Longest wait for answers before other reasons to end are looked at.
-ANSWER_WAIT_S = 0.05
 
 # Slots are refilled when one in this many is free: one prefill serves all rows that it
 # fills, and an idle row costs only its share of a step.
@@ -105,9 +101,6 @@ class Batch:
         sampling settings.
       begun: completions that go on, by sequence; their tokens are part of the prompt.
       journal: is told of what has been sampled; None keeps none.
-      turns: of conversations; None where a completion is one turn.
-      turned: why the turns of completions that go on have ended, by sequence, of those
-        that wait for an answer.
     Attributes:
       rows: the host's record. queue: sequences that wait for a row. completions:
         sequence -> completion of those that finished. program: the program that ran
@@ -122,16 +115,12 @@ class Batch:
         settings: Sampling,
         begun: Mapping[int, Completion] = MappingProxyType({}),
         journal: Journal | None = None,
-        turns: Turns | None = None,
-        turned: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
         self.settings = request.with_begins(settings)
-        self.begun, self.journal, self.turns = begun, journal, turns
-        self.queue = collections.deque(s for s in request.waiting if s not in turned)
+        self.begun, self.journal = begun, journal
+        self.queue = collections.deque(request.waiting)
         self.completions: dict[int, Completion] = {}
-        self._turned = turned
-        self._num_undecided = 0
         self.start_s = time.perf_counter()
         self.program: Program | None = None
         self.rows = Rows.empty(request.slots)
@@ -150,16 +139,40 @@ class Batch:
         return self.rows.num_live
 
     @property
+    def waiting(self) -> list[int]:
+        """The sequences that are neither live nor have ended."""
+        return list(self.queue)
+
+    @property
     def num_open(self) -> int:
-        """Sequences that wait for an answer, and rows that ended and may do so."""
-        if self.turns is None:
-            return 0
-        return len(self.turns.open) + self._num_undecided
+        """Sequences beside those of the queue that will need rows: none."""
+        return 0
 
     @property
     def is_going_on(self) -> bool:
-        """Whether a sequence is live, waits for a row or an answer, or may do so."""
+        """Whether a sequence is live, or waits, or may do so."""
         return bool(self.queue) or self.num_live > 0 or self.num_open > 0
+
+    def _start_bucket(self) -> int:
+        """Return the positions that rows need to start from what waits, or may."""
+        return self.request.prompt_bucket
+
+    def _free_rows(self, count: int) -> np.ndarray:
+        """Return at least `count` free rows, if there are any, ascending."""
+        return np.flatnonzero(self.rows.sequence == NONE)
+
+    def _with_held(self, rows: Rows, info: WindowInfo) -> Rows:
+        """Return the rows after a window, with what those hold that ended in it."""
+        return rows
+
+    def _still_ended(self, ended: set[int], found: dict[int, Completion]) -> set[int]:
+        """Return the sequences that have ended, of those whose rows have.
+
+        Args:
+          ended: sequences. found: completions of their rows and others; completions
+            that have not ended are changed.
+        """
+        return ended
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -190,16 +203,8 @@ class Batch:
 
     def refill(self) -> None:
         """Start queued sequences in the free slots."""
-        if self.turns is not None:
-            self._make_room()
-            self._go_on_in_place()
-        free = self.rows.free
-        count = min(len(free), len(self.queue))
-        if not count:
-            return
-        if self.turns is not None:
-            free = free[:count]
-        free = np.sort(free)
+        count = min(len(self.rows) - self.num_live, len(self.queue))
+        free = self._free_rows(count)
         starting = [self.queue.popleft() for _ in range(count)]
         request = self.request.starting(starting)
 
@@ -216,7 +221,6 @@ class Batch:
         admission = self.topology.admission(
             plan, starting, free, self.rows.resident, request.prompt_of
         )
-        self.rows.held[self.rows.is_live] = NONE
         shared = self._shape[2]
         engine, params = (
             self.topology.engine_of(shared),
@@ -224,37 +228,6 @@ class Batch:
         )
         with self._timed("prefill"):
             self.state = engine.admit(params, self.state, admission)
-
-    def _start_bucket(self) -> int:
-        """Return the positions that rows need to start from what waits, or may."""
-        if self.turns is None:
-            return self.request.prompt_bucket
-        held = self.rows.length[self.rows.held != NONE].tolist()
-        lengths = map(self.request.start_length, self.queue)
-        return self.request.bucket([*lengths, *self.turns.lengths, *held])
-
-    def _make_room(self) -> None:
-        """Lengthen the cache if it is too short for what waits.
-
-        It was shortened, or never so long, while longer conversations were answered.
-        """
-        needed = self._start_bucket()
-        if needed > self._shape[1]:
-            length = bucket_of(needed, self.request.cache_lengths)
-            self._move((self._shape[0], length, self._shape[2]))
-
-    def _go_on_in_place(self) -> None:
-        """Have queued sequences go on in the rows that hold them still."""
-        on, continuation, chunk = plan_going_on(self.request, self.rows, self.queue)
-        if not on:
-            return
-        self.queue = collections.deque(s for s in self.queue if s not in set(on))
-        self.stats.num_kept += len(on)
-        self.stats.prefilled_tokens += int(continuation.count.sum())
-        with self._timed("prefill"):
-            self.state = self.topology.engine.go_on(
-                self.topology.params_of(False), self.state, continuation, chunk
-            )
 
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run now; see `Options.programs`."""
@@ -393,16 +366,12 @@ class Batch:
         finished = FinishedWindow(
             info, window.buffers, moment, self.rows.sequence, self.rows.length
         )
-        may_go_on = self._may_go_on(info, sequence)
         rows = dataclasses.replace(
             self.rows,
             sequence=sequence,
-            held=np.where(may_go_on, self.rows.sequence, self.rows.held)
-            if self.topology.keeps_rows and self.request.ring_slots is None
-            else self.rows.held,
             length=info.length.astype(int),
         )
-        self._num_undecided = int(may_go_on.sum())
+        rows = self._with_held(rows, info)
         # Assigned together, last: after an interruption, it can be waited for again.
         self._finished, self._in_flight, self.rows = finished, None, rows
         self._decided_ago_s += seconds
@@ -419,17 +388,6 @@ class Batch:
         )
         if failure is not None:
             raise failure
-
-    def _may_go_on(self, info: WindowInfo, sequence: np.ndarray) -> np.ndarray:
-        """Return the rows that ended and may be answered, bool `[rows]`.
-
-        Args:
-          sequence: int `[rows]`, the sequences that are live after the window.
-        """
-        if self.turns is None:
-            return np.zeros(len(self.rows), bool)
-        has_ended = self.rows.is_live & (sequence == NONE)
-        return has_ended & (info.finish_reason != Finish.NONFINITE)
 
     def collect(self) -> list[int]:
         """Record the last window, fetch its completions and return their sequences.
@@ -456,69 +414,13 @@ class Batch:
                 FINISH_NAMES[int(reason)],
             )
         ended = {int(sequences[slot]) for slot in rows if not info.live[slot]}
-        if self.turns is not None:
-            for sequence in tuple(ended):
-                if self.turns.takes(self.request, sequence, found[sequence]):
-                    ended.remove(sequence)
-                    found[sequence] = self.turns.open[sequence]
-            self._release(ended)
-            self._num_undecided = 0
+        ended = self._still_ended(ended, found)
         self.completions |= {s: found[s] for s in found if s in ended}
         if self.journal is not None:
             self.journal.note(found, sync=is_due)
         self.stats.add_window(moment, self._finished.num_tokens, info.accepted)
         self._finished = None  # Last, so that an interrupted fetch can be repeated.
         return [sequence for sequence in found if sequence in ended]
-
-    def ask_again(self) -> list[int]:
-        """Ask for what was not answered before; return sequences that have ended."""
-        for sequence, reason in self._turned.items():
-            whole = dataclasses.replace(self.begun[sequence], finish_reason=reason)
-            if self.turns is None or not self.turns.takes(
-                self.request, sequence, whole
-            ):
-                self.completions[sequence] = whole
-        return list(self.completions)
-
-    def take_answers(self, wait_s: float = 0.0) -> list[int]:
-        """Queue the sequences that were answered; return those that have ended.
-
-        Args:
-          wait_s: how long to wait for a first answer.
-        """
-        if self.turns is None:
-            return []
-        found = self.turns.answered(self.request, wait_s)
-        if not found:
-            return []
-        reason = FINISH_NAMES[Finish.UNFINISHED]
-        on = {s: c for s, c in found.items() if c.finish_reason == reason}
-        ended = {s: c for s, c in found.items() if s not in on}
-        if self.journal is not None:
-            self.journal.note(found, sync=False)
-        self.completions |= ended
-        if on:
-            self.request = self.request.going_on(
-                {s: c.token_ids for s, c in on.items()}
-            )
-            self.settings = self.request.with_begins(self.settings)
-            self.begun = {**self.begun, **on}
-            # In front: who has begun ends first.
-            self.queue.extendleft(reversed(on))
-        self.turns.forget(found)
-        self._release(ended)
-        return list(ended)
-
-    def _release(self, ended: Collection[int]) -> None:
-        """Hold no rows any more for sequences that have ended."""
-        self.rows.held[np.isin(self.rows.held, list(ended))] = NONE
-
-    def wait_for_answers(self) -> list[int]:
-        """Wait a moment for an answer, while nothing can run; as `take_answers`."""
-        if self.turns is None or not self.turns.open:
-            return []
-        with self.stats.timed("answers", lambda: 0.0):
-            return self.take_answers(ANSWER_WAIT_S)
 
     def _completion(
         self, sequence: int, tokens: np.ndarray, logprobs: np.ndarray, reason: str
@@ -555,8 +457,6 @@ class Batch:
                 (int(self.rows.sequence[slot]), self.rows.length[slot])
             ]
         }
-        if self.turns is not None:
-            found |= self.turns.open
         if self.topology.engine.agreement.is_leader:
             found |= {s: self.begun.get(s, NOTHING) for s in self.queue}
         return found
@@ -570,12 +470,12 @@ class Batch:
           until: when to end. began_s: `time.perf_counter()` when the call began.
         """
         count, group = len(self.request.prompt_of), self.request.group
-        asked = () if self.turns is None else self.turns.open
-        num_open = len(self.queue) + self.num_live + len(asked)
+        waiting = self.waiting
+        num_open = len(waiting) + self.num_live
         open_groups: set[int] = set()
         if until.groups is not None:
             live = self.rows.sequence[self.rows.is_live].tolist()
-            open_groups = {s // group for s in (*self.queue, *live, *asked)}
+            open_groups = {s // group for s in (*waiting, *live)}
         last = 0 if self._finished is None else self._finished.num_tokens
         is_reached = until.is_reached(
             seconds=time.perf_counter() - began_s,

@@ -29,6 +29,7 @@ from er_jax.request import Request
 from er_jax.respond import Respond
 from er_jax.result import Completion, keeping
 from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.conversations import Conversations
 from er_jax.scheduler.topology import Topology
 from er_jax.scheduler.turns import Turns
 from er_jax.stats import RolloutStats
@@ -77,10 +78,12 @@ def run(
       RolloutError: anything failed; it carries the finished completions.
       KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
-    turns = None
-    if respond is not None:
+    talks, arguments = None, (topology, request, stats, settings, begun, journal)
+    if respond is None:
+        batch = Batch(*arguments)
+    else:
         turns = Turns(respond, topology.engine.policy.vocab_size, stats)
-    batch = Batch(topology, request, stats, settings, begun, journal, turns, turned)
+        batch = talks = Conversations(turns, turned, *arguments)
 
     def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
@@ -102,8 +105,8 @@ def run(
     def finished() -> dict[int, Completion]:
         # One window may be over and not yet collected, and another may be running. If
         # the device itself has failed, nothing more can be fetched.
-        if turns is not None:
-            turns.close()
+        if talks is not None:
+            talks.turns.close()
         with contextlib.suppress(Exception):
             batch.collect()
         with contextlib.suppress(Exception):
@@ -113,16 +116,17 @@ def run(
         return batch.completions
 
     with (
-        contextlib.nullcontext() if turns is None else contextlib.closing(turns),
+        contextlib.nullcontext() if talks is None else contextlib.closing(talks.turns),
         tqdm(total=len(request.waiting), unit="seq", disable=not progress) as bar,
         keeping(finished, request, batch.unfinished),
     ):
-        raise_of(deliver(batch.ask_again()))
+        if talks is not None:
+            raise_of(deliver(talks.ask_again()))
         while batch.is_going_on:
-            if not (batch.queue or batch.num_live):
+            if talks is not None and not (batch.queue or batch.num_live):
                 # All wait for answers, or will when the last window is collected.
                 raise_of(deliver(batch.collect()))
-                raise_of(deliver(batch.wait_for_answers()))
+                raise_of(deliver(talks.wait_for_answers()))
                 if until is not None and batch.is_reached(until, began_s):
                     break
                 continue
@@ -149,15 +153,15 @@ def run(
                         refresh=False,
                     )
                 batch.end_window(controller, failure)
-            if turns is not None:
+            if talks is not None:
                 if until is not None:
                     # Which of the rows that ended go on.
                     raise_of(deliver(batch.collect()))
-                raise_of(deliver(batch.take_answers()))
+                raise_of(deliver(talks.take_answers()))
             if until is not None and batch.is_reached(until, began_s):
                 break
-        if turns is not None:
-            turns.close()
+        if talks is not None:
+            talks.turns.close()
         agreement = topology.engine.agreement
         _, failure = agreement.sync_or_raise([], deliver(batch.collect()))
         raise_of(failure)

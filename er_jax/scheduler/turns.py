@@ -6,7 +6,7 @@ else has taken the row, it goes on there (`plan_going_on`), and only what is new
 prefilled; else all of it is. Noise depends on key, sequence id and position alone, so
 the tokens are those of a rollout of the whole text so far in any case.
 
-Left out: threads (`respond`), rows and the queue (`batch`).
+Left out: threads (`respond`), the queue (`conversations`).
 """
 
 from __future__ import annotations
