@@ -39,6 +39,7 @@ from er_jax.drafter import PolicyParams, attach_draft
 from er_jax.engine.digests import tree_digest
 from er_jax.journal import Journal
 from er_jax.request import Request, noise_key, row_buckets, sampling_of
+from er_jax.respond import Respond, RespondFunction, as_respond
 from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
 from er_jax.stats import RolloutStats
@@ -63,6 +64,7 @@ def rollout(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    respond: Respond | RespondFunction | None = None,
 ) -> Rollout:
     """Sample n completions of every prompt from the policy.
 
@@ -107,6 +109,10 @@ def rollout(
         after a kill or a power cut at most the last five seconds and a window are
         sampled again. `on_finish` is called for the completions that it holds as well.
         For one process. See docs/living-rollouts.md.
+      respond: makes completions conversations of turns: a function that is called with
+        (sequence id, `Turn`) when a turn has ended at a stop, and returns tokens to
+        append, such as a tool's result, or None to end; or a coroutine function; or a
+        `Respond` of one, with limits. Calls run in other threads. For one process.
     Returns:
       A `Rollout`.
     Raises:
@@ -121,7 +127,8 @@ def rollout(
       RuntimeWarning: rows ended at a non-finite logit (it names their sequence ids), or
         drafts were kept far less often than expected: a stale or broken draft; or the
         policy's drafts cannot see a window that is stated; or the journal is damaged,
-        or could not be written and ends there.
+        or could not be written and ends there; or `respond` failed for some completions
+        (it names their sequence ids, `stats.failed_turns` says why).
     Example:
       >>> import jax, er_jax
       >>> policy = er_jax.Decoder(er_jax.DecoderConfig(
@@ -150,6 +157,7 @@ def rollout(
         until=until,
         version=version,
         journal=journal,
+        respond=respond,
     )
 
 
@@ -170,6 +178,7 @@ def sample(
     until: Until | None,
     version: int,
     journal: str | os.PathLike[str] | None,
+    respond: Respond | RespondFunction | None,
     on_checked: Callable[[Call], None] = lambda call: None,
 ) -> Rollout:
     """Do what `rollout` says; `on_checked` is called when no argument is refused."""
@@ -179,9 +188,13 @@ def sample(
         start_s, stats = time.perf_counter(), RolloutStats()
         words = noise_key(key)
         checks.check_version(version, until)
+        answering = as_respond(respond)
+        if answering is not None:
+            check_one_process(mesh, "respond", "give the turns to a rollout each")
         kept = None
         if journal is not None:
-            check_one_process(mesh)
+            remedy = "leave it out, and save what until=er_jax.Until(...) returns"
+            check_one_process(mesh, "journal", remedy)
             kept = stack.enter_context(Journal(journal, version))
         call = prepare(
             policy,
@@ -194,6 +207,7 @@ def sample(
             resume,
             kept,
             words,
+            answering,
         )
         engine, controller, request = call.engine, call.controller, call.request
         settings = sampling_of(config, words, policy.vocab_size)
@@ -240,6 +254,8 @@ def sample(
                     stats,
                     begun=call.begun,
                     journal=kept,
+                    respond=answering,
+                    turned=call.turned,
                     until=until,
                     began_s=start_s,
                     on_finish=on_finish,
@@ -405,6 +421,16 @@ def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
             f"{len(bad_ids)} of {len(out.sequence_ids)} completions ended at a "
             f"non-finite logit, sequence ids {bad_ids.tolist()[:20]}; their tokens "
             "before it are kept",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    failed = out.stats.failed_turns
+    if failed:
+        name, message = next(iter(failed.items()))
+        warnings.warn(
+            f"respond failed for {len(failed)} of {len(out.sequence_ids)} completions, "
+            f'which ended as "tool", sequence ids {sorted(failed)[:20]}; of {name}, '
+            f"{message}. stats.failed_turns has all messages",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -32,6 +32,8 @@ TUNIX = "tests/test_tunix.py"
 SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
+TURNS = "tests/test_turns.py"
+CALLS = f"{TURNS}::test_tokens_are_those_of_calls_turn_by_turn"
 STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
 SETTINGS = "tests/test_settings.py"
 LOSSLESS_SETTINGS = "tests/test_lossless_settings.py"
@@ -533,6 +535,77 @@ BUGS: tuple[PlantedBug, ...] = (
         "np.where(old == NONE, versions[:, :known], old)",
         "versions[:, :known]",
         (f"{RESUME}::test_nothing_is_sampled_where_all_has_ended",),
+    ),
+    # -- conversations
+    PlantedBug(
+        "what a tool appended taken for sampled",
+        "er_jax::Completion.answered",
+        "mask=np.zeros(len(token_ids), bool)",
+        "mask=np.ones(len(token_ids), bool)",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "a turn answered by what another sequence was told",
+        "er_jax::Turns.answered",
+        "found[sequence] = self._ended_or_gone_on(request, sequence, answer)",
+        "found[sequence] = self._ended_or_gone_on(request, sequence, answers[0][1])",
+        (f"{CALLS}[ar-3-1]", f"{CALLS}[ar-8-2]"),
+    ),
+    PlantedBug(
+        "turns that end a token too soon",
+        "er_jax::spans_of",
+        "(int(start), int(end))",
+        "(int(start), int(end) - 1)",
+        (f"{TURNS}::test_what_a_function_is_told",),
+    ),
+    PlantedBug(
+        "room for an answer that what was appended before does not count in",
+        "er_jax::Turns.takes",
+        "room = request.most_tokens(sequence) - length",
+        "room = request.most_tokens(sequence) - int(completion.mask.sum())",
+        (f"{TURNS}::test_what_a_function_is_told",),
+    ),
+    PlantedBug(
+        "a limit of a completion that counts from its turn",
+        "er_jax::Request.going_on",
+        "num_begun[sequence] = starts[sequence] = len(tokens)",
+        "starts[sequence] = len(tokens)",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "bounds of stops that count from the beginning of the conversation",
+        "er_jax::Request.with_begins",
+        "self.begin(s) + starts.get(s, 0)",
+        "self.begin(s)",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "a row that goes on without the entry of its last token",
+        "er_jax::go_on",
+        "length[:, None] - 1 + offsets",
+        "length[:, None] + offsets",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "a row held for a conversation although another sequence has it",
+        "er_jax::Conversations.refill",
+        "self.rows.held[self.rows.is_live] = NONE",
+        "pass",
+        (f"{CALLS}[ar-3-1]",),
+    ),
+    PlantedBug(
+        "scores whose bounds of stops count from the beginning of the conversation",
+        "er_jax::_turn_index",
+        "index - lax.cummax(begins, axis=1)",
+        "index",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "appended tokens that a journal takes for sampled",
+        "er_jax::pieces_of",
+        "version if mask[begin:end].all() else NONE",
+        "version",
+        (f"{TURNS}::test_pieces_of_a_journal_tell_what_was_appended",),
     ),
     # -- streams and journals
     PlantedBug(

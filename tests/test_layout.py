@@ -36,7 +36,7 @@ ORDER = (
     *("kernels.tpu", "kernels.cuda", "kernels.choice", "kernels"),
     *("attention", "kv_cache", "rotary", "experts", "decoder_config", "decoder"),
     *("prefill", "steps"),
-    *("config", "request", "stats"),
+    *("config", "request", "stats", "respond"),
     *("engine.protocol", "engine.programs", "engine.lowering", "engine.windows"),
     *("engine.scores", "engine.digests", "engine.adoption", "engine.first_use"),
     *("engine.engine", "engine.kept", "engine"),
@@ -54,7 +54,8 @@ ORDER = (
     ),
     *("result", "resume", "journal_format", "journal", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
-    *("scheduler.batch", "scheduler.monitor", "scheduler.loop", "scheduler"),
+    *("scheduler.turns", "scheduler.batch", "scheduler.conversations"),
+    *("scheduler.monitor", "scheduler.loop", "scheduler"),
     *(
         "mesh.rules",
         "mesh.attention",
@@ -64,7 +65,7 @@ ORDER = (
         "mesh.processes",
     ),
     *("mesh.engine", "mesh.topology", "mesh.prompts", "mesh"),
-    *("call", "rollout", "stream", "mesh.replicas"),
+    *("session", "call", "rollout", "stream", "mesh.replicas"),
     *(
         "io.json_fields",
         "io.hf_fields",
