@@ -446,9 +446,9 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "limits of prompts are that of the first",
-        "er_jax::Request.limit",
-        "int(limits[sequence])",
-        "int(limits[0])",
+        "er_jax::Request.most_tokens",
+        "int(self.limits[sequence])",
+        "int(self.limits[0])",
         (f"{SETTINGS}::test_each_prompt_has_its_own[not truncated-ar]",),
     ),
     PlantedBug(
@@ -495,9 +495,9 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "scores with the least length of the token before",
-        "er_jax::scored",
-        "lax.broadcasted_iota(jnp.int32, targets.shape, 1)",
-        "lax.broadcasted_iota(jnp.int32, targets.shape, 1) - 1",
+        "er_jax::_turn_index",
+        "index - lax.cummax(begins, axis=1)",
+        "index - lax.cummax(begins, axis=1) - 1",
         (f"{SETTINGS}::test_bias_bans_and_least_lengths[ar]",),
     ),
     PlantedBug(
@@ -540,8 +540,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "what a tool appended taken for sampled",
         "er_jax::Completion.answered",
-        "mask=np.zeros(len(token_ids), bool)",
-        "mask=np.ones(len(token_ids), bool)",
+        "np.zeros(len(token_ids), bool)",
+        "np.ones(len(token_ids), bool)",
         (f"{CALLS}[ar-8-2]",),
     ),
     PlantedBug(
@@ -549,7 +549,7 @@ BUGS: tuple[PlantedBug, ...] = (
         "er_jax::Turns.answered",
         "found[sequence] = self._ended_or_gone_on(request, sequence, answer)",
         "found[sequence] = self._ended_or_gone_on(request, sequence, answers[0][1])",
-        (f"{CALLS}[ar-3-1]", f"{CALLS}[ar-8-2]"),
+        (f"{TURNS}::test_an_answer_goes_to_who_asked",),
     ),
     PlantedBug(
         "turns that end a token too soon",
@@ -563,14 +563,14 @@ BUGS: tuple[PlantedBug, ...] = (
         "er_jax::Turns.takes",
         "room = request.most_tokens(sequence) - length",
         "room = request.most_tokens(sequence) - int(completion.mask.sum())",
-        (f"{TURNS}::test_what_a_function_is_told",),
+        (f"{TURNS}::test_limits_of_turns_and_of_all_tokens",),
     ),
     PlantedBug(
         "a limit of a completion that counts from its turn",
         "er_jax::Request.going_on",
         "num_begun[sequence] = starts[sequence] = len(tokens)",
         "starts[sequence] = len(tokens)",
-        (f"{CALLS}[ar-8-2]",),
+        (f"{TURNS}::test_an_answer_goes_to_who_asked",),
     ),
     PlantedBug(
         "bounds of stops that count from the beginning of the conversation",
@@ -585,13 +585,6 @@ BUGS: tuple[PlantedBug, ...] = (
         "length[:, None] - 1 + offsets",
         "length[:, None] + offsets",
         (f"{CALLS}[ar-8-2]",),
-    ),
-    PlantedBug(
-        "a row held for a conversation although another sequence has it",
-        "er_jax::Conversations.refill",
-        "self.rows.held[self.rows.is_live] = NONE",
-        "pass",
-        (f"{CALLS}[ar-3-1]",),
     ),
     PlantedBug(
         "scores whose bounds of stops count from the beginning of the conversation",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
 import threading
 import time
 import types
@@ -267,21 +268,49 @@ def test_a_bad_answer_ends_its_own_completion() -> None:
         assert len(out.turns[row]) == 2
 
 
+def test_an_answer_goes_to_who_asked() -> None:
+    """And counts for the limit of its completion."""
+    config = dataclasses.replace(CONFIG, max_new_tokens=(20, 20, 20, 60))
+    rooms: list[tuple[int, int]] = []
+
+    def call(sequence_id: int, turn: Turn) -> list[int] | None:
+        rooms.append((turn.room, len(turn.completion_ids)))
+        return [sequence_id] if sequence_id < 6 else None
+
+    respond = Respond(call, max_turns=4, max_turn_tokens=TURN_TOKENS)
+    out = sample(config=config, respond=respond)
+    assert (out.lengths[:6] <= 20).all()
+    assert 20 in out.lengths[:6]
+    for row in range(6):
+        text = out.completion_ids[row, : out.lengths[row]]
+        appended = text[~out.completion_mask[row, : out.lengths[row]]]
+        assert len(appended)
+        assert set(appended.tolist()) == {row}
+    assert {room + length for room, length in rooms} == {20, 60}
+
+
 def test_limits_of_turns_and_of_all_tokens() -> None:
     fills = Respond(lambda _, turn: [1] * turn.room, max_turns=2)
     out = sample(respond=fills)
     assert out.lengths.tolist() == np.repeat(LIMITS, 2).tolist()
     assert set(out.finish_reason.tolist()) == {"length"}
     assert {len(spans) for spans in out.turns} == {1}
-    one = Respond(lambda _, turn: [1], max_turns=2, max_turn_tokens=3)
-    out = sample(respond=one)
+    rooms: list[tuple[int, int]] = []
+
+    def call(sequence_id: int, turn: Turn) -> list[int]:
+        rooms.append((sequence_id, turn.room + len(turn.completion_ids)))
+        return [1]
+
+    out = sample(respond=Respond(call, max_turns=3, max_turn_tokens=3))
+    assert sorted(rooms) == [(row, LIMITS[row // 2]) for row in ROWS for _ in range(2)]
     for spans, reason, length in zip(
         out.turns, out.finish_reason, out.lengths, strict=True
     ):
-        (start, end), (again, last) = spans
-        assert (start, again, last) == (0, end + 1, length)
-        assert end <= 3 >= last - again
-        assert reason == "stop" or last - again == 3
+        assert len(spans) == 3
+        assert max(end - start for start, end in spans) <= 3
+        assert {after[0] - end for (_, end), after in itertools.pairwise(spans)} == {1}
+        assert spans[-1][1] == length
+        assert reason == "stop" or length - spans[-1][0] == 3
     assert {"stop", "length"} == set(out.finish_reason.tolist())
 
 
