@@ -31,6 +31,7 @@ from er_jax.mesh.replicas import ExpectedLengths, rollout_replicas
 from er_jax.result import Completion, Rollout, RolloutError
 from er_jax.rollout import compile_ahead, rollout
 from er_jax.score import Scores, score
+from er_jax.session import Session
 from er_jax.stats import RolloutStats
 from er_jax.stream import Stream, stream
 from er_jax.types import Policy
@@ -59,6 +60,7 @@ __all__ = [
     "RolloutStats",
     "RopeScaling",
     "Scores",
+    "Session",
     "Stop",
     "Stream",
     "TiedEmbedding",

@@ -32,6 +32,7 @@ from er_jax.request import Request, request_of
 from er_jax.result import Completion, Rollout
 from er_jax.resume import completions_of, earlier_rollout
 from er_jax.scheduler.topology import OneDevice, Topology
+from er_jax.session import Session, check_session
 from er_jax.stats import RolloutStats
 from er_jax.types import Params, Policy, View
 
@@ -95,12 +96,16 @@ def prepare(
     resume: Rollout | str | os.PathLike[str] | None = None,
     journal: Journal | None = None,
     key: np.ndarray | None = None,
+    session: Session | None = None,
 ) -> Call:
     """Check the arguments of a rollout; find its engine and controller.
 
     Parameters that are not on the mesh are moved there. `journal` has been entered, and
-    goes with the words of `key`.
+    goes with the words of `key`. Engines and controllers are those of the session, if
+    there is one.
     """
+    if session is not None:
+        check_session(session)
     checks.check_policy(policy)
     is_drafting = max(parse_control(config.control, config.gammas)) > 0
     if isinstance(params, PolicyParams) and params.draft is None and not is_drafting:
@@ -126,12 +131,14 @@ def prepare(
         if is_drafting:
             check_number(params, config.drafters)
     checks.check_alive(params)
-    params, engine = _engine_of(policy, params, config, mesh)
+    params, engine = _engine_of(policy, params, config, mesh, session)
     if controller is None:
         name = (config.control, config.gammas, config.drafter)
         made = engine.defaults.get(name) or Controller(config.control, config.gammas)
         controller = engine.defaults.setdefault(name, made)
     checks.check_controller(controller, config)
+    if session is not None:
+        session.use(controller)
     request = request_of(
         arrays,
         ids,
@@ -227,8 +234,10 @@ def _engine_of(
     params: Params | PolicyParams,
     config: RolloutConfig,
     mesh: Mesh | None,
+    session: Session | None,
 ) -> tuple[Params | PolicyParams, Engine]:
     """Return the parameters on the devices of the rollout, and its engine."""
+    kept = None if session is None else session.engines
     if mesh is not None:
         mesh = layout.rollout_mesh(mesh)
         params = layout.put_on_mesh(policy, params, mesh)
@@ -236,10 +245,12 @@ def _engine_of(
         checks.check_placement(params)
     policy_params = params.policy if isinstance(params, PolicyParams) else params
     if mesh is None:
-        engine = engine_for(policy, policy_params, config.accept, config.attention)
+        engine = engine_for(
+            policy, policy_params, config.accept, config.attention, kept
+        )
         return params, engine
     (engine,) = mesh_engines_for(
-        policy, config.accept, [(policy_params, mesh)], config.attention
+        policy, config.accept, [(policy_params, mesh)], config.attention, kept
     )
     return params, engine
 

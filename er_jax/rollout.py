@@ -41,6 +41,7 @@ from er_jax.journal import Journal
 from er_jax.request import Request, noise_key, row_buckets, sampling_of
 from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
+from er_jax.session import Session
 from er_jax.stats import RolloutStats
 from er_jax.types import Params, Policy, Program, Span
 from er_jax.until import Until
@@ -63,6 +64,7 @@ def rollout(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    session: Session | None = None,
 ) -> Rollout:
     """Sample n completions of every prompt from the policy.
 
@@ -82,8 +84,8 @@ def rollout(
       sequence_ids: N distinct integers in 0 .. 2**31-1 that select each completion's
         noise; default 0 .. N-1. The same id samples the same completion again.
       controller: learns costs and acceptance; keep it across calls. None uses one
-        that lives as long as the process, per policy, control and drafter. Calls in
-        several threads may share one; see `Controller`.
+        that lives as long as the process or the session, per policy, control and
+        drafter. Calls in several threads may share one; see `Controller`.
       mesh: devices to run on, with any of the axes data, fsdp and model (see
         `mesh.rules`; `mesh.layout.rollout_mesh` takes other names); None is the default
         device. Parameters on the mesh are used with the shardings they have; those of a
@@ -107,6 +109,8 @@ def rollout(
         after a kill or a power cut at most the last five seconds and a window are
         sampled again. `on_finish` is called for the completions that it holds as well.
         For one process. See docs/living-rollouts.md.
+      session: where engines, programs, controllers and prompts' cache entries are kept
+        instead of in the process; see `Session`.
     Returns:
       A `Rollout`.
     Raises:
@@ -150,6 +154,7 @@ def rollout(
         until=until,
         version=version,
         journal=journal,
+        session=session,
     )
 
 
@@ -170,6 +175,7 @@ def sample(
     until: Until | None,
     version: int,
     journal: str | os.PathLike[str] | None,
+    session: Session | None,
     on_checked: Callable[[Call], None] = lambda call: None,
 ) -> Rollout:
     """Do what `rollout` says; `on_checked` is called when no argument is refused."""
@@ -194,6 +200,7 @@ def sample(
             resume,
             kept,
             words,
+            session,
         )
         engine, controller, request = call.engine, call.controller, call.request
         settings = sampling_of(config, words, policy.vocab_size)
@@ -270,6 +277,7 @@ def compile_ahead(
     controller: Controller | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
+    session: Session | None = None,
 ) -> list[Program]:
     """Compile the programs that rollouts of such prompts will likely need, in parallel.
 
@@ -286,6 +294,7 @@ def compile_ahead(
       controller: as for `rollout`.
       mesh: as for `rollout`.
       progress: show a progress bar.
+      session: as for `rollout`; the programs are compiled for its calls.
     Returns:
       The programs that are compiled now.
     Raises:
@@ -293,7 +302,9 @@ def compile_ahead(
     """
     checks.check_outside_jit(params, prompts)
     with _own_jax_settings():
-        call = prepare(policy, params, prompts, config, None, controller, mesh)
+        call = prepare(
+            policy, params, prompts, config, None, controller, mesh, session=session
+        )
         slots, lengths = call.request.slots, call.request.cache_lengths
         num_shards = call.engine.layout.num_shards
         shapes = [(slots, length) for length in lengths]

@@ -29,6 +29,7 @@ from er_jax.control.controller import Controller
 from er_jax.drafter import PolicyParams
 from er_jax.result import Completion, Rollout
 from er_jax.rollout import sample
+from er_jax.session import Session
 from er_jax.thread_settings import ThreadSettings
 from er_jax.types import Params, Policy
 from er_jax.until import Stop, Until
@@ -271,6 +272,7 @@ def stream(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    session: Session | None = None,
 ) -> Stream[tuple[int, Completion]]: ...
 
 
@@ -292,6 +294,7 @@ def stream(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    session: Session | None = None,
 ) -> Stream[tuple[int, list[Completion]]]: ...
 
 
@@ -312,6 +315,7 @@ def stream(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    session: Session | None = None,
 ) -> Stream[Any]:
     """Sample as `rollout` does, and give out what finishes while the rest decodes.
 
@@ -337,6 +341,7 @@ def stream(
       until: as for `rollout`; the stream ends where the rollout does.
       version: as for `rollout`.
       journal: as for `rollout`. What it holds is given out first.
+      session: as for `rollout`.
     Returns:
       A `Stream`: an iterator, and a context manager that closes it. Its `rollout` is
       there when it has ended.
@@ -384,6 +389,7 @@ def stream(
             until=dataclasses.replace(own, stop=_AnyStop(stops)),
             version=version,
             journal=journal,
+            session=session,
             on_checked=on_checked,
         )
     )

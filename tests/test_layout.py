@@ -63,7 +63,7 @@ ORDER = (
         "mesh.processes",
     ),
     *("mesh.engine", "mesh.topology", "mesh.prompts", "mesh"),
-    *("call", "rollout", "stream", "mesh.replicas"),
+    *("session", "call", "rollout", "stream", "mesh.replicas"),
     *(
         "io.json_fields",
         "io.hf_fields",
