@@ -31,6 +31,7 @@ from er_jax.mesh.topology import DataShards
 from er_jax.request import Request, request_of
 from er_jax.result import Completion, Rollout
 from er_jax.resume import completions_of, earlier_rollout
+from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import OneDevice, Topology
 from er_jax.session import Session, check_session
 from er_jax.stats import RolloutStats
@@ -163,7 +164,10 @@ def prepare(
         views = tuple(View(draft) for draft in sorted(drafts))
         request = dataclasses.replace(request, views=views)
     drafters = config.drafters if is_drafting else ()
-    limit_bytes = checks.check_memory(engine, params, request, drafters)
+    kept_bytes = 0
+    if session is not None and not isinstance(engine, MeshEngine):
+        kept_bytes = session.prompts.limit_bytes
+    limit_bytes = checks.check_memory(engine, params, request, drafters, kept_bytes)
     request = dataclasses.replace(request, state_limit_bytes=limit_bytes)
     return dataclasses.replace(call, request=request)
 
@@ -260,6 +264,21 @@ def topology_of(engine: Engine, params: PolicyParams, request: Request) -> Topol
     if isinstance(engine, MeshEngine):
         return DataShards(engine, params, request)
     return OneDevice(engine, params, request)
+
+
+def reuse_of(
+    session: Session | None, call: Call, params: PolicyParams, stats: RolloutStats
+) -> Reuse | None:
+    """Return the prompts that a session keeps, for one device; else None.
+
+    Args:
+      params: those of the call, with a draft. stats: of the call, filled in.
+    """
+    if session is None or isinstance(call.engine, MeshEngine):
+        return None
+    cache, engine = session.prompts, call.engine
+    owner = cache.owner(engine, params.policy)
+    return Reuse(cache, owner, engine, params, call.request, stats)
 
 
 def with_draft(call: Call, config: RolloutConfig, stats: RolloutStats) -> PolicyParams:

@@ -28,6 +28,7 @@ from er_jax.call import (
     check_one_process,
     load_saved_costs,
     prepare,
+    reuse_of,
     topology_of,
     with_draft,
 )
@@ -247,6 +248,7 @@ def sample(
                     stats,
                     begun=call.begun,
                     journal=kept,
+                    reuse=reuse_of(session, call, params, stats),
                     until=until,
                     began_s=start_s,
                     on_finish=on_finish,

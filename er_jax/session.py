@@ -1,28 +1,40 @@
 """Sessions: what calls of `rollout` share, held and freed by the caller.
 
 Calls without a session share engines for as long as the process lives. A session has
-engines of its own, with their compiled programs and controllers.
+engines of its own, with their compiled programs and controllers, and keeps the cache
+entries of prompts.
 
 Left out: what a call does with them (`call`).
 """
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Any
 
+from er_jax.arguments import is_whole
 from er_jax.control.protocol import ControllerProtocol
 from er_jax.engine.kept import KeptEngines
+from er_jax.scheduler.prompts import PromptCache
 
 
 class Session:
     """What calls of `rollout` and `stream` share, freed when the session is closed.
 
     Give it as `session` to any number of calls, of any policies, in any threads: they
-    share compiled programs and controllers with each other and with no other call. New
-    parameters of the same shapes use the same programs. The tokens are those of a call
-    without a session.
+    share compiled programs and controllers with each other and with no other call.
+    Cache entries of prompts are kept on the device: a prompt that is known is not
+    prefilled again, and of one that begins as a known one only the rest is, where that
+    is less work. New parameters of the same shapes use the same programs and drop the
+    entries. The tokens are those of a call without a session. On a mesh no prompts are
+    kept.
 
+    Args:
+      prompt_bytes: limit of the kept entries in bytes; those used longest ago are
+        dropped first. 0 keeps none.
+    Raises:
+      ValueError: `prompt_bytes` is no whole number of at least 0.
     Example:
       >>> import jax, er_jax
       >>> policy = er_jax.Decoder(er_jax.DecoderConfig(
@@ -40,8 +52,14 @@ class Session:
       [True, False]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, prompt_bytes: int = 2**30) -> None:
+        if not is_whole(prompt_bytes, 0, sys.maxsize):
+            raise ValueError(
+                f"prompt_bytes={prompt_bytes!r} must be a whole number of bytes of at "
+                "least 0; 0 keeps no prompts"
+            )
         self.engines = KeptEngines()
+        self.prompts = PromptCache(prompt_bytes)
         self._controller: ControllerProtocol | None = None
         self._is_closed = False
 
@@ -65,6 +83,7 @@ class Session:
         """
         self._is_closed = True
         self.engines.forget()
+        self.prompts.close()
         self._controller = None
 
     @property
@@ -82,7 +101,7 @@ class Session:
         return self._is_closed
 
     def summary(self) -> str:
-        """Return what it holds as text for people: engines and programs."""
+        """Return what it holds as text for people: programs, and prompts."""
         engines = self.engines.all()
         programs = [one for engine in engines for one in engine.compiled.values()]
         seconds = sum(program.compile_s for program in programs)
@@ -90,6 +109,12 @@ class Session:
         lines.append(
             f"engines: {len(engines)}, with {len(programs)} programs compiled in "
             f"{seconds:.1f} s"
+        )
+        prompts = self.prompts
+        lines.append(
+            f"prompts: {len(prompts)} kept in {prompts.num_bytes / 1e6:.1f} of "
+            f"{prompts.limit_bytes / 1e6:.1f} MB; dropped {prompts.num_evicted} for "
+            f"lack of room, {prompts.num_outdated} of earlier parameters"
         )
         return "\n".join(lines)
 

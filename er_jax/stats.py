@@ -70,6 +70,9 @@ class RolloutStats:
         `compile` also has the time this call waited for another thread's compilation.
       num_prefilled: distinct prompts prefilled.
       num_cloned: completions that started from cache entries still in the batch.
+      num_reused: prompts that started from entries a session has kept. For those of
+        which it knew the beginning, the rest was computed.
+      num_reused_tokens: tokens of theirs that were not prefilled.
       num_resumed: tokens that an earlier call had sampled.
       num_journalled: tokens that were given to the journal.
       switch: why drafts ran or did not; see `control.explain`. Empty unless the
@@ -88,6 +91,8 @@ class RolloutStats:
     compiled: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     num_prefilled: int = 0
     num_cloned: int = 0
+    num_reused: int = 0
+    num_reused_tokens: int = 0
     num_resumed: int = 0
     num_journalled: int = 0
     switch: str = ""
@@ -228,6 +233,11 @@ class RolloutStats:
             f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "
             "started from entries already there"
         )
+        if self.num_reused:
+            lines.append(
+                f"session: {self.num_reused} prompts, {self.num_reused_tokens} tokens "
+                "of them not prefilled"
+            )
         if self.num_resumed:
             lines.append(f"resumed: {self.num_resumed} tokens of earlier calls")
         if self.num_journalled:

@@ -52,7 +52,8 @@ ORDER = (
         "control",
     ),
     *("result", "resume", "journal_format", "journal", "checks", "score"),
-    *("scheduler.topology", "scheduler.admission", "scheduler.options"),
+    *("scheduler.topology", "scheduler.admission", "scheduler.prompts"),
+    "scheduler.options",
     *("scheduler.batch", "scheduler.monitor", "scheduler.loop", "scheduler"),
     *(
         "mesh.rules",

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import er_jax
-from er_jax import Rollout, Session
+from benchmarks.lib.controllers import Restless
+from er_jax import Rollout, Session, prefill
 from er_jax.engine import kept
+from er_jax.scheduler import batch
+from er_jax.scheduler.prompts import PromptCache, num_alike
 from tests.small import small_policy
 from tests.test_threads import together
 
@@ -30,9 +36,10 @@ def sample(session: Session | None, seed: int = 0, **named: Any) -> Rollout:
 
 
 def assert_same(found: Rollout, wanted: Rollout) -> None:
-    """To the bit, log-probabilities as well."""
-    for name in ("completion_ids", "logprobs", "lengths", "finish"):
+    """To the bit; log-probabilities as far as programs of other sizes round alike."""
+    for name in ("completion_ids", "lengths", "finish"):
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-5)
 
 
 # What a session owns.
@@ -97,3 +104,196 @@ def test_a_session_that_is_none_or_closed_is_refused() -> None:
             POLICY, POLICY.init(jax.random.key(0)), PROMPTS, config=CONFIG,
             session=session,
         )  # fmt: skip
+
+
+# Prompts that are kept.
+
+PLAIN64 = small_policy("session float64", dtype="float64")
+# Of its two layers, one keeps a window of 5 positions in a ring of 48 slots.
+RINGS64 = small_policy(
+    "session rings", dtype="float64", num_layers=2, window=5, global_layers=(1,)
+)
+LONG = list(range(1, 24)) * 2
+MANY = er_jax.RolloutConfig(
+    max_new_tokens=24, n=2, max_slots=4, stop_token_ids=(11, 17), gammas=(0, 3),
+    drafter=er_jax.DrafterConfig(window=None),
+)  # fmt: skip
+
+
+class Calls:
+    """Calls of one policy, in a session and without one.
+
+    Programs are chosen at random, so that batches grow and shrink between windows.
+    """
+
+    def __init__(self, policy: er_jax.Decoder, session: Session) -> None:
+        self.policy, self.session = policy, session
+        self.params = policy.init(jax.random.key(0))
+        self.number, self.gammas = 0, set[int]()
+
+    def __call__(self, prompts: Sequence[Sequence[int]], **named: Any) -> Rollout:
+        """Sample in the session; the tokens are those without it."""
+        self.number += 1
+        named = {"config": MANY, "key": jax.random.key(self.number)} | named
+        found, wanted = (
+            er_jax.rollout(
+                self.policy, self.params, prompts, session=session,
+                controller=Restless("best", (0, 3), (2, 4), self.number), **named,
+            )
+            for session in (self.session, None)
+        )  # fmt: skip
+        self.gammas |= {program.gamma for program in found.stats.programs}
+        assert_same(found, wanted)
+        assert wanted.stats.num_reused == wanted.stats.num_reused_tokens == 0
+        return found
+
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "MIN_ROUNDS", 3)
+
+
+def counts(out: Rollout) -> tuple[int, int, int]:
+    stats = out.stats
+    return stats.num_prefilled, stats.num_reused, stats.num_reused_tokens
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(POLICY, id="32"),
+        pytest.param(PLAIN64, id="64", marks=pytest.mark.slow),
+        pytest.param(RINGS64, id="ring", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("x64", "short_windows")
+def test_known_prompts_are_not_prefilled_again(policy: er_jax.Decoder) -> None:
+    prompts = [[1, 2, 3], [3, 2, 1], [4], [5, 6, 7, 8]]
+    with Session() as session:
+        calls = Calls(policy, session)
+        assert counts(calls(prompts))[0] >= 4
+        assert len(session.prompts) == 3, "a single token has no entries to keep"
+        again = calls(prompts[::-1])
+        # That of one token has nothing to be reused.
+        assert counts(again)[0] == 1
+        assert counts(again)[1:] >= (3, 2 + 2 + 3)
+        # Beginnings of a known one, and one that ends otherwise, are known; one that
+        # only begins alike is short, and prefilled.
+        other = calls([[5, 6], [5, 6, 7, 9], [1, 2, 9, 9]])
+        assert counts(other) == (1, 2, 1 + 3)
+        assert f"{len(session.prompts)} kept" in session.summary()
+        assert "session: 2 prompts, 4 tokens" in other.stats.summary()
+        # All is of other parameters now, which differ in one leaf.
+        calls.params = calls.params | {"final_norm": calls.params["final_norm"] * 2}
+        assert counts(calls(prompts))[:2] == (4, 0)
+        assert session.prompts.num_outdated == 4
+        # The same arrays in another tree are the same parameters.
+        calls.params = jax.tree.map(lambda x: x, calls.params)
+        assert counts(calls(prompts))[0] == 1
+        # NumPy arrays could have changed.
+        calls.params = jax.tree.map(np.asarray, calls.params)
+        assert counts(calls(prompts))[:2] == (4, 0)
+        assert counts(calls(prompts))[:2] == (4, 0)
+        assert calls.gammas == {0, 3}
+
+
+@pytest.mark.parametrize("policy", [POLICY, PLAIN64], ids=["32", "64"])
+@pytest.mark.usefixtures("x64", "short_windows")
+def test_of_a_prompt_that_begins_alike_the_rest_is_prefilled(
+    policy: er_jax.Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "PIECE", 8)  # two of them
+    with Session() as session:
+        calls = Calls(policy, session)
+        calls([LONG])
+        longer = [*LONG, 2, 3, 5, 7, 1, 1, 3, 7, 1, 9, 9, 2]
+        assert counts(calls([longer, LONG[:20]])) == (0, 2, 45 + 19)
+        assert counts(calls([longer])) == (0, 1, len(longer) - 1), "not kept"
+        # The rest is more than a half.
+        assert counts(calls([[*LONG[:20], *LONG]])) == (1, 0, 0)
+
+
+@pytest.mark.usefixtures("x64", "short_windows")
+def test_prompts_that_a_ring_does_not_hold_are_prefilled() -> None:
+    with Session() as session:
+        calls = Calls(RINGS64, session)
+        assert counts(calls([LONG, [1, 2, 3]])) == (2, 0, 0)
+        assert counts(calls([LONG, [1, 2, 3]])) == (1, 1, 2)
+        assert len(session.prompts) == 1
+
+
+@pytest.mark.usefixtures("short_windows")
+def test_prompts_used_longest_ago_are_dropped_first() -> None:
+    """Two rows at a time, so that what a call drops it may have to prefill again."""
+    config = dataclasses.replace(MANY, max_slots=2)
+    one_prompt = 16 * 2 * 8 * 4  # positions, keys and values, their size, bytes
+    with Session(prompt_bytes=2 * one_prompt + 300) as session:
+        calls = Calls(POLICY, session)
+        first, second, third = [1, 2, 3], [4, 5, 6], [7, 8, 9]
+        for prompt in (first, second, first, third):
+            calls([prompt], config=config)
+        assert (len(session.prompts), session.prompts.num_evicted) == (2, 1)
+        assert session.prompts.num_bytes == 2 * one_prompt
+        assert counts(calls([first], config=config)) == (0, 1, 2)
+        assert counts(calls([third], config=config)) == (0, 1, 2)
+        assert counts(calls([second], config=config)) == (1, 0, 0)
+        calls([first, second, third], config=config)
+        assert session.prompts.num_bytes == 2 * one_prompt
+    assert len(session.prompts) == session.prompts.num_bytes == 0
+    with Session(prompt_bytes=0) as session:
+        for _ in range(2):
+            assert counts(sample(session)) == (2, 0, 0)
+        assert len(session.prompts) == 0
+    with pytest.raises(ValueError, match="prompt_bytes=-1"):
+        Session(prompt_bytes=-1)
+
+
+class Model:
+    """What parameters are of: an engine, as far as the cache is concerned."""
+
+
+def entries(size: int) -> np.ndarray:
+    return np.zeros((1, size), np.int8)
+
+
+def test_what_is_found_is_the_longest_beginning() -> None:
+    """Against a search through all prompts, of two tokens and of random bytes."""
+    rng = np.random.default_rng(0)
+    cache, model = PromptCache(300), Model()
+    params = [jnp.zeros(1)]
+    owner = cache.owner(model, params)
+    recent: list[tuple[bytes, int]] = []  # the least recently used first
+    for _ in range(2000):
+        tokens = rng.integers(0, 2, rng.integers(1, 9)).astype(np.int32)
+        tokens *= rng.choice(np.array([1, 257, 65536], np.int32))
+        alike = {
+            name: num_alike(np.frombuffer(name, np.int32)[:-1], tokens[:-1])
+            for name, _ in recent
+        }
+        found, most = cache.find(owner, tokens), max(alike.values(), default=0)
+        assert (found.num_known if found else 0) == most
+        if found is not None:
+            (name,) = (n for n, kept in cache._kept.items() if kept is found.entries)
+            assert alike[name[1]] == most
+            recent.sort(key=lambda one: one[0] == name[1])
+        size = int(rng.integers(1, 80))
+        is_new = most < len(tokens) - 1
+        assert cache.has_room(owner, tokens, size) == is_new
+        if is_new:
+            cache.keep(owner, tokens, entries(size))
+            recent.append((tokens.tobytes(), size))
+            while sum(size for _, size in recent) > 300:
+                del recent[0]
+        assert [name for _, name in cache._kept] == [name for name, _ in recent]
+        assert cache.num_bytes == sum(size for _, size in recent) <= 300
+        assert owner.names == sorted(name for name, _ in recent)
+    assert cache.num_evicted > 50
+    # Of other parameters, and of an engine that is no more, nothing is found.
+    other = Model()
+    cache.keep(cache.owner(other, params), np.arange(3, dtype=np.int32), entries(1))
+    assert cache.owner(model, params) is owner and len(cache) == len(recent) + 1
+    assert cache.owner(model, [jnp.zeros(1)]) is not owner and len(cache) == 1
+    assert not cache.has_room(owner, np.arange(9, dtype=np.int32), 1)
+    del other
+    cache.owner(model, params)
+    assert len(cache) == cache.num_bytes == 0

@@ -90,8 +90,7 @@ def engine_for(
       kept: where to look and to keep it; None is the process.
     """
     name = (policy, signature(params), accept, attention, default_device())
-    wanted = {name: lambda: Engine(policy, accept, attention)}
-    return kept_engines(wanted, kept)[0]
+    return kept_engines({name: lambda: Engine(policy, accept, attention)}, kept)[0]
 
 
 def kept_engines(

@@ -25,6 +25,7 @@ from er_jax.request import Request
 from er_jax.result import Completion, keeping
 from er_jax.scheduler.batch import Batch
 from er_jax.scheduler.monitor import Monitor
+from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import Topology
 from er_jax.stats import RolloutStats
 from er_jax.types import Sampling
@@ -40,6 +41,7 @@ def run(
     *,
     begun: Mapping[int, Completion] = MappingProxyType({}),
     journal: Journal | None = None,
+    reuse: Reuse | None = None,
     until: Until | None = None,
     began_s: float = 0.0,
     on_finish: Callable[[int, Completion], None] | None = None,
@@ -57,6 +59,7 @@ def run(
       controller: chooses programs and learns from windows.
       stats: filled in. begun: completions that go on, by sequence.
       journal: is told of what has been sampled, now and then of rows that run.
+      reuse: the prompts kept from call to call; None prefills all.
       until: when to end early; then the completions of rows that run or wait are
         "unfinished".
       began_s: `time.perf_counter()` when the call began, for `until.seconds`.
@@ -68,7 +71,7 @@ def run(
       RolloutError: anything failed; it carries the finished completions.
       KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
-    batch = Batch(topology, request, stats, settings, begun, journal)
+    batch = Batch(topology, request, stats, settings, begun, journal, reuse)
 
     def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
