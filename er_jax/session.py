@@ -48,8 +48,8 @@ class Session:
       ...             policy, params, [[1, 2, 3]], key=jax.random.key(number),
       ...             config=config, session=session)
       ...         for number in range(2)]
-      >>> [len(out.stats.compiled) > 0 for out in outs]
-      [True, False]
+      >>> [(out.stats.num_prefilled, out.stats.num_reused) for out in outs]
+      [(1, 0), (0, 1)]
     """
 
     def __init__(self, *, prompt_bytes: int = 2**30) -> None:

@@ -82,12 +82,18 @@ def test_a_closed_session_has_freed_everything() -> None:
     params = POLICY.init(jax.random.key(0))
     with Session() as session:  # what JAX keeps of any call
         sample(session, params=params)
+    del session
     before = living()
     session = Session()
     sample(session, params=params)
     engine = weakref.ref(session.engines.all()[0])
     controller = weakref.ref(session.controller)
-    assert living()[0] > before[0]
+    during = living()
+    assert during[0] > before[0] and during[1] > before[1]
+    weight = weakref.ref(jax.tree.leaves(params)[0])
+    del params
+    gc.collect()
+    assert weight() is None, "kept alive by its prompts"
     session.close()
     session.close()
     after = living()
