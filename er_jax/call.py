@@ -278,7 +278,7 @@ def reuse_of(
         return None
     cache, engine = session.prompts, call.engine
     owner = cache.owner(engine, params.policy)
-    return Reuse(cache, owner, engine, params, call.request, stats)
+    return Reuse(cache, owner, engine, params, stats)
 
 
 def with_draft(call: Call, config: RolloutConfig, stats: RolloutStats) -> PolicyParams:

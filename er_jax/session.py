@@ -113,8 +113,9 @@ class Session:
         prompts = self.prompts
         lines.append(
             f"prompts: {len(prompts)} kept in {prompts.num_bytes / 1e6:.1f} of "
-            f"{prompts.limit_bytes / 1e6:.1f} MB; dropped {prompts.num_evicted} for "
-            f"lack of room, {prompts.num_outdated} of earlier parameters"
+            f"{prompts.limit_bytes / 1e6:.1f} MB; found {prompts.num_uses} times, with "
+            f"{prompts.num_used_tokens} tokens known; dropped {prompts.num_evicted} "
+            f"for lack of room, {prompts.num_outdated} of earlier parameters"
         )
         return "\n".join(lines)
 

@@ -199,6 +199,7 @@ def test_known_prompts_are_not_prefilled_again(policy: er_jax.Decoder) -> None:
         assert counts(other) == (1, 2, 1 + 3)
         assert f"{len(session.prompts)} kept" in session.summary()
         assert "session: 2 prompts, 4 tokens" in other.stats.summary()
+        assert session.prompts.num_uses == again.stats.num_reused + 2
         # All is of other parameters now, which differ in one leaf.
         calls.params = calls.params | {"final_norm": calls.params["final_norm"] * 2}
         assert counts(calls(prompts))[:2] == (4, 0)
@@ -350,6 +351,12 @@ def test_copies_are_bit_for_bit_and_of_one_row() -> None:
         assert (found[2, 5:] == 0).all()
         assert np.isnan(np.delete(found, 2, axis=0)).all()
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(empty.cache))
+    # Of a longer prompt, in a shorter cache.
+    longer = Engine(POLICY, "coupled")
+    after = longer.copy_in(longer.allocate(2, 64), longer.copy_out(full, 3, 128), 1, 9)
+    for known, found in zip(*map(jax.tree.leaves, (cache, after.cache)), strict=True):
+        np.testing.assert_array_equal(found[1, :9], known[3, :9])
+        assert (found[1, 9:] == 0).all() and (found[0] == 0).all()
     programs: dict[str, Any] = {
         name[0]: program.call for name, program in engine.compiled.items()
     }

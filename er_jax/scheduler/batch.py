@@ -173,7 +173,7 @@ class Batch:
         starting = [self.queue.popleft() for _ in range(count)]
         if self.reuse is not None:
             with self._timed("prefill"):
-                for found in self.reuse.found(self.rows, starting, free):
+                for found in self.reuse.found(self.request, self.rows, starting, free):
                     self.state = self.reuse.insert(self.state, self.rows, *found)
 
         def plan(starting: list[int], free: list[int], shard_rows: slice) -> Admission:
@@ -195,7 +195,7 @@ class Batch:
         with self._timed("prefill"):
             self.state = engine.admit(params, self.state, admission)
             if self.reuse is not None:
-                self.reuse.keep(self.state, self.rows, starting)
+                self.reuse.keep(self.request, self.rows, starting, self.state)
 
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run now; see `Options.programs`."""

@@ -81,11 +81,13 @@ class PromptCache:
     Attributes:
       num_bytes: of what is kept now. num_evicted: prompts dropped for lack of room.
       num_outdated: prompts dropped because the parameters are new.
+      num_uses, num_used_tokens: prompts found, and their tokens that were known.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.num_bytes = self.num_evicted = self.num_outdated = 0
+        self.num_uses = self.num_used_tokens = 0
         self._kept: collections.OrderedDict[tuple[Owner, bytes], Cache]
         self._kept = collections.OrderedDict()
         self._owners: weakref.WeakKeyDictionary[Any, Owner]
@@ -157,6 +159,12 @@ class PromptCache:
             bisect.insort(owner.names, name[1])
             self._shrink_to(self.limit_bytes)
 
+    def count(self, num_tokens: int) -> None:
+        """Count one use of a prompt, for people."""
+        with self._lock:
+            self.num_uses += 1
+            self.num_used_tokens += num_tokens
+
     def close(self) -> None:
         """Drop everything, and keep nothing any more."""
         with self._lock:
@@ -203,31 +211,29 @@ class Reuse:
     """The kept prompts, as one rollout on one device uses them.
 
     cache: the prompts. owner: of `params`, by `PromptCache.owner`.
-    engine: of the rollout. params: target and draft. request: the sequences.
-    stats: filled in.
+    engine: of the rollout. params: target and draft. stats: filled in.
     """
 
     cache: PromptCache
     owner: Owner
     engine: Engine
     params: PolicyParams
-    request: Request
     stats: RolloutStats
 
     def found(
-        self, rows: Rows, starting: Sequence[int], free: np.ndarray
+        self, request: Request, rows: Rows, starting: Sequence[int], free: np.ndarray
     ) -> list[tuple[int, int, Found]]:
         """Return what free rows can start from: prompts that no row holds.
 
         Of a prompt of which only the beginning is known, the rest is computed here.
 
         Args:
-          rows: of the batch. starting: sequences. free: at least as many rows.
+          request, rows: of the batch. starting: sequences. free: at least as many rows.
         Returns:
           Row, prompt and entries of each.
         """
-        forget_replaced(self.request, rows)
-        wanted = dict.fromkeys(int(self.request.prompt_of[s]) for s in starting)
+        forget_replaced(request, rows)
+        wanted = dict.fromkeys(int(request.prompt_of[s]) for s in starting)
         held = set(rows.resident.tolist())
         # Of each prompt to start from, one free row that holds it is left alone. As no
         # fewer rows are free than sequences start, there is a row for every other.
@@ -240,35 +246,38 @@ class Reuse:
                 spare.append(row)
         found = []
         for prompt in wanted:
-            entries = None if prompt in held else self._entries(prompt)
+            entries = None if prompt in held else self._entries(request, prompt)
             if entries is not None:
                 found.append((spare.pop(0), prompt, entries))
         return found
 
-    def _entries(self, prompt: int) -> Found | None:
+    def _entries(self, request: Request, prompt: int) -> Found | None:
         """Return all entries of a prompt; None if it is better prefilled."""
-        tokens = self.request.prompts[prompt]
-        if not self._fits_rings(tokens):
+        tokens = request.prompts[prompt]
+        if not fits_rings(request, tokens):
             return None
         found, count = self.cache.find(self.owner, tokens), len(tokens) - 1
         if found is None:
             return None
         if found.num_known < count:
-            return self._extended(tokens, found)
+            return self._extended(request, tokens, found)
         self._count(count)
-        return found
+        return found._replace(num_known=count)
 
-    def _extended(self, tokens: np.ndarray, found: Found) -> Found | None:
+    def _extended(
+        self, request: Request, tokens: np.ndarray, found: Found
+    ) -> Found | None:
         """Return entries of a prompt whose beginning is known; None if not worth it."""
         start, count = found.num_known, len(tokens) - 1
         padded = power_of_two(count - start, MIN_PROMPT_BUCKET)
         # Short prompts are prefilled several at a time, for the price of one.
-        if self.request.chunk > 1 or 2 * padded > self.request.prompt_bucket:
+        if request.chunk > 1 or 2 * padded > request.prompt_bucket:
             return None
         rest = np.zeros((1, padded), np.int32)
         rest[0, : count - start] = tokens[start:count]
         length = kept_length(tokens)
-        is_kept = self.cache.has_room(self.owner, tokens, self._bytes(length))
+        num_bytes = self.engine.row_bytes(length)
+        is_kept = self.cache.has_room(self.owner, tokens, num_bytes)
         entries = self.engine.extend(
             self.params, found.entries, rest, start, count, length
         )
@@ -278,6 +287,7 @@ class Reuse:
         return Found(entries, count)
 
     def _count(self, num_tokens: int) -> None:
+        self.cache.count(num_tokens)
         self.stats.num_reused += 1
         self.stats.num_reused_tokens += num_tokens
 
@@ -290,35 +300,36 @@ class Reuse:
           state: donated. rows: of the batch, updated.
           row, prompt, found: as `found` returns them.
         """
-        count = len(self.request.prompts[prompt]) - 1
-        state = self.engine.copy_in(state, found.entries, row, count)
-        rows.resident[row], rows.length[row] = prompt, count + 1
+        state = self.engine.copy_in(state, found.entries, row, found.num_known)
+        rows.resident[row], rows.length[row] = prompt, found.num_known + 1
         return state
 
-    def keep(self, state: DecodeState, rows: Rows, starting: Sequence[int]) -> None:
+    def keep(
+        self, request: Request, rows: Rows, starting: Sequence[int], state: DecodeState
+    ) -> None:
         """Keep the prompts of sequences that have just been started.
 
         Args:
-          state: after their admission; it is copied from. rows: of the batch.
+          request, rows: of the batch. starting: the sequences.
+          state: after their admission; it is copied from.
         """
         row_of = {sequence: row for row, sequence in enumerate(rows.sequence.tolist())}
-        first = {int(self.request.prompt_of[s]): s for s in reversed(starting)}
+        first = {int(request.prompt_of[s]): s for s in reversed(starting)}
         for prompt, sequence in first.items():
-            tokens = self.request.prompts[prompt]
-            length = kept_length(tokens)
-            if len(tokens) < 2 or not self._fits_rings(tokens):
+            tokens = request.prompts[prompt]
+            if len(tokens) < 2 or not fits_rings(request, tokens):
                 continue
-            if self.cache.has_room(self.owner, tokens, self._bytes(length)):
+            length = kept_length(tokens)
+            num_bytes = self.engine.row_bytes(length)
+            if self.cache.has_room(self.owner, tokens, num_bytes):
                 entries = self.engine.copy_out(state, row_of[sequence], length)
                 self.cache.keep(self.owner, tokens, entries)
 
-    def _bytes(self, length: int) -> float:
-        return self.engine.row_bytes(length)
 
-    def _fits_rings(self, tokens: np.ndarray) -> bool:
-        """Whether a row's rings still hold all of a prompt when drafts were written."""
-        slots = self.request.ring_slots
-        return slots is None or len(tokens) + RING_DRAFTS <= slots
+def fits_rings(request: Request, tokens: np.ndarray) -> bool:
+    """Whether a row's rings still hold all of a prompt when drafts were written."""
+    slots = request.ring_slots
+    return slots is None or len(tokens) + RING_DRAFTS <= slots
 
 
 def kept_length(tokens: np.ndarray) -> int:
