@@ -75,8 +75,8 @@ class Call:
 
 def check_one_process(mesh: Mesh | None) -> None:
     """Refuse a journal of several processes, each of which has rows of its own."""
-    if mesh is None:
-        return
+    if not isinstance(mesh, Mesh):
+        return  # None, or refused as a mesh.
     processes = {device.process_index for device in mesh.devices.flat}
     if len(processes) > 1:
         raise ValueError(

@@ -581,8 +581,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "tokens put behind others that were lost",
         "er_jax/journal_format::joined",
-        "piece.start != len(known.token_ids)",
-        "piece.start < len(known.token_ids)",
+        "not 0 <= overlap <= len(piece.token_ids)",
+        "not overlap <= len(piece.token_ids)",
         (f"{JOURNAL}::test_nothing_is_put_behind_a_piece_that_is_missing",),
     ),
     PlantedBug(
@@ -1194,6 +1194,13 @@ BUGS: tuple[PlantedBug, ...] = (
         "others = [p for p in self.seconds if p.shared_rows]",
         "others = list(self.seconds)",
         ("tests/test_costs.py::test_shared_programs_are_priced_beside_the_same_apart",),
+    ),
+    PlantedBug(
+        "a verification is guessed to feed as many positions as drafts",
+        "er_jax/control/guesses::guessed_seconds",
+        "part.rows * (part.gamma + 1)",
+        "part.rows * part.gamma",
+        ("tests/test_control.py::test_a_round_is_guessed_from_steps",),
     ),
     PlantedBug(
         "a step is taken for slower than the drafts beside it leave room for",

@@ -44,6 +44,7 @@ ORDER = (
     *("costs.neighbours", "costs.table"),
     *("costs.timing", "costs.store", "costs"),
     *("control.protocol", "control.estimate", "control.rollouts", "control.accounts"),
+    "control.guesses",
     *(
         "control.probes",
         "control.paper",
