@@ -32,6 +32,7 @@ from er_jax.respond import Respond, Turn
 from er_jax.result import Completion, Rollout, RolloutError
 from er_jax.rollout import compile_ahead, rollout
 from er_jax.score import Scores, score
+from er_jax.session import Session
 from er_jax.stats import RolloutStats
 from er_jax.stream import Stream, stream
 from er_jax.types import Policy
@@ -61,6 +62,7 @@ __all__ = [
     "RolloutStats",
     "RopeScaling",
     "Scores",
+    "Session",
     "Stop",
     "Stream",
     "TiedEmbedding",

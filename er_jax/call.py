@@ -32,7 +32,9 @@ from er_jax.request import Request, TurnSizes, request_of
 from er_jax.respond import Respond
 from er_jax.result import Completion, Rollout
 from er_jax.resume import completions_of, earlier_rollout, turn_end, turn_of
+from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import OneDevice, Topology
+from er_jax.session import Session, check_session
 from er_jax.stats import RolloutStats
 from er_jax.types import Params, Policy, View
 
@@ -103,12 +105,16 @@ def prepare(
     journal: Journal | None = None,
     key: np.ndarray | None = None,
     respond: Respond | None = None,
+    session: Session | None = None,
 ) -> Call:
     """Check the arguments of a rollout; find its engine and controller.
 
     Parameters that are not on the mesh are moved there. `journal` has been entered, and
-    goes with the words of `key`.
+    goes with the words of `key`. Engines and controllers are those of the session, if
+    there is one.
     """
+    if session is not None:
+        check_session(session)
     checks.check_policy(policy)
     is_drafting = max(parse_control(config.control, config.gammas)) > 0
     if isinstance(params, PolicyParams) and params.draft is None and not is_drafting:
@@ -151,12 +157,14 @@ def prepare(
         if is_drafting:
             check_number(params, config.drafters)
     checks.check_alive(params)
-    params, engine = _engine_of(policy, params, config, mesh)
+    params, engine = _engine_of(policy, params, config, mesh, session)
     if controller is None:
         name = (config.control, config.gammas, config.drafter)
         made = engine.defaults.get(name) or Controller(config.control, config.gammas)
         controller = engine.defaults.setdefault(name, made)
     checks.check_controller(controller, config)
+    if session is not None:
+        session.use(controller)
     request = request_of(
         arrays,
         ids,
@@ -192,7 +200,10 @@ def prepare(
         views = tuple(View(draft) for draft in sorted(drafts))
         request = dataclasses.replace(request, views=views)
     drafters = config.drafters if is_drafting else ()
-    limit_bytes = checks.check_memory(engine, params, request, drafters)
+    kept_bytes = 0
+    if session is not None and not isinstance(engine, MeshEngine):
+        kept_bytes = session.prompts.limit_bytes
+    limit_bytes = checks.check_memory(engine, params, request, drafters, kept_bytes)
     request = dataclasses.replace(request, state_limit_bytes=limit_bytes)
     return dataclasses.replace(call, request=request)
 
@@ -266,8 +277,10 @@ def _engine_of(
     params: Params | PolicyParams,
     config: RolloutConfig,
     mesh: Mesh | None,
+    session: Session | None,
 ) -> tuple[Params | PolicyParams, Engine]:
     """Return the parameters on the devices of the rollout, and its engine."""
+    kept = None if session is None else session.engines
     if mesh is not None:
         mesh = layout.rollout_mesh(mesh)
         params = layout.put_on_mesh(policy, params, mesh)
@@ -275,10 +288,12 @@ def _engine_of(
         checks.check_placement(params)
     policy_params = params.policy if isinstance(params, PolicyParams) else params
     if mesh is None:
-        engine = engine_for(policy, policy_params, config.accept, config.attention)
+        engine = engine_for(
+            policy, policy_params, config.accept, config.attention, kept
+        )
         return params, engine
     (engine,) = mesh_engines_for(
-        policy, config.accept, [(policy_params, mesh)], config.attention
+        policy, config.accept, [(policy_params, mesh)], config.attention, kept
     )
     return params, engine
 
@@ -288,6 +303,21 @@ def topology_of(engine: Engine, params: PolicyParams, request: Request) -> Topol
     if isinstance(engine, MeshEngine):
         return DataShards(engine, params, request)
     return OneDevice(engine, params, request)
+
+
+def reuse_of(
+    session: Session | None, call: Call, params: PolicyParams, stats: RolloutStats
+) -> Reuse | None:
+    """Return the prompts that a session keeps, for one device; else None.
+
+    Args:
+      params: those of the call, with a draft. stats: of the call, filled in.
+    """
+    if session is None or isinstance(call.engine, MeshEngine):
+        return None
+    cache, engine = session.prompts, call.engine
+    owner = cache.owner(engine, params.policy)
+    return Reuse(cache, owner, engine, params, stats)
 
 
 def with_draft(call: Call, config: RolloutConfig, stats: RolloutStats) -> PolicyParams:

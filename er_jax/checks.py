@@ -334,12 +334,14 @@ def check_memory(
     params: Params | PolicyParams,
     request: Request,
     drafters: Sequence[DrafterConfig],
+    kept_bytes: int = 0,
 ) -> int | None:
     """Refuse a request that does not fit the device.
 
     Args:
       engine: that will run it. params: on the engine's devices. request: its sizes.
       drafters: of the drafts that are made from parameters without one.
+      kept_bytes: of prompts that a session may keep.
     Returns:
       Bytes of a device that are left for states; None where its memory is unknown.
     """
@@ -356,12 +358,15 @@ def check_memory(
         draft = weights * sum(one.bits for one in drafters) // (8 * width)
     rows, length = request.slots, request.cache_lengths[-1]
     states = int(rows * engine.row_bytes(length))
-    if weights + draft + states > limit:
+    needed = weights + draft + states + kept_bytes
+    if needed > limit:
+        kept = f", kept prompts {kept_bytes / 1e9:.1f}" if kept_bytes else ""
+        remedy = " or a session with fewer prompt_bytes" if kept_bytes else ""
         raise ValueError(
             f"max_slots={rows} rows of {length} positions need "
-            f"{(weights + draft + states) / 1e9:.1f} GB (parameters "
-            f"{weights / 1e9:.1f}, draft {draft / 1e9:.1f}, cache {states / 1e9:.1f}), "
-            f"and the device has {limit / 1e9:.1f} GB; lower max_slots or "
-            "max_new_tokens, or give shorter prompts"
+            f"{needed / 1e9:.1f} GB (parameters "
+            f"{weights / 1e9:.1f}, draft {draft / 1e9:.1f}, cache {states / 1e9:.1f}"
+            f"{kept}), and the device has {limit / 1e9:.1f} GB; lower max_slots or "
+            f"max_new_tokens, or give shorter prompts{remedy}"
         )
-    return limit - weights - draft
+    return limit - weights - draft - kept_bytes

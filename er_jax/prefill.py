@@ -4,7 +4,10 @@ A row is admitted with its prompt's entries for all but the last token, which th
 round feeds, so the prefill needs no vocabulary projection. Long prompts are prefilled
 in pieces: activations and scores are those of one piece.
 
-Left out: which sequence starts in which row (`scheduler.admission`).
+A prompt that begins as an earlier one did goes on from that one's entries (`extend`).
+
+Left out: which sequence starts in which row (`scheduler.admission`), and which entries
+are kept (`scheduler.prompts`).
 """
 
 from __future__ import annotations
@@ -171,3 +174,38 @@ def go_on(
         finish_reason=put(state.finish_reason, jnp.full_like(slot, Finish.RUNNING)),
         cache=cache,
     )
+
+
+def extend(
+    policy: Policy,
+    params: Params,
+    entries: kv_cache.Cache,
+    tokens: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    *,
+    length: int,
+) -> kv_cache.Cache:
+    """Return the first `count` entries of a prompt, of which `start` are known.
+
+    Args:
+      policy, params: the target.
+      entries: leaves `[1, T', ...]`; those from `start` on are another prompt's.
+      tokens: int32 `[1, R]`, the prompt's from position `start` on, padded at the end.
+      start, count: int32 `[]`, count - start <= R.
+      length: T, static; positions of the result, at least `count`.
+    Returns:
+      Leaves `[1, T, ...]`, zero from `count` on.
+    """
+    known = kv_cache.copy_row(entries, jnp.int32(0), jnp.int32(0), start)
+    piece = min(tokens.shape[1], PIECE)
+
+    def run_piece(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+        offsets = i * piece + jnp.arange(piece, dtype=jnp.int32)[None]
+        positions = jnp.where(start + offsets < count, start + offsets, NONE)
+        part = lax.dynamic_slice_in_dim(tokens, i * piece, piece, axis=1)
+        return policy.forward(params, part, positions, cache)[1]
+
+    cache = kv_cache.resize(known, length)
+    num_pieces = (count - start + piece - 1) // piece
+    return lax.fori_loop(0, num_pieces, run_piece, cache)

@@ -28,6 +28,7 @@ from er_jax.call import (
     check_one_process,
     load_saved_costs,
     prepare,
+    reuse_of,
     topology_of,
     with_draft,
 )
@@ -42,6 +43,7 @@ from er_jax.request import Request, noise_key, row_buckets, sampling_of
 from er_jax.respond import Respond, RespondFunction, as_respond
 from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
+from er_jax.session import Session
 from er_jax.stats import RolloutStats
 from er_jax.types import Params, Policy, Program, Span
 from er_jax.until import Until
@@ -65,6 +67,7 @@ def rollout(
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
     respond: Respond | RespondFunction | None = None,
+    session: Session | None = None,
 ) -> Rollout:
     """Sample n completions of every prompt from the policy.
 
@@ -84,8 +87,8 @@ def rollout(
       sequence_ids: N distinct integers in 0 .. 2**31-1 that select each completion's
         noise; default 0 .. N-1. The same id samples the same completion again.
       controller: learns costs and acceptance; keep it across calls. None uses one
-        that lives as long as the process, per policy, control and drafter. Calls in
-        several threads may share one; see `Controller`.
+        that lives as long as the process or the session, per policy, control and
+        drafter. Calls in several threads may share one; see `Controller`.
       mesh: devices to run on, with any of the axes data, fsdp and model (see
         `mesh.rules`; `mesh.layout.rollout_mesh` takes other names); None is the default
         device. Parameters on the mesh are used with the shardings they have; those of a
@@ -113,6 +116,8 @@ def rollout(
         (sequence id, `Turn`) when a turn has ended at a stop, and returns tokens to
         append, such as a tool's result, or None to end; or a coroutine function; or a
         `Respond` of one, with limits. Calls run in other threads. For one process.
+      session: where engines, programs, controllers and prompts' cache entries are kept
+        instead of in the process; see `Session`.
     Returns:
       A `Rollout`.
     Raises:
@@ -158,6 +163,7 @@ def rollout(
         version=version,
         journal=journal,
         respond=respond,
+        session=session,
     )
 
 
@@ -179,6 +185,7 @@ def sample(
     version: int,
     journal: str | os.PathLike[str] | None,
     respond: Respond | RespondFunction | None,
+    session: Session | None,
     on_checked: Callable[[Call], None] = lambda call: None,
 ) -> Rollout:
     """Do what `rollout` says; `on_checked` is called when no argument is refused."""
@@ -208,6 +215,7 @@ def sample(
             kept,
             words,
             answering,
+            session,
         )
         engine, controller, request = call.engine, call.controller, call.request
         settings = sampling_of(config, words, policy.vocab_size)
@@ -256,6 +264,7 @@ def sample(
                     journal=kept,
                     respond=answering,
                     turned=call.turned,
+                    reuse=reuse_of(session, call, params, stats),
                     until=until,
                     began_s=start_s,
                     on_finish=on_finish,
@@ -286,6 +295,7 @@ def compile_ahead(
     controller: Controller | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
+    session: Session | None = None,
 ) -> list[Program]:
     """Compile the programs that rollouts of such prompts will likely need, in parallel.
 
@@ -302,6 +312,7 @@ def compile_ahead(
       controller: as for `rollout`.
       mesh: as for `rollout`.
       progress: show a progress bar.
+      session: as for `rollout`; the programs are compiled for its calls.
     Returns:
       The programs that are compiled now.
     Raises:
@@ -309,7 +320,9 @@ def compile_ahead(
     """
     checks.check_outside_jit(params, prompts)
     with _own_jax_settings():
-        call = prepare(policy, params, prompts, config, None, controller, mesh)
+        call = prepare(
+            policy, params, prompts, config, None, controller, mesh, session=session
+        )
         slots, lengths = call.request.slots, call.request.cache_lengths
         num_shards = call.engine.layout.num_shards
         shapes = [(slots, length) for length in lengths]

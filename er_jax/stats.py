@@ -73,6 +73,9 @@ class RolloutStats:
       num_prefilled: distinct prompts prefilled.
       prefilled_tokens: prefilled in all, of prompts and of what `respond` appended.
       num_cloned: completions that started from cache entries still in the batch.
+      num_reused: prompts that started from entries a session has kept. For those of
+        which it knew the beginning, the rest was computed.
+      num_reused_tokens: tokens of theirs that were not prefilled.
       num_resumed: tokens that an earlier call had sampled.
       num_journalled: tokens that were given to the journal.
       num_answers: answers of `respond` that a completion went on with.
@@ -95,6 +98,8 @@ class RolloutStats:
     compiled: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     num_prefilled: int = 0
     num_cloned: int = 0
+    num_reused: int = 0
+    num_reused_tokens: int = 0
     num_resumed: int = 0
     num_journalled: int = 0
     prefilled_tokens: int = 0
@@ -243,6 +248,11 @@ class RolloutStats:
             f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "
             "started from entries already there"
         )
+        if self.num_reused:
+            lines.append(
+                f"session: {self.num_reused} prompts, {self.num_reused_tokens} tokens "
+                "of them not prefilled"
+            )
         if self.num_resumed:
             lines.append(f"resumed: {self.num_resumed} tokens of earlier calls")
         if self.num_journalled:

@@ -30,6 +30,7 @@ from er_jax.drafter import PolicyParams
 from er_jax.respond import Respond, RespondFunction
 from er_jax.result import Completion, Rollout
 from er_jax.rollout import sample
+from er_jax.session import Session
 from er_jax.thread_settings import ThreadSettings
 from er_jax.types import Params, Policy
 from er_jax.until import Stop, Until
@@ -273,6 +274,7 @@ def stream(
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
     respond: Respond | RespondFunction | None = None,
+    session: Session | None = None,
 ) -> Stream[tuple[int, Completion]]: ...
 
 
@@ -295,6 +297,7 @@ def stream(
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
     respond: Respond | RespondFunction | None = None,
+    session: Session | None = None,
 ) -> Stream[tuple[int, list[Completion]]]: ...
 
 
@@ -316,6 +319,7 @@ def stream(
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
     respond: Respond | RespondFunction | None = None,
+    session: Session | None = None,
 ) -> Stream[Any]:
     """Sample as `rollout` does, and give out what finishes while the rest decodes.
 
@@ -342,6 +346,7 @@ def stream(
       version: as for `rollout`.
       journal: as for `rollout`. What it holds is given out first.
       respond: as for `rollout`. Conversations are given out whole, not their turns.
+      session: as for `rollout`.
     Returns:
       A `Stream`: an iterator, and a context manager that closes it. Its `rollout` is
       there when it has ended.
@@ -390,6 +395,7 @@ def stream(
             version=version,
             journal=journal,
             respond=respond,
+            session=session,
             on_checked=on_checked,
         )
     )

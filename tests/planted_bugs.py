@@ -35,6 +35,7 @@ RESUME = "tests/test_resume.py"
 TURNS = "tests/test_turns.py"
 CALLS = f"{TURNS}::test_tokens_are_those_of_calls_turn_by_turn"
 STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
+SESSION = "tests/test_session.py"
 SETTINGS = "tests/test_settings.py"
 LOSSLESS_SETTINGS = "tests/test_lossless_settings.py"
 LOWERING = "tests/test_lowering.py"
@@ -1511,6 +1512,63 @@ BUGS: tuple[PlantedBug, ...] = (
         "er_jax.attach_draft(params, config, previous=previous)",
         "er_jax.attach_draft(params, config)",
         (f"{TRAIN_LORA}::test_an_update_reuses_every_buffer_and_quantizes_nothing",),
+    ),
+    # -- sessions
+    PlantedBug(
+        "session: entries of the parameters before an update",
+        "er_jax::Owner.has",
+        "known is not None and known() is leaf",
+        "known is not None",
+        (f"{SESSION}::test_known_prompts_are_not_prefilled_again[32]",),
+    ),
+    PlantedBug(
+        "session: NumPy arrays taken for what they were",
+        "er_jax::Owner.__init__",
+        "weakref.ref(leaf) if isinstance(leaf, jax.Array) else None",
+        "weakref.ref(leaf)",
+        (f"{SESSION}::test_known_prompts_are_not_prefilled_again[32]",),
+    ),
+    PlantedBug(
+        "session: entries of another prompt of the same length",
+        "er_jax::num_alike",
+        "int(np.argmax(differs)) if differs.any() else length",
+        "length",
+        (f"{SESSION}::test_known_prompts_are_not_prefilled_again[32]",),
+    ),
+    PlantedBug(
+        "session: what was used last is dropped first",
+        "er_jax::PromptCache._shrink_to",
+        "next(iter(self._kept))",
+        "next(reversed(self._kept))",
+        (f"{SESSION}::test_prompts_used_longest_ago_are_dropped_first",),
+    ),
+    PlantedBug(
+        "session: use is not noted",
+        "er_jax::PromptCache.find",
+        "self._kept.move_to_end((owner, best))",
+        "",
+        (f"{SESSION}::test_prompts_used_longest_ago_are_dropped_first",),
+    ),
+    PlantedBug(
+        "session: all entries of a prompt that only begins alike",
+        "er_jax::run_copy_in",
+        "kv_cache.copy_row(kv_cache.resize(entries, length), zero, zero, count)",
+        "kv_cache.resize(entries, length)",
+        (f"{SESSION}::test_copies_are_bit_for_bit_and_of_one_row",),
+    ),
+    PlantedBug(
+        "session: the rest of a prompt one position late",
+        "er_jax::extend",
+        "jnp.where(start + offsets < count, start + offsets, NONE)",
+        "jnp.where(start + offsets < count, start + offsets + 1, NONE)",
+        (f"{SESSION}::test_of_a_prompt_that_begins_alike_the_rest_is_prefilled[32]",),
+    ),
+    PlantedBug(
+        "session: closed, and its prompts stay",
+        "er_jax::Session.close",
+        "self.prompts.close()",
+        "",
+        (f"{SESSION}::test_a_closed_session_has_freed_everything",),
     ),
     # -- Tunix
     PlantedBug(

@@ -53,9 +53,9 @@ ORDER = (
         "control",
     ),
     *("result", "resume", "journal_format", "journal", "checks", "score"),
-    *("scheduler.topology", "scheduler.admission", "scheduler.options"),
-    *("scheduler.turns", "scheduler.batch", "scheduler.conversations"),
-    *("scheduler.monitor", "scheduler.loop", "scheduler"),
+    *("scheduler.topology", "scheduler.admission", "scheduler.prompts"),
+    *("scheduler.options", "scheduler.turns", "scheduler.batch"),
+    *("scheduler.conversations", "scheduler.monitor", "scheduler.loop", "scheduler"),
     *(
         "mesh.rules",
         "mesh.attention",

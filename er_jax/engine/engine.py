@@ -46,6 +46,9 @@ from er_jax.engine.windows import (
     run_admission,
     run_allocation,
     run_attach,
+    run_copy_in,
+    run_copy_out,
+    run_extension,
     run_finite_check,
     run_going_on,
     run_take,
@@ -55,6 +58,7 @@ from er_jax.settings import kinds, of_rows
 from er_jax.thread_settings import ThreadSettings
 from er_jax.types import (
     Admission,
+    Cache,
     Continuation,
     DecodeState,
     Params,
@@ -289,6 +293,63 @@ class Engine:
         )
         return program.call(state, rows)
 
+    def copy_out(self, state: DecodeState, row: int, length: int) -> Cache:
+        """Return the first `length` cache entries of a row, leaves `[1, length, ...]`.
+
+        Not on a mesh, as little as the next two.
+        """
+        program = self._program(
+            ("copy out", state.rows, state.cache_length, length),
+            run_copy_out,
+            lambda f: f.lower(*abstract((state, np.int32(row))), length=length),
+        )
+        return program.call(state, np.int32(row))
+
+    def copy_in(
+        self, state: DecodeState, entries: Cache, row: int, count: int
+    ) -> DecodeState:
+        """Overwrite a row's entries with the first `count` of others. Donates `state`.
+
+        Args:
+          entries: from `copy_out` or `extend`, of any length.
+        """
+        arguments = (state, entries, np.int32(row), np.int32(count))
+        program = self._program(
+            ("copy in", state.rows, state.cache_length, _length_of(entries)),
+            run_copy_in,
+            lambda f: f.lower(*abstract(arguments)),
+        )
+        return program.call(*arguments)
+
+    def extend(
+        self,
+        params: PolicyParams,
+        entries: Cache,
+        tokens: np.ndarray,
+        start: int,
+        count: int,
+        length: int,
+    ) -> Cache:
+        """Return a prompt's entries, computed from those at `start` on.
+
+        Args:
+          params: their target. entries: as for `copy_in`; the first `start` are known.
+          tokens: int32 `[1, R]`, the prompt's from `start` on, padded at the end.
+          count: entries of the prompt. length: positions of the result.
+        """
+        arguments = (entries, tokens, np.int32(start), np.int32(count))
+        program = self._program(
+            ("extend", _length_of(entries), tokens.shape[1], length),
+            run_extension,
+            lambda f: f.lower(
+                self.policy,
+                *abstract((params.policy, *arguments)),
+                length=length,
+                layout=self.layout,
+            ),
+        )
+        return program.call(params.policy, *arguments)
+
     def draft_kind(self, draft: Params) -> str:
         """Return a short name shared by all drafts of these shapes and dtypes."""
         name = self.signature(draft)
@@ -473,3 +534,8 @@ class Engine:
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         ]
         return [path for path, good in zip(paths, flags, strict=True) if not good]
+
+
+def _length_of(entries: Cache) -> int:
+    """Return the positions of cache entries; with rings, the slots of the longest."""
+    return max(leaf.shape[1] for leaf in jax.tree.leaves(entries))

@@ -10,6 +10,7 @@ aliased; one `WindowInfo` goes back to the host.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from er_jax import drafter, prefill, steps
+from er_jax import drafter, kv_cache, prefill, steps
 from er_jax.acceptance import AcceptRule
 from er_jax.drafter import (
     DrafterConfig,
@@ -30,6 +31,7 @@ from er_jax.engine.protocol import ROWS, SAME, Layout, OneDevice, TokenBuffers
 from er_jax.settings import marked
 from er_jax.types import (
     Admission,
+    Cache,
     Continuation,
     DecodeState,
     Params,
@@ -210,6 +212,60 @@ def run_going_on(
 ) -> DecodeState:
     """Have rows of one device go on; see `prefill.go_on`. Donates `state`."""
     return prefill.go_on(policy, params, state, continuation, chunk=chunk)
+
+
+@functools.partial(jax.jit, static_argnames=("length",))
+def run_copy_out(state: DecodeState, row: jax.Array, *, length: int) -> Cache:
+    """Return a copy of the first `length` entries of a row, leaves `[1, length, ...]`.
+
+    Args:
+      state: of at least `length` positions. row: int32 `[]`.
+    """
+
+    def one(leaf: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(leaf, row, 1, axis=0)
+
+    return kv_cache.resize(jax.tree.map(one, state.cache), length)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def run_copy_in(
+    state: DecodeState, entries: Cache, row: jax.Array, count: jax.Array
+) -> DecodeState:
+    """Overwrite the entries of a row with the first `count` of others, then zeros.
+
+    Args:
+      state: donated. entries: from `run_copy_out` or `run_extension`, of any length.
+      row, count: int32 `[]`.
+    """
+    zero = jnp.int32(0)
+    longest = max(leaf.shape[1] for leaf in jax.tree.leaves(entries))
+    length = min(longest, state.cache_length)
+    # Of a longer prompt, only these entries are the row's.
+    own = kv_cache.copy_row(kv_cache.resize(entries, length), zero, zero, count)
+    cache = kv_cache.insert_row(state.cache, own, row, zero, count)
+    return dataclasses.replace(state, cache=cache)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "length", "layout"))
+def run_extension(
+    policy: Policy,
+    params: Params,
+    entries: Cache,
+    tokens: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    *,
+    length: int,
+    layout: Layout = ONE_DEVICE,
+) -> Cache:
+    """Return a prompt's entries from those of one that begins alike: `extend`."""
+    run = layout.over_rows(
+        functools.partial(prefill.extend, policy, length=length),
+        (SAME, ROWS, ROWS, SAME, SAME),
+        ROWS,
+    )
+    return run(params, entries, tokens, start, count)
 
 
 @functools.partial(jax.jit, static_argnames=("cache_length",))

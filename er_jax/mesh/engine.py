@@ -25,7 +25,7 @@ from er_jax.acceptance import AcceptRule
 from er_jax.drafter import DrafterConfig, PolicyParams
 from er_jax.engine import first_use
 from er_jax.engine.engine import Engine
-from er_jax.engine.kept import kept_engines
+from er_jax.engine.kept import KeptEngines, kept_engines
 from er_jax.engine.programs import abstract
 from er_jax.engine.protocol import ROWS, SAME, TokenBuffers
 from er_jax.engine.windows import derive_draft
@@ -288,11 +288,12 @@ def mesh_engines_for(
     accept: AcceptRule,
     params_and_meshes: Sequence[tuple[Params, Mesh]],
     attention: str = "auto",
+    kept: KeptEngines | None = None,
 ) -> list[MeshEngine]:
     """Return the engines of one call; they are kept and dropped together.
 
     Args:
-      policy, accept, attention: as for `engine.kept.engine_for`.
+      policy, accept, attention, kept: as for `engine.kept.engine_for`.
       params_and_meshes: policy parameters and mesh of each engine.
     """
     return kept_engines(
@@ -305,5 +306,6 @@ def mesh_engines_for(
                 mesh,
             ): functools.partial(MeshEngine, policy, accept, mesh, attention)
             for params, mesh in params_and_meshes
-        }
+        },
+        kept,
     )

@@ -125,10 +125,10 @@ def plan_admission(
     Returns:
       The admission; the number of prompts that it prefills.
     """
-    if request.ring_slots is not None:
-        # Drafts replace entries as well.
-        is_past = rows.length + RING_DRAFTS > request.ring_slots
-        rows.resident[is_past] = NONE
+    forget_replaced(request, rows)
+    # Rows that hold one of these prompts are taken for another prompt last.
+    wanted = {int(request.prompt_of[sequence]) for sequence in starting}
+    free = sorted(free, key=lambda row: int(rows.resident[row]) in wanted)
     free_rows = FreeRows(rows.resident, shard_rows, free)
     clones: list[tuple[int, int, int]] = []  # sequence, from, to
     fresh: dict[int, list[int]] = {}
@@ -200,6 +200,14 @@ def plan_admission(
     return admission, len(fresh)
 
 
+def forget_replaced(request: Request, rows: Rows) -> None:
+    """Note that rows which have gone past a ring hold their prompt no more."""
+    if request.ring_slots is not None:
+        # Drafts replace entries as well.
+        is_past = rows.length + RING_DRAFTS > request.ring_slots
+        rows.resident[is_past] = NONE
+
+
 class FreeRows:
     """The free rows of a data shard, and the rows of it that hold a prompt.
 
@@ -208,7 +216,8 @@ class FreeRows:
 
     Args:
       resident: int `[rows]`, the prompt in each row of the batch; kept up to date.
-      shard_rows: rows of the shard. free: its free rows, ascending.
+      shard_rows: rows of the shard. free: its free rows, the first to be
+        taken first.
     """
 
     def __init__(

@@ -29,6 +29,7 @@ from er_jax.request import Request
 from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission
 from er_jax.scheduler.options import Options
+from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import Shape, Topology
 from er_jax.settings import of_rows
 from er_jax.stats import Moment, RolloutStats
@@ -101,6 +102,7 @@ class Batch:
         sampling settings.
       begun: completions that go on, by sequence; their tokens are part of the prompt.
       journal: is told of what has been sampled; None keeps none.
+      reuse: the prompts kept from call to call; None prefills all.
     Attributes:
       rows: the host's record. queue: sequences that wait for a row. completions:
         sequence -> completion of those that finished. program: the program that ran
@@ -115,10 +117,11 @@ class Batch:
         settings: Sampling,
         begun: Mapping[int, Completion] = MappingProxyType({}),
         journal: Journal | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
         self.topology, self.request, self.stats = topology, request, stats
         self.settings = request.with_begins(settings)
-        self.begun, self.journal = begun, journal
+        self.begun, self.journal, self.reuse = begun, journal, reuse
         self.queue = collections.deque(request.waiting)
         self.completions: dict[int, Completion] = {}
         self.start_s = time.perf_counter()
@@ -207,6 +210,10 @@ class Batch:
         free = self._free_rows(count)
         starting = [self.queue.popleft() for _ in range(count)]
         request = self.request.starting(starting)
+        if self.reuse is not None:
+            with self._timed("prefill"):
+                for found in self.reuse.found(request, self.rows, starting, free):
+                    self.state = self.reuse.insert(self.state, self.rows, *found)
 
         def plan(starting: list[int], free: list[int], shard_rows: slice) -> Admission:
             admission, num_prefilled = plan_admission(
@@ -228,6 +235,8 @@ class Batch:
         )
         with self._timed("prefill"):
             self.state = engine.admit(params, self.state, admission)
+            if self.reuse is not None:
+                self.reuse.keep(self.request, self.rows, starting, self.state)
 
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run now; see `Options.programs`."""

@@ -30,6 +30,7 @@ from er_jax.result import Completion, keeping
 from er_jax.scheduler.batch import Batch
 from er_jax.scheduler.conversations import Conversations
 from er_jax.scheduler.monitor import Monitor
+from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import Topology
 from er_jax.scheduler.turns import Turns
 from er_jax.stats import RolloutStats
@@ -48,6 +49,7 @@ def run(
     journal: Journal | None = None,
     respond: Respond | None = None,
     turned: Mapping[int, str] = MappingProxyType({}),
+    reuse: Reuse | None = None,
     until: Until | None = None,
     began_s: float = 0.0,
     on_finish: Callable[[int, Completion], None] | None = None,
@@ -67,6 +69,7 @@ def run(
       journal: is told of what has been sampled, now and then of rows that run.
       respond: answers turns, so that a completion is a conversation; for one process.
       turned: why turns of `begun` have ended, by sequence, of those not answered yet.
+      reuse: the prompts kept from call to call; None prefills all.
       until: when to end early; then the completions of rows that run or wait are
         "unfinished".
       began_s: `time.perf_counter()` when the call began, for `until.seconds`.
@@ -78,7 +81,7 @@ def run(
       RolloutError: anything failed; it carries the finished completions.
       KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
-    talks, arguments = None, (topology, request, stats, settings, begun, journal)
+    talks, arguments = None, (topology, request, stats, settings, begun, journal, reuse)
     if respond is None:
         batch = Batch(*arguments)
     else:
