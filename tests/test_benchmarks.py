@@ -32,6 +32,7 @@ from benchmarks import (
     rollout,
     sampling,
     scaling,
+    session,
     steps,
     stream,
     trace,
@@ -569,6 +570,18 @@ def test_a_stream_samples_the_same_tokens(tmp_path: Path) -> None:
     assert [p["reward"] for p in record["points"]] == 2 * list(stream.REWARDS)
     header, rows = stream.rows_of(record["points"])
     assert [row[-1] for row in rows] == ["yes"] * 4
+    assert len(rows[0]) == len(header)
+
+
+@pytest.mark.slow
+def test_a_session_prefills_only_what_it_does_not_know(tmp_path: Path) -> None:
+    session.main(session.Args(quick=True, out=tmp_path))
+    record = json.loads((tmp_path / "session.json").read_text())
+    assert records.problems(record) == []
+    (point,) = record["points"]
+    assert point["num_prefilled"] == {"alone": 2, "new": 2, "begun": 0, "known": 0}
+    header, rows = session.rows_of(record["points"])
+    assert [row[-1] for row in rows] == ["yes"]
     assert len(rows[0]) == len(header)
 
 
