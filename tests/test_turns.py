@@ -365,6 +365,17 @@ def test_a_rollout_that_ends_early_goes_on(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(last.finish_reason[stopped].tolist()) == {"stop"}
 
 
+def test_prompts_of_a_session_are_those_of_conversations() -> None:
+    """What a row holds beyond its prompt is never taken for the prompt's own."""
+    with er_jax.Session() as session:
+        for number in range(3):
+            control = ("ar", "fixed:3", "ar")[number]
+            config = dataclasses.replace(CONFIG, control=control)
+            out = sample(session=session, config=config)
+            assert_turn_by_turn(out)
+    assert out.stats.num_prefilled < len(ROWS)
+
+
 def test_ctrl_c_gives_everything_and_it_goes_on() -> None:
     def on_finish(sequence_id: int, completion: Completion) -> None:
         raise KeyboardInterrupt

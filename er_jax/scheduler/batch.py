@@ -236,7 +236,7 @@ class Batch:
         with self._timed("prefill"):
             self.state = engine.admit(params, self.state, admission)
             if self.reuse is not None:
-                self.reuse.keep(self.request, self.rows, starting, self.state)
+                self.reuse.keep(request, self.rows, starting, self.state)
 
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run now; see `Options.programs`."""
