@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import er_jax
 from benchmarks.lib.controllers import Restless
@@ -213,6 +214,38 @@ def test_long_answers_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None
         assert out.stats.num_kept
 
 
+@pytest.mark.slow
+def test_rows_of_a_mesh_are_prefilled_anew() -> None:
+    out = sample(mesh=Mesh(np.array(jax.devices()[:2]), ("data",)))
+    assert_turn_by_turn(out)
+    assert not out.stats.num_kept
+
+
+@pytest.mark.slow
+def test_rings_that_texts_outgrow_are_prefilled_anew() -> None:
+    policy = er_jax.Decoder(dataclasses.replace(SIZES64, window=4))
+    own = policy.init(jax.random.key(0))
+    named: dict[str, Any] = {
+        "key": KEY,
+        "config": dataclasses.replace(CONFIG, control="fixed:3"),
+    }
+    out = er_jax.rollout(
+        policy, own, PROMPTS, respond=Respond(tool, max_turn_tokens=7), **named
+    )
+    assert not out.stats.num_kept
+    last = [spans[-1] for spans in out.turns]
+    texts = [
+        [*PROMPTS[row // 2], *out.completion_ids[row, :start]]
+        for row, (start, _) in enumerate(last)
+    ]
+    limits = tuple(max(end - start, 2) for start, end in last)
+    config = dataclasses.replace(CONFIG, n=1, max_new_tokens=limits)
+    anew = er_jax.rollout(policy, own, texts, key=KEY, config=config)
+    for row, (start, end) in enumerate(last):
+        found = out.completion_ids[row, start:end].tolist()
+        assert anew.completion_ids[row, : end - start].tolist() == found
+
+
 def test_what_a_function_is_told() -> None:
     asked: list[tuple[int, Turn]] = []
 
@@ -271,7 +304,8 @@ BAD: dict[int, tuple[Any, str]] = {
 }
 
 
-def test_a_bad_answer_ends_its_own_completion() -> None:
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_bad_answer_ends_its_own_completion(is_async: bool) -> None:
     hang = threading.Event()
 
     def call(sequence_id: int, turn: Turn) -> Any:
@@ -280,12 +314,18 @@ def test_a_bad_answer_ends_its_own_completion() -> None:
             return [1]
         if isinstance(answer, BaseException):
             raise answer
-        if isinstance(answer, str):
+        if isinstance(answer, str) and not is_async:
             hang.wait(20)
         return answer
 
+    async def call_async(sequence_id: int, turn: Turn) -> Any:
+        answer = call(sequence_id, turn)
+        await asyncio.sleep(20 if isinstance(answer, str) else 0)
+        return answer
+
     respond = Respond(
-        call, timeout_s=0.2, max_parallel=1, max_turn_tokens=TURN_TOKENS
+        call_async if is_async else call,
+        timeout_s=0.2, max_parallel=1, max_turn_tokens=TURN_TOKENS,
     )  # fmt: skip
     named = r"7 of 8 completions.*\[1, 2, 3, 4, 5, 6, 7\]"
     with pytest.warns(RuntimeWarning, match=named):
