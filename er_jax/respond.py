@@ -250,17 +250,24 @@ class Calls:
         """Answer a call in this event loop."""
         call.start_s = time.monotonic()
         answer: Any
-        try:
+
+        async def answered() -> Any:
             made: Any = self._respond.function(call.sequence_id, call.turn)
-            answer = await asyncio.wait_for(made, self._respond.timeout_s)
+            try:
+                return await made
+            except (SystemExit, KeyboardInterrupt) as error:
+                return error  # Raised, they would end the loop.
+
+        try:
+            answer = await asyncio.wait_for(answered(), self._respond.timeout_s)
         except TimeoutError as error:
             own = f"no answer in {self._respond.timeout_s} s"
             answer = error if str(error) else TimeoutError(own)
-        except asyncio.CancelledError:
-            raise
         except BaseException as error:
             answer = error
         self._answers.put((call, answer))
+        if isinstance(answer, asyncio.CancelledError):
+            raise answer
 
     def start_thread(self, function: Callable[[], None]) -> threading.Thread:
         """Start a thread; a call that hangs keeps no process from ending."""

@@ -9,13 +9,14 @@ import itertools
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import er_jax
 from benchmarks.lib.controllers import Restless
@@ -26,13 +27,15 @@ from er_jax.respond import Calls, checked_answer
 from er_jax.result import NOTHING
 from er_jax.resume import turn_end, turn_of
 from er_jax.scheduler import batch
+from er_jax.types import Program
 from tests.small import SIZES
 
 SIZES64 = dataclasses.replace(SIZES, dtype="float64")
 POLICY = er_jax.Decoder(SIZES64)
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
 ROWS = range(8)
-LIMITS = (20, 60, 44, 18)
+LIMITS = (20, 44, 36, 18)
+MOST = max(LIMITS)
 CONFIG = er_jax.RolloutConfig(
     max_new_tokens=LIMITS, n=2, max_slots=3, stop_token_ids=(11, 17, 3),
     stop_sequences=((5,), (9, 2)), min_new_tokens=2, control="ar", gammas=(0, 3),
@@ -129,7 +132,7 @@ def assert_turn_by_turn(out: Rollout) -> None:
         length = out.lengths[row]
         assert out.completion_ids[row, :length].tolist() == text
         assert out.completion_mask[row, :length].tolist() == mask
-    assert not out.completion_mask[np.arange(60) >= out.lengths[:, None]].any()
+    assert not out.completion_mask[np.arange(MOST) >= out.lengths[:, None]].any()
     assert (out.logprobs[~out.completion_mask] == 0).all()
     assert (out.version[~out.completion_mask] == -1).all()
 
@@ -176,6 +179,71 @@ def test_tokens_are_those_of_calls_turn_by_turn(
         assert len(completion.token_ids) == out.lengths[row]
     found = er_jax.score(POLICY, params(), out, config=config).logprobs
     np.testing.assert_allclose(found, out.logprobs, atol=1e-5)
+
+
+class Shortest(Restless):
+    """Chooses the shortest cache that holds the rows."""
+
+    def choose(
+        self, options: Sequence[Program], current: Program | None, **unused: Any
+    ) -> Program:
+        return min(options, key=lambda program: (program.cache_length, -program.rows))
+
+
+@pytest.mark.slow
+def test_long_answers_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that are held, and of those that start anew."""
+    monkeypatch.setattr(batch, "MIN_ROUNDS", 3)
+
+    def call(sequence_id: int, turn: Turn) -> list[int] | None:
+        return None if turn.index > 4 else [sequence_id] * min(36, turn.room)
+
+    config = dataclasses.replace(CONFIG, max_new_tokens=236, max_slots=8)
+    wanted = sample(call, config=config)
+    assert wanted.stats.programs[0].cache_length == 256
+    for slots in (3, 8):
+        out = sample(
+            call,
+            config=dataclasses.replace(config, max_slots=slots),
+            controller=Shortest("ar", (0, 3), (), 0),
+        )
+        for name in ("completion_ids", "completion_mask", "lengths", "finish"):
+            np.testing.assert_array_equal(getattr(out, name), getattr(wanted, name))
+        lengths = [moment.cache_length for moment in out.stats.timeline]
+        assert (128, 256) in itertools.pairwise(lengths)
+        assert out.stats.num_kept
+
+
+@pytest.mark.slow
+def test_rows_of_a_mesh_are_prefilled_anew() -> None:
+    out = sample(mesh=Mesh(np.array(jax.devices()[:2]), ("data",)))
+    assert_turn_by_turn(out)
+    assert not out.stats.num_kept
+
+
+@pytest.mark.slow
+def test_rings_that_texts_outgrow_are_prefilled_anew() -> None:
+    policy = er_jax.Decoder(dataclasses.replace(SIZES64, window=4))
+    own = policy.init(jax.random.key(0))
+    named: dict[str, Any] = {
+        "key": KEY,
+        "config": dataclasses.replace(CONFIG, control="fixed:3"),
+    }
+    out = er_jax.rollout(
+        policy, own, PROMPTS, respond=Respond(tool, max_turn_tokens=7), **named
+    )
+    assert not out.stats.num_kept
+    last = [spans[-1] for spans in out.turns]
+    texts = [
+        [*PROMPTS[row // 2], *out.completion_ids[row, :start]]
+        for row, (start, _) in enumerate(last)
+    ]
+    limits = tuple(max(end - start, 2) for start, end in last)
+    config = dataclasses.replace(CONFIG, n=1, max_new_tokens=limits)
+    anew = er_jax.rollout(policy, own, texts, key=KEY, config=config)
+    for row, (start, end) in enumerate(last):
+        found = out.completion_ids[row, start:end].tolist()
+        assert anew.completion_ids[row, : end - start].tolist() == found
 
 
 def test_what_a_function_is_told() -> None:
@@ -236,7 +304,8 @@ BAD: dict[int, tuple[Any, str]] = {
 }
 
 
-def test_a_bad_answer_ends_its_own_completion() -> None:
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_bad_answer_ends_its_own_completion(is_async: bool) -> None:
     hang = threading.Event()
 
     def call(sequence_id: int, turn: Turn) -> Any:
@@ -245,12 +314,18 @@ def test_a_bad_answer_ends_its_own_completion() -> None:
             return [1]
         if isinstance(answer, BaseException):
             raise answer
-        if isinstance(answer, str):
+        if isinstance(answer, str) and not is_async:
             hang.wait(20)
         return answer
 
+    async def call_async(sequence_id: int, turn: Turn) -> Any:
+        answer = call(sequence_id, turn)
+        await asyncio.sleep(20 if isinstance(answer, str) else 0)
+        return answer
+
     respond = Respond(
-        call, timeout_s=0.2, max_parallel=1, max_turn_tokens=TURN_TOKENS
+        call_async if is_async else call,
+        timeout_s=0.2, max_parallel=1, max_turn_tokens=TURN_TOKENS,
     )  # fmt: skip
     named = r"7 of 8 completions.*\[1, 2, 3, 4, 5, 6, 7\]"
     with pytest.warns(RuntimeWarning, match=named):
@@ -270,7 +345,7 @@ def test_a_bad_answer_ends_its_own_completion() -> None:
 
 def test_an_answer_goes_to_who_asked() -> None:
     """And counts for the limit of its completion."""
-    config = dataclasses.replace(CONFIG, max_new_tokens=(20, 20, 20, 60))
+    config = dataclasses.replace(CONFIG, max_new_tokens=(20, 20, 20, MOST))
     rooms: list[tuple[int, int]] = []
 
     def call(sequence_id: int, turn: Turn) -> list[int] | None:
@@ -286,7 +361,7 @@ def test_an_answer_goes_to_who_asked() -> None:
         appended = text[~out.completion_mask[row, : out.lengths[row]]]
         assert len(appended)
         assert set(appended.tolist()) == {row}
-    assert {room + length for room, length in rooms} == {20, 60}
+    assert {room + length for room, length in rooms} == {20, MOST}
 
 
 def test_limits_of_turns_and_of_all_tokens() -> None:
@@ -349,7 +424,7 @@ def test_a_rollout_that_ends_early_goes_on(monkeypatch: pytest.MonkeyPatch) -> N
 
     out = sample(again, resume=part, version=1)
     assert_turn_by_turn(out)
-    old = np.arange(60) < part.lengths[:, None]
+    old = np.arange(MOST) < part.lengths[:, None]
     assert (out.version[old & out.completion_mask] == 0).all()
     assert (out.version[~old & out.completion_mask] == 1).all()
     assert {row for row, index in asked if index == 0} == {
@@ -383,7 +458,7 @@ def test_ctrl_c_gives_everything_and_it_goes_on() -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         sample(on_finish=on_finish)
     part: Rollout = caught.value.rollout  # type: ignore[attr-defined]
-    assert max(len(spans) for spans in part.turns) > 1
+    assert part.completion_mask.any()
     assert "unfinished" in part.finish_reason
     assert_turn_by_turn(sample(resume=part))
 

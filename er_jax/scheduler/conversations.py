@@ -70,6 +70,7 @@ class Conversations(Batch):
         if self.queue and self.num_live < len(self.rows):
             super().refill()
         self.rows.held[self.rows.is_live] = NONE
+        self._release(self.rows.sequence[self.rows.is_live].tolist())
 
     def _make_room(self) -> None:
         """Lengthen the cache if it is too short for what waits.
@@ -110,9 +111,9 @@ class Conversations(Batch):
         self._num_undecided = 0
         return ended - on
 
-    def _release(self, ended: Collection[int]) -> None:
-        """Hold no rows any more for sequences that have ended."""
-        self.rows.held[np.isin(self.rows.held, list(ended))] = NONE
+    def _release(self, sequences: Collection[int]) -> None:
+        """Hold no rows any more for sequences that need none."""
+        self.rows.held[np.isin(self.rows.held, list(sequences))] = NONE
 
     def ask_again(self) -> list[int]:
         """Ask for what was not answered before; return sequences that have ended."""
