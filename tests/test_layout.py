@@ -317,6 +317,7 @@ TRAIN_ORDER = (
     "checkpoints",
     "subjects",
     "completions",
+    "partial",
     "update",
     "trainer",
     "report",

@@ -30,12 +30,15 @@ class StepData:
       out: the rollout of N = P * n completions, those of one problem in a row.
       rewards: `[P, n]` float64.
       seconds: taken by sampling and scoring.
+      carried: with partial rollouts, the completions that the next step goes on with;
+        else None.
     """
 
     problems: Sequence[Problem]
     out: er_jax.Rollout
     rewards: np.ndarray
     seconds: float
+    carried: er_jax.Rollout | None = None
 
 
 def score(
