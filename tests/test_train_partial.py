@@ -113,6 +113,7 @@ def test_all_is_learnt_once_from_what_was_recorded(
         assert record["old_tokens"] == pytest.approx((age > 0).mean())
         assert record["carried_tokens"] == carried.lengths.sum()
         assert record["position"] == 6 + 4 * step
+        assert record["logprob_gap"] < 1e-3, "what was learnt since is no such gap"
 
         # The loss divides by the probability under the parameters that sampled a token.
         scores = np.array(
@@ -238,6 +239,7 @@ def test_a_group_that_comes_of_age_is_waited_for(step: int) -> None:
     if step < 5:
         assert named == {"until": er_jax.Until(groups=2)}
         return
+    assert named["until"].groups is None
     stop, told = named["until"].stop, named["on_finish"]
     nothing: Any = None
     told(14, nothing)

@@ -339,6 +339,7 @@ class Trainer:
             [encode(problem.prompt) for problem in data.problems],
             losses.group_advantages(data.rewards, scale=grpo.scale_advantages),
             keep_equal_groups=grpo.kl_coef > 0,
+            step=None if data.carried is None else int(self.state.step),
         )
         start = time.perf_counter()
         infos = self._update(examples)
