@@ -28,6 +28,7 @@ from benchmarks import (
     journal,
     limits,
     long_caches,
+    partial,
     peers,
     plans,
     predicted,
@@ -72,6 +73,7 @@ POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "imitation": imitation.rows_of,
     "journal": journal.rows_of,
     "long_caches": long_caches.rows_of,
+    "partial": partial.replay_rows,
     "peers": peers.rows_of,
     "plans": plans.rows_of,
     "published": published.setting_rows,
@@ -213,6 +215,11 @@ def section(record: Record) -> str:
             markdown(limits.batch_rows(points)),
             "Time that a rollout takes less than with plain decoding:",
             markdown(limits.rollout_rows(points)),
+        ]
+    if name == "partial":
+        parts += [
+            "In training, beside whole rollouts, both in turn:",
+            markdown(partial.demo_rows(points)),
         ]
     if name == "published":
         parts.append(markdown(published.control_rows(record["controls"])))

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -99,6 +99,79 @@ class Rollout:
         """
         return tuple(spans_of(mask) for mask in np.asarray(self.completion_mask))
 
+    def for_request(
+        self, prompts: Sequence[Sequence[int]], sequence_ids: Sequence[int]
+    ) -> Rollout:
+        """Return what this rollout holds of another request, for its `resume`.
+
+        So one call goes on with completions of earlier ones and begins new ones. Those
+        whose sequence ids are not here have no token yet.
+
+        Args:
+          prompts: P sequences of token ids, those of the request.
+          sequence_ids: N = P * n integers, those of the request; the n of a prompt are
+            adjacent.
+        Returns:
+          A `Rollout` of N rows on the host, without statistics.
+        Raises:
+          ValueError: N is no multiple of P, or a completion that is here is of another
+            prompt.
+        Example:
+          >>> import jax, er_jax
+          >>> policy = er_jax.Decoder(er_jax.DecoderConfig(
+          ...     vocab_size=32, dim=32, num_layers=1, num_heads=2, num_kv_heads=1,
+          ...     hidden_dim=64))
+          >>> config = er_jax.RolloutConfig(max_new_tokens=4, n=1, control="ar")
+          >>> key, params = jax.random.key(1), policy.init(jax.random.key(0))
+          >>> out = er_jax.rollout(
+          ...     policy, params, [[1], [2]], key=key, config=config)
+          >>> begun = out.for_request([[2], [3]], [1, 2])
+          >>> begun.lengths
+          array([4, 0], dtype=int32)
+          >>> out = er_jax.rollout(
+          ...     policy, params, [[2], [3]], key=key, config=config,
+          ...     sequence_ids=[1, 2], resume=begun)
+        """
+        own = jax.tree.map(np.asarray, self)
+        arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
+        ids = np.asarray(sequence_ids, np.int32)
+        if not arrays or not len(ids) or len(ids) % len(arrays):
+            raise ValueError(
+                f"sequence_ids has {len(ids)} for {len(arrays)} prompts; give n for "
+                "each prompt"
+            )
+        n = len(ids) // len(arrays)
+        row_of = {name: row for row, name in enumerate(own.sequence_ids.tolist())}
+        rows = [row_of.get(name, NONE) for name in ids.tolist()]
+        for to, row in enumerate(rows):
+            if row == NONE:
+                continue
+            prompt = own.prompt_ids[row][own.prompt_mask[row]]
+            if not np.array_equal(prompt, arrays[to // n]):
+                raise ValueError(
+                    f"prompts: {arrays[to // n].tolist()[:20]} is not the prompt that "
+                    f"sequence id {ids[to]} has here; give the same one"
+                )
+        is_here = np.array(rows) != NONE
+
+        def taken(array: np.ndarray, otherwise: int) -> np.ndarray:
+            found = np.full((len(ids), *array.shape[1:]), otherwise, array.dtype)
+            found[is_here] = array[np.array(rows)[is_here]]
+            return found
+
+        prompt_ids, prompt_mask = left_padded(arrays, n, 0)
+        return Rollout(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=taken(own.completion_ids, 0),
+            completion_mask=taken(own.completion_mask, 0),
+            logprobs=taken(own.logprobs, 0),
+            lengths=taken(own.lengths, 0),
+            finish=taken(own.finish, Finish.UNFINISHED),
+            version=taken(own.version, NONE),
+            sequence_ids=ids,
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all but the statistics to a file of NumPy arrays (`.npz`).
 
@@ -147,6 +220,20 @@ def _array_names() -> list[str]:
     return [field.name for field in fields if field.name != "stats"]
 
 
+def left_padded(
+    prompts: Sequence[np.ndarray], n: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and mask `[P * n, T]` of P prompts, each n times; see `Rollout`."""
+    count, width = len(prompts) * n, max(len(p) for p in prompts)
+    prompt_ids = np.full((count, width), pad_id, np.int32)
+    prompt_mask = np.zeros((count, width), bool)
+    for row in range(count):
+        prompt = prompts[row // n]
+        prompt_ids[row, width - len(prompt) :] = prompt
+        prompt_mask[row, width - len(prompt) :] = True
+    return prompt_ids, prompt_mask
+
+
 def assemble(
     prompts: list[np.ndarray],
     completions: Mapping[int, Completion],
@@ -167,13 +254,8 @@ def assemble(
       version: of the tokens that were sampled now. earlier: has those of the others,
         and says which of its tokens were appended.
     """
-    count, width = len(sequence_ids), max(len(p) for p in prompts)
-    prompt_ids = np.full((count, width), config.pad_id, np.int32)
-    prompt_mask = np.zeros((count, width), bool)
-    for row in range(count):
-        prompt = prompts[row // config.n]
-        prompt_ids[row, width - len(prompt) :] = prompt
-        prompt_mask[row, width - len(prompt) :] = True
+    count = len(sequence_ids)
+    prompt_ids, prompt_mask = left_padded(prompts, config.n, config.pad_id)
     longest = config.most_new_tokens
     completion_ids = np.zeros((count, longest), np.int32)
     logprobs = np.zeros((count, longest), np.float32)

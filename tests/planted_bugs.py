@@ -44,6 +44,8 @@ SCORES = f"{SCORE_TESTS}::test_scores_are_the_rollouts_own"
 LEFT_OUT = "test_tokens_that_truncation_leaves_out_count_as_kept"
 LORA, PEFT = "tests/test_lora.py", "tests/test_peft.py"
 TRAIN_LORA = "tests/test_train_lora.py"
+PARTIAL = "tests/test_train_partial.py"
+PARTIAL_STEPS = f"{PARTIAL}::test_all_is_learnt_once_from_what_was_recorded[1]"
 SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
     "tests/test_lossless.py::test_kept_drafts_are_as_many_as_the_closed_form_says"
@@ -1569,6 +1571,57 @@ BUGS: tuple[PlantedBug, ...] = (
         "self.prompts.close()",
         "",
         (f"{SESSION}::test_a_closed_session_has_freed_everything",),
+    # -- partial rollouts
+    PlantedBug(
+        "partial: log-probabilities computed anew, not as recorded",
+        "train::Trainer.learn",
+        "data.out",
+        """dataclasses.replace(data.out, logprobs=np.array(er_jax.score(
+            self.policy, self.state.params, data.out,
+            config=self.config.rollout_config(group_size=2)).logprobs))""",
+        (PARTIAL_STEPS,),
+    ),
+    PlantedBug(
+        "partial: a group that was learnt from is carried",
+        "train::divided",
+        "np.setdiff1d(np.arange(grpo.prompts_in_work), learnt)",
+        "np.arange(grpo.prompts_per_step, grpo.prompts_in_work)",
+        (f"{PARTIAL}::test_the_oldest_complete_groups_are_learnt_from",),
+    ),
+    PlantedBug(
+        "partial: every token is of the first step",
+        "train::Trainer._partial_step",
+        "int(self.state.step), int(self.state.position)",
+        "0, int(self.state.position)",
+        (PARTIAL_STEPS,),
+    ),
+    PlantedBug(
+        "partial: a resumed request forgets what was sampled",
+        "er_jax::Rollout.for_request",
+        "array[np.array(rows)[is_here]]",
+        "otherwise",
+        (f"{PARTIAL}::test_a_request_gets_what_is_there_of_it",),
+    ),
+    PlantedBug(
+        "partial: a group is waited for one step late",
+        "train::Ending.__init__",
+        "age >= grpo.partial.max_age",
+        "age > grpo.partial.max_age",
+        (f"{PARTIAL}::test_a_group_that_comes_of_age_is_waited_for",),
+    ),
+    PlantedBug(
+        "partial: the gap to the rollout counts what was learnt since",
+        "train::policy_loss",
+        "jnp.max(jnp.abs(gap) * fresh)",
+        "jnp.max(jnp.abs(gap))",
+        (PARTIAL_STEPS,),
+    ),
+    PlantedBug(
+        "partial: a checkpoint forgets what is carried",
+        "train::Checkpoints._carried",
+        '"carried" not in host',
+        "True",
+        (f"{PARTIAL}::test_a_damaged_carry_is_named",),
     ),
     # -- Tunix
     PlantedBug(

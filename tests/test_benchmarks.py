@@ -27,6 +27,7 @@ from benchmarks import (
     journal,
     limits,
     long_caches,
+    partial,
     plans,
     report,
     rollout,
@@ -583,6 +584,21 @@ def test_a_session_prefills_only_what_it_does_not_know(tmp_path: Path) -> None:
     header, rows = session.rows_of(record["points"])
     assert [row[-1] for row in rows] == ["yes"]
     assert len(rows[0]) == len(header)
+
+
+def test_partial_rollouts_save_time_in_replay(tmp_path: Path) -> None:
+    partial.main(partial.Args(quick=True, out=tmp_path))
+    record = json.loads((tmp_path / "partial.json").read_text())
+    assert records.problems(record) == []
+    header, rows = partial.replay_rows(record["points"])
+    assert len(header) == len(rows[0])
+    by_over = {p["over"]: p for p in record["points"] if p.get("control") == "ar"}
+    assert by_over[1.0]["over_whole"] == 1 and by_over[1.0]["old_tokens"] == 0
+    assert by_over[1.5]["over_whole"] < 0.8
+    assert 0 < by_over[1.5]["oldest"] <= 4
+    header, rows = partial.demo_rows(record["points"])
+    assert [row[0] for row in rows] == ["whole", "partial"]
+    assert len(header) == len(rows[0])
 
 
 def test_a_journal_changes_no_token(tmp_path: Path) -> None:

@@ -318,6 +318,7 @@ TRAIN_ORDER = (
     "checkpoints",
     "subjects",
     "completions",
+    "partial",
     "update",
     "trainer",
     "report",

@@ -32,6 +32,8 @@ class Batch:
       mask: `[R, T]` float32, 1 where the target is a completion token, else 0.
       behavior_logprobs: `[R, T]` float32, log-probability of the target when it was
         sampled; 0 where masked.
+      fresh: `[R, T]` float32, 1 where the target was sampled by the parameters from
+        before the step, not by earlier ones; 0 where masked.
       advantages: `[R]` float32; 0 in supervised training.
     """
 
@@ -40,6 +42,7 @@ class Batch:
     targets: Array
     mask: Array
     behavior_logprobs: Array
+    fresh: Array
     advantages: Array
 
     # As a rollout has them, for `er_jax.score`: the first token is the prompt, and of
@@ -92,6 +95,8 @@ class Example:
       prompt: token ids, at least one.
       completion: token ids, at least one; an end token is the last.
       behavior_logprobs: one per completion token; None in supervised training.
+      fresh: whether the parameters from before the step sampled each of them; None if
+        all.
       advantage: of the whole completion.
     """
 
@@ -99,6 +104,7 @@ class Example:
     completion: Sequence[int] | np.ndarray
     behavior_logprobs: Sequence[float] | np.ndarray | None = None
     advantage: float = 0.0
+    fresh: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -182,6 +188,7 @@ def batch_of(examples: Sequence[Example], rows: int, length: int) -> Batch:
         batch.positions[row, :used] = np.arange(used)
         batch.targets[row, :used] = sequence[1:]
         batch.mask[row, first:used] = 1.0
+        batch.fresh[row, first:used] = 1.0 if example.fresh is None else example.fresh
         if example.behavior_logprobs is not None:
             batch.behavior_logprobs[row, first:used] = example.behavior_logprobs
         batch.advantages[row] = example.advantage
@@ -197,6 +204,7 @@ def empty_batch(rows: int, length: int) -> Batch:
         targets=np.zeros(shape, np.int32),
         mask=np.zeros(shape, np.float32),
         behavior_logprobs=np.zeros(shape, np.float32),
+        fresh=np.zeros(shape, np.float32),
         advantages=np.zeros(rows, np.float32),
     )
 

@@ -4,8 +4,9 @@ One Orbax step is one GRPO step. Step 0 is the policy that GRPO starts from and 
 deleted. A step holds three items: `policy` (parameters), `trainer` (optimizer state and
 random key) and `host` (JSON: config, data position, controller, digest of the data, and
 the digests of all items). The draft is not saved, because it is computed from the
-parameters. Of a policy with low-rank pairs `policy` is the pairs, and step 0 holds one
-item more, `frozen`: all that is never trained.
+parameters. With partial rollouts there is one item more, `carried`: the completions
+that the next step goes on with. Of a policy with low-rank pairs `policy` is the pairs,
+and step 0 holds one item more, `frozen`: all that is never trained.
 
 Orbax writes a step into a temporary directory and renames it, so a step is either whole
 or missing: a run that was killed while saving goes on from the step before. Damage that
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 import er_jax
@@ -59,12 +61,14 @@ class Saved:
       policy: parameters, without the draft.
       trainer: optimizer state and random key.
       host: the JSON values.
+      carried: completions that the next step goes on with; None if there are none.
     """
 
     step: int
     policy: Any
     trainer: Any
     host: dict[str, Any]
+    carried: er_jax.Rollout | None = None
 
 
 class Checkpoints:
@@ -93,7 +97,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             (out / DIRECTORY).absolute(),
             options=options,
-            item_names=("policy", "trainer", "host", "frozen"),
+            item_names=("policy", "trainer", "host", "frozen", "carried"),
         )
 
     def __enter__(self) -> Checkpoints:
@@ -108,19 +112,30 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, step: int, *, policy: Any, trainer: Any, host: dict[str, Any]
+        self,
+        step: int,
+        *,
+        policy: Any,
+        trainer: Any,
+        host: dict[str, Any],
+        carried: er_jax.Rollout | None = None,
     ) -> None:
         """Write one checkpoint; returns when all of it is on the disk.
 
         Args:
           step: GRPO steps done. policy: parameters, without the draft.
           trainer: pytree of arrays. host: values that JSON can hold.
+          carried: completions that the next step goes on with, if there are any.
         Raises:
           OSError: the checkpoint could not be written; names it and the remedy.
         """
         items = {"policy": trained_part(policy), "trainer": trainer}
         if has_lora(policy) and step == 0:
             items["frozen"] = er_jax.without_lora(policy)
+        if carried is not None:
+            items["carried"] = arrays = _arrays_of(carried)
+            shapes = {name: [*x.shape, x.dtype.name] for name, x in arrays.items()}
+            host = {**host, "carried": shapes}
         digests = {name: tree_digest(item) for name, item in items.items()}
         digests["host"] = text_digest([step, host])
         path = Path(self._manager.directory) / str(step)
@@ -206,7 +221,21 @@ class Checkpoints:
             policy=self._policy(step, policy, digests["policy"]),
             trainer=self._arrays(step, "trainer", trainer, digests["trainer"]),
             host=host,
+            carried=self._carried(step, host, digests),
         )
+
+    def _carried(
+        self, step: int, host: dict[str, Any], digests: dict[str, str]
+    ) -> er_jax.Rollout | None:
+        """Return the completions that the step after this one goes on with."""
+        if "carried" not in host:
+            return None
+        like = {
+            name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+            for name, (*shape, dtype) in host["carried"].items()
+        }
+        arrays = self._arrays(step, "carried", like, digests.get("carried"))
+        return er_jax.Rollout(**jax.tree.map(np.asarray, arrays))
 
     def _whole_before(self, step: int, *like: Any) -> int | None:
         """Return the latest earlier step that is whole and that the run may use."""
@@ -275,6 +304,14 @@ class Checkpoints:
             f"{self._manager.directory / str(step)} is damaged: {item!r} is not what "
             f"was saved ({reason})"
         )
+
+
+def _arrays_of(rollout: er_jax.Rollout) -> dict[str, np.ndarray]:
+    return {
+        field.name: np.asarray(getattr(rollout, field.name))
+        for field in dataclasses.fields(rollout)
+        if field.name != "stats"
+    }
 
 
 class PatientLoop(asyncio.SelectorEventLoop):

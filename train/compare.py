@@ -34,6 +34,7 @@ from train.checkpoints import load_policy
 from train.completions import StepData
 from train.config import RunConfig
 from train.run import move_aside
+from train.settings import require
 from train.trainer import Trainer
 
 # Nats. Noised log-probabilities are of order 10, so float32 keeps them to about 1e-6;
@@ -55,6 +56,15 @@ class CompareConfig:
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     policy: Path | None = None
     speculation: str = "fixed:4"
+
+    def __post_init__(self) -> None:
+        partial = self.run.grpo.partial
+        require(
+            not partial.is_on,
+            "grpo.partial.over",
+            partial.over,
+            "rollouts would end by the clock, and no two alike; leave it out",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

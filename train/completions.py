@@ -30,12 +30,15 @@ class StepData:
       out: the rollout of N = P * n completions, those of one problem in a row.
       rewards: `[P, n]` float64.
       seconds: taken by sampling and scoring.
+      carried: with partial rollouts, the completions that the next step goes on with;
+        else None.
     """
 
     problems: Sequence[Problem]
     out: er_jax.Rollout
     rewards: np.ndarray
     seconds: float
+    carried: er_jax.Rollout | None = None
 
 
 def score(
@@ -136,12 +139,14 @@ def examples_of(
     advantages: np.ndarray,
     *,
     keep_equal_groups: bool,
+    step: int | None = None,
 ) -> list[Example]:
     """Return the completions that an update has something to learn from.
 
     Args:
       out: the rollout, N = P * n completions. prompts: token ids of P prompts.
-      advantages: `[P, n]` float32.
+      advantages: `[P, n]` float32. step: whose parameters sampled last, if earlier ones
+        sampled a part; then `out.version` says which.
       keep_equal_groups: whether a completion with advantage 0 is kept. A KL term gives
         it a gradient; without one it has none, and leaving it out saves its pass.
     """
@@ -152,6 +157,7 @@ def examples_of(
             completion=out.completion_ids[row, :length],
             behavior_logprobs=out.logprobs[row, :length],
             advantage=float(advantages.flat[row]),
+            fresh=None if step is None else out.version[row, :length] == step,
         )
         for row, length in enumerate(out.lengths)
         # A completion is empty when its first logits were not finite.

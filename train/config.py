@@ -106,6 +106,34 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PartialConfig:
+    """Partial rollouts: a step ends when enough groups are complete.
+
+    Args:
+      over: groups that are in work at once, over those of a step; in [1, 2]. 1 is off:
+        a step waits for its longest completion. Above 1 it ends when
+        `prompts_per_step` groups are complete, and the others go on in the next step,
+        under its parameters. 1.5 is a good first choice.
+      max_age: no token is learnt from more than so many steps after the one that
+        sampled it, >= 1: a group that would become older is waited for.
+    """
+
+    over: float = 1.0
+    max_age: int = 4
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        # Beyond 2, more groups than a step learns from could come of age at once.
+        require(1 <= self.over <= 2, "over", self.over, "give one in [1, 2]")
+        require(self.max_age >= 1, "max_age", self.max_age, "give >= 1")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether rollouts end before their last completion."""
+        return self.over > 1
+
+
+@dataclasses.dataclass(frozen=True)
 class GRPOConfig:
     """One step of reinforcement learning.
 
@@ -130,6 +158,8 @@ class GRPOConfig:
         update.
       stream: score each completion as it finishes, while the others decode; the same
         numbers, sooner where a reward takes long. For one process, without replicas.
+      partial: end rollouts when enough groups are complete; off by default. For one
+        process, without replicas or `stream`.
     """
 
     prompts_per_step: int = 16
@@ -148,6 +178,7 @@ class GRPOConfig:
     bucket_lengths: tuple[int, ...] = (48, 128)
     chunk_tokens: int = 1_152
     stream: bool = False
+    partial: PartialConfig = dataclasses.field(default_factory=PartialConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -170,6 +201,23 @@ class GRPOConfig:
         require(0 < self.clip_low < 1, "clip_low", self.clip_low, "give one in (0, 1)")
         for name in ("kl_coef", "format_bonus"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give >= 0")
+        require(
+            not self.partial.is_on or self.prompts_in_work > self.prompts_per_step,
+            "partial.over",
+            self.partial.over,
+            f"of {self.prompts_per_step} prompts that is no prompt more; give more",
+        )
+        require(
+            not (self.partial.is_on and self.stream),
+            "partial.over",
+            self.partial.over,
+            "partial rollouts score whole groups, so leave out stream",
+        )
+
+    @property
+    def prompts_in_work(self) -> int:
+        """Q, prompts that a rollout samples, those that go on included; >= P."""
+        return round(self.prompts_per_step * self.partial.over)
 
     @property
     def num_completions(self) -> int:
@@ -274,11 +322,23 @@ class BaseConfig:
             f"control={self.control!r} follows the clock; use 'ar' or 'fixed:g'",
         )
         spread = self.mesh.replicas or self.mesh.coordinator is not None
+        partial = self.grpo.partial
+        for name, value, is_on in (
+            ("grpo.stream", self.grpo.stream, self.grpo.stream),
+            ("grpo.partial.over", partial.over, partial.is_on),
+        ):
+            require(
+                not (is_on and spread),
+                name,
+                value,
+                "it is for one process without replicas; leave it out",
+            )
         require(
-            not (self.grpo.stream and spread),
-            "grpo.stream",
-            self.grpo.stream,
-            "it is for one process without replicas; leave it out",
+            not (self.reproducible and partial.is_on),
+            "reproducible",
+            self.reproducible,
+            f"grpo.partial.over={partial.over} ends rollouts by the clock; leave one "
+            "of them out",
         )
         self.rollout_config(group_size=2)  # checks `control`
 
@@ -375,11 +435,13 @@ def differences(
     """Return the fields that differ between two configs, as "name: old -> new".
 
     Fields that a resumed run may change are left out. A run of a version that had no
-    pairs trained all weights.
+    pairs trained all weights, and one of a version without partial rollouts had none.
     """
     found = []
     if not prefix:
         old = {"lora": to_json(LoRAConfig())} | old
+        if isinstance(old.get("grpo"), dict):
+            old["grpo"] = {"partial": to_json(PartialConfig())} | old["grpo"]
     for name in sorted({*old, *new}):
         before, after, full = old.get(name), new.get(name), f"{prefix}{name}"
         if isinstance(before, dict) and isinstance(after, dict):

@@ -117,9 +117,9 @@ def policy_loss(
     Returns:
       loss: scalar, a sum over completions of means over their tokens.
       info: "clipped" (share of tokens) and "kl" (nats per token), summed like the loss;
-        "logprob_gap", the largest |policy_logprob - behavior_logprob|; the sum of these
-        over tokens, "gap_sum"; "disagreed", tokens whose ratio is outside of `AGREED`;
-        and "tokens", all that count.
+        of fresh tokens "logprob_gap", the largest |policy_logprob - behavior_logprob|;
+        the sum of these, "gap_sum"; "disagreed", those whose ratio is outside of
+        `AGREED`; and "tokens", their number.
     """
     logprobs = token_logprobs(policy, params, batch, config)
     dtype = logprobs.dtype
@@ -137,13 +137,15 @@ def policy_loss(
         behind = (ref - logprobs) * mask
         kl = jnp.sum((jnp.exp(behind) - behind - 1.0) * weights)
         loss = loss + options.kl_coef * kl
-    low, high = AGREED  # where masked, the ratio is 1
+    # Of tokens that earlier parameters sampled, the gap is what was learnt since.
+    fresh = batch.fresh.astype(dtype)
+    low, high = AGREED
     info = {
         "clipped": jnp.sum(jnp.where(gains < ratios * advantages, weights, 0.0)),
         "kl": kl,
-        "logprob_gap": jnp.max(jnp.abs(gap)),
-        "gap_sum": jnp.sum(jnp.abs(gap)),
-        "disagreed": jnp.sum(((ratios < low) | (ratios > high)).astype(dtype)),
-        "tokens": jnp.sum(mask),
+        "logprob_gap": jnp.max(jnp.abs(gap) * fresh),
+        "gap_sum": jnp.sum(jnp.abs(gap) * fresh),
+        "disagreed": jnp.sum(((ratios < low) | (ratios > high)).astype(dtype) * fresh),
+        "tokens": jnp.sum(fresh),
     }
     return loss, info

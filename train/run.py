@@ -241,6 +241,7 @@ def save(trainer: Trainer, checkpoints: Checkpoints) -> None:
             "controller": trainer.controller.state_dict(),
             "reference_digest": trainer.reference_digest,
         },
+        carried=trainer.carried,
     )
     if is_first():  # The rollouts before it are needed no more.
         shutil.rmtree(trainer.config.out / JOURNALS, ignore_errors=True)
@@ -292,6 +293,7 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, step: int | None) -> No
     trainer.set_state(
         saved.policy, **saved.trainer, step=saved.step, position=saved.host["position"]
     )
+    trainer.carried = saved.carried
     trainer.controller.load_state_dict(saved.host["controller"])
     if trainer.config.grpo.kl_coef > 0 and not trainer.config.lora.rank:
         trainer.reference_digest = saved.host["reference_digest"]

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 
 import er_jax
 from er_jax.engine.digests import tree_digest
-from train import completions, losses, tasks
+from train import completions, losses, partial, tasks
 from train.batching import Buckets, Example, stack_chunks
 from train.completions import StepData
 from train.config import BaseConfig
@@ -55,6 +55,8 @@ class Trainer:
       ref_params: the policy of step 0; None when the loss has no KL term, or if the
         policy has low-rank pairs.
       reference_digest: of `ref_params`.
+      carried: with partial rollouts, the completions that the next step goes on with;
+        None before the first step.
     """
 
     config: BaseConfig
@@ -66,6 +68,7 @@ class Trainer:
     state: Any = None
     ref_params: Any = None
     reference_digest: str | None = None
+    carried: er_jax.Rollout | None = None
 
     @classmethod
     def of(cls, config: BaseConfig) -> Trainer:
@@ -222,9 +225,6 @@ class Trainer:
         Returns:
           The rollout, and rewards `[P, n]` float64.
         """
-        tokenizer = self.subject.tokenizer
-        prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
-        ids = range(first_sequence_id, first_sequence_id + len(problems) * n)
         sample: Any = er_jax.rollout
         if self.config.mesh.replicas:
             sample = er_jax.rollout_replicas
@@ -232,18 +232,8 @@ class Trainer:
             sample = er_jax.stream
         if journal is not None:
             sample = functools.partial(sample, journal=journal)
-        found = sample(
-            self.policy,
-            self.placement.sampler(self.state.params, self.state.gathered),
-            prompts,
-            key=key,
-            config=self.config.rollout_config(
-                group_size=n, stop_token_ids=self.subject.stop_token_ids
-            ),
-            sequence_ids=ids,
-            controller=self.controller,
-            mesh=self.placement.sampling,
-        )
+        ids = range(first_sequence_id, first_sequence_id + len(problems) * n)
+        found = _called(self, sample, problems, n=n, key=key, sequence_ids=ids)
         if isinstance(found, er_jax.Stream):
             return completions.score_stream(
                 self.subject, problems, found, n=n, first_sequence_id=first_sequence_id
@@ -280,12 +270,12 @@ class Trainer:
         Args:
           journal: a file that the sampling goes on from after a kill.
         """
-        config, grpo = self.config, self.config.grpo
-        position = int(self.state.position)
-        taken = range(position, position + grpo.prompts_per_step)
-        train = self.problems["train"]
-        problems = [tasks.problem_at(train, i, config.seed) for i in taken]
+        grpo, position = self.config.grpo, int(self.state.position)
         start = time.perf_counter()
+        if grpo.partial.is_on:
+            data = self._partial_step(journal)
+            return dataclasses.replace(data, seconds=time.perf_counter() - start)
+        problems = self._problems(range(position, position + grpo.prompts_per_step))
         out, rewards = self.sample(
             problems,
             n=grpo.group_size,
@@ -295,6 +285,46 @@ class Trainer:
         )
         seconds = time.perf_counter() - start
         return StepData(problems=problems, out=out, rewards=rewards, seconds=seconds)
+
+    def _partial_step(self, journal: Path | None) -> StepData:
+        """Go on with what is carried and begin new prompts, until enough is complete.
+
+        Returns:
+          The step's data, without its seconds.
+        """
+        grpo, n = self.config.grpo, self.config.grpo.group_size
+        step, position = int(self.state.step), int(self.state.position)
+        carried, named = self.carried, {}
+        places = [] if carried is None else partial.positions_of(carried, n)
+        num_new = grpo.prompts_in_work - len(places)
+        places += range(position, position + num_new)
+        problems = self._problems(places)
+        ids = [place * n + number for place in places for number in range(n)]
+        if carried is not None:
+            encode = self.subject.tokenizer.encode_prompt
+            prompts = [encode(problem.prompt) for problem in problems]
+            named["resume"] = carried.for_request(prompts, ids)
+        out = _called(
+            self,
+            er_jax.rollout,
+            problems,
+            n=n,
+            key=self.state.key,
+            sequence_ids=ids,
+            version=step,
+            journal=journal,
+            **partial.Ending(carried, step, grpo).arguments,
+            **named,
+        )
+        learnt, own, others = partial.divided(out, grpo)
+        problems = [problems[group] for group in learnt]
+        rewards = completions.score(self.subject, problems, own)
+        return StepData(problems, own, rewards, seconds=0.0, carried=others)
+
+    def _problems(self, places: Iterable[int]) -> list[Problem]:
+        """Return the problems at some places of the data stream."""
+        train, seed = self.problems["train"], self.config.seed
+        return [tasks.problem_at(train, place, seed) for place in places]
 
     def learn(self, data: StepData) -> dict[str, Any]:
         """Update the policy with a step's completions; log and return the record.
@@ -309,13 +339,20 @@ class Trainer:
             [encode(problem.prompt) for problem in data.problems],
             losses.group_advantages(data.rewards, scale=grpo.scale_advantages),
             keep_equal_groups=grpo.kl_coef > 0,
+            step=None if data.carried is None else int(self.state.step),
         )
         start = time.perf_counter()
         infos = self._update(examples)
         update_s = time.perf_counter() - start
+        # What is taken from the stream is learnt from or carried.
+        num_taken = grpo.prompts_per_step
+        for out, sign in ((data.carried, 1), (self.carried, -1)):
+            if out is not None:
+                num_taken += sign * len(out.lengths) // grpo.group_size
+        self.carried = data.carried
         self.state = self.state.replace(
             step=np.int32(int(self.state.step) + 1),
-            position=np.int32(int(self.state.position) + grpo.prompts_per_step),
+            position=np.int32(int(self.state.position) + num_taken),
         )
         record = step_record(self.state, data, infos, update_s)
         if not math.isfinite(record["loss"]):
@@ -348,6 +385,34 @@ class Trainer:
         return infos
 
 
+def _called(
+    trainer: Trainer,
+    sample: Callable[..., Any],
+    problems: Sequence[Problem],
+    *,
+    n: int,
+    **named: Any,
+) -> Any:
+    """Call a function like `er_jax.rollout` with the policy of now; return its result.
+
+    Args:
+      trainer: has the policy. sample: what to call.
+      problems: P of them. n: completions of each. named: further arguments.
+    """
+    encode = trainer.subject.tokenizer.encode_prompt
+    return sample(
+        trainer.policy,
+        trainer.placement.sampler(trainer.state.params, trainer.state.gathered),
+        [encode(problem.prompt) for problem in problems],
+        config=trainer.config.rollout_config(
+            group_size=n, stop_token_ids=trainer.subject.stop_token_ids
+        ),
+        controller=trainer.controller,
+        mesh=trainer.placement.sampling,
+        **named,
+    )
+
+
 def _shapes(policy: er_jax.Decoder, config: BaseConfig) -> Any:
     """Return the shapes of the parameters that a run trains."""
     return jax.eval_shape(
@@ -369,7 +434,7 @@ def step_record(
       update_s: seconds that the updates took.
     """
     stats = data.out.stats
-    return {
+    found = {
         "kind": "step",
         "step": int(state.step),
         "reward": float(data.rewards.mean()),
@@ -398,3 +463,6 @@ def step_record(
             },
         },
     }
+    if data.carried is not None:
+        found |= partial.record_of(data.out, data.carried, int(state.step) - 1)
+    return found

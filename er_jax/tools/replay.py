@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,7 @@ def replay(
     *,
     slots: int | None = None,
     until_s: float = math.inf,
+    is_enough: Callable[[np.ndarray], bool] = lambda done: False,
 ) -> Outcome:
     """Run a decider over a trace.
 
@@ -112,6 +113,8 @@ def replay(
       trace: lengths. costs: predict rounds. decider: chooses gammas. kept_drafts: drawn
         for this trace. slots: rows decoded at once; None is all. until_s: stop at the
         first decision after this many seconds.
+      is_enough: asked at every decision, a row that has just ended is one, with the
+        tokens done of each completion, int `[N]`; whether to stop there.
     Raises:
       ValueError: no slots, `until_s` below 0 or NaN, or `kept_drafts` of another trace.
     """
@@ -144,7 +147,7 @@ def replay(
             seconds_of[program] = costs.round_seconds(program)
         return seconds_of[program]
 
-    while len(rows) and outcome.seconds < until_s:
+    while len(rows) and outcome.seconds < until_s and not is_enough(done):
         live = len(rows)
         left = trace.lengths[rows] - done[rows]
         length = float((trace.prompt_lengths[rows] + done[rows]).mean())
