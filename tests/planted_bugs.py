@@ -1571,6 +1571,7 @@ BUGS: tuple[PlantedBug, ...] = (
         "self.prompts.close()",
         "",
         (f"{SESSION}::test_a_closed_session_has_freed_everything",),
+    ),
     # -- partial rollouts
     PlantedBug(
         "partial: log-probabilities computed anew, not as recorded",
