@@ -81,8 +81,8 @@ def check_one_process(mesh: Mesh | None, name: str, remedy: str) -> None:
     Args:
       mesh: of the call. name: of the argument. remedy: what to do instead.
     """
-    if mesh is None:
-        return
+    if not isinstance(mesh, Mesh):
+        return  # None, or refused as a mesh.
     processes = {device.process_index for device in mesh.devices.flat}
     if len(processes) > 1:
         raise ValueError(

@@ -262,7 +262,16 @@ class RolloutConfig:
 
         Args:
           prompts: their numbers, 0 .. P-1.
+        Raises:
+          ValueError: a number of no prompt that there are settings for.
         """
+        count = self.num_prompts
+        for prompt in prompts:
+            if count is not None and not is_whole(prompt, 0, count - 1):
+                raise ValueError(
+                    f"prompts holds {prompt!r}, and there are settings of {count} "
+                    f"prompts; give numbers from 0 to {count - 1}"
+                )
         values = {name: getattr(self, name) for name in PER_PROMPT}
         own: dict[str, Any] = {
             name: tuple(value[prompt] for prompt in prompts)

@@ -111,16 +111,16 @@ class Journal:
                 os.ftruncate(self._descriptor, 0)
                 _write(self._descriptor, MAGIC)
                 self._is_new = True
+            if self._found.damaged:
+                warnings.warn(
+                    f"journal={self.path} is damaged at bytes {self._found.damaged}: "
+                    "what it has lost there is sampled again",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         except BaseException:
             self._close()
             raise
-        if self._found.damaged:
-            warnings.warn(
-                f"journal={self.path} is damaged at bytes {self._found.damaged}: what "
-                "it has lost there is sampled again",
-                RuntimeWarning,
-                stacklevel=2,
-            )
         return self
 
     def _lock(self) -> None:
@@ -128,13 +128,16 @@ class Journal:
             return
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            is_taken = False
+        except OSError as error:
+            # Any other error is of a file system without locks.
+            is_taken = isinstance(error, BlockingIOError)
+        # Another call may also have begun it, been refused, and removed it.
+        if is_taken or not os.fstat(self._descriptor).st_nlink:
             raise ValueError(
                 f"journal={self.path} is being written by another rollout; wait for "
                 "it, or give another path"
-            ) from error
-        except OSError:
-            pass  # A file system without locks.
+            )
 
     def begin(self, request: dict[str, Any]) -> None:
         """Take what decides the tokens, and refuse a journal of anything else.
@@ -144,7 +147,7 @@ class Journal:
         Raises:
           ValueError: the file is of another request; it says what differs.
         """
-        self._request = json.loads(json.dumps(request))
+        self._request = json.loads(json.dumps(request, default=lambda x: x.item()))
         self._compare(self._request)
 
     def _compare(self, request: Mapping[str, Any]) -> None:
@@ -237,32 +240,39 @@ class Journal:
         """Whether it is time to note those that run."""
         return time.monotonic() - self._noted_s >= EVERY_S
 
-    def note(self, completions: Mapping[int, Completion], *, sync: bool) -> None:
+    def note(self, completions: Mapping[int, Completion], *, sync: bool) -> int:
         """Hand what is new in completions to the thread that writes.
 
         Args:
           completions: by row; those that have ended are noted once.
           sync: whether they include those that run; these then reach the disk at once.
+        Returns:
+          How many tokens were new.
         Warns:
           RuntimeWarning: once, if the file could not be written. Nothing is written any
             more then, and the rollout goes on.
         """
-        pieces = []
-        for row, completion in completions.items():
-            start, length = self._noted.get(row, 0), len(completion.token_ids)
-            has_ended = completion.finish_reason != UNFINISHED
-            if row in self._ended or (length == start and not has_ended):
-                continue
-            self._noted[row] = length
-            if has_ended:
-                self._ended.add(row)
-            pieces += pieces_of(row, completion, start, self._version)
-        if sync:
-            self._noted_s = time.monotonic()
+        pieces = [
+            piece
+            for row, completion in completions.items()
+            if row not in self._ended
+            for piece in pieces_of(
+                row, completion, self._noted.get(row, 0), self._version
+            )
+            if len(piece.token_ids) or piece.finish != Finish.UNFINISHED
+        ]
         assert self._writer is not None, "`confirm` comes first"
         if pieces:
             self._writer.items.put((pieces, sync))
+        # Last: an interruption may have a piece noted twice, and none is missing.
+        for piece in pieces:
+            self._noted[piece.row] = piece.end
+            if piece.finish != Finish.UNFINISHED:
+                self._ended.add(piece.row)
+        if sync:
+            self._noted_s = time.monotonic()
         self._warn_of_failure()
+        return sum(len(piece.token_ids) for piece in pieces)
 
     def _warn_of_failure(self) -> None:
         failure = None if self._writer is None else self._writer.failure

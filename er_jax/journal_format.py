@@ -50,6 +50,11 @@ class Piece:
     token_ids: np.ndarray
     logprobs: np.ndarray
 
+    @property
+    def end(self) -> int:
+        """Tokens of the completion with it."""
+        return self.start + len(self.token_ids)
+
     def to_bytes(self) -> bytes:
         """Return its record."""
         head = PIECE_HEAD.pack(self.row, self.start, self.version, self.finish)
@@ -156,7 +161,8 @@ def _record_at(data: bytes, start: int) -> tuple[int, bytes] | None:
     if not _is_whole(data, start):
         return None
     _, kind, length, checksum = HEAD.unpack_from(data, start)
-    body = data[start + HEAD.size :][:length]
+    begin = start + HEAD.size
+    body = data[begin : begin + length]
     return (kind, body) if _checksum(kind, body) == checksum else None
 
 
@@ -191,8 +197,9 @@ def joined(
 ) -> tuple[Completion, np.ndarray]:
     """Return a completion with its pieces, and the versions of its tokens.
 
-    A piece counts where the completion is just as long as before it. So one that was
-    written before another was lost is never put behind tokens sampled since.
+    A piece counts where it begins within the completion before it, or at its end, and
+    has the same tokens as far as both go. So one that was written before another was
+    lost is never put behind tokens sampled since.
 
     Args:
       known: the completion before all pieces. versions: int32, of its tokens.
@@ -200,17 +207,21 @@ def joined(
     """
     ended = False
     for piece in pieces:
-        if ended or piece.start != len(known.token_ids):
+        overlap = len(known.token_ids) - piece.start
+        if ended or not 0 <= overlap <= len(piece.token_ids):
+            continue
+        if not np.array_equal(
+            piece.token_ids[:overlap], known.token_ids[piece.start :]
+        ):
             continue
         ended = piece.finish != Finish.UNFINISHED
-        known = known.followed_by(
-            Completion(
-                token_ids=piece.token_ids,
-                logprobs=piece.logprobs,
-                finish_reason=FINISH_NAMES[piece.finish],
-                mask=np.full(len(piece.token_ids), piece.version != NONE),
-            )
+        later = Completion(
+            token_ids=piece.token_ids[overlap:],
+            logprobs=piece.logprobs[overlap:],
+            finish_reason=FINISH_NAMES[piece.finish],
+            mask=np.full(len(piece.token_ids) - overlap, piece.version != NONE),
         )
-        added = np.full(len(piece.token_ids), piece.version, np.int32)
+        known = known.followed_by(later)
+        added = np.full(len(later.token_ids), piece.version, np.int32)
         versions = np.concatenate([versions, added])
     return known, versions

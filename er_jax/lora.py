@@ -109,6 +109,8 @@ def add_lora(
             f"targets={targets!r} must be several words, none of them empty; give a "
             "tuple, as targets=('q_proj', 'v_proj')"
         )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype!r} must be a floating-point type, or None")
     if has_lora(params):
         raise ValueError(
             "params has low-rank pairs already; train these, or take er_jax.merge_lora "

@@ -238,6 +238,8 @@ def sample(
                 earlier=call.resume,
             )
 
+        earlier = [*call.ended.values(), *call.begun.values()]
+        stats.num_resumed = sum(len(found.token_ids) for found in earlier)
         # A failure from here on, even a warning raised as an error, loses nothing.
         with _interruption(call, assembled), keeping(lambda: completions, request):
             if kept is not None and on_finish is not None:

@@ -73,6 +73,8 @@ class RolloutStats:
       num_prefilled: distinct prompts prefilled.
       prefilled_tokens: prefilled in all, of prompts and of what `respond` appended.
       num_cloned: completions that started from cache entries still in the batch.
+      num_resumed: tokens that an earlier call had sampled.
+      num_journalled: tokens that were given to the journal.
       num_answers: answers of `respond` that a completion went on with.
       num_kept: of these, those whose row was still there, so that only the answer was
         prefilled.
@@ -93,6 +95,8 @@ class RolloutStats:
     compiled: list[tuple[str, float]] = dataclasses.field(default_factory=list)
     num_prefilled: int = 0
     num_cloned: int = 0
+    num_resumed: int = 0
+    num_journalled: int = 0
     prefilled_tokens: int = 0
     num_answers: int = 0
     num_kept: int = 0
@@ -171,11 +175,11 @@ class RolloutStats:
                     counts = getattr(whole, name)
                     counts[gamma] = counts.get(gamma, 0) + getattr(part, name)[gamma]
             whole.compiled += part.compiled
-            whole.num_prefilled += part.num_prefilled
-            whole.num_cloned += part.num_cloned
-            whole.prefilled_tokens += part.prefilled_tokens
-            whole.num_answers += part.num_answers
-            whole.num_kept += part.num_kept
+            for name in (
+                "num_prefilled", "num_cloned", "num_resumed", "prefilled_tokens",
+                "num_answers", "num_kept",
+            ):  # fmt: skip
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
             whole.failed_turns |= part.failed_turns
         return whole
 
@@ -190,6 +194,13 @@ class RolloutStats:
             return float("nan")
         kept = float(np.arange(gamma + 1) @ histogram)
         return kept / (gamma * float(histogram.sum()))
+
+    @property
+    def kept_share(self) -> float:
+        """Drafts kept / drafts proposed in all rounds, NaN where none were."""
+        kept = sum(np.arange(len(h)) @ h for h in self.accepted.values())
+        proposed = sum((len(h) - 1) * h.sum() for h in self.accepted.values())
+        return float(kept / proposed) if proposed else float("nan")
 
     def summary(self) -> str:
         """Return the rollout as text: time by phase, tokens by gamma, programs."""
@@ -232,6 +243,10 @@ class RolloutStats:
             f"prompts: {self.num_prefilled} prefilled, {self.num_cloned} completions "
             "started from entries already there"
         )
+        if self.num_resumed:
+            lines.append(f"resumed: {self.num_resumed} tokens of earlier calls")
+        if self.num_journalled:
+            lines.append(f"journal: {self.num_journalled} tokens written")
         if self.num_answers or self.failed_turns:
             lines.append(
                 f"turns: {self.num_answers} answered, {len(self.failed_turns)} failed, "

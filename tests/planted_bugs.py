@@ -33,6 +33,7 @@ SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
 TURNS = "tests/test_turns.py"
+SCORED_TURNS = "test_scores_are_those_of_sampled_tokens_behind_appended_ones"
 CALLS = f"{TURNS}::test_tokens_are_those_of_calls_turn_by_turn"
 STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
 SETTINGS = "tests/test_settings.py"
@@ -591,7 +592,7 @@ BUGS: tuple[PlantedBug, ...] = (
         "er_jax::_turn_index",
         "index - lax.cummax(begins, axis=1)",
         "index",
-        (f"{CALLS}[ar-8-2]",),
+        (f"{TURNS}::{SCORED_TURNS}",),
     ),
     PlantedBug(
         "appended tokens that a journal takes for sampled",
@@ -646,8 +647,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "tokens put behind others that were lost",
         "er_jax/journal_format::joined",
-        "piece.start != len(known.token_ids)",
-        "piece.start < len(known.token_ids)",
+        "not 0 <= overlap <= len(piece.token_ids)",
+        "not overlap <= len(piece.token_ids)",
         (f"{JOURNAL}::test_nothing_is_put_behind_a_piece_that_is_missing",),
     ),
     PlantedBug(
@@ -1259,6 +1260,13 @@ BUGS: tuple[PlantedBug, ...] = (
         "others = [p for p in self.seconds if p.shared_rows]",
         "others = list(self.seconds)",
         ("tests/test_costs.py::test_shared_programs_are_priced_beside_the_same_apart",),
+    ),
+    PlantedBug(
+        "a verification is guessed to feed as many positions as drafts",
+        "er_jax/control/guesses::guessed_seconds",
+        "part.rows * (part.gamma + 1)",
+        "part.rows * part.gamma",
+        ("tests/test_control.py::test_a_round_is_guessed_from_steps",),
     ),
     PlantedBug(
         "a step is taken for slower than the drafts beside it leave room for",

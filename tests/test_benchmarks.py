@@ -189,6 +189,7 @@ def test_rollouts_run(tmp_path: Path) -> None:
     assert (tmp_path / "rollout_timeline.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_random_codes_make_no_drafts_worth_keeping() -> None:
     params = presets.random_params(presets.decoder("tiny"))
     draft = er_jax.attach_draft(params, DrafterConfig()).draft
@@ -211,6 +212,7 @@ def test_disturbances_run(tmp_path: Path) -> None:
     assert (tmp_path / "disturbed.json").exists()
 
 
+@pytest.mark.slow
 def test_drafts_are_counted_as_rollouts_count_them() -> None:
     """By depth over all positions, inside of completions and behind their ends."""
     rule: AcceptRule = "coupled"
@@ -309,6 +311,7 @@ def test_plans_are_told_by_their_record() -> None:
     assert all(abs(part) < 3 for part in told)
 
 
+@pytest.mark.slow
 def test_four_precisions_of_scores(tmp_path: Path) -> None:
     record = trainer_gap.main(trainer_gap.Args(quick=True, out=tmp_path))
     found = {(p["dtype"], p["projection"]): p for p in record["points"]}
@@ -319,6 +322,7 @@ def test_four_precisions_of_scores(tmp_path: Path) -> None:
     assert all(0 <= p["mean"] <= p["largest"] < 1 for p in found.values())
 
 
+@pytest.mark.slow
 def test_places_have_the_same_work_each(tmp_path: Path) -> None:
     record = imitation.main(imitation.Args(quick=True, out=tmp_path))
     found = {(p["mode"], p["places"]): p for p in record["points"]}
@@ -333,7 +337,7 @@ def test_places_have_the_same_work_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", cold.POLICIES)
 def test_first_calls_are_not_much_slower_than_an_oracles(name: str) -> None:
-    """The totals of 1 to 20 calls, within 1.3 times those of the record's oracle."""
+    """The totals of 1 to 20 calls, beside those of the record's oracle."""
     record = json.loads((records.RESULTS / "cold.json").read_text())
     (point,) = (p for p in record["points"] if p["preset"] == name)
     args = cold.Args()
@@ -341,7 +345,7 @@ def test_first_calls_are_not_much_slower_than_an_oracles(name: str) -> None:
     _, found = cold.calls(policy, Controller(), args.calls, args.gammas)
     assert len(point["oracle_s"]) == 20
     for ours, oracle_s in zip(found, point["oracle_s"], strict=True):
-        assert ours <= cold.LIMIT * oracle_s
+        assert ours <= cold.LIMITS[name] * oracle_s
     # The costs are still those that the oracle knew.
     plan = Plan(frozenset({(policy.slots, 0)}), is_short=False)
     _, (first,) = cold.calls(policy, Oracle(policy, plan), 1, args.gammas)
@@ -417,6 +421,7 @@ def test_schedules_are_told_by_their_record() -> None:
     assert f"{fuzz.total(points, 'cloned')} completions" in fuzz.summary(record)
 
 
+@pytest.mark.slow
 def test_sharing_and_dealing_are_replayed(tmp_path: Path) -> None:
     record = scaling.main(scaling.Args(quick=True, out=tmp_path))
     for point in record["points"]:
@@ -542,6 +547,7 @@ def test_passes_are_as_they_were_counted_last() -> None:
         ]
 
 
+@pytest.mark.slow
 def test_long_caches_run_and_sample_the_same_tokens(tmp_path: Path) -> None:
     long_caches.main(long_caches.Args(quick=True, out=tmp_path))
     record = json.loads((tmp_path / "long_caches.json").read_text())

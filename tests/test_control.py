@@ -13,9 +13,11 @@ import pytest
 from er_jax import Controller
 from er_jax.config import parse_control
 from er_jax.control.estimate import PRIOR_KEEP, AcceptanceEstimate
+from er_jax.control.guesses import GUESS_MARGIN, guessed_seconds
 from er_jax.control.paper import PaperRule
 from er_jax.control.probes import HYSTERESIS, PROBE_SHARE
 from er_jax.control.rollouts import MAX_SETTINGS
+from er_jax.costs.table import LatencyTable
 from er_jax.request import row_buckets
 from er_jax.types import Program
 from tests.test_pass_costs import ROOFLINE, passes
@@ -430,6 +432,59 @@ def test_drafts_that_are_compiled_are_tried_without_a_look() -> None:
     controller.observe(AR, 1000, NO_DRAFTS, 10.0)
     assert controller.choose([SPEC, AR], AR, compile_s=FREE) == SPEC
     assert controller.choose([SPEC, AR], AR, compile_s=compiled_are([AR])) == AR
+
+
+# Drafts for the batch that runs, guessed from its plain steps.
+
+LONG = Program(32, 4096, 0)
+SEEING = LONG._replace(gamma=4, head=64, window=512)
+
+
+def test_a_round_is_guessed_from_steps() -> None:
+    short = LONG._replace(cache_length=SEEING.draft_length)
+    table = LatencyTable({LONG: 0.010, short: 0.004})
+    whole = GUESS_MARGIN * (4 * 0.5 + 5**0.5) * 0.010
+    assert guessed_seconds(table, LONG._replace(gamma=4)) == pytest.approx(whole)
+    # Every draft saves what a step over the ring saves, 6 of 10 ms, but a round never
+    # costs less than a step, and what drafts add to a step as short as the ring.
+    least = GUESS_MARGIN * (0.010 + (4 * 0.5 + 5**0.5 - 1) * 0.004)
+    assert guessed_seconds(table, SEEING) == pytest.approx(least)
+    assert guessed_seconds(LatencyTable(), SEEING) is None
+
+
+def test_drafts_are_bought_for_a_batch_whose_steps_promise_a_gain() -> None:
+    """About a fifth of plain decoding is lost by the guess; a compilation costs 2 s."""
+    controller = new()
+    options = [SEEING, LONG._replace(gamma=4), LONG]
+    price = compiled_are([LONG], cost=2.0)
+    seconds = 0
+    while (chosen := controller.choose(options, LONG, compile_s=price)) == LONG:
+        controller.observe(LONG, 100, NO_DRAFTS, 1.0)
+        seconds += 1
+        assert seconds < 100
+    assert chosen == SEEING
+    gain = 0.010 / (guessed_seconds(controller.table, SEEING) or math.inf)
+    gain *= controller.acceptance.tokens_per_round(4)
+    assert 1.1 < gain < 1.5
+    # Nothing is known of the batch before its first window.
+    assert seconds == 1 + math.ceil(2.0 / (1 - 1 / gain))
+    # What was timed is believed.
+    controller.observe(SEEING, 100, np.array([0, 0, 0, 0, 32]), 8.0)
+    options = [SEEING, LONG]
+    assert controller.choose(options, SEEING, compile_s=FREE) == LONG
+
+
+def test_steps_that_promise_little_leave_the_first_look_to_one_row() -> None:
+    controller = new()
+    price = compiled_are([AR], cost=2.0)
+    for _ in range(100):
+        assert controller.choose([SPEC, AR], AR, compile_s=price) == AR
+        controller.observe(AR, 100, NO_DRAFTS, 1.0)
+    assert controller.first_look(1, 128, price) != ()
+    # Drafts that were timed for a batch tell nothing of one row.
+    controller.table.seconds[SEEING] = 0.050
+    assert controller.knows_drafts
+    assert controller.first_look(1, 128, price) != ()
 
 
 # Live rows fall.

@@ -101,6 +101,7 @@ def made(framework: str) -> tuple[Policy, Any]:
         return policy, jax.tree.map(lambda x: x + 0.1 * (x.ndim == 1), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_a_module_is_sampled_with_a_draft_of_its_own(framework: str) -> None:
     policy, params = made(framework)

@@ -185,6 +185,8 @@ def test_it_begins_where_what_is_resumed_ends(wanted: Rollout, path: Path) -> No
     more = sample(path, resume=part, until=Until(tokens=20), version=1)
     found = sum(len(p.token_ids) for p in contents_of(path.read_bytes()).pieces)
     assert found == more.lengths.sum() - part.lengths.sum() > 0
+    assert more.stats.num_journalled == found
+    assert more.stats.num_resumed == part.lengths.sum()
     given: dict[int, Completion] = {}
     out = sample(path, resume=part, version=2, on_finish=given.__setitem__)
     assert_same(out, wanted)
@@ -398,6 +400,17 @@ def test_nothing_is_put_behind_a_piece_that_is_missing() -> None:
     assert known.token_ids.tolist() == [0, 1, 2, 53, 54, 55]
     assert versions.tolist() == [1, 1, 1, 2, 2, 2]
     assert known.finish_reason == "unfinished"
+    # What an interruption had noted twice, and the second time with more behind it.
+    longer = dataclasses.replace(
+        second,
+        token_ids=np.concatenate([second.token_ids, third.token_ids]),
+        logprobs=np.concatenate([second.logprobs, third.logprobs]),
+    )
+    pieces = [first, second, longer, third]
+    whole, _ = joined(NOTHING, np.zeros(0, np.int32), pieces)
+    assert whole.token_ids.tolist() == list(range(9))
+    assert whole.logprobs.tolist() == (-np.arange(9, dtype=np.float32) / 7).tolist()
+    assert whole.finish_reason == "stop"
     whole, _ = joined(NOTHING, np.zeros(0, np.int32), [first, second, third])
     assert whole.token_ids.tolist() == list(range(9))
     assert whole.finish_reason == "stop"

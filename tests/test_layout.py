@@ -44,6 +44,7 @@ ORDER = (
     *("costs.neighbours", "costs.table"),
     *("costs.timing", "costs.store", "costs"),
     *("control.protocol", "control.estimate", "control.rollouts", "control.accounts"),
+    "control.guesses",
     *(
         "control.probes",
         "control.paper",
@@ -54,7 +55,7 @@ ORDER = (
     *("result", "resume", "journal_format", "journal", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.options"),
     *("scheduler.turns", "scheduler.batch", "scheduler.conversations"),
-    *("scheduler.loop", "scheduler"),
+    *("scheduler.monitor", "scheduler.loop", "scheduler"),
     *(
         "mesh.rules",
         "mesh.attention",

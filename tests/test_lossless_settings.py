@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from er_jax.acceptance import ACCEPT_RULES, AcceptRule
+from er_jax.acceptance import AcceptRule
 from er_jax.drafter import PolicyParams
 from er_jax.sampling import gumbel
 from er_jax.types import NONE, Finish, Params, Sampling
@@ -113,69 +113,70 @@ def test_every_outcome_of_a_round(
     gamma, policy = 2, Toy(dtype="float64")
     size = policy.vocab_size
     target, draft = toy_params(policy, seed=0), toy_params(policy, seed=1)
+    # The first draft reads a page that the target wrote.
+    first, later = target["pages"] + draft["lines"][None], full_table(draft)
     one_round, rows = visit_round(monkeypatch, rule, gamma, policy, None)
-    is_asked = (rows[:, :2] == PROMPT).all(axis=1)
+    asked = np.flatnonzero((rows[:, :2] == PROMPT).all(axis=1))
     params = PolicyParams(policy=target, draft=draft)
-    first = target["pages"] + draft["lines"][None]
     for name, case in CASES.items():
-        stops = case.get("stop_ids", ())
+        stops, least = case.get("stop_ids", ()), case.get("least", 0)
+        is_early = [i < least for i in range(NUM_TOKENS)]
         found = [np.zeros((size,) * NUM_TOKENS) for _ in KINDS]
+        wanted = []
         for turn in range(2):  # every row is of the one kind, and then of the other
             kinds = (np.arange(len(rows)) + turn) % 2
-            least, begin = np.full(len(rows), case.get("least", 0)), [2] * len(rows)
             config = of_kinds(kinds, KINDS, stop_ids=stops)
-            config = bounded(config, case["bias"], least, begin)
+            config = bounded(config, case["bias"], [least] * len(rows), [2] * len(rows))
             state = start_state(policy, target, rows[:, :2], 9, cache_length=11)
             state, info, final, chances = jax.device_get(
                 one_round(params, state, config)
             )
-            for row in np.flatnonzero(is_asked):
-                kind = int(kinds[row])
-                one = of_kind(config, KINDS[kind])
-                is_early = [i < case.get("least", 0) for i in range(NUM_TOKENS)]
-                probs = [probs_at(full_table(target), one, x) for x in is_early]
-                ahead = [
-                    probs_at(first if i == 0 else full_table(draft), one, is_early[i])
-                    for i in range(gamma)
-                ]
-                text = tuple(rows[row, : 2 + gamma])
-                chance = np.prod([p[text[i : i + 3]] for i, p in enumerate(ahead)])
-                if not chance:
-                    continue
+            own = [of_kind(config, kind) for kind in KINDS]
+            probs = [
+                [probs_at(full_table(target), one, early) for early in is_early]
+                for one in own
+            ]
+            ahead = [
+                [probs_at(first, one, is_early[0]), probs_at(later, one, is_early[1])]
+                for one in own
+            ]
+            wanted = [chain(each) for each in probs]
+            for row in asked:
+                kind, text = kinds[row], tuple(rows[row, : 2 + gamma])
                 passes = rows[row, 2 + gamma :]
-                kept = np.where(passes, chances[row], 1 - chances[row])
-                chance *= kept.prod()
-                n = int(info.num_accepted[row])
-                for last in range(size):
-                    done = (*text[2 : 2 + n], last)
-                    rest = chance * final[row, last]
-                    if not rest:
-                        continue
-                    for tokens in np.ndindex((size,) * (NUM_TOKENS - len(done))):
-                        whole = (*PROMPT, *done, *tokens)
-                        share = [
-                            probs[i][whole[i : i + 3]]
-                            for i in range(len(done), NUM_TOKENS)
-                        ]
-                        found[kind][(*done, *tokens)] += rest * np.prod(share)
+                chance = np.prod(
+                    [p[text[i : i + 3]] for i, p in enumerate(ahead[kind])]
+                )
+                if chance:
+                    chance *= np.where(passes, chances[row], 1 - chances[row]).prod()
+                    kept = text[2 : 2 + int(info.num_accepted[row])]
+                    found[kind] += chance * followed(kept, final[row], probs[kind])
                 emitted = state.tokens[row, 2 : state.length[row]].tolist()
-                ends = [
-                    i for i, t in enumerate(emitted)
-                    if t in stops and i >= case.get("least", 0)
-                ]  # fmt: skip
+                ends = [i for i, t in enumerate(emitted) if t in stops and i >= least]
                 assert not ends or ends[0] == len(emitted) - 1
-        for own, joint in zip(KINDS, found, strict=True):
-            one = of_kind(config, own)
-            wanted = chain(
-                [
-                    probs_at(full_table(target), one, i < case.get("least", 0))
-                    for i in range(NUM_TOKENS)
-                ]
-            )
-            np.testing.assert_allclose(joint, wanted, rtol=0, atol=1e-9, err_msg=name)
+        for joint, exact in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(joint, exact, rtol=0, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("gamma", [0, 1, 4])
+def followed(
+    kept: tuple[int, ...], final: np.ndarray, probs: list[np.ndarray]
+) -> np.ndarray:
+    """Return the joint distribution of the first tokens after a round.
+
+    Args:
+      kept: drafts. final: `[V]`, of the token behind them. probs: of those that follow.
+    """
+    joint = np.zeros((len(final),) * len(probs))
+    for last, chance in enumerate(final):
+        done = (*kept, last)
+        for tokens in np.ndindex((len(final),) * (len(probs) - len(done))):
+            whole = (*PROMPT, *done, *tokens)
+            rest = [probs[i][whole[i : i + 3]] for i in range(len(done), len(probs))]
+            joint[whole[2:]] = chance * np.prod(rest)
+    return joint
+
+
+@pytest.mark.parametrize("gamma", [0, pytest.param(1, marks=pytest.mark.slow), 4])
 def test_coupled_emits_the_targets_own_draws(gamma: int, x64: None) -> None:
     """Token for token in float64, whatever settings the other rows have."""
     policy = Toy(vocab_size=4, dtype="float64")
@@ -245,7 +246,13 @@ def hand_draws(
 
 
 @pytest.mark.parametrize(
-    ("rule", "gamma"), [("coupled", 0), *((rule, 2) for rule in ACCEPT_RULES)]
+    ("rule", "gamma"),
+    [
+        ("coupled", 0),
+        ("coupled", 2),
+        pytest.param("token", 2, marks=pytest.mark.slow),
+        pytest.param("block", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stop_sequence_across_rounds(rule: AcceptRule, gamma: int) -> None:
     """In windows of one round: wherever the rounds cut it, after good and bad drafts.

@@ -217,6 +217,7 @@ def test_data_shards_become_one_for_the_last_rows(name: str) -> None:
     assert "rows shared by all devices" in found.stats.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
 def test_short_completions_are_those_of_one_device() -> None:
     config = config_of(max_new_tokens=20)

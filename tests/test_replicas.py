@@ -182,6 +182,7 @@ def test_training_samples_with_its_own_controller(
         state=SimpleNamespace(params=None, gathered=None),
         config=SimpleNamespace(
             mesh=SimpleNamespace(replicas=is_replicas),
+            grpo=SimpleNamespace(stream=False),
             rollout_config=lambda **_: None,
         ),
         controller=object(), policy=None,

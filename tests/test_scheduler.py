@@ -22,6 +22,7 @@ from er_jax.engine.protocol import OneProcess
 from er_jax.request import Request
 from er_jax.scheduler import batch, loop
 from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.monitor import seconds_left
 from er_jax.scheduler.topology import OneDevice
 from er_jax.types import (
     NONE,
@@ -812,6 +813,24 @@ def test_the_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) ->
     assert out == ""
     assert ("12/12" in err) == progress
     assert bool(err) == progress
+
+
+def test_the_progress_bar_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    request = make_request([0] * 12, slots=4)
+    run(request, Controller("fixed:2"), progress=True)
+    shown = capsys.readouterr().err
+    for part in ("of 4 rows", "2 drafts", "% kept", "tokens/s", "left"):
+        assert part in shown, part
+
+
+def test_how_long_a_rollout_may_go_on() -> None:
+    assert seconds_left([], [3, 4], 0, 10.0) is None
+    assert seconds_left([10, 20], [], 0, 0.0) is None
+    assert seconds_left([10, 20], [], 4, 10.0) == 4 * 15 / 10
+    # Of a row with 12 tokens one finished completion was longer, by 8.
+    assert seconds_left([10, 20], [12], 0, 10.0) == 8 / 10
+    assert seconds_left([10, 20], [12, 0], 0, 10.0) == 2 * 15 / 10
+    assert seconds_left([10, 20], [25], 0, 10.0) == 0
 
 
 def test_the_first_window_that_drafts_is_a_short_trial() -> None:

@@ -27,7 +27,7 @@ from tests.conftest import CompileCount
 from tests.small import SIZES, small_policy
 from tests.test_mesh import Moving
 from tests.test_resume import Ending, assert_same
-from tests.toy import oracle_logprobs
+from tests.toy import Toy, full_table, oracle_logprobs, settings, toy_params
 
 # What rollouts compute, the tests of their promises show at the default level.
 pytestmark = pytest.mark.usefixtures("unoptimized_module")
@@ -155,6 +155,7 @@ def test_other_values_compile_nothing(compile_counter: CompileCounter) -> None:
     assert compiled.count == 0, compiled
 
 
+@pytest.mark.slow
 def test_best_measures_the_programs_that_run() -> None:
     policy = small_policy("settings measured")
     config = dataclasses.replace(CONFIG, temperature=np.linspace(0.5, 1, 5))
@@ -163,6 +164,7 @@ def test_best_measures_the_programs_that_run() -> None:
     assert len(sizes) == len(set(sizes)), "a program was measured that does not run"
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_runs() -> None:
     policy = small_policy("settings ahead")
     own_params = policy.init(jax.random.key(0))
@@ -173,7 +175,9 @@ def test_what_is_compiled_ahead_is_what_runs() -> None:
 
 
 @pytest.mark.usefixtures("short_windows")
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", ["not truncated", pytest.param("truncated", marks=pytest.mark.slow)]
+)
 def test_going_on(name: str, x64: None) -> None:
     """Ended early, then gone on, with limits that differ."""
     stop = er_jax.Stop()
@@ -342,6 +346,39 @@ def test_bias_bans_and_least_lengths(control: str, x64: None) -> None:
     np.testing.assert_allclose(found.logprobs, out.logprobs, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_gradients_are_of_what_is_sampled(x64: None) -> None:
+    config = dataclasses.replace(CONFIG, **BOUNDED, temperature=0.7, control="ar")
+    out = sample(config)
+    texts = [PROMPTS[row // 2] + tokens for row, tokens in enumerate(rows(out))]
+    ids, mask = in_front(texts)
+    positions = jnp.where(mask, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], -1)
+    begin = np.array([len(PROMPTS[row // 2]) for row in range(10)])[:, None]
+    made = np.arange(1, ids.shape[1])[None] - begin
+    early = made < np.repeat(BOUNDED["min_new_tokens"], 2)[:, None]
+    bias = np.zeros((*early.shape, 24))
+    for token, value in BOUNDED["logit_bias"].items():
+        bias[..., token] = value
+    bias[..., list(BOUNDED["banned_ids"])] = -np.inf
+    bias[..., list(CONFIG.stop_token_ids)] += np.where(early, -np.inf, 0)[..., None]
+
+    def by_hand(params: Any) -> jax.Array:
+        scores = (logits_of(params, jnp.asarray(ids), positions)[:, :-1] + bias) / 0.7
+        best = jnp.max(scores, axis=-1, keepdims=True)
+        total = jnp.log(jnp.sum(jnp.exp(scores - best), axis=-1)) + best[..., 0]
+        own = jnp.take_along_axis(scores, jnp.asarray(ids)[:, 1:, None], axis=-1)
+        is_made = mask[:, 1:] & (made >= 0)
+        return jnp.sum(jnp.where(is_made, own[..., 0] - total, 0))
+
+    def scored(params: Any) -> jax.Array:
+        return er_jax.score(POLICY, params, out, config=config).logprobs.sum()
+
+    found, wanted = jax.grad(scored)(params(1)), jax.grad(by_hand)(params(1))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6), found, wanted
+    )
+
+
 @pytest.mark.usefixtures("short_windows")
 def test_least_lengths_count_from_the_prompt_when_going_on(x64: None) -> None:
     config = dataclasses.replace(CONFIG, **BOUNDED)
@@ -358,8 +395,8 @@ def test_other_kinds_of_logprobs_know_no_bias(kind: str, x64: None) -> None:
     )
     out = sample(config)
     plain = er_jax.RolloutConfig(max_new_tokens=24, logprobs=kind, temperature=0.7)
-    for settings in (config, plain):
-        found = er_jax.score(POLICY, params(), out, config=settings)
+    for own in (config, plain):
+        found = er_jax.score(POLICY, params(), out, config=own)
         np.testing.assert_allclose(found.logprobs, out.logprobs, atol=1e-5)
 
 
@@ -481,6 +518,109 @@ def test_other_stop_sequences_compile_nothing(compile_counter: CompileCounter) -
     assert compiled.count == 0, compiled
 
 
+# -- all of it together, at random -----------------------------------------------------
+
+TOY = Toy(vocab_size=5, dtype="float64")
+
+
+def asked(seed: int, num_prompts: int) -> dict[str, Any]:
+    """Return random settings, each of them for single prompts, for all, or absent."""
+    rng = np.random.default_rng(seed)
+    ranges: dict[str, Any] = {
+        "max_new_tokens": range(1, 25), "min_new_tokens": (0, 0, 1, 2, 5, 9),
+        "temperature": (0.0, 0.5, 1.0, 1.6), "top_k": (0, 0, 2, 3),
+        "top_p": (1.0, 0.9, 0.6), "min_p": (0.0, 0.0, 0.1),
+    }  # fmt: skip
+    found: dict[str, Any] = {"max_new_tokens": 24}
+    for name, values in ranges.items():
+        how = rng.integers(3)
+        own = [values[i] for i in rng.integers(0, len(values), num_prompts)]
+        if how:
+            found[name] = own[0] if how == 1 else own
+    limits = np.broadcast_to(found["max_new_tokens"], num_prompts)
+    least = np.minimum(found.get("min_new_tokens", 0), limits)
+    found["min_new_tokens"] = least.tolist() if rng.integers(2) else int(least.min())
+    if rng.integers(2):
+        found["banned_ids"] = (int(rng.integers(5)),)
+    if rng.integers(2):
+        found["logit_bias"] = {int(rng.integers(5)): float(rng.normal())}
+    if rng.integers(3):
+        found["stop_token_ids"] = (int(rng.integers(5)),)
+    if rng.integers(3):
+        lengths = rng.integers(1, 5, rng.integers(1, 4))
+        found["stop_sequences"] = [rng.integers(0, 5, k).tolist() for k in lengths]
+    return found
+
+
+def drawn_by_hand(
+    table: np.ndarray, prompt: list[int], index: int, config: Any, noise: np.ndarray
+) -> tuple[list[int], str, list[float]]:
+    """Return the completion of a prompt, one token at a time."""
+    own = config.of_prompts([index])
+
+    def value(name: str) -> Any:
+        return np.ravel(getattr(own, name))[0]
+
+    plain = settings(
+        **{name: value(name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    )
+    text, logprobs = [prompt[0], *prompt], []
+    begin = len(text)
+    while True:
+        made = len(text) - begin
+        logits = table[text[-2], text[-1]].copy()
+        for token, extra in dict(config.logit_bias).items():
+            logits[token] += np.float32(extra)
+        logits[list(config.banned_ids)] = -np.inf
+        if made < value("min_new_tokens"):
+            logits[list(config.stop_ids)] = -np.inf
+        line = oracle_logprobs(logits, plain)
+        text.append(int(np.argmax(line + noise[len(prompt) + made])))
+        logprobs.append(line[text[-1]])
+        tokens = text[begin:]
+        ends = [s for s in config.stop_sequences if tokens[-len(s) :] == list(s)]
+        if text[-1] in config.stop_token_ids or ends:
+            if len(tokens) > value("min_new_tokens"):
+                return tokens, "stop", logprobs
+        if len(tokens) == value("max_new_tokens"):
+            return tokens, "length", logprobs
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.filterwarnings("ignore:drafts were kept")  # The draft is a far one.
+def test_random_requests_equal_what_is_done_by_hand(x64: None) -> None:
+    target, draft = toy_params(TOY, seed=0), toy_params(TOY, seed=1)
+    pair = er_jax.PolicyParams(policy=target, draft=draft)
+    prompts, n = [[1], [2, 3, 4], [0, 1], [4, 4]], 2
+    ids, places = (jnp.arange(count, dtype=jnp.int32) for count in (8, 32))
+    reasons = []
+    for seed in range(40):
+        config = er_jax.RolloutConfig(
+            **asked(seed, len(prompts)), n=n, max_slots=4, gammas=(0, 2),
+            drafter=er_jax.DrafterConfig(window=None), logprobs="processed",
+        )  # fmt: skip
+        if {*config.banned_ids, *config.stop_ids} >= {*range(5)}:
+            continue
+        key = jax.random.key(seed)
+        controller = Restless("best", (0, 2), (2, 4), seed)
+        out = er_jax.rollout(
+            TOY, pair, prompts, key=key, config=config, controller=controller
+        )
+        words = sampling_of(config, key, 5)
+        noise = np.asarray(gumbel(words, ids[:, None], places[None], 5, jnp.float64))
+        for row, tokens in enumerate(rows(out)):
+            index = row // n
+            wanted, reason, logprobs = drawn_by_hand(
+                full_table(target), prompts[index], index, config, noise[row]
+            )
+            assert (tokens, out.finish_reason[row]) == (wanted, reason), (seed, row)
+            at = out.logprobs[row, : len(tokens)]
+            np.testing.assert_allclose(at, logprobs, atol=1e-5, err_msg=f"{seed} {row}")
+            reasons.append(reason)
+    assert 60 < reasons.count("stop") < len(reasons) - 60
+
+
 def test_arrays_of_any_kind_become_tuples() -> None:
     config = er_jax.RolloutConfig(
         max_new_tokens=np.array([3, 4]),
@@ -494,3 +634,6 @@ def test_arrays_of_any_kind_become_tuples() -> None:
     assert hash(config) == hash(dataclasses.replace(config))
     assert config.of_prompts([1]).temperature == (0.5,)
     assert CONFIG.of_prompts([1]) == CONFIG
+    for wrong in (2, -1, 0.5):
+        with pytest.raises(ValueError, match=rf"{wrong}.* of 2 prompts; .* 0 to 1"):
+            config.of_prompts([wrong])  # type: ignore[list-item]

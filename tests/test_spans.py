@@ -446,6 +446,7 @@ def test_a_window_holds_rings_and_no_second_cache() -> None:
     assert 2 * rings + 2 * scores < rows * length * entry / 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unoptimized")
 def test_all_windows_may_be_chosen(x64: None) -> None:
     """Switching between all positions and a span, in mid-rollout, changes no token."""

@@ -155,6 +155,7 @@ def test_a_slow_consumer_stalls_nothing(wanted: Rollout) -> None:
 
 
 def test_closed_early_it_goes_on_later(wanted: Rollout) -> None:
+    gc.collect()
     before = len(jax.live_arrays())
     items = streamed(by="completion")
     next(items)
@@ -165,7 +166,7 @@ def test_closed_early_it_goes_on_later(wanted: Rollout) -> None:
     assert is_prefix(part, wanted)
     del items
     gc.collect()
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before
     rest = streamed(resume=part, version=1)
     given = {name for name, _ in rest}
     assert given == set(np.flatnonzero(part.finish_reason == "unfinished").tolist())

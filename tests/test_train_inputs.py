@@ -22,6 +22,7 @@ from train.batching import Example, stack_chunks
 from train.completions import StepData
 from train.config import (
     GRPOConfig,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     RunConfig,
@@ -305,6 +306,14 @@ def test_differences_name_what_a_resumed_run_may_not_change() -> None:
         "grpo.group_size: 4 -> 8",
         "seed: 0 -> 3",
     ]
+
+
+def test_a_run_from_before_there_were_pairs_goes_on() -> None:
+    earlier = to_json(tiny.CONFIG)
+    del earlier["lora"]
+    assert differences(earlier, to_json(tiny.CONFIG)) == []
+    pairs = dataclasses.replace(tiny.CONFIG, lora=LoRAConfig(rank=2))
+    assert differences(earlier, to_json(pairs)) == ["lora.rank: 0 -> 2"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from er_jax.engine.engine import Engine
 from er_jax.types import Finish, Params, Program
 from tests.learned import Learned, poisoned
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 PROMPTS = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [2, 2, 2], [5, 1, 3]]
 NEW = 17  # with three prompt tokens: all of the policy's twenty positions
 # Compiled for each rule and attention: all but one length are left to the slow tests.

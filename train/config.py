@@ -374,9 +374,12 @@ def differences(
 ) -> list[str]:
     """Return the fields that differ between two configs, as "name: old -> new".
 
-    Fields that a resumed run may change are left out.
+    Fields that a resumed run may change are left out. A run of a version that had no
+    pairs trained all weights.
     """
     found = []
+    if not prefix:
+        old = {"lora": to_json(LoRAConfig())} | old
     for name in sorted({*old, *new}):
         before, after, full = old.get(name), new.get(name), f"{prefix}{name}"
         if isinstance(before, dict) and isinstance(after, dict):

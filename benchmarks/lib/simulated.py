@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 from unittest import mock
 
 import numpy as np
@@ -49,7 +49,8 @@ class SimulatedPolicy:
       a move of rows. start_s: to compile what the first call needs beside windows.
     slots, count: rows at once, and completions, of each call.
     mean, longest: tokens of completions; each ends with equal chance at every token.
-    keep: chance that a draft is kept.
+    keep: chance that a draft is kept. window: what drafts may see, as in
+      `DrafterConfig`.
     """
 
     round_seconds: Callable[[Program], float]
@@ -62,6 +63,7 @@ class SimulatedPolicy:
     mean: int
     longest: int
     keep: float = 0.95
+    window: Literal["auto"] | None = None
 
     def compile_s(self, name: tuple[Any, ...]) -> float:
         """Return the seconds that a program takes to compile, by the engine's name."""

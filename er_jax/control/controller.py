@@ -8,10 +8,12 @@ no rule of its own. *Rent or buy* decides what to compile: for every program tha
 compiled, the time lost by running the fastest compiled one instead is added up, and the
 program is compiled when the sum reaches its compile time.
 
-At first nothing is known of drafts, and they are assumed to be `UNKNOWN_SPEED_UP` times
-as fast as plain decoding. When the time lost by that assumption reaches the price of a
-measurement, one row is measured with and without drafts (`first_look`). If one row
-gains nothing, no batch does, and no drafting program is compiled from then on.
+At first nothing is known of drafts. Where plain steps promise a gain for the batch that
+runs (`guesses`), the same account is kept for its drafts. Otherwise they are assumed to
+be `UNKNOWN_SPEED_UP` times as fast as plain decoding, and when the time lost by that
+assumption reaches the price of a measurement, one row is measured with and without
+drafts (`first_look`). If one row gains nothing, no batch does, and no drafting program
+is compiled from then on.
 
 A controller is a host object, kept across RL steps. Rollouts in several threads may
 share one (`rollouts`). Left out: estimates of acceptance (`estimate`), the accounts
@@ -29,6 +31,7 @@ import numpy as np
 from er_jax.config import DEFAULT_GAMMAS, parse_control
 from er_jax.control.accounts import UNKNOWN_SPEED_UP, Accounts
 from er_jax.control.estimate import AcceptanceEstimate, LiveShares
+from er_jax.control.guesses import guessed_seconds
 from er_jax.control.paper import PaperRule, check_names
 from er_jax.control.probes import (
     HYSTERESIS,
@@ -158,10 +161,17 @@ class Controller:
 
     def speed(self, program: Program) -> float | None:
         """Return expected tokens per second of each live row; None if unknown."""
-        return self._speeds([program])[program] or None
+        return self._speeds([program], may_guess=False)[program] or None
 
-    def _speeds(self, programs: Sequence[Program]) -> dict[Program, float]:
-        """Return the speed of each program, 0 where it is unknown."""
+    def _speeds(
+        self, programs: Sequence[Program], *, may_guess: bool = True
+    ) -> dict[Program, float]:
+        """Return the speed of each program, 0 where it is unknown.
+
+        Args:
+          may_guess: whether drafts have guessed costs before any were timed.
+        """
+        may_guess &= self._rule is None
         used = {view: self.acceptance_of(view) for view in {p.view for p in programs}}
         tokens = {
             (gamma, view): used[view].tokens_per_round(gamma)
@@ -170,6 +180,8 @@ class Controller:
         speeds = {}
         for program in programs:
             round_s = self.table.round_seconds(program)
+            if round_s is None and may_guess and not program.shared_rows:
+                round_s = guessed_seconds(self.table, program)
             emitted = tokens[program.gamma, program.view] * self._live_shares.share(
                 program.rows, program.gamma
             )
@@ -228,6 +240,8 @@ class Controller:
             own.wanted = []
             bought = max(paid, key=speeds.__getitem__)
             self._accounts.settle(bought, best_ready, self._speeds)
+            if bought.gamma:
+                self._accounts.plain_s.pop(bought.shape, None)
             return bought
         chosen = best_ready
         if current in ready:
@@ -255,7 +269,7 @@ class Controller:
         with self._lock:
             self.least_rows = rows
             drafting = [gamma for gamma in self.gammas if gamma]
-            if not drafting or self.knows_drafts:
+            if not drafting or self._has_looked:
                 return ()
             middle = min(drafting, key=lambda gamma: abs(gamma - 4))
             plain = Program(rows, cache_length, 0)
@@ -270,6 +284,13 @@ class Controller:
     def knows_drafts(self) -> bool:
         """Whether costs of drafts were ever measured, in this process or before."""
         return self.table.has_drafts
+
+    @property
+    def _has_looked(self) -> bool:
+        """Whether drafts of the smallest batch were measured, or single passes."""
+        return self.table.passes is not None or any(
+            p.gamma and p.rows == self.least_rows for p in self.table.seconds
+        )
 
     def observe_first_look(
         self, seconds: Mapping[Program, float], num_rounds: int
@@ -303,7 +324,7 @@ class Controller:
             own = self._rollouts.current
             if program.gamma == 0:
                 self._plain_s += seconds
-                if not self.knows_drafts:
+                if not self._has_looked:
                     self._accounts.book_plain(program, seconds)
             elif own.is_probing:
                 self._probed_s += seconds

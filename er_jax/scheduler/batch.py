@@ -417,7 +417,7 @@ class Batch:
         ended = self._still_ended(ended, found)
         self.completions |= {s: found[s] for s in found if s in ended}
         if self.journal is not None:
-            self.journal.note(found, sync=is_due)
+            self.stats.num_journalled += self.journal.note(found, sync=is_due)
         self.stats.add_window(moment, self._finished.num_tokens, info.accepted)
         self._finished = None  # Last, so that an interrupted fetch can be repeated.
         return [sequence for sequence in found if sequence in ended]

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import jax
-from tqdm import tqdm
 
 from er_jax.control.protocol import ControllerProtocol
 from er_jax.journal import Journal
@@ -30,6 +29,7 @@ from er_jax.respond import Respond
 from er_jax.result import Completion, keeping
 from er_jax.scheduler.batch import Batch
 from er_jax.scheduler.conversations import Conversations
+from er_jax.scheduler.monitor import Monitor
 from er_jax.scheduler.topology import Topology
 from er_jax.scheduler.turns import Turns
 from er_jax.stats import RolloutStats
@@ -71,7 +71,7 @@ def run(
         "unfinished".
       began_s: `time.perf_counter()` when the call began, for `until.seconds`.
       on_finish: called with (sequence id, completion) as rows end.
-      progress: show a progress bar of finished sequences.
+      progress: show a progress bar of finished sequences; see `Monitor`.
     Returns:
       Sequence (0 .. N-1) -> completion.
     Raises:
@@ -87,7 +87,7 @@ def run(
 
     def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
-            bar.update()
+            monitor.finish(len(batch.completions[sequence].token_ids))
             if on_finish is None:
                 continue
             try:
@@ -117,7 +117,7 @@ def run(
 
     with (
         contextlib.nullcontext() if talks is None else contextlib.closing(talks.turns),
-        tqdm(total=len(request.waiting), unit="seq", disable=not progress) as bar,
+        Monitor(len(request.waiting), progress, stats) as monitor,
         keeping(finished, request, batch.unfinished),
     ):
         if talks is not None:
@@ -147,11 +147,7 @@ def run(
                 batch.start_window(program, controller.table.round_seconds(program))
                 # While this window runs, completions of the one before are delivered.
                 failure = deliver(batch.collect())
-                if progress:
-                    bar.set_postfix_str(
-                        f"live={batch.num_live}, gamma={program.gamma}",
-                        refresh=False,
-                    )
+                monitor.show(program, batch.rows, request, len(batch.queue))
                 batch.end_window(controller, failure)
             if talks is not None:
                 if until is not None:
