@@ -33,6 +33,7 @@ SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
 TURNS = "tests/test_turns.py"
+SCORED_TURNS = "test_scores_are_those_of_sampled_tokens_behind_appended_ones"
 CALLS = f"{TURNS}::test_tokens_are_those_of_calls_turn_by_turn"
 STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
 SESSION = "tests/test_session.py"
@@ -594,7 +595,7 @@ BUGS: tuple[PlantedBug, ...] = (
         "er_jax::_turn_index",
         "index - lax.cummax(begins, axis=1)",
         "index",
-        (f"{CALLS}[ar-8-2]",),
+        (f"{TURNS}::{SCORED_TURNS}",),
     ),
     PlantedBug(
         "appended tokens that a journal takes for sampled",

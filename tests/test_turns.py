@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -177,8 +178,6 @@ def test_tokens_are_those_of_calls_turn_by_turn(
     for row, completion in seen.items():
         assert completion.turns == out.turns[row]
         assert len(completion.token_ids) == out.lengths[row]
-    found = er_jax.score(POLICY, params(), out, config=config).logprobs
-    np.testing.assert_allclose(found, out.logprobs, atol=1e-5)
 
 
 class Shortest(Restless):
@@ -274,6 +273,21 @@ def test_turns_survive_maps_and_files(tmp_path: Path) -> None:
     assert part.turns == out.turns[2:5]
     out.save(tmp_path / "out.npz")
     assert Rollout.load(tmp_path / "out.npz").turns == out.turns
+
+
+def test_scores_are_those_of_sampled_tokens_behind_appended_ones() -> None:
+    out = sample()
+    found = er_jax.score(POLICY, params(), out, config=CONFIG).logprobs
+    np.testing.assert_allclose(found, out.logprobs, atol=1e-5)
+    assert (np.asarray(found)[~out.completion_mask] == 0).all()
+    # Other answers, other scores: of tokens behind them.
+    other = np.where(out.completion_mask, out.completion_ids, 4)
+    changed = dataclasses.replace(out, completion_ids=other.astype(np.int32))
+    found = er_jax.score(POLICY, params(), changed, config=CONFIG).logprobs
+    for row, (first, second, *_) in enumerate(out.turns):
+        same = np.isclose(found[row], out.logprobs[row], atol=1e-5)
+        assert same[: first[1]].all()
+        assert not same[second[0] : second[1]].all()
 
 
 def test_a_slow_tool_holds_up_nobody() -> None:
@@ -627,6 +641,6 @@ def test_wrong_arguments_are_refused(make: Callable[[], Any], message: str) -> N
 
 def test_several_processes_are_refused() -> None:
     devices = np.array([types.SimpleNamespace(process_index=i) for i in range(2)])
-    mesh: Any = types.SimpleNamespace(devices=devices)
+    mesh = mock.Mock(spec=Mesh, devices=devices)
     with pytest.raises(ValueError, match="respond: the mesh has devices of 2 proc"):
         check_one_process(mesh, "respond", "sample in one")
