@@ -27,7 +27,7 @@ TOGETHER = {
     "the policy": ("decoder", "drafter", "kv_cache", "products"),
     "a round": ("acceptance", "sampling", "steps"),
     "what is asked": ("bias", "settings", "stops"),
-    "a request": ("config", "request", "stats"),
+    "a request": ("config", "request", "stats", "respond"),
     "checks and result": (
         *("checks", "result", "resume", "journal", "journal_format"),
     ),

@@ -28,6 +28,7 @@ from er_jax.lora import (
 )
 from er_jax.mesh.prompts import gather_prompts
 from er_jax.mesh.replicas import ExpectedLengths, rollout_replicas
+from er_jax.respond import Respond, Turn
 from er_jax.result import Completion, Rollout, RolloutError
 from er_jax.rollout import compile_ahead, rollout
 from er_jax.score import Scores, score
@@ -54,6 +55,7 @@ __all__ = [
     "Policy",
     "PolicyParams",
     "QuantizedWeight",
+    "Respond",
     "Rollout",
     "RolloutConfig",
     "RolloutError",
@@ -64,6 +66,7 @@ __all__ = [
     "Stop",
     "Stream",
     "TiedEmbedding",
+    "Turn",
     "Until",
     "add_lora",
     "attach_draft",

@@ -28,9 +28,10 @@ from er_jax.journal import Journal, array_digest
 from er_jax.mesh import layout
 from er_jax.mesh.engine import MeshEngine, mesh_engines_for
 from er_jax.mesh.topology import DataShards
-from er_jax.request import Request, request_of
+from er_jax.request import Request, TurnSizes, request_of
+from er_jax.respond import Respond
 from er_jax.result import Completion, Rollout
-from er_jax.resume import completions_of, earlier_rollout
+from er_jax.resume import completions_of, earlier_rollout, turn_end, turn_of
 from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import OneDevice, Topology
 from er_jax.session import Session, check_session
@@ -40,7 +41,8 @@ from er_jax.types import Params, Policy, View
 # The settings that decide which tokens are sampled.
 DECIDING = (
     "n", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop_token_ids",
-    "accept", "logprobs",
+    "accept", "logprobs", "min_new_tokens", "stop_sequences", "banned_ids",
+    "logit_bias",
 )  # fmt: skip
 
 
@@ -50,7 +52,8 @@ class Call:
 
     params: as given, on the devices of `engine`.
     resume: the earlier rollout, or None. ended, begun: its completions by sequence, of
-      those that are returned as they are and those that go on.
+      those that are returned as they are and those that go on. turned: why the last
+      turns have ended of those that were not answered.
     journal: the file that the call goes on with, or None; what it holds is a part of
       `resume`.
     """
@@ -65,6 +68,7 @@ class Call:
     ended: Mapping[int, Completion] = dataclasses.field(default_factory=dict)
     begun: Mapping[int, Completion] = dataclasses.field(default_factory=dict)
     journal: Journal | None = None
+    turned: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def policy_params(self) -> Params:
@@ -73,16 +77,19 @@ class Call:
         return params.policy if isinstance(params, PolicyParams) else params
 
 
-def check_one_process(mesh: Mesh | None) -> None:
-    """Refuse a journal of several processes, each of which has rows of its own."""
+def check_one_process(mesh: Mesh | None, name: str, remedy: str) -> None:
+    """Refuse what knows only the rows of one process.
+
+    Args:
+      mesh: of the call. name: of the argument. remedy: what to do instead.
+    """
     if not isinstance(mesh, Mesh):
         return  # None, or refused as a mesh.
     processes = {device.process_index for device in mesh.devices.flat}
     if len(processes) > 1:
         raise ValueError(
-            f"journal: the mesh has devices of {len(processes)} processes, and a "
-            "journal is of one; leave it out, and save what until=er_jax.Until(...) "
-            "returns"
+            f"{name}: the mesh has devices of {len(processes)} processes, and a "
+            f"{name} is of one; {remedy}"
         )
 
 
@@ -97,6 +104,7 @@ def prepare(
     resume: Rollout | str | os.PathLike[str] | None = None,
     journal: Journal | None = None,
     key: np.ndarray | None = None,
+    respond: Respond | None = None,
     session: Session | None = None,
 ) -> Call:
     """Check the arguments of a rollout; find its engine and controller.
@@ -123,10 +131,27 @@ def prepare(
     if resume is not None:
         earlier = earlier_rollout(resume, arrays, ids, config, policy.vocab_size)
     if journal is not None:
-        journal.begin(_named(policy, params, arrays, ids, config, key, earlier))
+        named = _named(policy, params, arrays, ids, config, key, earlier, respond)
+        journal.begin(named)
         earlier = journal.gone_on(arrays, ids, config, earlier)
     if earlier is not None:
         ended, begun = completions_of(earlier, config)
+    limit = None if respond is None else respond.max_turn_tokens
+    checks.check_turns(limit, config)
+    turned: dict[int, str] = {}
+    for row, completion in begun.items():
+        reason = turn_end(completion, config, row, limit)
+        if reason is not None:
+            turned[row] = reason
+    if respond is None:
+        # Nobody answers: they end as what was asked for now would have.
+        for row, reason in turned.items():
+            ended[row] = dataclasses.replace(begun.pop(row), finish_reason=reason)
+        turned = {}
+    turns = None
+    if respond is not None or any(not found.mask.all() for found in begun.values()):
+        starts = {row: turn_of(found) for row, found in begun.items()}
+        turns = TurnSizes(limit, starts)
     if isinstance(params, PolicyParams):
         check_draft(params)
         if is_drafting:
@@ -147,9 +172,20 @@ def prepare(
         engine.layout.num_shards,
         begun={sequence: found.token_ids for sequence, found in begun.items()},
         ended=ended,
+        turns=turns,
     )
     call = Call(
-        params, arrays, ids, request, engine, controller, earlier, ended, begun, journal
+        params=params,
+        prompts=arrays,
+        sequence_ids=ids,
+        request=request,
+        engine=engine,
+        controller=controller,
+        resume=earlier,
+        ended=ended,
+        begun=begun,
+        journal=journal,
+        turned=turned,
     )
     if not engine.compiled:
         checks.check_parameters(policy, call.policy_params)
@@ -180,6 +216,7 @@ def _named(
     config: RolloutConfig,
     key: np.ndarray | None,
     earlier: Rollout | None,
+    respond: Respond | None,
 ) -> dict[str, Any]:
     """Return what decides the tokens of a call, but for the values of parameters.
 
@@ -202,6 +239,8 @@ def _named(
         "sequence_ids": array_digest(sequence_ids),
         "key": np.asarray(key).tolist(),
         "resume": resumed,
+        # Of the function itself nothing can be known.
+        "respond": respond and [respond.max_turns, respond.max_turn_tokens],
         **{name: getattr(config, name) for name in DECIDING},
     }
 

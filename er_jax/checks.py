@@ -161,6 +161,16 @@ def check_token_ids(config: RolloutConfig, vocab_size: int) -> None:
         )
 
 
+def check_turns(max_turn_tokens: int | None, config: RolloutConfig) -> None:
+    """Refuse turns that are so short that none of them can stop."""
+    least = int(np.max(config.min_new_tokens))
+    if max_turn_tokens is not None and max_turn_tokens < least:
+        raise ValueError(
+            f"respond.max_turn_tokens={max_turn_tokens} must be at least "
+            f"min_new_tokens={least}, which counts in every turn; raise it"
+        )
+
+
 def check_length(
     prompts: list[np.ndarray], config: RolloutConfig, max_length: int | None
 ) -> None:

@@ -36,6 +36,7 @@ from er_jax.journal_format import (
     Piece,
     contents_of,
     joined,
+    pieces_of,
     record,
 )
 from er_jax.result import NOTHING, Completion, Rollout, assemble
@@ -178,7 +179,8 @@ class Journal:
         pieces: dict[int, list[Piece]] = {}
         for piece in self._found.pieces:
             pieces.setdefault(piece.row, []).append(piece)
-        count, width = len(sequence_ids), config.max_new_tokens
+        count, width = len(sequence_ids), config.most_new_tokens
+        limits = config.of_sequences("max_new_tokens", len(prompts))
         completions: dict[int, Completion] = {}
         versions = np.full((count, width), -1, np.int32)
         for row in range(count):
@@ -190,6 +192,7 @@ class Journal:
                     token_ids=earlier.completion_ids[row, :length],
                     logprobs=earlier.logprobs[row, :length],
                     finish_reason=str(earlier.finish_reason[row]),
+                    mask=earlier.completion_mask[row, :length],
                 )
             before = known
             known, own = joined(known, own, pieces.get(row, []))
@@ -197,7 +200,7 @@ class Journal:
             versions[row, : len(own)] = own
             self._noted[row] = len(own)
             # What ended by length goes on where the limit is higher now.
-            goes_on = known.finish_reason == LENGTH and len(own) < width
+            goes_on = known.finish_reason == LENGTH and len(own) < limits[row]
             if known.finish_reason != UNFINISHED and not goes_on:
                 self._ended.add(row)
                 if known is not before:
@@ -250,20 +253,12 @@ class Journal:
             more then, and the rollout goes on.
         """
         pieces = [
-            Piece(
-                row=row,
-                start=self._noted.get(row, 0),
-                version=self._version,
-                finish=FINISH_NAMES.index(completion.finish_reason),
-                token_ids=completion.token_ids[self._noted.get(row, 0) :],
-                logprobs=completion.logprobs[self._noted.get(row, 0) :],
-            )
+            piece
             for row, completion in completions.items()
             if row not in self._ended
-        ]
-        pieces = [
-            piece
-            for piece in pieces
+            for piece in pieces_of(
+                row, completion, self._noted.get(row, 0), self._version
+            )
             if len(piece.token_ids) or piece.finish != Finish.UNFINISHED
         ]
         assert self._writer is not None, "`confirm` comes first"

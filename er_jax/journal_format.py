@@ -14,6 +14,7 @@ Left out: the file itself, which is `journal`'s.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import struct
 import zlib
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from er_jax.result import Completion
-from er_jax.types import FINISH_NAMES, Finish
+from er_jax.types import FINISH_NAMES, NONE, Finish
 
 MAGIC = b"er_jax journal 1\n"
 MARK = b"\xe5\x9eRJ"
@@ -37,8 +38,8 @@ class Piece:
     """What is new in one completion.
 
     row: of the rollout. start: tokens of the completion before it.
-    version: of the call that sampled it. finish: a `types.Finish`; UNFINISHED, or why
-      the completion ended with this piece.
+    version: of the call that sampled it; `NONE` if it was appended.
+    finish: a `types.Finish`; UNFINISHED, or why the completion ended with this piece.
     token_ids, logprobs: int32 and float32 `[length]`.
     """
 
@@ -165,6 +166,32 @@ def _record_at(data: bytes, start: int) -> tuple[int, bytes] | None:
     return (kind, body) if _checksum(kind, body) == checksum else None
 
 
+def pieces_of(
+    row: int, completion: Completion, start: int, version: int
+) -> list[Piece]:
+    """Return the pieces of a completion from a token on, those appended by themselves.
+
+    Args:
+      row: of the rollout. start: index of the first token.
+      version: of the call that sampled the tokens.
+    """
+    mask = completion.mask
+    changes = np.flatnonzero(mask[start:][1:] != mask[start:][:-1]) + start + 1
+    cuts = [start, *changes.tolist(), len(mask)]
+    last = FINISH_NAMES.index(completion.finish_reason)
+    return [
+        Piece(
+            row=row,
+            start=begin,
+            version=version if mask[begin:end].all() else NONE,
+            finish=last if end == len(mask) else Finish.UNFINISHED,
+            token_ids=completion.token_ids[begin:end],
+            logprobs=completion.logprobs[begin:end],
+        )
+        for begin, end in itertools.pairwise(cuts)
+    ]
+
+
 def joined(
     known: Completion, versions: np.ndarray, pieces: Sequence[Piece]
 ) -> tuple[Completion, np.ndarray]:
@@ -192,6 +219,7 @@ def joined(
             token_ids=piece.token_ids[overlap:],
             logprobs=piece.logprobs[overlap:],
             finish_reason=FINISH_NAMES[piece.finish],
+            mask=np.full(len(piece.token_ids) - overlap, piece.version != NONE),
         )
         known = known.followed_by(later)
         added = np.full(len(later.token_ids), piece.version, np.int32)

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from er_jax import kv_cache
-from er_jax.types import NONE, Admission, DecodeState, Params, Policy
+from er_jax.types import (
+    NONE,
+    Admission,
+    Continuation,
+    DecodeState,
+    Finish,
+    Params,
+    Policy,
+)
 
 # Most tokens of a prompt that are prefilled at a time.
 PIECE = 1024
@@ -103,6 +111,67 @@ def admit(
         sequence_id=put(state.sequence_id, admission.sequence_id),
         live=put(state.live, started),
         finish_reason=put(state.finish_reason, jnp.zeros_like(state.finish_reason)),
+        cache=cache,
+    )
+
+
+def go_on(
+    policy: Policy,
+    params: Params,
+    state: DecodeState,
+    continuation: Continuation,
+    *,
+    chunk: int,
+) -> DecodeState:
+    """Append tokens to rows that have ended, and have them go on.
+
+    Such a row holds the entries of all of its tokens but the last. So that one is fed,
+    and the appended ones but the last.
+
+    Args:
+      policy, params: the target.
+      state: rows in `continuation.slot` are live afterwards.
+      continuation: see `types.Continuation`. chunk: static; rows prefilled together.
+    """
+    offsets = jnp.arange(continuation.tokens.shape[1], dtype=jnp.int32)[None]
+    # Unused entries of `slot` are B: their rows are the last one's, and are dropped.
+    index = jnp.minimum(continuation.slot, state.rows - 1)
+    length = state.length[index]
+    before = jnp.take_along_axis(
+        state.tokens[index], jnp.maximum(length - 1, 0)[:, None], axis=1
+    )
+    fed = jnp.concatenate([before, continuation.tokens[:, :-1]], axis=1)
+    is_token = offsets < continuation.count[:, None]
+    positions = jnp.where(is_token, length[:, None] - 1 + offsets, NONE)
+
+    def part(x: jax.Array, i: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, i * chunk, chunk)
+
+    def run(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+        rows = kv_cache.take_rows(cache, part(index, i))
+        rows = policy.forward(params, part(fed, i), part(positions, i), rows)[1]
+        slot = part(continuation.slot, i)
+        return jax.tree.map(
+            lambda leaf, new: leaf.at[slot].set(new, mode="drop"), cache, rows
+        )
+
+    cache = lax.fori_loop(0, continuation.num_chunks, run, state.cache)
+    slot, length = continuation.slot, length + continuation.count
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[slot].set(new, mode="drop")
+
+    at = jnp.where(positions == NONE, NONE, positions + 1)
+    tokens = kv_cache.write(state.tokens[index], continuation.tokens, at)
+    return DecodeState(
+        tokens=put(state.tokens, tokens),
+        logprobs=state.logprobs,
+        length=put(state.length, length),
+        prompt_length=put(state.prompt_length, length),
+        limit=put(state.limit, continuation.limit),
+        sequence_id=state.sequence_id,
+        live=put(state.live, jnp.ones_like(slot, jnp.bool_)),
+        finish_reason=put(state.finish_reason, jnp.full_like(slot, Finish.RUNNING)),
         cache=cache,
     )
 

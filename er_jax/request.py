@@ -59,6 +59,7 @@ def request_of(
     *,
     begun: Mapping[int, np.ndarray] = MappingProxyType({}),
     ended: Collection[int] = (),
+    turns: TurnSizes | None = None,
 ) -> Request:
     """Return the request of some prompts, with sizes rounded up to buckets.
 
@@ -68,6 +69,7 @@ def request_of(
         evenly among them.
       begun: tokens that sequences have already, int32 `[length]` each; they go on
         behind them. ended: sequences that are not sampled.
+      turns: of conversations; None where a completion is one turn.
     """
     distinct: dict[bytes, int] = {}
     prompt_of = np.repeat(
@@ -94,8 +96,6 @@ def request_of(
     lengths = [-(-longest // step) * step]
     while lengths[-1] // 2 >= max(bucket + 64, 128):
         lengths.append(-(-lengths[-1] // 2 // step) * step)
-    is_cpu = jax.default_backend() == "cpu"
-    chunk_tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
     slots = min(config.max_slots, power_of_two(max(len(waiting), 1), 1))
     return Request(
         prompts=unique,
@@ -105,13 +105,34 @@ def request_of(
         slots=-(-slots // num_shards) * num_shards,
         cache_lengths=tuple(sorted(set(lengths))),
         prompt_bucket=bucket,
-        chunk=min(max(chunk_tokens // bucket, 1), 16),
+        chunk=chunk_of(bucket),
         views=_views_of(config),
         group=config.n,
         ended=frozenset(ended),
         num_begun=num_begun,
         limits=limits if isinstance(config.max_new_tokens, tuple) else None,
+        turns=turns,
     )
+
+
+def chunk_of(bucket: int) -> int:
+    """Return how many prompts of a bucket are prefilled together."""
+    is_cpu = jax.default_backend() == "cpu"
+    tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
+    return min(max(tokens // bucket, 1), 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnSizes:
+    """Where turns of conversations begin, and how long they may be.
+
+    limit: of a turn in tokens; None is no limit but the completion's.
+    starts: index of the token of its completion that begins a sequence's turn, by
+      sequence; 0 where there is none.
+    """
+
+    limit: int | None = None
+    starts: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 def _views_of(config: RolloutConfig) -> tuple[View, ...]:
@@ -283,6 +304,7 @@ class Request:
     ring_slots: of the shortest ring in the policy's cache; None where no row goes past
       one.
     limits: int `[N]`, the limit of each completion; None where it is the same for all.
+    turns: of conversations; None where a completion is one turn.
     """
 
     prompts: Sequence[np.ndarray]
@@ -300,28 +322,86 @@ class Request:
     num_begun: Mapping[int, int] = dataclasses.field(default_factory=dict)
     ring_slots: int | None = None
     limits: np.ndarray | None = None
+    turns: TurnSizes | None = None
 
     def views_at(self, cache_length: int, gamma: int) -> list[View]:
         """Return the drafts that a program may run; see `offered_views`."""
         return offered_views(self.views, cache_length, gamma)
 
     def limit(self, sequence: int) -> int:
-        """Return the length in tokens at which a sequence ends, prompt included."""
-        limits = self.limits
-        own = self.max_new_tokens if limits is None else int(limits[sequence])
+        """Return the length in tokens at which a row ends, prompt included.
+
+        That of the completion, or of its turn.
+        """
+        own = self.most_tokens(sequence)
+        if self.turns is not None and self.turns.limit is not None:
+            start = self.turns.starts.get(sequence, 0)
+            own = min(own, start + self.turns.limit)
         return self.begin(sequence) + own
+
+    def most_tokens(self, sequence: int) -> int:
+        """Return the most tokens that a completion may have."""
+        return (
+            self.max_new_tokens if self.limits is None else int(self.limits[sequence])
+        )
 
     def begin(self, sequence: int) -> int:
         """Return the position of the first token of a completion."""
         known = len(self.prompts[self.prompt_of[sequence]])
         return known - self.num_begun.get(sequence, 0)
 
+    def prompt(self, sequence: int) -> np.ndarray:
+        """Return the prompt of a sequence, without what it has of its completion."""
+        return self.prompts[self.prompt_of[sequence]][: self.begin(sequence)]
+
     def with_begins(self, settings: Sampling) -> Sampling:
-        """Return settings with the position where each completion begins, if used."""
+        """Return settings with the position where each completion begins, if used.
+
+        Of a conversation, where its turn begins: the bounds of stops are a turn's.
+        """
         if settings.begin is None:
             return settings
-        begins = [self.begin(s) for s in range(len(self.prompt_of))]
+        starts = {} if self.turns is None else self.turns.starts
+        begins = [self.begin(s) + starts.get(s, 0) for s in range(len(self.prompt_of))]
         return dataclasses.replace(settings, begin=np.array(begins, np.int32))
+
+    def going_on(self, completions: Mapping[int, np.ndarray]) -> Request:
+        """Return the request with new turns.
+
+        Args:
+          completions: int32 `[length]` each, by sequence: all tokens so far. A turn
+            begins behind them.
+        """
+        prompts, prompt_of = list(self.prompts), self.prompt_of.copy()
+        num_begun, starts = dict(self.num_begun), {}
+        for sequence, tokens in completions.items():
+            # A number of its own: rows that hold earlier turns do not hold this one.
+            prompt_of[sequence] = len(prompts)
+            prompts.append(np.concatenate([self.prompt(sequence), tokens]))
+            num_begun[sequence] = starts[sequence] = len(tokens)
+        assert self.turns is not None
+        turns = dataclasses.replace(self.turns, starts={**self.turns.starts, **starts})
+        return dataclasses.replace(
+            self, prompts=prompts, prompt_of=prompt_of, num_begun=num_begun, turns=turns
+        )
+
+    def bucket(self, lengths: Iterable[int]) -> int:
+        """Return the bucket that holds prompts of some lengths in tokens."""
+        if self.turns is None:
+            return self.prompt_bucket
+        longest = power_of_two(max(lengths, default=1), self.prompt_bucket)
+        return min(longest, self.cache_lengths[-1])
+
+    def start_length(self, sequence: int) -> int:
+        """Return the tokens that a sequence starts from."""
+        return len(self.prompts[self.prompt_of[sequence]])
+
+    def starting(self, sequences: Iterable[int]) -> Request:
+        """Return the request in the sizes of an admission of some sequences."""
+        bucket = self.bucket(map(self.start_length, sequences))
+        if bucket == self.prompt_bucket:
+            return self
+        return dataclasses.replace(self, prompt_bucket=bucket, chunk=chunk_of(bucket))
 
     @property
     def waiting(self) -> list[int]:

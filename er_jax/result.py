@@ -9,7 +9,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -24,6 +24,21 @@ from er_jax.types import FINISH_NAMES, NONE, Finish
 def _no_stats() -> Any:
     """Return None: what `rollout` returns has stats, pytrees are made without."""
     return None
+
+
+def _all_sampled() -> Any:
+    """Return None, in whose place `Completion` puts a mask of all of its tokens."""
+    return None
+
+
+Spans: TypeAlias = tuple[tuple[int, int], ...]
+
+
+def spans_of(mask: np.ndarray) -> Spans:
+    """Return where flags `[length]` are set, as (start, end) of each run of them."""
+    padded = np.concatenate([[0], np.asarray(mask, np.int8), [0]])
+    edges = np.flatnonzero(np.diff(padded)).reshape(-1, 2)
+    return tuple((int(start), int(end)) for start, end in edges)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +56,12 @@ class Rollout:
       prompt_ids: int32 `[N, T]`, left-padded.
       prompt_mask: bool `[N, T]`, true on the prompt's tokens.
       completion_ids: int32 `[N, max_new_tokens]`, right-padded, the stop token
-        included.
+        included; of a conversation all turns, with what was appended between them.
       completion_mask: bool `[N, max_new_tokens]`, true on sampled tokens.
       logprobs: float32 `[N, max_new_tokens]`, log-probabilities of the sampled tokens
-        under the target, of the kind `config.logprobs`; 0 where masked.
-      lengths: int32 `[N]`, sampled tokens.
+        under the target, of the kind `config.logprobs`; 0 where masked, appended
+        tokens included.
+      lengths: int32 `[N]`, tokens of each completion, appended ones included.
       finish: int32 `[N]`, why each completion ended, a `types.Finish`; `finish_reason`
         has the names.
       version: int32 `[N, max_new_tokens]`, the argument `version` of the call that
@@ -67,10 +83,21 @@ class Rollout:
 
     @functools.cached_property
     def finish_reason(self) -> np.ndarray:
-        """Strings `[N]`, not inside `jax.jit`: "stop", "length", "nonfinite", or
-        "unfinished" where the rollout ended early.
+        """Strings `[N]`, not inside `jax.jit`: "stop", "length", "nonfinite", "tool"
+        where a turn got no answer to go on with, or "unfinished" where the rollout
+        ended early.
         """
         return np.array(FINISH_NAMES)[np.asarray(self.finish)]
+
+    @functools.cached_property
+    def turns(self) -> tuple[Spans, ...]:
+        """The turns of each completion, not inside `jax.jit`: (start, end) of the
+        tokens sampled in each, as indices of its line of `completion_ids`.
+
+        They are the runs of `completion_mask`. Without `respond` there is one, or none
+        where no token was sampled.
+        """
+        return tuple(spans_of(mask) for mask in np.asarray(self.completion_mask))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all but the statistics to a file of NumPy arrays (`.npz`).
@@ -137,7 +164,8 @@ def assemble(
         several processes, each gives those it has.
       sequence_ids: int `[N]`. config: settings of the rollout. stats: passed through.
       agreement: of the processes.
-      version: of the tokens that were sampled now. earlier: has those of the others.
+      version: of the tokens that were sampled now. earlier: has those of the others,
+        and says which of its tokens were appended.
     """
     count, width = len(sequence_ids), max(len(p) for p in prompts)
     prompt_ids = np.full((count, width), config.pad_id, np.int32)
@@ -150,22 +178,30 @@ def assemble(
     completion_ids = np.zeros((count, longest), np.int32)
     logprobs = np.zeros((count, longest), np.float32)
     lengths, reasons = np.zeros((2, count), np.int32)
+    is_appended = np.zeros((count, longest), bool)
+    known = 0
+    if earlier is not None:
+        # Several processes append nothing, so what was appended is known to all.
+        known = min(longest, earlier.version.shape[1])
+        is_old = np.arange(known)[None] < earlier.lengths[:, None]
+        is_appended[:, :known] = is_old & ~earlier.completion_mask[:, :known]
     assert len(completions) == count or agreement.is_spread
     for row, completion in completions.items():
         length = len(completion.token_ids)
         completion_ids[row, :length] = completion.token_ids
         logprobs[row, :length] = completion.logprobs
+        is_appended[row, :length] = ~completion.mask
         lengths[row] = length
         reasons[row] = FINISH_NAMES.index(completion.finish_reason)
     # Every process holds zeros where another one has the completion.
     completion_ids, logprobs, lengths, reasons = map(
         agreement.sum, (completion_ids, logprobs, lengths, reasons)
     )
-    completion_mask = np.arange(longest)[None] < lengths[:, None]
-    completion_ids = np.where(completion_mask, completion_ids, np.int32(config.pad_id))
+    is_token = np.arange(longest)[None] < lengths[:, None]
+    completion_ids = np.where(is_token, completion_ids, np.int32(config.pad_id))
+    completion_mask = is_token & ~is_appended
     versions = np.where(completion_mask, np.int32(version), np.int32(NONE))
     if earlier is not None:
-        known = min(longest, earlier.version.shape[1])
         old = earlier.version[:, :known]
         versions[:, :known] = np.where(old == NONE, versions[:, :known], old)
     return Rollout(
@@ -189,17 +225,32 @@ class Completion:
     Attributes:
       token_ids: int32 `[length]`, a stop token included.
       logprobs: float32 `[length]`, of these tokens, as in `Rollout`.
-      finish_reason: "stop", "length", "nonfinite" or "unfinished".
+      finish_reason: "stop", "length", "nonfinite", "tool" or "unfinished".
+      mask: bool `[length]`, true on sampled tokens, false on those that `respond`
+        appended; all true if left out.
     """
 
     token_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
+    mask: np.ndarray = dataclasses.field(default_factory=_all_sampled)
+
+    def __post_init__(self) -> None:
+        if self.mask is None:
+            object.__setattr__(self, "mask", np.ones(len(self.token_ids), bool))
+
+    @property
+    def turns(self) -> Spans:
+        """Start and end of the tokens sampled in each turn; see `Rollout.turns`."""
+        return spans_of(self.mask)
 
     def copy(self) -> Completion:
         """Return a copy with its own arrays."""
         return dataclasses.replace(
-            self, token_ids=self.token_ids.copy(), logprobs=self.logprobs.copy()
+            self,
+            token_ids=self.token_ids.copy(),
+            logprobs=self.logprobs.copy(),
+            mask=self.mask.copy(),
         )
 
     def followed_by(self, later: Completion) -> Completion:
@@ -208,6 +259,18 @@ class Completion:
             token_ids=np.concatenate([self.token_ids, later.token_ids]),
             logprobs=np.concatenate([self.logprobs, later.logprobs]),
             finish_reason=later.finish_reason,
+            mask=np.concatenate([self.mask, later.mask]),
+        )
+
+    def answered(self, token_ids: np.ndarray) -> Completion:
+        """Return this completion with tokens appended that were not sampled."""
+        return self.followed_by(
+            Completion(
+                token_ids=token_ids,
+                logprobs=np.zeros(len(token_ids), np.float32),
+                finish_reason=FINISH_NAMES[Finish.UNFINISHED],
+                mask=np.zeros(len(token_ids), bool),
+            )
         )
 
 

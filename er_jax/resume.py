@@ -17,7 +17,9 @@ from er_jax.config import RolloutConfig
 from er_jax.result import Completion, Rollout
 from er_jax.types import FINISH_NAMES, Finish
 
-LENGTH, UNFINISHED = FINISH_NAMES[Finish.LENGTH], FINISH_NAMES[Finish.UNFINISHED]
+STOP, LENGTH, UNFINISHED = (
+    FINISH_NAMES[reason] for reason in (Finish.STOP, Finish.LENGTH, Finish.UNFINISHED)
+)
 
 
 def earlier_rollout(
@@ -74,7 +76,8 @@ def earlier_rollout(
             f"max_new_tokens={limits[row]} counts all tokens of a completion, and "
             f"resume holds one of {found.lengths[row]}; raise it"
         )
-    ids = found.completion_ids[found.completion_mask]
+    is_token = np.arange(found.completion_ids.shape[1]) < found.lengths[:, None]
+    ids = found.completion_ids[is_token]
     if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
         raise ValueError(
             f"resume holds token ids outside 0 .. {vocab_size - 1}: it is of another "
@@ -109,9 +112,46 @@ def completions_of(
             token_ids=earlier.completion_ids[row, :length].copy(),
             logprobs=earlier.logprobs[row, :length].copy(),
             finish_reason=reason,
+            mask=earlier.completion_mask[row, :length].copy(),
         )
         if not goes_on:
             ended[row] = completion
         elif length:
             begun[row] = completion
     return ended, begun
+
+
+def turn_of(completion: Completion) -> int:
+    """Return the index of a completion's token that begins its last turn.
+
+    Behind what was appended last, whether or not a token of the turn is there already.
+    """
+    return int(np.max(np.flatnonzero(~completion.mask), initial=-1)) + 1
+
+
+def turn_end(
+    completion: Completion, config: RolloutConfig, row: int, turn_tokens: int | None
+) -> str | None:
+    """Return why the last turn of an unfinished completion has ended, if it has.
+
+    A rollout that ended while a turn waited for its answer holds such completions.
+
+    Args:
+      completion: so far. config: of the request. row: of the completion.
+      turn_tokens: the limit of a turn; None is no limit.
+    Returns:
+      "stop", "length", or None for a turn that goes on.
+    """
+    text = completion.token_ids[turn_of(completion) :].tolist()
+    if not text:
+        return None
+    least = config.min_new_tokens
+    if isinstance(least, tuple):
+        least = least[row // config.n]
+    is_stop = text[-1] in config.stop_ids or any(
+        len(text) > least and text[-len(sequence) :] == list(sequence)
+        for sequence in config.stop_sequences
+    )
+    if is_stop:
+        return STOP
+    return LENGTH if turn_tokens is not None and len(text) >= turn_tokens else None

@@ -40,6 +40,7 @@ from er_jax.drafter import PolicyParams, attach_draft
 from er_jax.engine.digests import tree_digest
 from er_jax.journal import Journal
 from er_jax.request import Request, noise_key, row_buckets, sampling_of
+from er_jax.respond import Respond, RespondFunction, as_respond
 from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
 from er_jax.scheduler import loop
 from er_jax.session import Session
@@ -65,6 +66,7 @@ def rollout(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    respond: Respond | RespondFunction | None = None,
     session: Session | None = None,
 ) -> Rollout:
     """Sample n completions of every prompt from the policy.
@@ -110,6 +112,10 @@ def rollout(
         after a kill or a power cut at most the last five seconds and a window are
         sampled again. `on_finish` is called for the completions that it holds as well.
         For one process. See docs/living-rollouts.md.
+      respond: makes completions conversations of turns: a function that is called with
+        (sequence id, `Turn`) when a turn has ended at a stop, and returns tokens to
+        append, such as a tool's result, or None to end; or a coroutine function; or a
+        `Respond` of one, with limits. Calls run in other threads. For one process.
       session: where engines, programs, controllers and prompts' cache entries are kept
         instead of in the process; see `Session`.
     Returns:
@@ -126,7 +132,8 @@ def rollout(
       RuntimeWarning: rows ended at a non-finite logit (it names their sequence ids), or
         drafts were kept far less often than expected: a stale or broken draft; or the
         policy's drafts cannot see a window that is stated; or the journal is damaged,
-        or could not be written and ends there.
+        or could not be written and ends there; or `respond` failed for some completions
+        (it names their sequence ids, `stats.failed_turns` says why).
     Example:
       >>> import jax, er_jax
       >>> policy = er_jax.Decoder(er_jax.DecoderConfig(
@@ -155,6 +162,7 @@ def rollout(
         until=until,
         version=version,
         journal=journal,
+        respond=respond,
         session=session,
     )
 
@@ -176,6 +184,7 @@ def sample(
     until: Until | None,
     version: int,
     journal: str | os.PathLike[str] | None,
+    respond: Respond | RespondFunction | None,
     session: Session | None,
     on_checked: Callable[[Call], None] = lambda call: None,
 ) -> Rollout:
@@ -186,9 +195,13 @@ def sample(
         start_s, stats = time.perf_counter(), RolloutStats()
         words = noise_key(key)
         checks.check_version(version, until)
+        answering = as_respond(respond)
+        if answering is not None:
+            check_one_process(mesh, "respond", "give the turns to a rollout each")
         kept = None
         if journal is not None:
-            check_one_process(mesh)
+            remedy = "leave it out, and save what until=er_jax.Until(...) returns"
+            check_one_process(mesh, "journal", remedy)
             kept = stack.enter_context(Journal(journal, version))
         call = prepare(
             policy,
@@ -201,6 +214,7 @@ def sample(
             resume,
             kept,
             words,
+            answering,
             session,
         )
         engine, controller, request = call.engine, call.controller, call.request
@@ -248,6 +262,8 @@ def sample(
                     stats,
                     begun=call.begun,
                     journal=kept,
+                    respond=answering,
+                    turned=call.turned,
                     reuse=reuse_of(session, call, params, stats),
                     until=until,
                     began_s=start_s,
@@ -418,6 +434,16 @@ def _warn_of(broken_drafter: tuple[float, float] | None, out: Rollout) -> None:
             f"{len(bad_ids)} of {len(out.sequence_ids)} completions ended at a "
             f"non-finite logit, sequence ids {bad_ids.tolist()[:20]}; their tokens "
             "before it are kept",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    failed = out.stats.failed_turns
+    if failed:
+        name, message = next(iter(failed.items()))
+        warnings.warn(
+            f"respond failed for {len(failed)} of {len(out.sequence_ids)} completions, "
+            f'which ended as "tool", sequence ids {sorted(failed)[:20]}; of {name}, '
+            f"{message}. stats.failed_turns has all messages",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -24,6 +24,7 @@ PHASES = (
     "prefill",
     "windows",
     "moves",
+    "answers",
     "compile",
     "host",
 )
@@ -60,8 +61,9 @@ class RolloutStats:
     Attributes:
       seconds: phase -> seconds. Phases are check (the search for NaN in the
         parameters), draft refresh, calibration, prefill, windows (device time of the
-        decoding loops), moves (compaction and growth), compile, and host (the rest of
-        the wall time).
+        decoding loops), moves (compaction and growth), answers (nothing ran, because
+        all sequences waited for `respond`), compile, and host (the rest of the wall
+        time).
       rounds: gamma -> row-rounds of live rows.
       tokens: gamma -> tokens emitted.
       accepted: gamma -> int64 `[gamma + 1]`, row-rounds by number of drafts kept.
@@ -69,12 +71,17 @@ class RolloutStats:
       compiled: (program name, seconds) of everything this call compiled. The phase
         `compile` also has the time this call waited for another thread's compilation.
       num_prefilled: distinct prompts prefilled.
+      prefilled_tokens: prefilled in all, of prompts and of what `respond` appended.
       num_cloned: completions that started from cache entries still in the batch.
       num_reused: prompts that started from entries a session has kept. For those of
         which it knew the beginning, the rest was computed.
       num_reused_tokens: tokens of theirs that were not prefilled.
       num_resumed: tokens that an earlier call had sampled.
       num_journalled: tokens that were given to the journal.
+      num_answers: answers of `respond` that a completion went on with.
+      num_kept: of these, those whose row was still there, so that only the answer was
+        prefilled.
+      failed_turns: sequence id -> what went wrong, of completions that ended as "tool".
       switch: why drafts ran or did not; see `control.explain`. Empty unless the
         controller is an `er_jax.Controller`.
       replica_s: wall seconds of each replica of `rollout_replicas`, in all processes;
@@ -95,6 +102,10 @@ class RolloutStats:
     num_reused_tokens: int = 0
     num_resumed: int = 0
     num_journalled: int = 0
+    prefilled_tokens: int = 0
+    num_answers: int = 0
+    num_kept: int = 0
+    failed_turns: dict[int, str] = dataclasses.field(default_factory=dict)
     switch: str = ""
     replica_s: list[float] = dataclasses.field(default_factory=list)
 
@@ -169,8 +180,12 @@ class RolloutStats:
                     counts = getattr(whole, name)
                     counts[gamma] = counts.get(gamma, 0) + getattr(part, name)[gamma]
             whole.compiled += part.compiled
-            for name in ("num_prefilled", "num_cloned", "num_resumed"):
+            for name in (
+                "num_prefilled", "num_cloned", "num_resumed", "prefilled_tokens",
+                "num_answers", "num_kept",
+            ):  # fmt: skip
                 setattr(whole, name, getattr(whole, name) + getattr(part, name))
+            whole.failed_turns |= part.failed_turns
         return whole
 
     def keep_rate(self, gamma: int) -> float:
@@ -242,6 +257,12 @@ class RolloutStats:
             lines.append(f"resumed: {self.num_resumed} tokens of earlier calls")
         if self.num_journalled:
             lines.append(f"journal: {self.num_journalled} tokens written")
+        if self.num_answers or self.failed_turns:
+            lines.append(
+                f"turns: {self.num_answers} answered, {len(self.failed_turns)} failed, "
+                f"{self.num_kept} went on in their rows; {self.prefilled_tokens} "
+                "tokens prefilled"
+            )
         if self.replica_s:
             lines.append(
                 f"replicas: {len(self.replica_s)}, from {min(self.replica_s):.2f} to "

@@ -27,6 +27,7 @@ from er_jax.call import Call
 from er_jax.config import RolloutConfig
 from er_jax.control.controller import Controller
 from er_jax.drafter import PolicyParams
+from er_jax.respond import Respond, RespondFunction
 from er_jax.result import Completion, Rollout
 from er_jax.rollout import sample
 from er_jax.session import Session
@@ -272,6 +273,7 @@ def stream(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    respond: Respond | RespondFunction | None = None,
     session: Session | None = None,
 ) -> Stream[tuple[int, Completion]]: ...
 
@@ -294,6 +296,7 @@ def stream(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    respond: Respond | RespondFunction | None = None,
     session: Session | None = None,
 ) -> Stream[tuple[int, list[Completion]]]: ...
 
@@ -315,6 +318,7 @@ def stream(
     until: Until | None = None,
     version: int = 0,
     journal: str | os.PathLike[str] | None = None,
+    respond: Respond | RespondFunction | None = None,
     session: Session | None = None,
 ) -> Stream[Any]:
     """Sample as `rollout` does, and give out what finishes while the rest decodes.
@@ -341,6 +345,7 @@ def stream(
       until: as for `rollout`; the stream ends where the rollout does.
       version: as for `rollout`.
       journal: as for `rollout`. What it holds is given out first.
+      respond: as for `rollout`. Conversations are given out whole, not their turns.
       session: as for `rollout`.
     Returns:
       A `Stream`: an iterator, and a context manager that closes it. Its `rollout` is
@@ -389,6 +394,7 @@ def stream(
             until=dataclasses.replace(own, stop=_AnyStop(stops)),
             version=version,
             journal=journal,
+            respond=respond,
             session=session,
             on_checked=on_checked,
         )

@@ -65,13 +65,14 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-FINISH_NAMES = ("", "stop", "length", "nonfinite", "unfinished")
+FINISH_NAMES = ("", "stop", "length", "nonfinite", "unfinished", "tool")
 
 
 class Finish(enum.IntEnum):
     """Why a row ended: the value on the device; `FINISH_NAMES` has its name.
 
-    UNFINISHED is a completion's on the host alone: its row still runs.
+    Two are a completion's on the host alone. UNFINISHED: it could go on. TOOL: its
+    turn got no answer that it could go on with.
     """
 
     RUNNING = 0
@@ -79,6 +80,7 @@ class Finish(enum.IntEnum):
     LENGTH = 2
     NONFINITE = 3
     UNFINISHED = 4
+    TOOL = 5
 
 
 class LogprobKind(enum.IntEnum):
@@ -370,6 +372,25 @@ class Admission:
     clone_from: Array
     clone_to: Array
     clone_length: Array
+
+
+@struct.dataclass
+class Continuation:
+    """Rows that have ended and go on behind tokens that are appended to them.
+
+    Laid out in chunks of C rows, like the prompts of an `Admission`.
+
+    slot: int32 `[A]`, the rows; B where unused. A is a multiple of C.
+    tokens: int32 `[A, T]`, to append, right-padded. count: int32 `[A]`, how many.
+    limit: int32 `[A]`, the new limit of each row.
+    num_chunks: int32 `[]`, chunks that are used.
+    """
+
+    slot: Array
+    tokens: Array
+    count: Array
+    limit: Array
+    num_chunks: Array
 
 
 class Program(NamedTuple):

@@ -32,6 +32,8 @@ TUNIX = "tests/test_tunix.py"
 SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
+TURNS = "tests/test_turns.py"
+CALLS = f"{TURNS}::test_tokens_are_those_of_calls_turn_by_turn"
 STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
 SESSION = "tests/test_session.py"
 SETTINGS = "tests/test_settings.py"
@@ -445,9 +447,9 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "limits of prompts are that of the first",
-        "er_jax::Request.limit",
-        "int(limits[sequence])",
-        "int(limits[0])",
+        "er_jax::Request.most_tokens",
+        "int(self.limits[sequence])",
+        "int(self.limits[0])",
         (f"{SETTINGS}::test_each_prompt_has_its_own[not truncated-ar]",),
     ),
     PlantedBug(
@@ -494,9 +496,9 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "scores with the least length of the token before",
-        "er_jax::scored",
-        "lax.broadcasted_iota(jnp.int32, targets.shape, 1)",
-        "lax.broadcasted_iota(jnp.int32, targets.shape, 1) - 1",
+        "er_jax::_turn_index",
+        "index - lax.cummax(begins, axis=1)",
+        "index - lax.cummax(begins, axis=1) - 1",
         (f"{SETTINGS}::test_bias_bans_and_least_lengths[ar]",),
     ),
     PlantedBug(
@@ -534,6 +536,70 @@ BUGS: tuple[PlantedBug, ...] = (
         "np.where(old == NONE, versions[:, :known], old)",
         "versions[:, :known]",
         (f"{RESUME}::test_nothing_is_sampled_where_all_has_ended",),
+    ),
+    # -- conversations
+    PlantedBug(
+        "what a tool appended taken for sampled",
+        "er_jax::Completion.answered",
+        "np.zeros(len(token_ids), bool)",
+        "np.ones(len(token_ids), bool)",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "a turn answered by what another sequence was told",
+        "er_jax::Turns.answered",
+        "found[sequence] = self._ended_or_gone_on(request, sequence, answer)",
+        "found[sequence] = self._ended_or_gone_on(request, sequence, answers[0][1])",
+        (f"{TURNS}::test_an_answer_goes_to_who_asked",),
+    ),
+    PlantedBug(
+        "turns that end a token too soon",
+        "er_jax::spans_of",
+        "(int(start), int(end))",
+        "(int(start), int(end) - 1)",
+        (f"{TURNS}::test_what_a_function_is_told",),
+    ),
+    PlantedBug(
+        "room for an answer that what was appended before does not count in",
+        "er_jax::Turns.takes",
+        "room = request.most_tokens(sequence) - length",
+        "room = request.most_tokens(sequence) - int(completion.mask.sum())",
+        (f"{TURNS}::test_limits_of_turns_and_of_all_tokens",),
+    ),
+    PlantedBug(
+        "a limit of a completion that counts from its turn",
+        "er_jax::Request.going_on",
+        "num_begun[sequence] = starts[sequence] = len(tokens)",
+        "starts[sequence] = len(tokens)",
+        (f"{TURNS}::test_an_answer_goes_to_who_asked",),
+    ),
+    PlantedBug(
+        "bounds of stops that count from the beginning of the conversation",
+        "er_jax::Request.with_begins",
+        "self.begin(s) + starts.get(s, 0)",
+        "self.begin(s)",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "a row that goes on without the entry of its last token",
+        "er_jax::go_on",
+        "length[:, None] - 1 + offsets",
+        "length[:, None] + offsets",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "scores whose bounds of stops count from the beginning of the conversation",
+        "er_jax::_turn_index",
+        "index - lax.cummax(begins, axis=1)",
+        "index",
+        (f"{CALLS}[ar-8-2]",),
+    ),
+    PlantedBug(
+        "appended tokens that a journal takes for sampled",
+        "er_jax::pieces_of",
+        "version if mask[begin:end].all() else NONE",
+        "version",
+        (f"{TURNS}::test_pieces_of_a_journal_tell_what_was_appended",),
     ),
     # -- streams and journals
     PlantedBug(

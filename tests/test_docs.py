@@ -299,7 +299,7 @@ def test_the_picture_shows_the_imports_as_they_are() -> None:
         drawn = picture.info[rooms.NOTE]
     assert drawn == rooms.described(*rooms.rooms()), "run python docs/rooms.py"
     assert (
-        "scheduler (admission, batch, loop, monitor, options, prompts, topology) -> "
+        "scheduler (admission, batch, conversations, loop, monitor, options, prompts, "
         in drawn
     )
 

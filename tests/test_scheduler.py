@@ -168,6 +168,9 @@ class PretendedEngine:
         self.admitted.append(sorted(int(plan.sequence_id[i]) for i in range(len(used))))
         return self._keep(state)
 
+    def go_on(self, *arguments: Any) -> Any:
+        raise NotImplementedError("conversations are not simulated")
+
     def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
         return old == new or ("take", *old, *new) in self.compiled
 

@@ -187,6 +187,10 @@ class SimulatedEngine:
         self.seconds += self._admission_s(int(admission.num_chunks))
         return state
 
+    def go_on(self, *arguments: Any) -> Any:
+        """Refuse: no conversations are simulated."""
+        raise NotImplementedError("conversations are not simulated")
+
     def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
         """Whether a move from one size (rows, length) to another is compiled."""
         return True

@@ -50,6 +50,7 @@ from er_jax.engine.windows import (
     run_copy_out,
     run_extension,
     run_finite_check,
+    run_going_on,
     run_take,
     run_window,
 )
@@ -58,6 +59,7 @@ from er_jax.thread_settings import ThreadSettings
 from er_jax.types import (
     Admission,
     Cache,
+    Continuation,
     DecodeState,
     Params,
     Policy,
@@ -254,6 +256,28 @@ class Engine:
             ),
         )
         return program.call(*arguments)
+
+    def go_on(
+        self,
+        params: PolicyParams,
+        state: DecodeState,
+        continuation: Continuation,
+        chunk: int,
+    ) -> DecodeState:
+        """Have rows that ended go on, `chunk` at a time. Donates `state`."""
+        shape = (state.rows, state.cache_length, *continuation.tokens.shape, chunk)
+        program = self._program(
+            ("go on", *shape),
+            run_going_on,
+            lambda f: f.lower(
+                self.policy,
+                self._abstract_params(params.policy),
+                self._abstract_state(state),
+                abstract(continuation),
+                chunk=chunk,
+            ),
+        )
+        return program.call(params.policy, state, continuation)
 
     def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
         """Whether the move between states of two sizes (rows, length) is compiled."""

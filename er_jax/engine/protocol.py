@@ -19,6 +19,7 @@ from er_jax.drafter import PolicyParams
 from er_jax.kernels import choice
 from er_jax.types import (
     Admission,
+    Continuation,
     DecodeState,
     Params,
     Policy,
@@ -232,6 +233,11 @@ class EngineProtocol(Protocol):
 
     def admit(self, params: PolicyParams, state: Any, admission: Admission) -> Any:
         """Start sequences in free slots. Donates `state`."""
+
+    def go_on(
+        self, params: PolicyParams, state: Any, continuation: Continuation, chunk: int
+    ) -> Any:
+        """Have rows that ended go on behind appended tokens. Donates `state`."""
 
     def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
         """Whether the move between states of two sizes (rows, length) is compiled."""

@@ -90,7 +90,7 @@ def scored(
         hidden, _ = policy.forward(params, tokens, positions, cache)
         index = None
         if settings.bias is not None:
-            index = lax.broadcasted_iota(jnp.int32, targets.shape, 1)
+            index = _turn_index(is_scored)
         part = (hidden[:, -width:], targets, is_scored, index)
         most = max(most_logits // len(tokens), 1)
         return _in_pieces(score_some, params, part, axis=1, most=most)
@@ -132,6 +132,16 @@ def _sequences(
         jnp.where(is_scored, targets, 0),
         is_scored,
     )
+
+
+def _turn_index(is_scored: jax.Array) -> jax.Array:
+    """Return each token's index in its turn, int32 `[N, C]`, from flags `[N, C]`.
+
+    A turn begins behind what is not scored: the tokens of others in a conversation.
+    """
+    index = lax.broadcasted_iota(jnp.int32, is_scored.shape, 1)
+    begins = jnp.where(is_scored, 0, index + 1)
+    return index - lax.cummax(begins, axis=1)
 
 
 def _check_logits(logits: jax.Array, shape: tuple[int, ...]) -> None:

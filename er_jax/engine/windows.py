@@ -32,6 +32,7 @@ from er_jax.settings import marked
 from er_jax.types import (
     Admission,
     Cache,
+    Continuation,
     DecodeState,
     Params,
     Policy,
@@ -196,6 +197,21 @@ def run_admission(
     admit = functools.partial(prefill.admit, policy)
     run = layout.over_rows(admit, (SAME, ROWS, marks), ROWS)
     return layout.lay_out(run(params, state, admission), policy)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("policy", "chunk"), donate_argnames=("state",)
+)
+def run_going_on(
+    policy: Policy,
+    params: Params,
+    state: DecodeState,
+    continuation: Continuation,
+    *,
+    chunk: int,
+) -> DecodeState:
+    """Have rows of one device go on; see `prefill.go_on`. Donates `state`."""
+    return prefill.go_on(policy, params, state, continuation, chunk=chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("length",))

@@ -367,6 +367,7 @@ class _Found:
                     token_ids=out.completion_ids[row, :length],
                     logprobs=out.logprobs[row, :length],
                     finish_reason=str(out.finish_reason[row]),
+                    mask=out.completion_mask[row, :length],
                 )
         return found
 

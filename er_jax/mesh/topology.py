@@ -26,6 +26,8 @@ class DataShards:
       request: sizes; the number of data shards divides its slots.
     """
 
+    keeps_rows = False
+
     def __init__(
         self, engine: MeshEngine, params: PolicyParams, request: Request
     ) -> None:

@@ -23,11 +23,14 @@ class Rows:
 
     sequence: int `[rows]`, the sequence in each slot, `NONE` when free.
     resident: int `[rows]`, the prompt whose entries are in each slot, `NONE` if none.
+    held: int `[rows]`, the sequence in each free slot that may go on there, `NONE` if
+      none: its turn has ended, and its entries are all there.
     length, limit: int `[rows]`, as in the state.
     """
 
     sequence: np.ndarray
     resident: np.ndarray
+    held: np.ndarray
     length: np.ndarray
     limit: np.ndarray
 
@@ -37,6 +40,7 @@ class Rows:
         return cls(
             sequence=np.full(count, NONE),
             resident=np.full(count, NONE),
+            held=np.full(count, NONE),
             length=np.zeros(count, int),
             limit=np.zeros(count, int),
         )
@@ -53,6 +57,18 @@ class Rows:
     def num_live(self) -> int:
         """The number of rows that still generate."""
         return int(self.is_live.sum())
+
+    @property
+    def free(self) -> np.ndarray:
+        """The free rows, those that hold no conversation first, int."""
+        free = np.flatnonzero(~self.is_live)
+        return free[np.argsort(self.held[free] != NONE, kind="stable")]
+
+    @property
+    def to_keep(self) -> np.ndarray:
+        """The rows that are live, then those that hold a conversation, int."""
+        is_held = ~self.is_live & (self.held != NONE)
+        return np.concatenate([np.flatnonzero(self.is_live), np.flatnonzero(is_held)])
 
     @property
     def mean_length(self) -> float:
@@ -77,6 +93,7 @@ class Rows:
         return Rows(
             sequence=take(self.sequence, NONE),
             resident=take(self.resident, NONE),
+            held=take(self.held, NONE),
             length=take(self.length, 0),
             limit=take(self.limit, 0),
         )

@@ -141,6 +141,42 @@ class Batch:
         """Rows that still generate."""
         return self.rows.num_live
 
+    @property
+    def waiting(self) -> list[int]:
+        """The sequences that are neither live nor have ended."""
+        return list(self.queue)
+
+    @property
+    def num_open(self) -> int:
+        """Sequences beside those of the queue that will need rows: none."""
+        return 0
+
+    @property
+    def is_going_on(self) -> bool:
+        """Whether a sequence is live, or waits, or may do so."""
+        return bool(self.queue) or self.num_live > 0 or self.num_open > 0
+
+    def _start_bucket(self) -> int:
+        """Return the positions that rows need to start from what waits, or may."""
+        return self.request.prompt_bucket
+
+    def _free_rows(self, count: int) -> np.ndarray:
+        """Return at least `count` free rows, if there are any, ascending."""
+        return np.flatnonzero(self.rows.sequence == NONE)
+
+    def _with_held(self, rows: Rows, info: WindowInfo) -> Rows:
+        """Return the rows after a window, with what those hold that ended in it."""
+        return rows
+
+    def _still_ended(self, ended: set[int], found: dict[int, Completion]) -> set[int]:
+        """Return the sequences that have ended, of those whose rows have.
+
+        Args:
+          ended: sequences. found: completions of their rows and others; completions
+            that have not ended are changed.
+        """
+        return ended
+
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """Time device work on the state, waiting until it is done."""
@@ -156,8 +192,10 @@ class Batch:
         assert self.program is not None
         if not self.queue or self._is_trial or self._decided_ago_s >= WINDOW_S:
             return True
+        if self._shape != self.program.shape:
+            return True
         reach = self._options.reach(self._shape, self.program.gamma)
-        needed = max(self.rows.needed_length(reach), self.request.prompt_bucket)
+        needed = max(self.rows.needed_length(reach), self._start_bucket())
         return needed > self.program.cache_length
 
     def is_refill_due(self) -> bool:
@@ -168,24 +206,27 @@ class Batch:
 
     def refill(self) -> None:
         """Start queued sequences in the free slots."""
-        free = np.flatnonzero(self.rows.sequence == NONE)
-        count = min(len(free), len(self.queue))
+        count = min(len(self.rows) - self.num_live, len(self.queue))
+        free = self._free_rows(count)
         starting = [self.queue.popleft() for _ in range(count)]
+        request = self.request.starting(starting)
         if self.reuse is not None:
             with self._timed("prefill"):
-                for found in self.reuse.found(self.request, self.rows, starting, free):
+                for found in self.reuse.found(request, self.rows, starting, free):
                     self.state = self.reuse.insert(self.state, self.rows, *found)
 
         def plan(starting: list[int], free: list[int], shard_rows: slice) -> Admission:
             admission, num_prefilled = plan_admission(
-                self.request, self.rows, self._shape[1], starting, free, shard_rows
+                request, self.rows, self._shape[1], starting, free, shard_rows
             )
             self.stats.num_prefilled += num_prefilled
+            tokens = int(admission.length[:num_prefilled].sum()) - num_prefilled
+            self.stats.prefilled_tokens += tokens
             self.stats.num_cloned += int(admission.num_clones)
             return admission
 
         admission = self.topology.admission(
-            plan, starting, free, self.rows.resident, self.request.prompt_of
+            plan, starting, free, self.rows.resident, request.prompt_of
         )
         shared = self._shape[2]
         engine, params = (
@@ -195,11 +236,19 @@ class Batch:
         with self._timed("prefill"):
             self.state = engine.admit(params, self.state, admission)
             if self.reuse is not None:
-                self.reuse.keep(self.request, self.rows, starting, self.state)
+                self.reuse.keep(request, self.rows, starting, self.state)
 
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run now; see `Options.programs`."""
-        return self._options.programs(self.rows, self._shape, bool(self.queue), gammas)
+        is_needed = bool(self.queue) or self.num_open > 0
+        return self._options.programs(
+            self.rows,
+            self._shape,
+            bool(self.queue),
+            gammas,
+            num_open=self.num_open,
+            start_length=self._start_bucket() if is_needed else 1,
+        )
 
     def compile_s(self, program: Program) -> float:
         """Return the compile seconds until this batch can run a program; 0 if ready."""
@@ -233,9 +282,13 @@ class Batch:
     def move_to(self, program: Program) -> None:
         """Compact or grow the state to the shape of a program."""
         self.program, self._decided_ago_s = program, 0.0
-        route = self.topology.route(self._shape, program.shape, self.num_live)
+        self._move(program.shape)
+
+    def _move(self, new: Shape) -> None:
+        """Compact or grow the state to a shape."""
+        route = self.topology.route(self._shape, new, self.num_live)
         for shape in route:
-            keep = np.flatnonzero(self.rows.is_live)
+            keep = np.sort(self.rows.to_keep[: shape[0]])
             if shape[0] >= len(self.rows):
                 keep = np.arange(len(self.rows))
             index = self.topology.rows_after(keep, self._shape, shape)
@@ -323,8 +376,11 @@ class Batch:
             info, window.buffers, moment, self.rows.sequence, self.rows.length
         )
         rows = dataclasses.replace(
-            self.rows, sequence=sequence, length=info.length.astype(int)
+            self.rows,
+            sequence=sequence,
+            length=info.length.astype(int),
         )
+        rows = self._with_held(rows, info)
         # Assigned together, last: after an interruption, it can be waited for again.
         self._finished, self._in_flight, self.rows = finished, None, rows
         self._decided_ago_s += seconds
@@ -367,6 +423,7 @@ class Batch:
                 FINISH_NAMES[int(reason)],
             )
         ended = {int(sequences[slot]) for slot in rows if not info.live[slot]}
+        ended = self._still_ended(ended, found)
         self.completions |= {s: found[s] for s in found if s in ended}
         if self.journal is not None:
             self.stats.num_journalled += self.journal.note(found, sync=is_due)
@@ -422,11 +479,12 @@ class Batch:
           until: when to end. began_s: `time.perf_counter()` when the call began.
         """
         count, group = len(self.request.prompt_of), self.request.group
-        num_open = len(self.queue) + self.num_live
+        waiting = self.waiting
+        num_open = len(waiting) + self.num_live
         open_groups: set[int] = set()
         if until.groups is not None:
             live = self.rows.sequence[self.rows.is_live].tolist()
-            open_groups = {sequence // group for sequence in (*self.queue, *live)}
+            open_groups = {s // group for s in (*waiting, *live)}
         last = 0 if self._finished is None else self._finished.num_tokens
         is_reached = until.is_reached(
             seconds=time.perf_counter() - began_s,

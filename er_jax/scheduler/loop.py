@@ -7,6 +7,9 @@ It decides with host integers only, and reads from the device once per window.
   run now. Rows shrink only when no sequence waits.
 * A window ends where one of these could change. While it runs, the completions of the
   window before are delivered.
+* A turn of a conversation that has ended is answered by another thread. What has been
+  answered goes back into the queue between windows; while all sequences wait for
+  answers, the loop does.
 
 Left out: time, acceptance, compile costs (`control`); sizes of requests (`request`).
 """
@@ -22,11 +25,14 @@ import jax
 from er_jax.control.protocol import ControllerProtocol
 from er_jax.journal import Journal
 from er_jax.request import Request
+from er_jax.respond import Respond
 from er_jax.result import Completion, keeping
 from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.conversations import Conversations
 from er_jax.scheduler.monitor import Monitor
 from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import Topology
+from er_jax.scheduler.turns import Turns
 from er_jax.stats import RolloutStats
 from er_jax.types import Sampling
 from er_jax.until import Until
@@ -41,6 +47,8 @@ def run(
     *,
     begun: Mapping[int, Completion] = MappingProxyType({}),
     journal: Journal | None = None,
+    respond: Respond | None = None,
+    turned: Mapping[int, str] = MappingProxyType({}),
     reuse: Reuse | None = None,
     until: Until | None = None,
     began_s: float = 0.0,
@@ -59,6 +67,8 @@ def run(
       controller: chooses programs and learns from windows.
       stats: filled in. begun: completions that go on, by sequence.
       journal: is told of what has been sampled, now and then of rows that run.
+      respond: answers turns, so that a completion is a conversation; for one process.
+      turned: why turns of `begun` have ended, by sequence, of those not answered yet.
       reuse: the prompts kept from call to call; None prefills all.
       until: when to end early; then the completions of rows that run or wait are
         "unfinished".
@@ -71,7 +81,12 @@ def run(
       RolloutError: anything failed; it carries the finished completions.
       KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
-    batch = Batch(topology, request, stats, settings, begun, journal, reuse)
+    talks, arguments = None, (topology, request, stats, settings, begun, journal, reuse)
+    if respond is None:
+        batch = Batch(*arguments)
+    else:
+        turns = Turns(respond, topology.engine.policy.vocab_size, stats)
+        batch = talks = Conversations(turns, turned, *arguments)
 
     def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
@@ -86,9 +101,15 @@ def run(
                 return error
         return None
 
+    def raise_of(failure: Exception | None) -> None:
+        if failure is not None:
+            raise failure
+
     def finished() -> dict[int, Completion]:
         # One window may be over and not yet collected, and another may be running. If
         # the device itself has failed, nothing more can be fetched.
+        if talks is not None:
+            talks.turns.close()
         with contextlib.suppress(Exception):
             batch.collect()
         with contextlib.suppress(Exception):
@@ -98,10 +119,20 @@ def run(
         return batch.completions
 
     with (
+        contextlib.nullcontext() if talks is None else contextlib.closing(talks.turns),
         Monitor(len(request.waiting), progress, stats) as monitor,
         keeping(finished, request, batch.unfinished),
     ):
-        while batch.queue or batch.num_live:
+        if talks is not None:
+            raise_of(deliver(talks.ask_again()))
+        while batch.is_going_on:
+            if talks is not None and not (batch.queue or batch.num_live):
+                # All wait for answers, or will when the last window is collected.
+                raise_of(deliver(batch.collect()))
+                raise_of(deliver(talks.wait_for_answers()))
+                if until is not None and batch.is_reached(until, began_s):
+                    break
+                continue
             if batch.is_refill_due():
                 batch.refill()
             program = batch.program
@@ -121,10 +152,16 @@ def run(
                 failure = deliver(batch.collect())
                 monitor.show(program, batch.rows, request, len(batch.queue))
                 batch.end_window(controller, failure)
+            if talks is not None:
+                if until is not None:
+                    # Which of the rows that ended go on.
+                    raise_of(deliver(batch.collect()))
+                raise_of(deliver(talks.take_answers()))
             if until is not None and batch.is_reached(until, began_s):
                 break
+        if talks is not None:
+            talks.turns.close()
         agreement = topology.engine.agreement
         _, failure = agreement.sync_or_raise([], deliver(batch.collect()))
-        if failure is not None:
-            raise failure
+        raise_of(failure)
         return batch.completions | batch.unfinished()

@@ -30,7 +30,14 @@ class Options:
         return self._topology.engine_of(shape[2]).rounds_per_test * (gamma + 1)
 
     def programs(
-        self, rows: Rows, shape: Shape, is_waiting: bool, gammas: Sequence[int]
+        self,
+        rows: Rows,
+        shape: Shape,
+        is_waiting: bool,
+        gammas: Sequence[int],
+        *,
+        num_open: int = 0,
+        start_length: int | None = None,
     ) -> list[Program]:
         """Return the programs that can run the live rows now, the safest one last.
 
@@ -44,12 +51,21 @@ class Options:
         Args:
           rows: the batch. shape: of its state. is_waiting: whether sequences wait for
             free rows. gammas: draft lengths to choose from.
+          num_open: sequences that are not live and will need rows; rows are kept for
+            them, because moving to fewer and back costs more than they do.
+          start_length: positions that a row to be started needs; None is the bucket of
+            the prompts while sequences wait.
         """
-        slots, num_live = self._request.slots, rows.num_live
+        slots = self._request.slots
+        num_live = min(slots, rows.num_live + num_open)
         sizes = {s: self._topology.row_buckets(s) for s in self._topology.sharings}
+        if self._request.turns is not None:
+            sizes.pop(True, None)  # Rows may start at any time, in data shards.
         if is_waiting:
             sizes = {False: (slots,)}
-        prompts = self._request.prompt_bucket if is_waiting else 1
+        prompts = start_length
+        if prompts is None:
+            prompts = self._request.prompt_bucket if is_waiting else 1
         shapes = [
             (count, length, shared)
             for shared in sorted(sizes, reverse=True)

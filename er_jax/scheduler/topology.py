@@ -35,6 +35,10 @@ class Topology(Protocol):
     def sharings(self) -> tuple[bool, ...]:
         """The values that `Program.shared_rows` may have."""
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether a row that has ended can go on where it is; see `turns`."""
+
     def engine_of(self, shared_rows: bool) -> EngineProtocol:
         """Return the engine of states with or without shared rows."""
 
@@ -111,6 +115,7 @@ class OneDevice:
     """
 
     sharings: tuple[bool, ...] = (False,)
+    keeps_rows = True
 
     def __init__(
         self, engine: EngineProtocol, params: PolicyParams, request: Request

@@ -1,0 +1,159 @@
+"""The batch of a rollout whose completions are conversations; see `turns`.
+
+A row whose turn has ended is kept as it is until something else needs it. The batch
+keeps as many rows as there are sequences that are live or wait for an answer: moving to
+fewer and back costs more than idle rows do.
+
+Left out: what is asked, and what an answer means (`turns`, `respond`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from er_jax.request import bucket_of
+from er_jax.result import Completion
+from er_jax.resume import UNFINISHED
+from er_jax.scheduler.admission import Rows
+from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.turns import Turns, plan_going_on
+from er_jax.types import NONE, Finish, WindowInfo
+
+# Longest wait for answers before other reasons to end are looked at.
+ANSWER_WAIT_S = 0.05
+
+
+class Conversations(Batch):
+    """A batch whose sequences go on when the turns that have ended are answered.
+
+    Args:
+      turns: those that are open.
+      turned: why turns have ended, by sequence, of those not answered yet.
+      arguments, named: of the batch.
+    """
+
+    def __init__(
+        self, turns: Turns, turned: Mapping[int, str], *arguments: Any, **named: Any
+    ) -> None:
+        super().__init__(*arguments, **named)
+        self.turns, self._turned = turns, turned
+        self.queue = collections.deque(s for s in self.queue if s not in turned)
+        self._num_undecided = 0
+
+    @property
+    def waiting(self) -> list[int]:
+        """The sequences that wait for a row or for an answer."""
+        return [*self.queue, *self.turns.open]
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that wait for an answer, and rows that ended and may do so."""
+        return len(self.turns.open) + self._num_undecided
+
+    def _start_bucket(self) -> int:
+        held = self.rows.length[self.rows.held != NONE].tolist()
+        lengths = map(self.request.start_length, self.queue)
+        return self.request.bucket([*lengths, *self.turns.lengths, *held])
+
+    def _free_rows(self, count: int) -> np.ndarray:
+        return np.sort(self.rows.free[:count])
+
+    def refill(self) -> None:
+        """Have sequences go on where they are, and start others in free slots."""
+        self._make_room()
+        self._go_on_in_place()
+        if self.queue and self.num_live < len(self.rows):
+            super().refill()
+        self.rows.held[self.rows.is_live] = NONE
+
+    def _make_room(self) -> None:
+        """Lengthen the cache if it is too short for what waits.
+
+        It was shortened, or never so long, while longer conversations were answered.
+        """
+        needed = self._start_bucket()
+        if needed > self._shape[1]:
+            length = bucket_of(needed, self.request.cache_lengths)
+            self._move((self._shape[0], length, self._shape[2]))
+
+    def _go_on_in_place(self) -> None:
+        on, continuation, chunk = plan_going_on(self.request, self.rows, self.queue)
+        if not on:
+            return
+        self.queue = collections.deque(s for s in self.queue if s not in set(on))
+        self.stats.num_kept += len(on)
+        self.stats.prefilled_tokens += int(continuation.count.sum())
+        with self._timed("prefill"):
+            self.state = self.topology.engine.go_on(
+                self.topology.params_of(False), self.state, continuation, chunk
+            )
+
+    def _with_held(self, rows: Rows, info: WindowInfo) -> Rows:
+        has_ended = self.rows.is_live & ~rows.is_live
+        has_ended &= info.finish_reason != Finish.NONFINITE
+        self._num_undecided = int(has_ended.sum())
+        if not self.topology.keeps_rows or self.request.ring_slots is not None:
+            # A ring has no room for an answer beside what its tokens see.
+            return rows
+        held = np.where(has_ended, self.rows.sequence, rows.held)
+        return dataclasses.replace(rows, held=held)
+
+    def _still_ended(self, ended: set[int], found: dict[int, Completion]) -> set[int]:
+        on = {s for s in ended if self.turns.takes(self.request, s, found[s])}
+        found.update({s: self.turns.open[s] for s in on})
+        self._release(ended - on)
+        self._num_undecided = 0
+        return ended - on
+
+    def _release(self, ended: Collection[int]) -> None:
+        """Hold no rows any more for sequences that have ended."""
+        self.rows.held[np.isin(self.rows.held, list(ended))] = NONE
+
+    def ask_again(self) -> list[int]:
+        """Ask for what was not answered before; return sequences that have ended."""
+        for sequence, reason in self._turned.items():
+            whole = dataclasses.replace(self.begun[sequence], finish_reason=reason)
+            if not self.turns.takes(self.request, sequence, whole):
+                self.completions[sequence] = whole
+        return list(self.completions)
+
+    def take_answers(self, wait_s: float = 0.0) -> list[int]:
+        """Queue the sequences that were answered; return those that have ended.
+
+        Args:
+          wait_s: how long to wait for a first answer.
+        """
+        found = self.turns.answered(self.request, wait_s)
+        if not found:
+            return []
+        on = {s: c for s, c in found.items() if c.finish_reason == UNFINISHED}
+        ended = {s: c for s, c in found.items() if s not in on}
+        if self.journal is not None:
+            self.journal.note(found, sync=False)
+        self.completions |= ended
+        if on:
+            known = {s: completion.token_ids for s, completion in on.items()}
+            self.request = self.request.going_on(known)
+            self.settings = self.request.with_begins(self.settings)
+            self.begun = {**self.begun, **on}
+            # In front: who has begun ends first.
+            self.queue.extendleft(reversed(on))
+        self.turns.forget(found)
+        self._release(ended)
+        return list(ended)
+
+    def wait_for_answers(self) -> list[int]:
+        """Wait a moment for an answer, while nothing can run; as `take_answers`."""
+        if not self.turns.open:
+            return []
+        with self.stats.timed("answers", lambda: 0.0):
+            return self.take_answers(ANSWER_WAIT_S)
+
+    def unfinished(self) -> dict[int, Completion]:
+        """Return what `Batch.unfinished` does, and what waits for an answer."""
+        return {**self.turns.open, **super().unfinished()}

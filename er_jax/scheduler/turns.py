@@ -1,0 +1,178 @@
+"""Conversations: sequences whose turn has ended, and that wait for an answer.
+
+A row whose turn has ended is free, like any that has ended. When its answer is there,
+the sequence goes back into the queue with all tokens so far as its prompt. If nothing
+else has taken the row, it goes on there (`plan_going_on`), and only what is new is
+prefilled; else all of it is. Noise depends on key, sequence id and position alone, so
+the tokens are those of a rollout of the whole text so far in any case.
+
+Left out: threads (`respond`), the queue (`conversations`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from er_jax.request import Request, chunk_of, power_of_two
+from er_jax.respond import Calls, Respond, Turn, checked_answer
+from er_jax.result import Completion
+from er_jax.resume import LENGTH, STOP, UNFINISHED, turn_of
+from er_jax.scheduler.admission import Rows
+from er_jax.stats import RolloutStats
+from er_jax.types import FINISH_NAMES, NONE, Continuation, Finish
+
+# Most tokens that are appended to a row at once; longer answers are prefilled anew.
+MOST_APPENDED = 256
+LEAST_APPENDED = 16
+
+TOOL = FINISH_NAMES[Finish.TOOL]
+
+
+class Turns:
+    """The turns of a rollout that have ended and are not answered.
+
+    Args:
+      respond: what answers, and the limits. vocab_size: of the policy.
+      stats: is told of answers, and of failures to answer.
+    Attributes:
+      open: sequence -> completion so far, "unfinished", of those that wait.
+    """
+
+    def __init__(self, respond: Respond, vocab_size: int, stats: RolloutStats) -> None:
+        self.open: dict[int, Completion] = {}
+        self._respond, self._vocab_size, self._stats = respond, vocab_size, stats
+        self._calls: Calls | None = Calls(respond)
+        self._room: dict[int, int] = {}
+        self._reason: dict[int, str] = {}
+        self._length: dict[int, int] = {}
+
+    def takes(self, request: Request, sequence: int, completion: Completion) -> bool:
+        """Whether a row that has ended waits for an answer now; if so, it is asked for.
+
+        Args:
+          request: of the sequence. completion: that has ended.
+        """
+        if sequence in self.open:
+            return True  # An interrupted fetch is repeated.
+        length = len(completion.token_ids)
+        room = request.most_tokens(sequence) - length
+        spans, most = completion.turns, self._respond.max_turns
+        is_last = most is not None and len(spans) >= most
+        if completion.finish_reason not in (STOP, LENGTH) or room < 1 or is_last:
+            return False
+        open_ = dataclasses.replace(completion, finish_reason=UNFINISHED)
+        self._room[sequence] = room
+        self._reason[sequence] = completion.finish_reason
+        self._length[sequence] = request.begin(sequence) + length
+        self.open[sequence] = open_
+        if self._calls is None:
+            return True
+        turn = Turn(
+            index=len(spans) - 1,
+            token_ids=completion.token_ids[turn_of(completion) :].copy(),
+            prompt_ids=request.prompt(sequence).copy(),
+            completion_ids=completion.token_ids.copy(),
+            finish_reason=completion.finish_reason,
+            room=room,
+        )
+        self._calls.ask(sequence, int(request.sequence_ids[sequence]), turn)
+        return True
+
+    def answered(self, request: Request, wait_s: float) -> dict[int, Completion]:
+        """Return completions that go on ("unfinished"), and those that have ended.
+
+        They stay open until `forget`, so that an interruption loses none.
+
+        Args:
+          request: of the sequences. wait_s: how long to wait for a first answer.
+        """
+        found: dict[int, Completion] = {}
+        answers = [] if self._calls is None else self._calls.answers(wait_s)
+        for sequence, answer in answers:
+            found[sequence] = self._ended_or_gone_on(request, sequence, answer)
+        return found
+
+    def _ended_or_gone_on(
+        self, request: Request, sequence: int, answer: Any
+    ) -> Completion:
+        completion = self.open[sequence]
+        if answer is None:
+            reason = self._reason[sequence]
+            return dataclasses.replace(completion, finish_reason=reason)
+        room = self._room[sequence]
+        try:
+            if isinstance(answer, BaseException):
+                raise ValueError(f"{type(answer).__name__}: {answer}")
+            tokens = checked_answer(answer, self._vocab_size, room)
+        except ValueError as error:
+            name = int(request.sequence_ids[sequence])
+            turn = len(completion.turns) - 1
+            self._stats.failed_turns[name] = f"turn {turn}: {error}"
+            return dataclasses.replace(completion, finish_reason=TOOL)
+        self._stats.num_answers += 1
+        reason = UNFINISHED if len(tokens) < room else LENGTH
+        return dataclasses.replace(completion.answered(tokens), finish_reason=reason)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the open conversations, prompts included."""
+        return list(self._length.values())
+
+    def forget(self, sequences: Mapping[int, Any]) -> None:
+        """Take sequences for no longer open."""
+        for sequence in sequences:
+            del self.open[sequence], self._room[sequence], self._reason[sequence]
+            del self._length[sequence]
+
+    def close(self) -> None:
+        """Ask for nothing more, and take no more answers; what is open stays so."""
+        if self._calls is not None:
+            self._calls.close()
+        self._calls = None
+
+
+def plan_going_on(
+    request: Request, rows: Rows, queue: Collection[int]
+) -> tuple[list[int], Continuation, int]:
+    """Have sequences that wait go on in the rows that hold them.
+
+    Args:
+      request: of the sequences. rows: the batch; updated with those that go on.
+      queue: sequences that wait.
+    Returns:
+      The sequences that go on; the rows and tokens; rows of a chunk.
+    """
+    held = {int(s): row for row, s in enumerate(rows.held) if s != NONE}
+    new: dict[int, np.ndarray] = {}
+    for sequence in queue:
+        if sequence in held:
+            known = request.prompts[request.prompt_of[sequence]]
+            new[sequence] = known[rows.length[held[sequence]] :]
+    new = {s: tokens for s, tokens in new.items() if len(tokens) <= MOST_APPENDED}
+    longest = max(map(len, new.values()), default=1)
+    width = power_of_two(longest, LEAST_APPENDED)
+    chunk = chunk_of(width)
+    size = -(-len(rows) // chunk) * chunk
+    tokens = np.zeros((size, width), np.int32)
+    slot, count, limit = np.zeros((3, size), np.int32)
+    slot[:] = len(rows)
+    for i, (sequence, appended) in enumerate(new.items()):
+        row = held[sequence]
+        slot[i], count[i] = row, len(appended)
+        tokens[i, : len(appended)] = appended
+        limit[i] = request.limit(sequence)
+        rows.sequence[row], rows.held[row] = sequence, NONE
+        rows.length[row] += len(appended)
+        rows.limit[row] = limit[i]
+    continuation = Continuation(
+        slot=slot,
+        tokens=tokens,
+        count=count,
+        limit=limit,
+        num_chunks=np.int32(-(-len(new) // chunk)),
+    )
+    return list(new), continuation, chunk
