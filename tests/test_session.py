@@ -23,6 +23,7 @@ from er_jax.engine import kept
 from er_jax.engine.engine import Engine
 from er_jax.scheduler import batch
 from er_jax.scheduler.prompts import PromptCache
+from tests import test_turns
 from tests.small import small_policy
 from tests.test_threads import together
 
@@ -240,6 +241,20 @@ def test_of_a_prompt_that_begins_alike_the_rest_is_prefilled(
         assert counts(calls([longer])) == (0, 1, len(longer) - 1), "not kept"
         # The rest is more than a half.
         assert counts(calls([[*LONG[:20], *LONG[:40]]])) == (1, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_conversations_start_from_known_prompts() -> None:
+    """Of eight in three rows; those whose row was needed start again."""
+    wanted = test_turns.sample()
+    with Session() as session:
+        found = [test_turns.sample(session=session) for _ in range(2)]
+    for out in found:
+        assert_same(out, wanted)
+        np.testing.assert_array_equal(out.completion_mask, wanted.completion_mask)
+    assert found[1].stats.num_reused >= 3
+    assert found[1].stats.prefilled_tokens < found[0].stats.prefilled_tokens
 
 
 @pytest.mark.usefixtures("short_windows")

@@ -283,6 +283,7 @@ class Reuse:
         )
         if is_kept:
             self.cache.keep(self.owner, tokens, entries)
+        self.stats.prefilled_tokens += count - start
         self._count(start)
         return Found(entries, count)
 
