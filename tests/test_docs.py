@@ -298,7 +298,7 @@ def test_the_picture_shows_the_imports_as_they_are() -> None:
     with PIL.Image.open(rooms.PICTURE) as picture:
         drawn = picture.info[rooms.NOTE]
     assert drawn == rooms.described(*rooms.rooms()), "run python docs/rooms.py"
-    parts = "admission, batch, conversations, loop, options, topology, turns"
+    parts = "admission, batch, conversations, loop, monitor, options, topology, turns"
     assert f"scheduler ({parts}) -> " in drawn
 
 
