@@ -19,7 +19,7 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def engine_step(
     def complete(done: np.ndarray) -> np.ndarray:
         is_left = is_open.copy()
         is_left[is_open] = done < trace.lengths
-        return ~is_left.any(axis=1)
+        return np.logical_not(is_left.any(axis=1))
 
     def is_enough(done: np.ndarray) -> bool:
         found = complete(done)
@@ -301,7 +301,7 @@ def demo_points(config: RunConfig, policy: Path | None, args: Args) -> list[dict
     return points
 
 
-def replay_rows(points: Sequence[dict[str, Any]]) -> tables.Table:
+def replay_rows(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the replay."""
     header = (
         "model", "control", "groups in work", "µs a token learnt", "of whole, %",
@@ -318,7 +318,7 @@ def replay_rows(points: Sequence[dict[str, Any]]) -> tables.Table:
     return header, rows
 
 
-def demo_rows(points: Sequence[dict[str, Any]]) -> tables.Table:
+def demo_rows(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the demo."""
     header = (
         "rollouts", "steps", "tokens learnt", "rollout ms a token", "all ms a token",
