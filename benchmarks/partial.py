@@ -6,9 +6,9 @@
 
 *replay*: the published setting (see `benchmarks.published`): eight engines of 128
 slots, 16 groups of eight completions for each engine and step, a step that ends with
-the slowest engine. Lengths are drawn anew for every completion, so those of a group are
-not alike. Prompts, and the tokens that carried completions have, are prefilled at the
-published throughput.
+the slowest engine. Lengths are drawn for every completion, or for every group, whose
+completions are alike then; real groups are between these. Prompts, and the tokens that
+carried completions have, are prefilled at the published throughput.
 *demo*: two trainings from one warmed-up policy take steps in turn until both have
 learnt from so many tokens. Compilation is left out of the seconds.
 """
@@ -16,10 +16,11 @@ learnt from so many tokens. Compilation is left out of the seconds.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Args:
     """What to compare.
 
     Args:
-      overs: groups in work over those of a step; 1 is whole rollouts.
+      overs: groups in work over those of a step; the first is 1, whole rollouts.
       max_age: greatest age of a token, in steps.
       steps: counted steps of the replay.
       policy: directory of a run of the demo; None leaves the demo out.
@@ -124,7 +125,7 @@ def engine_step(
     def complete(done: np.ndarray) -> np.ndarray:
         is_left = is_open.copy()
         is_left[is_open] = done < trace.lengths
-        return ~is_left.any(axis=1)
+        return np.logical_not(is_left.any(axis=1))
 
     def is_enough(done: np.ndarray) -> bool:
         found = complete(done)
@@ -149,13 +150,15 @@ def replayed(
     lengths: np.ndarray,
     make: Callable[[], replay.Decider],
     over: float,
+    alike: bool,
     args: Args,
 ) -> dict[str, float]:
     """Return the seconds per token learnt from, and the share of old ones.
 
     Args:
       model, costs: of the replay. lengths: to draw from. make: makes the decider of an
-        engine. over: groups in work. args: steps and the greatest age.
+        engine. over: groups in work. alike: whether a group has one length.
+      args: steps and the greatest age.
     """
     random = np.random.default_rng(0)
     engines = SEQUENCES // ENGINE
@@ -168,7 +171,8 @@ def replayed(
         took = []
         for engine, work in enumerate(works):
             new = in_work - len(work.done)
-            drawn = random.choice(lengths, (new, GROUP))
+            drawn = random.choice(lengths, (new, 1 if alike else GROUP))
+            drawn = np.broadcast_to(drawn, (new, GROUP))
             zeros = np.zeros((new, GROUP), int)
             grown = Work(
                 *(
@@ -207,22 +211,27 @@ def replay_points(args: Args) -> list[dict[str, Any]]:
         def best(costs: RoundCosts = costs) -> replay.Decider:
             return replay.Best(costs, GAMMAS)
 
-        for control, make in (("ar", lambda: replay.Fixed(0)), ("best", best)):
-            found = [replayed(model, costs, lengths, make, o, args) for o in args.overs]
-            for over, one in zip(args.overs, found, strict=True):
-                points.append(
-                    {
-                        "preset": "published",
-                        "rows": ENGINE,
-                        "dtype": "bfloat16",
-                        "model": name,
-                        "control": control,
-                        "over": over,
-                        **one,
-                        "over_whole": one["seconds_per_token"]
-                        / found[0]["seconds_per_token"],
-                    }
-                )
+        controls = (("ar", lambda: replay.Fixed(0)), ("best", best))
+        for alike, (control, make) in itertools.product((False, True), controls):
+            found = [
+                replayed(model, costs, lengths, make, over, alike, args)
+                for over in args.overs
+            ]
+            whole_s = found[0]["seconds_per_token"]
+            points += [
+                {
+                    "preset": "published",
+                    "rows": ENGINE,
+                    "dtype": "bfloat16",
+                    "model": name,
+                    "control": control,
+                    "alike": alike,
+                    "over": over,
+                    **one,
+                    "over_whole": one["seconds_per_token"] / whole_s,
+                }
+                for over, one in zip(args.overs, found, strict=True)
+            ]
     return points
 
 
@@ -301,15 +310,16 @@ def demo_points(config: RunConfig, policy: Path | None, args: Args) -> list[dict
     return points
 
 
-def replay_rows(points: Sequence[dict[str, Any]]) -> tables.Table:
+def replay_rows(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the replay."""
     header = (
-        "model", "control", "groups in work", "µs a token learnt", "of whole, %",
-        "old tokens, %", "oldest, steps",
+        "model", "lengths of a group", "control", "groups in work",
+        "µs a token learnt", "of whole, %", "old tokens, %", "oldest, steps",
     )  # fmt: skip
     rows = [
         (
-            p["model"], p["control"], p["over"], 1e6 * p["seconds_per_token"],
+            p["model"], "alike" if p["alike"] else "drawn apart", p["control"],
+            p["over"], 1e6 * p["seconds_per_token"],
             100 * p["over_whole"], 100 * p["old_tokens"], p["oldest"],
         )
         for p in points
@@ -318,7 +328,7 @@ def replay_rows(points: Sequence[dict[str, Any]]) -> tables.Table:
     return header, rows
 
 
-def demo_rows(points: Sequence[dict[str, Any]]) -> tables.Table:
+def demo_rows(points: Sequence[Mapping[str, Any]]) -> tables.Table:
     """Return header and rows of the demo."""
     header = (
         "rollouts", "steps", "tokens learnt", "rollout ms a token", "all ms a token",

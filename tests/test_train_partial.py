@@ -143,7 +143,7 @@ def test_all_is_learnt_once_from_what_was_recorded(
     assert num_sampled == num_learnt + rest.lengths.sum(), "sampled twice"
     stream = [trainer.subject.tokenizer.encode_prompt(p.prompt) for p in
               trainer._problems(partial.positions_of(rest, 2))]  # fmt: skip
-    held = rest.for_request(stream, rest.sequence_ids)  # of these prompts
+    held = rest.for_request(stream, rest.sequence_ids.tolist())  # of these prompts
     np.testing.assert_array_equal(held.completion_ids, rest.completion_ids)
 
 
@@ -176,7 +176,7 @@ def test_a_resumed_run_goes_on_with_what_was_carried(tmp_path: Path) -> None:
 
 
 def test_a_damaged_carry_is_named(tmp_path: Path) -> None:
-    params, host = {"w": np.ones(3, np.float32)}, {"config": {}}
+    params, host = {"w": np.ones(3, np.float32)}, {"config": "none"}
     with Checkpoints(tmp_path) as checkpoints:
         for step, carried in enumerate((None, some_rollout())):
             checkpoints.save(
