@@ -1189,7 +1189,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "a prompt cloned from a row that has gone past its ring",
-        "er_jax::plan_admission",
+        "er_jax::forget_replaced",
         "rows.length + RING_DRAFTS > request.ring_slots",
         "rows.length + RING_DRAFTS < 0",
         ("tests/test_windows.py::test_a_row_past_its_ring_holds_no_prompt",),
