@@ -113,7 +113,7 @@ class PartialConfig:
       over: groups that are in work at once, over those of a step; in [1, 2]. 1 is off:
         a step waits for its longest completion. Above 1 it ends when
         `prompts_per_step` groups are complete, and the others go on in the next step,
-        under its parameters. 1.5 is a good first choice.
+        under its parameters. 1.25 is a good first choice.
       max_age: no token is learnt from more than so many steps after the one that
         sampled it, >= 1: a group that would become older is waited for.
     """
