@@ -211,7 +211,10 @@ def replay_points(args: Args) -> list[dict[str, Any]]:
         def best(costs: RoundCosts = costs) -> replay.Decider:
             return replay.Best(costs, GAMMAS)
 
-        controls = (("ar", lambda: replay.Fixed(0)), ("best", best))
+        controls: tuple[tuple[str, Callable[[], replay.Decider]], ...] = (
+            ("ar", lambda: replay.Fixed(0)),
+            ("best", best),
+        )
         for alike, (control, make) in itertools.product((False, True), controls):
             found = [
                 replayed(model, costs, lengths, make, over, alike, args)
