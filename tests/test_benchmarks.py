@@ -586,6 +586,7 @@ def test_a_session_prefills_only_what_it_does_not_know(tmp_path: Path) -> None:
     assert len(rows[0]) == len(header)
 
 
+@pytest.mark.slow
 def test_partial_rollouts_save_time_in_replay(tmp_path: Path) -> None:
     partial.main(partial.Args(quick=True, out=tmp_path))
     record = json.loads((tmp_path / "partial.json").read_text())
@@ -596,7 +597,8 @@ def test_partial_rollouts_save_time_in_replay(tmp_path: Path) -> None:
     for whole, part in zip(replayed[::2], replayed[1::2], strict=True):
         assert (whole["over"], part["over"]) == (1.0, 1.5)
         assert whole["over_whole"] == 1 and whole["old_tokens"] == 0
-        assert part["over_whole"] < 0.9
+        # One step says nothing of groups that are alike: few lengths are drawn.
+        assert part["alike"] or part["over_whole"] < 0.8
         assert 0 < part["oldest"] <= 4
     header, rows = partial.demo_rows(record["points"])
     assert [row[0] for row in rows] == ["whole", "partial"]
