@@ -177,7 +177,9 @@ def test_training_samples_with_its_own_controller(
     for name in ("rollout", "rollout_replicas"):
         monkeypatch.setattr(er_jax, name, sampled(name))
     run: Any = SimpleNamespace(
-        subject=SimpleNamespace(tokenizer=None, stop_token_ids=()),
+        subject=SimpleNamespace(
+            tokenizer=SimpleNamespace(encode_prompt=None), stop_token_ids=()
+        ),
         placement=SimpleNamespace(sampler=lambda *_: None, sampling=None),
         state=SimpleNamespace(params=None, gathered=None),
         config=SimpleNamespace(
