@@ -20,7 +20,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -189,12 +188,7 @@ class Calls:
         """Return the object."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the threads."""
         self.close()
 

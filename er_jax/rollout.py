@@ -211,11 +211,11 @@ def sample(
             sequence_ids,
             controller,
             mesh,
-            resume,
-            kept,
-            words,
-            answering,
-            session,
+            resume=resume,
+            journal=kept,
+            key=words,
+            respond=answering,
+            session=session,
         )
         engine, controller, request = call.engine, call.controller, call.request
         settings = sampling_of(config, words, policy.vocab_size)
@@ -234,7 +234,7 @@ def sample(
             if engine.agreement.is_leader:
                 found = {**call.ended, **found}  # One process gives what was there.
             if kept is not None:
-                kept.note(found, sync=True)
+                stats.num_journalled += kept.note(found, sync=True)
             return assemble(
                 call.prompts,
                 found,

@@ -10,7 +10,6 @@ Left out: what a call does with them (`call`).
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Any
 
 from er_jax.arguments import is_whole
@@ -67,12 +66,7 @@ class Session:
         """Return the session."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the session."""
         self.close()
 

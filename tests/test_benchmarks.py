@@ -354,6 +354,24 @@ def test_first_calls_are_not_much_slower_than_an_oracles(name: str) -> None:
     assert first == pytest.approx(point["oracle_s"][0], rel=1e-4)
 
 
+def test_nobody_who_begins_with_plain_decoding_comes_near_the_oracle_of_windows() -> (
+    None
+):
+    """Which is why its bound is another; drafts bought before any of the calls."""
+    name = "7B on an H100, windows"
+    record = json.loads((records.RESULTS / "cold.json").read_text())
+    (point,) = (p for p in record["points"] if p["preset"] == name)
+    oracle_s, seconds = np.array(point["oracle_s"]), np.array(point["seconds"])
+    plain_s, drafted_s = seconds[1] - seconds[0], oracle_s[-1] - oracle_s[-2]
+    assert drafted_s < plain_s
+    calls = np.arange(len(oracle_s))
+    for bought in calls[1:]:
+        late = np.maximum(calls - bought + 1, 0)
+        totals = seconds[0] + plain_s * (calls - late) + drafted_s * late
+        totals += cold.POLICIES[name].drafting_s * (late > 0)
+        assert (totals / oracle_s).max() > 1.3, bought
+
+
 @pytest.mark.parametrize("noise", [1.0, 1.5, 3.0])
 def test_plain_decoding_is_tried_where_only_drafts_ran(noise: float) -> None:
     """At sixteen rows verifications are bound by arithmetic, and plain decoding wins.

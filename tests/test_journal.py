@@ -196,6 +196,15 @@ def test_it_begins_where_what_is_resumed_ends(wanted: Rollout, path: Path) -> No
         sample(path)
 
 
+def test_what_is_written_at_the_end_is_counted(
+    x64: None, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "EVERY_S", 1e6)
+    part = sample(path, until=Until(tokens=20))
+    assert "unfinished" in part.finish_reason
+    assert part.stats.num_journalled == part.lengths.sum()
+
+
 def test_a_stream_gives_what_it_holds_as_well(wanted: Rollout, path: Path) -> None:
     sample(path, until=Until(groups=1))
     with er_jax.stream(

@@ -245,10 +245,10 @@ def test_seconds_are_those_of_the_whole_call(
     clock = time.perf_counter
     late = 0.0
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **named: Any) -> Any:
         nonlocal late
         late = before_s
-        return prepare(*arguments)
+        return prepare(*arguments, **named)
 
     def is_reached(until: Until, *, seconds: float, **counts: int) -> bool:
         seen.append(seconds)

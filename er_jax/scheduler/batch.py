@@ -156,6 +156,21 @@ class Batch:
         """Whether a sequence is live, or waits, or may do so."""
         return bool(self.queue) or self.num_live > 0 or self.num_open > 0
 
+    def ask_again(self) -> list[int]:
+        """Ask for answers that an earlier call got none of: only in conversations."""
+        return []
+
+    def take_answers(self) -> list[int]:
+        """Queue what was answered; return sequences that ended so: none."""
+        return []
+
+    def wait_for_answers(self) -> list[int]:
+        """Do `take_answers` a moment later; only conversations come to it."""
+        return []
+
+    def close(self) -> None:
+        """Take no more answers."""
+
     def _start_bucket(self) -> int:
         """Return the positions that rows need to start from what waits, or may."""
         return self.request.prompt_bucket

@@ -155,6 +155,10 @@ class Conversations(Batch):
         with self.stats.timed("answers", lambda: 0.0):
             return self.take_answers(ANSWER_WAIT_S)
 
+    def close(self) -> None:
+        """Ask for nothing more, and take no more answers."""
+        self.turns.close()
+
     def unfinished(self) -> dict[int, Completion]:
         """Return what `Batch.unfinished` does, and what waits for an answer."""
         return {**self.turns.open, **super().unfinished()}

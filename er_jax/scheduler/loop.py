@@ -81,12 +81,12 @@ def run(
       RolloutError: anything failed; it carries the finished completions.
       KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
-    talks, arguments = None, (topology, request, stats, settings, begun, journal, reuse)
+    arguments = (topology, request, stats, settings, begun, journal, reuse)
     if respond is None:
         batch = Batch(*arguments)
     else:
         turns = Turns(respond, topology.engine.policy.vocab_size, stats)
-        batch = talks = Conversations(turns, turned, *arguments)
+        batch = Conversations(turns, turned, *arguments)
 
     def deliver(finished: list[int]) -> Exception | None:
         for sequence in finished:
@@ -108,8 +108,7 @@ def run(
     def finished() -> dict[int, Completion]:
         # One window may be over and not yet collected, and another may be running. If
         # the device itself has failed, nothing more can be fetched.
-        if talks is not None:
-            talks.turns.close()
+        batch.close()
         with contextlib.suppress(Exception):
             batch.collect()
         with contextlib.suppress(Exception):
@@ -119,17 +118,16 @@ def run(
         return batch.completions
 
     with (
-        contextlib.nullcontext() if talks is None else contextlib.closing(talks.turns),
+        contextlib.closing(batch),
         Monitor(len(request.waiting), progress, stats) as monitor,
         keeping(finished, request, batch.unfinished),
     ):
-        if talks is not None:
-            raise_of(deliver(talks.ask_again()))
+        raise_of(deliver(batch.ask_again()))
         while batch.is_going_on:
-            if talks is not None and not (batch.queue or batch.num_live):
+            if not (batch.queue or batch.num_live):
                 # All wait for answers, or will when the last window is collected.
                 raise_of(deliver(batch.collect()))
-                raise_of(deliver(talks.wait_for_answers()))
+                raise_of(deliver(batch.wait_for_answers()))
                 if until is not None and batch.is_reached(until, began_s):
                     break
                 continue
@@ -152,15 +150,13 @@ def run(
                 failure = deliver(batch.collect())
                 monitor.show(program, batch.rows, request, len(batch.queue))
                 batch.end_window(controller, failure)
-            if talks is not None:
-                if until is not None:
-                    # Which of the rows that ended go on.
-                    raise_of(deliver(batch.collect()))
-                raise_of(deliver(talks.take_answers()))
+            if until is not None and batch.num_open:
+                # Which of the rows that ended go on.
+                raise_of(deliver(batch.collect()))
+            raise_of(deliver(batch.take_answers()))
             if until is not None and batch.is_reached(until, began_s):
                 break
-        if talks is not None:
-            talks.turns.close()
+        batch.close()
         agreement = topology.engine.agreement
         _, failure = agreement.sync_or_raise([], deliver(batch.collect()))
         raise_of(failure)

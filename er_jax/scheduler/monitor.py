@@ -13,7 +13,6 @@ import collections
 import math
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 import numpy as np
 from tqdm import tqdm
@@ -48,12 +47,7 @@ class Monitor:
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave the bar as it is."""
         self._bar.close()
 
