@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,15 +51,37 @@ WARM_UPS = {"er_jax, best": 6, "er_jax, ar": 2}
 NEEDS = {"Tunix": ("tunix",), "transformers": ("torch", "transformers")}
 
 
+class Size(NamedTuple):
+    """How much of a model is sampled.
+
+    completions: of a run. groups: completions of each prompt, for each task. engines:
+    those that sample.
+    """
+
+    completions: int
+    groups: tuple[int, ...]
+    engines: tuple[str, ...]
+
+
+# The large model would take hours with the engines that are far behind with the small
+# one: a static cache, and lookup row by row.
+SIZES = {
+    "tiny": Size(4, (2,), tuple(ENGINES)),
+    "3M": Size(256, (8, 1), tuple(ENGINES)),
+    "90M": Size(
+        128, (8,), ("er_jax, best", "er_jax, ar", "Tunix", "transformers")
+    ),
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """What to compare.
 
     Args:
-      models: names of presets. workloads: "tail" and "flat". groups: completions of
-        each prompt. engines: to run; those whose packages are missing are left out.
-      completions: of a run. slots: rows of a batch. limit: most tokens of a completion,
-        and the tokens of each in the flat workload as a third of it.
+      models: names of presets; see `SIZES`. workloads: "tail" and "flat".
+      slots: rows of a batch. limit: most tokens of a completion, and the tokens of each
+        in the flat workload as a third of it.
       repeats: readings of each engine, interleaved.
       quick: a tiny model, to check the script. out: directory of the record; None is
         benchmarks/results.
@@ -67,9 +89,6 @@ class Args:
 
     models: tuple[str, ...] = ("3M", "90M")
     workloads: tuple[str, ...] = ("tail", "flat")
-    groups: tuple[int, ...] = (8, 1)
-    engines: tuple[str, ...] = tuple(ENGINES)
-    completions: int = 64
     slots: int = 16
     limit: int = 144
     repeats: int = 5
@@ -125,14 +144,19 @@ def checkpoint(preset: str, directory: str) -> er_jax.DecoderConfig:
 
 
 def task_of(
-    directory: str, vocab_size: int, workload: str, group: int, args: Args
+    directory: str,
+    vocab_size: int,
+    workload: str,
+    group: int,
+    completions: int,
+    args: Args,
 ) -> dict[str, Any]:
     """Return what the workers are told."""
     # 0 is padding for some engines. No prompt has it, or a token that ends.
     stops = list(range(1, vocab_size, STOP_SHARE)) if workload == "tail" else []
     rng = np.random.default_rng(0)
     usual = np.setdiff1d(np.arange(1, vocab_size), stops)
-    prompts = rng.choice(usual, (args.completions // group, PROMPT_LENGTH)).tolist()
+    prompts = rng.choice(usual, (completions // group, PROMPT_LENGTH)).tolist()
     limit = args.limit if workload == "tail" else args.limit // 3
     return {
         "checkpoint": directory,
@@ -144,9 +168,10 @@ def task_of(
     }
 
 
-def points_of(task: dict[str, Any], args: Args) -> list[dict[str, Any]]:
+def points_of(
+    task: dict[str, Any], engines: Sequence[str], repeats: int
+) -> list[dict[str, Any]]:
     """Run the engines on one task in turn; return a point for each."""
-    engines = [name for name in args.engines if is_installed(name)]
     outs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
     first_s = {}
     with ExitStack() as stack:
@@ -165,7 +190,7 @@ def points_of(task: dict[str, Any], args: Args) -> list[dict[str, Any]]:
             return outs[name][-1]["tokens"] / outs[name][-1]["seconds"]
 
         cases = {name: functools.partial(reading, name) for name in engines}
-        speeds = measure.interleave(cases, args.repeats, desc="peers")
+        speeds = measure.interleave(cases, repeats, desc="peers")
     return [
         {
             "engine": name,
@@ -185,13 +210,15 @@ def points_of(task: dict[str, Any], args: Args) -> list[dict[str, Any]]:
 def rows_of(found: Sequence[Any]) -> tables.Table:
     """Return header and rows, one per point."""
     header = (
-        *("model", "workload", "group", "rows", "engine", "useful tokens / s"),
+        *("model", "workload", "group", "completions", "rows", "engine"),
+        "useful tokens / s",
         *("quartiles", "er_jax, best over it", "row-steps without a token"),
         *("first run, s", "peak MB"),
     )
     rows = [
         (
-            *(p["preset"], p["workload"], p["group"], p["rows"], p["engine"]),
+            *(p["preset"], p["workload"], p["group"], p["completions"], p["rows"]),
+            p["engine"],
             round(p["tokens_per_s"]["median"]),
             f"{p['tokens_per_s']['q1']:.0f} to {p['tokens_per_s']['q3']:.0f}",
             f"{p['ahead']['median']:.2f}",
@@ -238,27 +265,31 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 def main(args: Args) -> dict[str, Any]:
     """Compare, print a table, write and return the record."""
     if args.quick:
-        args = dataclasses.replace(
-            args, models=("tiny",), groups=(2,), completions=4, slots=2, limit=12,
-            repeats=2,
-        )  # fmt: skip
+        args = dataclasses.replace(args, models=("tiny",), slots=2, limit=12, repeats=2)
     record = records.new_record("peers", records.settings_of(args))
     out = records.results_dir(args.out, args.quick)
     for preset in args.models:
+        size = SIZES[preset]
+        engines = [name for name in size.engines if is_installed(name)]
         with tempfile.TemporaryDirectory() as directory:
             vocab_size = checkpoint(preset, directory).vocab_size
             for workload in args.workloads:
-                for group in args.groups:
-                    task = task_of(directory, vocab_size, workload, group, args)
+                for group in size.groups:
+                    task = task_of(
+                        *(directory, vocab_size, workload, group, size.completions),
+                        args,
+                    )
                     about = {
                         "preset": preset,
                         "workload": workload,
                         "group": group,
                         "rows": args.slots,
+                        "completions": size.completions,
                         "dtype": "float32",
                         "limit": task["max_new_tokens"],
                     }
-                    record["points"] += [about | p for p in points_of(task, args)]
+                    found = points_of(task, engines, args.repeats)
+                    record["points"] += [about | p for p in found]
                     records.save(out / "peers.json", record)
     print(tables.text(rows_of(record["points"])))
     draw(record, out / "peers.png")

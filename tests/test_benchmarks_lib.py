@@ -443,9 +443,9 @@ def test_every_completion_of_a_prompt_is_a_row_of_some_batch() -> None:
 @pytest.mark.parametrize("workload", ["tail", "flat"])
 def test_engines_sample_the_same_task(workload: str, tmp_path: Path) -> None:
     """Where lengths are equal they give as many tokens; else at most the limit."""
-    args = comparison.Args(completions=6, slots=2, limit=24)
+    args = comparison.Args(slots=2, limit=24)
     vocab_size = comparison.checkpoint("tiny", str(tmp_path)).vocab_size
-    task = comparison.task_of(str(tmp_path), vocab_size, workload, 2, args)
+    task = comparison.task_of(str(tmp_path), vocab_size, workload, 2, 6, args)
     stops = np.array(task["stops"])
     assert not np.isin(task["prompts"], [0, *stops]).any()
     for name in filter(comparison.is_installed, peer_worker.ENGINES):
