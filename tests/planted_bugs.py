@@ -46,6 +46,7 @@ LEFT_OUT = "test_tokens_that_truncation_leaves_out_count_as_kept"
 LORA, PEFT = "tests/test_lora.py", "tests/test_peft.py"
 TRAIN_LORA = "tests/test_train_lora.py"
 PARTIAL = "tests/test_train_partial.py"
+TOOLS = "tests/test_train_tools.py"
 PARTIAL_STEPS = f"{PARTIAL}::test_all_is_learnt_once_from_what_was_recorded[1]"
 SPANNED = "tests/test_lossless.py::test_drafts_that_see_a_span_change_no_distribution"
 CLOSED_FORM = (
@@ -1709,6 +1710,27 @@ BUGS: tuple[PlantedBug, ...] = (
         "change.transpose(*np.argsort(order))",
         "change.reshape(x.shape)",
         (f"{TUNIX}::test_lora_parameters_of_stacked_weights_are_merged",),
+    ),
+    PlantedBug(
+        "training: a tool's answer is learnt from",
+        "train::batch_of",
+        "1 if example.sampled is None else example.sampled",
+        "1",
+        (f"{TOOLS}::test_appended_tokens_are_not_learnt_from",),
+    ),
+    PlantedBug(
+        "training: an appended token counts as sampled by the newest parameters",
+        "train::batch_of",
+        "batch.mask[row, first:used] * fresh",
+        "fresh",
+        (f"{TOOLS}::test_appended_tokens_are_not_learnt_from",),
+    ),
+    PlantedBug(
+        "training: a tool is told of the last turn only",
+        "train::_answer",
+        "tokenizer.decode(turn.completion_ids)",
+        "tokenizer.decode(turn.token_ids)",
+        (f"{TOOLS}::test_turns_are_answered_where_the_tool_is_called",),
     ),
     PlantedBug(
         "Tunix: every draft is the first",

@@ -10,10 +10,11 @@ import contextlib
 import importlib
 import inspect
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,7 @@ def test_options_of_modules_exist(capsys: pytest.CaptureFixture[str]) -> None:
             helps[command] = (
                 own_options(command[1], capsys)
                 if command[0] == "er-jax"
-                else options_of_module(command)
+                else options_of_module(command, capsys)
             )
         return helps[command]
 
@@ -280,15 +281,19 @@ def test_options_of_modules_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(helps) > 20
 
 
-def options_of_module(command: tuple[str, ...]) -> set[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(re.findall(r"--[\w.-]+", done.stdout)) | {"--help"}
+def options_of_module(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> set[str]:
+    """Return the options that `python -m` shows, run here: imports take seconds."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", [*command, "--help"])
+        # That a module which runs was imported before.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0, command
+    return set(re.findall(r"--[\w.-]+", capsys.readouterr().out)) | {"--help"}
 
 
 # -- the picture of the rooms ----------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
 import signal
 import sys
 import time
@@ -345,3 +347,59 @@ def test_what_has_begun_is_part_of_the_prompt() -> None:
         begun={0: np.ones(3900, np.int32)},
     )  # fmt: skip
     assert longer.cache_lengths[-1] == 4096
+
+
+# -- memory ----------------------------------------------------------------------------
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has in use."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(200, marks=pytest.mark.slow),
+        pytest.param(1000, marks=pytest.mark.long),
+    ],
+)
+def test_interrupted_rollouts_hold_no_memory(count: int, x64: None) -> None:
+    """Ended by a limit, by a call and by Ctrl-C in turn, each goes on once."""
+    config = dataclasses.replace(CONFIG, max_new_tokens=8)
+
+    def ctrl_c() -> None:
+        raise KeyboardInterrupt
+
+    def interrupt_one(number: int) -> None:
+        # All programs are chosen by these controllers, and so compiled early.
+        stop = Stop()
+        if number % 3 == 0:
+            until, controller = Until(tokens=3), Ending(-1, ctrl_c)
+        elif number % 3 == 1:
+            until, controller = Until(stop=stop), Ending(1, stop)
+        else:
+            until, controller = None, Ending(2, ctrl_c)
+        try:
+            early = sample(config, until=until, controller=controller)
+        except KeyboardInterrupt as interrupted:
+            early = interrupted.rollout  # type: ignore[attr-defined]
+        assert "unfinished" in early.finish_reason
+        whole = sample(config, resume=early, controller=Ending(-1, ctrl_c))
+        assert "unfinished" not in whole.finish_reason
+
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        return len(jax.live_arrays()), len(gc.get_objects()), resident_bytes()
+
+    for number in range(100):
+        interrupt_one(number)
+    arrays, objects, used = held()
+    for number in range(count):
+        interrupt_one(number)
+    arrays_after, objects_after, used_after = held()
+    assert arrays_after <= arrays
+    assert objects_after - objects < 100  # not one for each
+    assert used_after - used < 2e6  # of 1000, not 2 kB for each

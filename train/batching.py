@@ -29,7 +29,8 @@ class Batch:
         padding.
       positions: `[R, T]` int32, counted from 0; -1 in padding.
       targets: `[R, T]` int32, the token that follows each of `tokens`; 0 in padding.
-      mask: `[R, T]` float32, 1 where the target is a completion token, else 0.
+      mask: `[R, T]` float32, 1 where the target is a token that the policy has sampled
+        or is to write, else 0.
       behavior_logprobs: `[R, T]` float32, log-probability of the target when it was
         sampled; 0 where masked.
       fresh: `[R, T]` float32, 1 where the target was sampled by the parameters from
@@ -97,6 +98,8 @@ class Example:
       behavior_logprobs: one per completion token; None in supervised training.
       fresh: whether the parameters from before the step sampled each of them; None if
         all.
+      sampled: whether the policy sampled each of them and no tool appended it; None if
+        all.
       advantage: of the whole completion.
     """
 
@@ -105,6 +108,7 @@ class Example:
     behavior_logprobs: Sequence[float] | np.ndarray | None = None
     advantage: float = 0.0
     fresh: np.ndarray | None = None
+    sampled: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -187,8 +191,9 @@ def batch_of(examples: Sequence[Example], rows: int, length: int) -> Batch:
         batch.tokens[row, :used] = sequence[:-1]
         batch.positions[row, :used] = np.arange(used)
         batch.targets[row, :used] = sequence[1:]
-        batch.mask[row, first:used] = 1.0
-        batch.fresh[row, first:used] = 1.0 if example.fresh is None else example.fresh
+        batch.mask[row, first:used] = 1 if example.sampled is None else example.sampled
+        fresh = 1 if example.fresh is None else example.fresh
+        batch.fresh[row, first:used] = batch.mask[row, first:used] * fresh
         if example.behavior_logprobs is not None:
             batch.behavior_logprobs[row, first:used] = example.behavior_logprobs
         batch.advantages[row] = example.advantage

@@ -158,6 +158,7 @@ def examples_of(
             behavior_logprobs=out.logprobs[row, :length],
             advantage=float(advantages.flat[row]),
             fresh=None if step is None else out.version[row, :length] == step,
+            sampled=out.completion_mask[row, :length],
         )
         for row, length in enumerate(out.lengths)
         # A completion is empty when its first logits were not finite.

@@ -265,6 +265,31 @@ class LoRAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ToolConfig:
+    """A tool that the policy calls in the middle of its completions.
+
+    Args:
+      function: module:function, called with the text of the completion so far; returns
+        the text to append, or None to end the completion; see `train.tools`. None is no
+        tool. For one process, without replicas.
+      called_by: the text that calls it; a token of the policy ends with it.
+      max_calls: of a completion, >= 1.
+      timeout_s: seconds that a call may take, > 0.
+    """
+
+    function: str | None = None
+    called_by: str = "="
+    max_calls: int = 64
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.called_by != "", "called_by", self.called_by, "give a text")
+        require(self.max_calls >= 1, "max_calls", self.max_calls, "give >= 1")
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "give > 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class BaseConfig:
     """The settings of any run.
 
@@ -285,6 +310,7 @@ class BaseConfig:
       mesh: the devices; a resumed run may have others.
       grpo: the reinforcement learning.
       lora: low-rank pairs in the place of whole weights.
+      tool: what the policy may call.
     """
 
     seed: int = 0
@@ -301,6 +327,7 @@ class BaseConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    tool: ToolConfig = dataclasses.field(default_factory=ToolConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -326,6 +353,7 @@ class BaseConfig:
         for name, value, is_on in (
             ("grpo.stream", self.grpo.stream, self.grpo.stream),
             ("grpo.partial.over", partial.over, partial.is_on),
+            ("tool.function", self.tool.function, self.tool.function is not None),
         ):
             require(
                 not (is_on and spread),
@@ -429,19 +457,35 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=path))
 
 
+# What settings that a later version added were before, by their place.
+ADDED: dict[tuple[str, ...], Any] = {
+    ("lora",): LoRAConfig(),
+    ("grpo", "partial"): PartialConfig(),
+    ("tool",): ToolConfig(),
+}
+
+
+def _with_added(old: dict[str, Any]) -> dict[str, Any]:
+    """Return a config of any version with all settings of this one."""
+    old = json.loads(json.dumps(old))
+    for (*groups, name), before in ADDED.items():
+        inside: Any = old
+        for group in groups:
+            inside = inside.get(group) if isinstance(inside, dict) else None
+        if isinstance(inside, dict):
+            inside.setdefault(name, to_json(before))
+    return old
+
+
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> list[str]:
     """Return the fields that differ between two configs, as "name: old -> new".
 
-    Fields that a resumed run may change are left out. A run of a version that had no
-    pairs trained all weights, and one of a version without partial rollouts had none.
+    Fields that a resumed run may change are left out.
     """
     found = []
-    if not prefix:
-        old = {"lora": to_json(LoRAConfig())} | old
-        if isinstance(old.get("grpo"), dict):
-            old["grpo"] = {"partial": to_json(PartialConfig())} | old["grpo"]
+    old = old if prefix else _with_added(old)
     for name in sorted({*old, *new}):
         before, after, full = old.get(name), new.get(name), f"{prefix}{name}"
         if isinstance(before, dict) and isinstance(after, dict):

@@ -1,6 +1,7 @@
 """The command line of training: GRPO on verifiable rewards.
 
     python -m train.grpo arithmetic      # the reported demo, a few minutes on 2 cores
+    python -m train.grpo calculator      # the same, with a tool that the policy calls
     python -m train.grpo tiny            # the same in seconds, for trying things out
     python -m train.grpo hf --model DIR --data FILE.jsonl    # a checkpoint, your data
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import tyro
 
-from configs import arithmetic, hf, tiny
+from configs import arithmetic, calculator, hf, tiny
 from train.placement import join
 from train.run import run
 
@@ -26,6 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     config = tyro.extras.overridable_config_cli(
         {
             "arithmetic": ("The reported demo.", arithmetic.CONFIG),
+            "calculator": ("The demo with a calculator to call.", calculator.CONFIG),
             "tiny": ("The same in seconds.", tiny.CONFIG),
             "hf": ("A checkpoint and data of yours.", hf.CONFIG),
         },

@@ -8,13 +8,14 @@ itself. The two rewards here compare final answers.
 
 from __future__ import annotations
 
-import importlib
 import math
 import numbers
 import re
 import traceback
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
+
+from train.settings import import_function
 
 
 class Reward(Protocol):
@@ -94,16 +95,4 @@ def reward_of(name: str) -> Reward:
     Raises:
       ValueError: there is no such function.
     """
-    module, _, attribute = name.partition(":")
-    remedy = "give module:function, such as train.rewards:numeric_answer"
-    if not attribute:
-        raise ValueError(f"reward={name!r} names no function; {remedy}")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"reward={name!r} cannot be imported ({error}); {remedy}"
-        ) from error
-    if not callable(found):
-        raise ValueError(f"reward={name!r} is no function; {remedy}")
-    return found
+    return import_function("reward", name, "train.rewards:numeric_answer")

@@ -8,11 +8,13 @@ other wrong type is refused by name when the config is made.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import numbers
 import os
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,29 @@ def require(holds: bool, name: str, value: object, remedy: str) -> None:
     """Raise ValueError naming argument, value and remedy, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+def import_function(argument: str, name: str, example: str) -> Callable[..., Any]:
+    """Import a function that a setting names.
+
+    Args:
+      argument: the setting. name: "module:function". example: of such a name.
+    Raises:
+      ValueError: there is no such function.
+    """
+    module, _, attribute = name.partition(":")
+    remedy = f"give module:function, such as {example}"
+    if not attribute:
+        raise ValueError(f"{argument}={name!r} names no function; {remedy}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{argument}={name!r} cannot be imported ({error}); {remedy}"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{argument}={name!r} is no function; {remedy}")
+    return found
 
 
 def check_types(settings: Any) -> None:

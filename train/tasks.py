@@ -40,6 +40,11 @@ CHARACTERS = "0123456789+-*/=() .,:;?!#<>%^_'\"&$\nabcdefghijklmnopqrstuvwxyz"
 class AnyTokenizer(Protocol):
     """A tokenizer: the demo's, or that of a checkpoint."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Return a text's token ids; ValueError if a part of it has none."""
         ...

@@ -26,7 +26,7 @@ import numpy as np
 
 import er_jax
 from er_jax.engine.digests import tree_digest
-from train import completions, losses, partial, tasks
+from train import completions, losses, partial, tasks, tools
 from train.batching import Buckets, Example, stack_chunks
 from train.completions import StepData
 from train.config import BaseConfig
@@ -50,6 +50,7 @@ class Trainer:
       placement: where arrays lie.
       buckets: shapes of the update.
       controller: of the rollouts, kept from step to step.
+      tool: what the policy may call; None if nothing.
       log: the file that records go to.
       state: None until `start_from` or `set_state`.
       ref_params: the policy of step 0; None when the loss has no KL term, or if the
@@ -69,14 +70,15 @@ class Trainer:
     ref_params: Any = None
     reference_digest: str | None = None
     carried: er_jax.Rollout | None = None
+    tool: tools.Use | None = None
 
     @classmethod
     def of(cls, config: BaseConfig) -> Trainer:
         """Load the data and decide shapes and devices. Writes nothing.
 
         Raises:
-          ValueError: bad data, as `subject_of`; impossible buckets or an impossible
-            mesh.
+          ValueError: bad data, as `subject_of`; no such tool; impossible buckets or an
+            impossible mesh.
         """
         subject = subject_of(config)
         longest = max(
@@ -98,6 +100,7 @@ class Trainer:
             buckets=buckets,
             controller=kind(config.control, config.rollout_config(group_size=2).gammas),
             log=MetricsFile(config.out / "metrics.jsonl", writes=is_first()),
+            tool=tools.use_of(config.tool, subject.tokenizer),
         )
 
     @property
@@ -400,13 +403,15 @@ def _called(
       problems: P of them. n: completions of each. named: further arguments.
     """
     encode = trainer.subject.tokenizer.encode_prompt
+    stops = trainer.subject.stop_token_ids
+    if trainer.tool is not None:
+        stops += trainer.tool.call_ids
+        named["respond"] = trainer.tool.respond
     return sample(
         trainer.policy,
         trainer.placement.sampler(trainer.state.params, trainer.state.gathered),
         [encode(problem.prompt) for problem in problems],
-        config=trainer.config.rollout_config(
-            group_size=n, stop_token_ids=trainer.subject.stop_token_ids
-        ),
+        config=trainer.config.rollout_config(group_size=n, stop_token_ids=stops),
         controller=trainer.controller,
         mesh=trainer.placement.sampling,
         **named,
