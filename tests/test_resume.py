@@ -366,7 +366,9 @@ def resident_bytes() -> int:
         pytest.param(1000, marks=pytest.mark.long),
     ],
 )
-def test_interrupted_rollouts_hold_no_memory(count: int, x64: None) -> None:
+def test_interrupted_rollouts_hold_no_memory(
+    count: int, x64: None, unoptimized: None
+) -> None:
     """Ended by a limit, by a call and by Ctrl-C in turn, each goes on once."""
     config = dataclasses.replace(CONFIG, max_new_tokens=8)
 
