@@ -51,6 +51,7 @@ MARKER = "<!-- Below: written by `python -m benchmarks.report` from results/*.js
 
 # Records with a page of their own, where their section stands below such a line.
 PAGES = {
+    "peers": records.ROOT / "docs" / "peers.md",
     "plans": records.ROOT / "docs" / "plan.md",
     "scaling": records.ROOT / "docs" / "pods.md",
     "traffic": records.ROOT / "docs" / "limits.md",

@@ -312,6 +312,7 @@ TRAIN_ORDER = (
     "losses",
     "sft",
     "config",
+    "tools",
     "metrics",
     "trained",
     "placement",
