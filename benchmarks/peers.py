@@ -47,6 +47,8 @@ STOP_SHARE = 30
 # Rollouts before the first reading: they compile, and choose programs.
 WARM_UPS = {"er_jax, best": 6, "er_jax, ar": 2}
 
+WARM_UP_SEED = 1000  # and those behind it; readings begin with 0
+
 # What an engine needs beside er_jax; without it, it is left out.
 NEEDS = {"Tunix": ("tunix",), "transformers": ("torch", "transformers")}
 
@@ -106,21 +108,17 @@ class Peer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._seed = 0
-        self.last: dict[str, Any] = {}
 
-    def run(self) -> dict[str, Any]:
-        """Sample all completions with the next seed; return what the worker tells."""
+    def run(self, seed: int) -> dict[str, Any]:
+        """Sample all completions with a seed; return what the worker tells."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
-        self._seed += 1
-        process.stdin.write(f"{self._seed}\n")
+        process.stdin.write(f"{seed}\n")
         process.stdin.flush()
         line = process.stdout.readline()
         if not line:
             raise RuntimeError(f"the process of an engine ended: {process.wait()}")
-        self.last = json.loads(line)
-        return self.last
+        return dict(json.loads(line))
 
     def close(self) -> None:
         """End the process."""
@@ -180,13 +178,14 @@ def points_of(
             peers[name] = Peer(name, task)
             stack.callback(peers[name].close)
         for name, peer in peers.items():
-            out = peer.run()
+            out = peer.run(WARM_UP_SEED)
             first_s[name] = out["seconds"] + out["compile_s"]
-            for _ in range(WARM_UPS.get(name, 2) - 1):
-                peer.run()
+            for number in range(1, WARM_UPS.get(name, 2)):
+                peer.run(WARM_UP_SEED + number)
 
         def reading(name: str) -> float:
-            outs[name].append(peers[name].run())
+            # The same seeds for all: lengths vary from one to the next.
+            outs[name].append(peers[name].run(len(outs[name])))
             return outs[name][-1]["tokens"] / outs[name][-1]["seconds"]
 
         cases = {name: functools.partial(reading, name) for name in engines}
