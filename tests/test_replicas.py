@@ -187,7 +187,7 @@ def test_training_samples_with_its_own_controller(
             grpo=SimpleNamespace(stream=False),
             rollout_config=lambda **_: None,
         ),
-        controller=object(), policy=None,
+        controller=object(), policy=None, tool=None,
     )  # fmt: skip
     with pytest.raises(InterruptedError):
         Trainer.sample(run, [], n=2, key=None, first_sequence_id=0)  # type: ignore[arg-type]

@@ -145,6 +145,7 @@ def sampled(problems: int, n: int) -> Any:
     size = problems * n
     return types.SimpleNamespace(
         completion_ids=ids,
+        completion_mask=np.ones(ids.shape, bool),
         lengths=np.full(size, ids.shape[1]),
         finish_reason=np.full(size, "stop"),
     )
