@@ -162,6 +162,7 @@ def test_the_picture(tmp_path: Path) -> None:
     assert path.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_command_measures_saves_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -562,6 +563,7 @@ def test_a_first_rollout_is_not_held_up_for_long(
         assert controller.table.seconds.keys() == {Program(1, 64, 0), Program(1, 64, 2)}
 
 
+@pytest.mark.slow
 def test_rounds_with_a_window_are_measured_at_the_longest_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

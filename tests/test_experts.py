@@ -100,6 +100,7 @@ def test_the_gradient_is_that_of_the_sum() -> None:
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_router_learns() -> None:
     """The whole layer's gradient reaches it, and that of finite differences is it."""
     layer, x = layer_of(), tokens_of(1, 4)

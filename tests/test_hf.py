@@ -188,8 +188,14 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "llama 3.1", "mistral", "qwen2, tied", "qwen3", "mistral, window", "gemma 3",
-        "qwen3, experts",
+        "llama 3.1",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "mistral", "qwen2, tied", "qwen3", "mistral, window", "gemma 3",
+                "qwen3, experts",
+            )
+        ),
     ],
 )  # fmt: skip
 def test_greedy_completions_are_those_of_transformers(
@@ -550,6 +556,7 @@ def test_a_save_that_fails_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.slow
 def test_other_parameters_are_not_saved(checkpoint: Path, tmp_path: Path) -> None:
     policy, params = er_jax.load_hf(checkpoint)
     bad = {**params, "final_norm": jnp.ones(7)}
@@ -630,7 +637,9 @@ print(peak - before, sum(sizes), max(sizes))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_loading_needs_no_more_than_one_tensor_beside_the_result(
     dtype: str, tmp_path: Path
 ) -> None:

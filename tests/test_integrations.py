@@ -130,7 +130,9 @@ def test_a_module_is_sampled_with_a_draft_of_its_own(framework: str) -> None:
     assert drafted.stats.keep_rate(4) > 0.8
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize(
+    "framework", [pytest.param("linen", marks=pytest.mark.slow), "nnx"]
+)
 def test_the_quantized_kernels_are_what_is_multiplied(framework: str) -> None:
     """The draft's logits are those of kernels rounded to its codes, and no others."""
     policy, params = made(framework)

@@ -212,7 +212,7 @@ def one_by_one(texts: Sampled, row: int, start: int, view: View, gamma: int) -> 
 @pytest.mark.parametrize(
     ("view", "gamma"),
     [
-        (View(), 1),
+        pytest.param(View(), 1, marks=pytest.mark.slow),
         (View(), 3),
         (View(4, 0), 1),
         (View(4, 2), 3),

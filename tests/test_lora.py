@@ -350,6 +350,7 @@ def sampled(policy: Any, params: Any, **changes: Any) -> er_jax.Rollout:
 
 
 @pytest.mark.usefixtures("unoptimized")
+@pytest.mark.slow
 def test_drafts_with_the_live_pair_change_no_token(x64: None) -> None:
     policy, params = policy_of("float64"), moved(with_pairs("float64"))
     plain = sampled(policy, params)

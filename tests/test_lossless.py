@@ -258,7 +258,13 @@ def test_completions_follow_the_target(rule: AcceptRule) -> None:
     assert (accepted > 10_000).all(), "every number of drafts should be kept often"
 
 
-@rules
+@pytest.mark.parametrize(
+    "rule",
+    [
+        rule if rule == "coupled" else pytest.param(rule, marks=pytest.mark.slow)
+        for rule in ACCEPT_RULES
+    ],
+)
 def test_drafts_that_see_a_span_change_no_distribution(rule: AcceptRule) -> None:
     """The toy looks back by one position, so a span of two hides nothing from it.
 

@@ -293,7 +293,7 @@ def window_text(name: str, gamma: int) -> tuple[str, Any, int]:
     return call.as_text(), call.memory_analysis(), num_bytes
 
 
-@pytest.mark.parametrize("gamma", [0, 4])
+@pytest.mark.parametrize("gamma", [pytest.param(0, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ["2x4"])
 def test_windows_gather_neither_weights_nor_cache(name: str, gamma: int) -> None:
     check_window(name, gamma)

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -19,6 +21,7 @@ def test_quick_start_is_the_file_that_is_run() -> None:
     assert len([line for line in quick_start.splitlines() if line.strip()]) <= 12
 
 
+@pytest.mark.slow
 def test_quick_start_prints_a_summary_and_a_completion() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "quickstart.py")],

@@ -377,7 +377,9 @@ def as_dtype(params: Any, dtype: str) -> Any:
 # Small, and often.
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def test_speculation_and_scheduling_change_no_token(
     trained: Any, dtype: str, short_windows: None
 ) -> None:

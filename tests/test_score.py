@@ -242,7 +242,9 @@ def test_gradients_are_those_of_the_plain_formula(
         np.testing.assert_allclose(one, other, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["temperature", "processed"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("temperature", marks=pytest.mark.slow), "processed"]
+)
 def test_tokens_that_truncation_leaves_out_count_as_kept(x64: None, kind: str) -> None:
     logits = jnp.array([[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 2.5, -jnp.inf]])
     settings = toy.settings(
@@ -335,7 +337,9 @@ def lowered(rows: int, vocab_size: int, *, is_gradient: bool) -> Any:
     return jax.jit(function).lower(params, out).compile().memory_analysis()
 
 
-@pytest.mark.parametrize("is_gradient", [False, True])
+@pytest.mark.parametrize(
+    "is_gradient", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_no_logits_of_all_tokens_exist(is_gradient: bool) -> None:
     vocab_size = 4096
     most = 512 // 4 * vocab_size * 4  # bytes of the logits of a piece, float32

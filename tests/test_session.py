@@ -73,6 +73,7 @@ def test_calls_of_a_session_share_programs_with_nothing_else() -> None:
         assert_same(out, plain)
 
 
+@pytest.mark.slow
 def test_a_closed_session_has_freed_everything() -> None:
     client = jax.devices()[0].client
 

@@ -419,6 +419,7 @@ def test_a_program_of_spans_is_another_one() -> None:
     assert len([n for n, _ in other.stats.compiled if "window" in n]) == 1
 
 
+@pytest.mark.slow
 def test_a_window_holds_rings_and_no_second_cache() -> None:
     sizes = dataclasses.replace(SIZES, head_dim=64)
     policy = er_jax.Decoder(sizes)

@@ -231,6 +231,7 @@ def test_names_of_deciders() -> None:
         make_decider("bset", costs, ROOFLINE, range(5), 0.9)
 
 
+@pytest.mark.slow
 def test_thousands_of_sequences_are_replayed_in_seconds() -> None:
     trace = TRACES["capped"](4096, cap=8192, seed=0)
     kept_drafts, costs = KeptDrafts(trace, 0.95, 0), passes(gammas=(1, 3, 7))

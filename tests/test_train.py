@@ -342,6 +342,7 @@ def test_update_does_not_depend_on_how_it_is_cut(x64):
         np.testing.assert_allclose(one, other, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_update_donates_and_refreshes():
     policy = tiny.CONFIG.model.decoder(64, "float32")
     state = some_state(policy)

@@ -70,6 +70,7 @@ def frozen_of(params: er_jax.PolicyParams) -> Any:
 
 
 @pytest.mark.usefixtures("unoptimized")
+@pytest.mark.slow
 def test_an_update_steps_the_pairs_and_moves_nothing_else() -> None:
     state = some_state()
     assert len(jax.tree.leaves(state.opt_state)) == 1 + 2 * 2 * 7
@@ -116,6 +117,7 @@ def test_an_update_reuses_every_buffer_and_quantizes_nothing() -> None:
 
 
 @pytest.mark.usefixtures("unoptimized")
+@pytest.mark.slow
 def test_pairs_are_gathered_for_rollouts_and_bases_are_kept() -> None:
     """Over `fsdp`, updates and rollouts have arrays of their own."""
     placement = Placement.of(MeshConfig(2, 2, 2))
