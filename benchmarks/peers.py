@@ -256,6 +256,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         ax.set_yticks(np.arange(len(engines)) + 0.2 * (len(groups) - 1), engines)
         ax.invert_yaxis()
         ax.set_title(f"{preset}, {workload}, {own[0]['rows']} rows")
+        ax.locator_params(axis="x", nbins=5)
         ax.set_xlabel("useful tokens per second")
     axes[0][0].legend()
     records.save_figure(picture, record, path)
