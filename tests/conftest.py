@@ -15,6 +15,8 @@ import contextlib
 import functools
 import gc
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -31,8 +33,24 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-import jax
-import pytest
+# Most of the time is XLA's. With its older emitters, and code in one part, it needs
+# half of it: many parts are for idle cores. Where XLA_FLAGS is set, be it to nothing,
+# it stays as it is. XLA ends a process for a flag that it does not know.
+QUICK_FLAGS = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+_flags = " ".join(f"--{k}={str(v).lower()}" for k, v in QUICK_FLAGS.items())
+if "XLA_FLAGS" not in os.environ:
+    _is_known = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env={**os.environ, "XLA_FLAGS": _flags},
+        capture_output=True,
+    )
+    os.environ["XLA_FLAGS"] = "" if _is_known.returncode else _flags
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Meshes are made of the CPU, eight times; all else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -69,20 +87,34 @@ def standard_promotion() -> Iterator[None]:
 
 @functools.cache
 def quick_options() -> dict[str, Any]:
-    """Return those options that make XLA compile faster and that this XLA knows.
-
-    Its older emitters, and code in one part: many parts are for idle cores.
-    """
-    wanted: dict[str, Any] = {
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    }
-    known = {}
-    for name, value in wanted.items():
+    """Return those of the quick flags that this XLA knows, as options."""
+    known: dict[str, Any] = {}
+    for name, value in QUICK_FLAGS.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
             known[name] = value
     return known
+
+
+@contextlib.contextmanager
+def compiling_with(options: dict[str, Any]) -> Iterator[None]:
+    """Compile what is compiled ahead of time, as engines do, with more options."""
+    from er_jax.engine.kept import forget_engines
+
+    compile_ = jax.stages.Lowered.compile
+
+    def compile_so(
+        lowered: jax.stages.Lowered, compiler_options: Any = None, **rest: Any
+    ) -> jax.stages.Compiled:
+        return compile_(lowered, options | (compiler_options or {}), **rest)
+
+    forget_engines()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.stages.Lowered, "compile", compile_so)
+            yield
+    finally:
+        forget_engines()
 
 
 @contextlib.contextmanager
@@ -93,25 +125,23 @@ def without_optimizer() -> Iterator[None]:
     programs compute, other tests show at the level that is XLA's default. Programs that
     are compiled ahead of time, as those of engines are, get `quick_options` besides.
     """
-    from er_jax.engine.kept import forget_engines
-
-    compile_, quick = jax.stages.Lowered.compile, quick_options()
-
-    def compile_soon(
-        lowered: jax.stages.Lowered, compiler_options: Any = None, **rest: Any
-    ) -> jax.stages.Compiled:
-        return compile_(lowered, quick | (compiler_options or {}), **rest)
-
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    forget_engines()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax.stages.Lowered, "compile", compile_soon)
+        with compiling_with(quick_options()):
             yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
-        forget_engines()
+
+
+@pytest.fixture(scope="module")
+def as_users_compile() -> Iterator[None]:
+    """Have the module's engines compile as without `QUICK_FLAGS`, if these are set."""
+    options = {}
+    if os.environ["XLA_FLAGS"] == _flags:
+        options["xla_cpu_use_fusion_emitters"] = True
+    with compiling_with(options):
+        yield
 
 
 @pytest.fixture

@@ -363,6 +363,7 @@ def _preload(programs: str) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("MPLBACKEND", "agg")
+    os.environ.setdefault("XLA_FLAGS", "")  # or every child would look for quick ones
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # or NumPy starts threads
     os.environ.pop("PYTEST_ADDOPTS", None)
     # Plugins that are installed by chance are not needed, and some imported by now.

@@ -20,6 +20,8 @@ from er_jax import drafter, products
 from er_jax.drafter import DrafterConfig, PolicyParams, QuantizedWeight, TiedEmbedding
 from er_jax.engine import windows
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 FORMATS = [
@@ -541,7 +543,6 @@ def test_attaching_inside_a_donated_update_reuses_everything() -> None:
     jax.tree.map(np.testing.assert_array_equal, new.policy, halves)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_gradient_touches_the_policy_only() -> None:
     policy = small_decoder()
     params = policy.init(jax.random.key(0))

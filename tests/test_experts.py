@@ -13,6 +13,8 @@ import pytest
 import er_jax
 from er_jax import experts
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 DIM, WIDTH, COUNT, CHOSEN = 12, 10, 6, 2
 silu = jax.nn.silu
 

@@ -22,6 +22,8 @@ import er_jax
 from er_jax.io import hf_save, hf_weights
 from er_jax.types import NONE
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -184,7 +186,6 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found[mask], wanted[mask], atol=1e-4)
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
     "name",
     [

@@ -20,6 +20,8 @@ from er_jax.lora import LoRAWeight
 from er_jax.mesh import layout, rules
 from tests.small import SIZES
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 NUM_IN, NUM_OUT, RANK, SCALE = 24, 40, 3, 1.75
 PROMPTS = [[3, 1, 4], [7], [2, 7, 1, 8, 2, 8, 1, 8]]
 
@@ -349,7 +351,6 @@ def sampled(policy: Any, params: Any, **changes: Any) -> er_jax.Rollout:
     return er_jax.rollout(policy, params, PROMPTS, key=key, config=config)
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.slow
 def test_drafts_with_the_live_pair_change_no_token(x64: None) -> None:
     policy, params = policy_of("float64"), moved(with_pairs("float64"))
@@ -368,7 +369,6 @@ def test_drafts_with_the_live_pair_change_no_token(x64: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_tokens_are_those_of_merged_weights(x64: None) -> None:
     policy, params = policy_of("float64"), moved(with_pairs("float64"))
     plain = sampled(policy, params)
@@ -389,7 +389,6 @@ def test_tokens_are_those_of_merged_weights(x64: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_scores_and_their_gradients_are_of_the_pairs() -> None:
     policy, params = policy_of(), moved(with_pairs())
     out = sampled(policy, params)

@@ -55,6 +55,8 @@ from tests.toy import (
     toy_params,
 )
 
+pytestmark = pytest.mark.usefixtures("as_users_compile")
+
 TOY = Toy(vocab_size=3)
 PROMPT = (0, 1)
 rules = pytest.mark.parametrize("rule", ACCEPT_RULES)

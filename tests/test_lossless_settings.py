@@ -41,6 +41,8 @@ from tests.toy import (
     toy_params,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 NUM_TOKENS = 4
 
 # Two kinds of rows, and what is the same for both.

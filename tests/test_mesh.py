@@ -30,6 +30,8 @@ from er_jax.scheduler.batch import Batch
 from er_jax.tools import hlo
 from er_jax.types import NONE, Program
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 CONFIG = er_jax.DecoderConfig(
     vocab_size=512, dim=64, num_layers=1, num_heads=8, num_kv_heads=4, hidden_dim=128,
     qkv_bias=True,
@@ -218,7 +220,6 @@ def test_data_shards_become_one_for_the_last_rows(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_short_completions_are_those_of_one_device() -> None:
     config = config_of(max_new_tokens=20)
     mesh = mesh_of(data=4, model=2)
@@ -227,7 +228,6 @@ def test_short_completions_are_those_of_one_device() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_windows_and_experts_on_a_mesh() -> None:
     """Rings go past their ends; each device has a part of every expert."""
     config = dataclasses.replace(
@@ -480,7 +480,6 @@ def test_rows_stay_where_there_is_room() -> None:
         assert sum(s for s, k in zip(stays, index, strict=True) if k != NONE) == wanted
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_a_mesh_may_have_other_names() -> None:
     other = Mesh(np.array(jax.devices()).reshape(4, 2), ("replica", "tensor"))
     axes = rules.MeshAxes(data="replica", model="tensor")

@@ -28,6 +28,8 @@ from er_jax.scheduler import batch
 from er_jax.types import NONE, LogprobKind, Program, Sampling
 
 V, STOP, CLASSES = 32, 0, 4
+pytestmark = pytest.mark.usefixtures("as_users_compile")
+
 SIZES = er_jax.DecoderConfig(
     vocab_size=V, dim=32, num_layers=1, num_heads=2, num_kv_heads=1, hidden_dim=64
 )

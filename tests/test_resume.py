@@ -26,6 +26,8 @@ from er_jax.scheduler import batch
 from er_jax.types import Finish, Program
 from tests.small import SIZES
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 SIZES64 = dataclasses.replace(SIZES, dtype="float64")
 POLICY = er_jax.Decoder(SIZES64)
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
@@ -88,7 +90,7 @@ def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "MIN_ROUNDS", 3)
 
 
-@pytest.mark.usefixtures("unoptimized", "short_windows")
+@pytest.mark.usefixtures("short_windows")
 def test_going_on_equals_never_having_stopped(wanted: Rollout, tmp_path: Path) -> None:
     """Stopped after some number of decisions, and gone on once or many times."""
     most = 0
@@ -122,7 +124,6 @@ def test_going_on_equals_never_having_stopped(wanted: Rollout, tmp_path: Path) -
     assert most > 2
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_a_completion_that_ended_by_length_goes_on_at_a_higher_limit(
     wanted: Rollout,
 ) -> None:
@@ -133,7 +134,7 @@ def test_a_completion_that_ended_by_length_goes_on_at_a_higher_limit(
         sample(dataclasses.replace(CONFIG, max_new_tokens=12), resume=wanted)
 
 
-@pytest.mark.usefixtures("unoptimized", "short_windows")
+@pytest.mark.usefixtures("short_windows")
 @pytest.mark.parametrize(
     ("until", "reached"),
     [
@@ -161,7 +162,7 @@ def test_what_ends_a_rollout(
     assert all(moment.live for moment in before)
 
 
-@pytest.mark.usefixtures("unoptimized", "short_windows")
+@pytest.mark.usefixtures("short_windows")
 def test_ctrl_c_gives_everything_and_it_goes_on(wanted: Rollout) -> None:
     def interrupt() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -178,7 +179,6 @@ def test_ctrl_c_gives_everything_and_it_goes_on(wanted: Rollout) -> None:
     assert_same(sample(resume=part, controller=controller), wanted)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_nothing_is_sampled_where_all_has_ended(wanted: Rollout) -> None:
     again = sample(resume=wanted, version=7)
     assert_same(again, wanted)
@@ -236,7 +236,6 @@ def test_a_file_holds_all_but_the_statistics(tmp_path: Path) -> None:
         Rollout.load(path)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_seconds_are_those_of_the_whole_call(
     x64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,9 +365,7 @@ def resident_bytes() -> int:
         pytest.param(1000, marks=pytest.mark.long),
     ],
 )
-def test_interrupted_rollouts_hold_no_memory(
-    count: int, x64: None, unoptimized: None
-) -> None:
+def test_interrupted_rollouts_hold_no_memory(count: int, x64: None) -> None:
     """Ended by a limit, by a call and by Ctrl-C in turn, each goes on once."""
     config = dataclasses.replace(CONFIG, max_new_tokens=8)
 

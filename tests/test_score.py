@@ -22,6 +22,8 @@ from tests import toy
 from tests.conftest import CompileCount
 from tests.small import POLICY, SIZES
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 PROMPTS = [[3, 1, 4], [7], [2, 7, 1, 8, 2, 8, 1, 8], [5, 6]]
 CONFIG = er_jax.RolloutConfig(
     max_new_tokens=24, n=2, temperature=0.7, stop_token_ids=(0, 9), control="ar"

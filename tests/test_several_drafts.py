@@ -22,6 +22,8 @@ from er_jax.types import FIRST_DRAFT, Program, View
 from tests.small import SIZES, small_policy
 from tests.test_control import FREE, made
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 TWO = (DrafterConfig(window=None), DrafterConfig(bits=4, window=None))
 CONFIG = er_jax.RolloutConfig(max_new_tokens=60, n=2, drafter=TWO, gammas=(0, 3))
 PROMPTS = [[1, 2, 3], [4, 5]]
@@ -134,7 +136,6 @@ class InTurn(Restless):
         self.kept[program.draft] = self.kept.get(program.draft, 0) + accepted
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_each_draft_is_the_one_that_its_program_names() -> None:
     """The first draft is another policy and the second the policy itself."""
     policy = small_policy("several drafts")

@@ -20,6 +20,8 @@ from train.controllers import RuleController
 from train.losses import PolicyLoss
 from train.update import TrainState, derive, make_optimizer, update
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 ONE = np.float32(1)
 
 
@@ -361,7 +363,6 @@ def test_update_donates_and_refreshes():
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_update_reuses_every_buffer_of_the_state():
     policy = tiny.CONFIG.model.decoder(64, "float32")
     state = some_state(policy)

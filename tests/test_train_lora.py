@@ -29,6 +29,8 @@ from train.run import run
 from train.trained import trained_part
 from train.update import TrainState, derive, update
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 POLICY = tiny.CONFIG.model.decoder(64, "float32")
 LORA = LoRAConfig(rank=4, alpha=8)
 CONFIG = dataclasses.replace(
@@ -69,7 +71,6 @@ def frozen_of(params: er_jax.PolicyParams) -> Any:
     return er_jax.without_lora(params.policy), params.draft
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.slow
 def test_an_update_steps_the_pairs_and_moves_nothing_else() -> None:
     state = some_state()
@@ -97,7 +98,6 @@ def test_an_update_steps_the_pairs_and_moves_nothing_else() -> None:
     assert float(info["kl"]) == pytest.approx(float(sums["kl"]) / 6, rel=1e-4) != 0
 
 
-@pytest.mark.usefixtures("unoptimized")
 def test_an_update_reuses_every_buffer_and_quantizes_nothing() -> None:
     state = jax.eval_shape(some_state)
     lowered = update.lower(*arguments(state), **SETTINGS)
@@ -116,7 +116,6 @@ def test_an_update_reuses_every_buffer_and_quantizes_nothing() -> None:
     assert memory.alias_size_in_bytes >= size
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.slow
 def test_pairs_are_gathered_for_rollouts_and_bases_are_kept() -> None:
     """Over `fsdp`, updates and rollouts have arrays of their own."""
@@ -162,7 +161,6 @@ def steps_of(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_a_run_resumes_and_saves_its_pairs_only(x64: None, tmp_path: Path) -> None:
     config = dataclasses.replace(
         CONFIG, out=tmp_path / "whole", dtype="float64", steps=4
@@ -208,7 +206,6 @@ def test_a_run_resumes_and_saves_its_pairs_only(x64: None, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_a_trained_checkpoint_is_its_base_and_its_adapter(tmp_path: Path) -> None:
     from tests.test_train_hf import make_checkpoint
 
@@ -249,7 +246,6 @@ def test_a_trained_checkpoint_is_its_base_and_its_adapter(tmp_path: Path) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("unoptimized")
 def test_a_run_on_a_mesh_is_that_of_one_device(x64: None, tmp_path: Path) -> None:
     model = dataclasses.replace(CONFIG.model, num_heads=4, num_kv_heads=2, head_dim=8)
     config = dataclasses.replace(CONFIG, model=model, dtype="float64", steps=2)
