@@ -36,7 +36,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Most of the time is XLA's. With its older emitters, and code in one part, it needs
 # half of it: many parts are for idle cores. Where XLA_FLAGS is set, be it to nothing,
 # it stays as it is. XLA ends a process for a flag that it does not know.
-QUICK_FLAGS: dict[str, bool | int] = {
+QUICK_FLAGS: dict[str, Any] = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
