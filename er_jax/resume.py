@@ -106,8 +106,9 @@ def completions_of(
     for row, reason in enumerate(earlier.finish_reason.tolist()):
         length = int(earlier.lengths[row])
         goes_on = reason in (LENGTH, UNFINISHED)
-        if goes_on and length == limits[row]:
-            goes_on, reason = False, LENGTH
+        if goes_on:
+            goes_on = length < limits[row]
+            reason = UNFINISHED if goes_on else LENGTH
         completion = Completion(
             token_ids=earlier.completion_ids[row, :length].copy(),
             logprobs=earlier.logprobs[row, :length].copy(),

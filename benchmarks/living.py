@@ -1,0 +1,167 @@
+"""Rollouts that are interrupted, resumed, answered and shared, in any order.
+
+    python -m benchmarks.living                          # a million steps
+    python -m benchmarks.living --seed 17 --steps 1      # one life of them again
+
+A step is one event of a life (`lib/living.py`): a window of a program that can run, an
+answer to a turn, an interrupt, a failure, a call that goes on elsewhere, other
+parameters, a session with less room, a torn journal. They are drawn at random. After
+each, whatever can be seen is held to a reference that samples every sequence alone,
+token by token, from parameters, text, key, sequence id and position; in float64, so
+that nothing is forgiven.
+
+A difference is printed with the seed of its life and written into the record, with the
+events that led to it, and the exit code is 1. Nothing depends on the clock.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from benchmarks.lib import living, records, tables
+from benchmarks.lib.known import TOOL, VOCAB_SIZE, Answer, answer_of
+from er_jax.engine.kept import forget_engines
+
+LIFE_STEPS = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to run.
+
+    Args:
+      steps: how many, in lives of 500. seed: of the first life; every life has the next
+        one.
+      out: where to write. quick: at most 2000 steps.
+    """
+
+    steps: int = 1_000_000
+    seed: int = 0
+    out: Path | None = None
+    quick: bool = False
+
+
+class Drawn:
+    """Draws what happens in a life.
+
+    Args:
+      seed: of the draws. steps: after which the life ends.
+    """
+
+    def __init__(self, seed: int, steps: int = LIFE_STEPS) -> None:
+        self._random, self._left = random.Random(seed), steps
+
+    def __call__(self, point: living.Point) -> living.Event:
+        """Return what happens at a point."""
+        self._left -= 1
+        if self._left < 0:
+            return living.End()
+        return self._between(point) if point.kind == "between" else self._within(point)
+
+    def _chance(self, share: float) -> bool:
+        return self._random.random() < share
+
+    def _pick(self, *values: Any) -> Any:
+        return self._random.choice(values)
+
+    def _within(self, point: living.Point) -> living.Event:
+        if point.rooms and self._chance(0.45):
+            turn = self._random.randrange(len(point.rooms))
+            return living.Give(turn, self._answer(point.rooms[turn]))
+        if point.can_halt and self._chance(0.03):
+            return living.Halt()
+        if self._chance(0.02):
+            return living.Break(self._chance(0.4), self._chance(0.5))
+        if point.kind == "waiting":
+            return living.Wait()
+        return living.Window(self._random.randrange(24), self._pick(1, 1, 1, 2, 3))
+
+    def _answer(self, room: int) -> Answer:
+        if self._chance(0.15):
+            return self._pick(None, None, None, TOOL)
+        return answer_of([self._random.randrange(VOCAB_SIZE) for _ in range(3)], room)
+
+    def _between(self, point: living.Point) -> living.Event:
+        if point.has_journal and self._chance(0.1):
+            return living.Tear(self._random.random())
+        if self._chance(0.12):
+            return living.Learn(self._random.randrange(living.NUM_PARAMS))
+        if self._chance(0.08):
+            return living.Share(self._pick(None, *living.PROMPT_BYTES))
+        if not point.can_go_on or self._chance(0.8 if point.is_over else 0.15):
+            return self._begin()
+        return living.GoOn(
+            raised=self._pick(0, 0, 0, 2),
+            is_answered=self._chance(0.7),
+            has_journal=self._chance(0.5),
+            style=self._style(),
+        )
+
+    def _begin(self) -> living.Begin:
+        return living.Begin(
+            prompts=tuple(
+                self._random.randrange(10) for _ in range(self._random.randint(1, 3))
+            ),
+            n=self._pick(1, 2),
+            key=self._random.randrange(living.NUM_KEYS),
+            temperature=self._pick(0, 0, 1, 2),
+            stops=self._pick(0, 0, 1, 2),
+            limit=self._random.randint(2, living.MOST_NEW),
+            is_answered=self._chance(0.6),
+            turn_tokens=self._pick(None, 2, 4),
+            max_turns=self._pick(None, None, 1, 3),
+            carried=self._pick(0, 0, 1, 2),
+            has_journal=self._chance(0.4),
+            style=self._style(),
+        )
+
+    def _style(self) -> living.Style:
+        return living.Style(
+            slots=self._pick(*living.SLOTS),
+            gammas=self._pick(0, 1, 1),
+            draft=self._random.randrange(living.NUM_PARAMS),
+            is_stoppable=self._chance(0.7),
+            finished=self._pick(*[None] * 6, 1, 3),
+            groups=self._pick(*[None] * 6, 1, 2),
+            tokens=self._pick(*[None] * 6, 5, 15),
+            from_file=self._chance(0.1),
+            is_noted=self._chance(0.5),
+        )
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a life did, and what was wrong with it.
+
+    counts: numbers by name. problem: in words; None if all is well. log: its events.
+    """
+
+    seed: int
+    counts: collections.Counter[str]
+    problem: str | None
+    log: list[living.Event]
+
+
+def run(seed: int, steps: int = LIFE_STEPS) -> Outcome:
+    """Run a life of a seed."""
+    with tempfile.TemporaryDirectory(prefix="er_jax_living_") as folder:
+        life = living.Life(Drawn(seed, steps), Path(folder), seed)
+        problem = None
+        try:
+            life.live()
+        except Exception as error:
+            # Any failure is a finding, and is told with its seed.
+            problem = f"{type(error).__name__}: {error}"
+    life.counts["lives"] = 1
+    life.counts["differences"] = problem is not None
+    return Outcome(seed, life.counts, problem, life.log)
