@@ -7,6 +7,7 @@ position does not depend on where sampling began.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -105,16 +106,17 @@ def completions_of(
     )
     for row, reason in enumerate(earlier.finish_reason.tolist()):
         length = int(earlier.lengths[row])
-        goes_on = reason in (LENGTH, UNFINISHED)
-        if goes_on:
-            goes_on = length < limits[row]
-            reason = UNFINISHED if goes_on else LENGTH
+        goes_on = reason in (LENGTH, UNFINISHED) and length < limits[row]
         completion = Completion(
             token_ids=earlier.completion_ids[row, :length].copy(),
             logprobs=earlier.logprobs[row, :length].copy(),
-            finish_reason=reason,
+            finish_reason=UNFINISHED if goes_on else reason,
             mask=earlier.completion_mask[row, :length].copy(),
         )
+        if completion.finish_reason == UNFINISHED and not goes_on:
+            # It ends as it would have under the limit of now.
+            reason = turn_end(completion, config, row, None) or LENGTH
+            completion = dataclasses.replace(completion, finish_reason=reason)
         if not goes_on:
             ended[row] = completion
         elif length:
