@@ -149,7 +149,8 @@ def prepare(
         journal.begin(named)
         earlier = journal.gone_on(arrays, ids, config, earlier)
     if earlier is not None:
-        ended, begun = completions_of(earlier, config)
+        over = () if journal is None else journal.finished.keys()
+        ended, begun = completions_of(earlier, config, over)
     limit = None if respond is None else respond.max_turn_tokens
     checks.check_turns(limit, config)
     turned: dict[int, str] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -88,7 +88,7 @@ def earlier_rollout(
 
 
 def completions_of(
-    earlier: Rollout, config: RolloutConfig
+    earlier: Rollout, config: RolloutConfig, over: Collection[int] = ()
 ) -> tuple[dict[int, Completion], dict[int, Completion]]:
     """Return the completions that have ended, and those that have begun.
 
@@ -96,6 +96,7 @@ def completions_of(
 
     Args:
       earlier: from `earlier_rollout`. config: of the request.
+      over: rows that have ended for this very request, whatever their reason.
     Returns:
       Two mappings from sequence (0 .. N-1) to completion.
     """
@@ -106,7 +107,8 @@ def completions_of(
     )
     for row, reason in enumerate(earlier.finish_reason.tolist()):
         length = int(earlier.lengths[row])
-        goes_on = reason in (LENGTH, UNFINISHED) and length < limits[row]
+        is_open = reason in (LENGTH, UNFINISHED) and row not in over
+        goes_on = is_open and length < limits[row]
         completion = Completion(
             token_ids=earlier.completion_ids[row, :length].copy(),
             logprobs=earlier.logprobs[row, :length].copy(),

@@ -132,7 +132,8 @@ class Row:
     """A completion's prompt and id, and what is known of it before the next call.
 
     known: what must not be lost. is_vague: whether more may be there: in a journal whose
-    call failed, or of which a part is cut off.
+    call failed, or of which a part is cut off. is_closed: whether it has ended in a
+    journal, from which it goes on under no limit.
     answers: what was answered, by all tokens so far; the latest last.
     """
 
@@ -140,6 +141,7 @@ class Row:
     sequence_id: int
     known: Text = dataclasses.field(default_factory=Text)
     is_vague: bool = False
+    is_closed: bool = False
     answers: dict[tuple[int, ...], list[Answer]] = dataclasses.field(
         default_factory=dict
     )
@@ -218,6 +220,7 @@ def walk(row: Row, terms: Terms, tokens: Sequence[int], token: Token) -> Walk:
     Raises:
       Difference: it is not what it has to be.
     """
+    require(not row.is_closed, f"sequence {row.sequence_id} is over, and goes on")
     name, known, found = f"sequence {row.sequence_id}", row.known, tuple(tokens)
     require(
         found[: len(known)] == known.tokens,
@@ -257,7 +260,7 @@ def check(row: Row, terms: Terms, found: Text, token: Token) -> None:
       Difference: it is not what it has to be.
     """
     name, known = f"sequence {row.sequence_id}", row.known
-    if terms.is_over(known):
+    if row.is_closed or terms.is_over(known):
         own = dataclasses.replace(
             known, versions=None if found.versions is None else known.versions
         )

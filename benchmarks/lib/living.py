@@ -49,12 +49,12 @@ from benchmarks.lib.known import (
 )
 from benchmarks.lib.reference import Reference, settings_of
 from er_jax import Completion, Respond, Rollout, Session, Stop, Turn, Until, journal
+from er_jax import request as requests
 from er_jax.engine import kept
 from er_jax.respond import Calls
 from er_jax.scheduler import batch, turns
 from er_jax.scheduler.options import Options
-from er_jax.types import Program
-from er_jax import request as requests
+from er_jax.types import NONE, Program
 
 POLICY = Sum()
 SLOTS = (1, 2, 3)
@@ -487,7 +487,7 @@ class Life:
         base = request.base
         for number, row in enumerate(request.rows):
             row.known = Text() if base is None else text_of(base, number)
-            row.is_vague = True
+            row.is_vague, row.is_closed = True, False
 
     # A call.
 
@@ -498,7 +498,7 @@ class Life:
             base = request.part
             for number, row in enumerate(request.rows):
                 row.known = Text() if base is None else text_of(base, number)
-                row.is_vague = False
+                row.is_vague = row.is_closed = False
             request.journal, request.versions = None, ()
             if wanted:
                 request.journal = self._folder / f"{self._version}.journal"
@@ -696,7 +696,7 @@ class Life:
     def _ask(self, call: Running, sequence_id: int, turn: Turn) -> None:
         self.counts["turns asked about"] += 1
         row = self._row(sequence_id)
-        require(not call.terms.is_over(row.known), f"{row} is over, and asked about")
+        require(not call.was_over(row), f"{row} is over, and asked about")
         tokens = tuple(turn.completion_ids.tolist())
         found = walk(row, call.terms, tokens, self._token)
         is_known = (row, tokens) in [(r, t) for r, t in call.given + call.fresh]
@@ -735,12 +735,19 @@ class Life:
     ) -> None:
         """Hold what a failed call kept; only a journal has it in the next one."""
         self.counts["calls failed"] += 1
+        for row in request.rows if request.journal is not None else ():
+            if row.sequence_id not in completions:
+                row.is_vague = True
         for sequence_id, completion in completions.items():
             row, text = self._row(sequence_id), Text.of(completion)
             require(text.reason != OPEN, f"{sequence_id} is kept, and unfinished")
             check(row, terms, text, self._token)
-        for row in request.rows if request.journal is not None else ():
-            row.is_vague = True
+            if request.journal is None or row.is_vague or row.is_closed:
+                continue
+            old, own = row.known.versions or (), terms.versions[-1]
+            new = [own if is_new else NONE for is_new in text.mask[len(old) :]]
+            row.known = dataclasses.replace(text, versions=(*old, *new))
+            row.is_closed = True
 
     def _hold(
         self,
@@ -785,6 +792,8 @@ class Life:
             self._hold_until(texts, out, until, request.begin.n)
         for row, text in zip(rows, texts, strict=True):
             row.known, row.is_vague = text, False
+            row.is_closed = request.journal is not None and text.reason != OPEN
+            row.is_closed &= not running.was_over(row)
         request.part = out
         self._count(out)
 
