@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from benchmarks.lib import living, records, tables
 from benchmarks.lib.known import TOOL, VOCAB_SIZE, Answer, answer_of
-from er_jax.engine.kept import forget_engines
 
 LIFE_STEPS = 500
 
@@ -102,8 +101,8 @@ class Drawn:
             return self._begin()
         return living.GoOn(
             raised=self._pick(0, 0, 0, 2),
-            is_answered=self._chance(0.7),
-            has_journal=self._chance(0.5),
+            is_answered=self._pick(None, None, None, True, False),
+            has_journal=self._pick(None, None, None, True, False),
             style=self._style(),
         )
 
@@ -165,3 +164,122 @@ def run(seed: int, steps: int = LIFE_STEPS) -> Outcome:
     life.counts["lives"] = 1
     life.counts["differences"] = problem is not None
     return Outcome(seed, life.counts, problem, life.log)
+
+
+def told(outcome: Outcome) -> str:
+    """Return what was wrong with a life, its last events, and what repeats it."""
+    command = f"python -m benchmarks.living --seed {outcome.seed} --steps 1"
+    last = [str(event) for event in outcome.log[-10:]]
+    lines = [f"DIFFERENCE after {len(outcome.log)} events, again by: {command}"]
+    return "\n".join([*lines, *last, str(outcome.problem)])
+
+
+def run_all(steps: int, seed: int) -> list[Outcome]:
+    """Run lives until there were enough steps; print each difference at once.
+
+    Args:
+      steps: at least so many. seed: of the first life.
+    """
+    outcomes: list[Outcome] = []
+    with tqdm(total=steps, unit="step") as bar:
+        while bar.n < steps:
+            outcome = run(seed + len(outcomes))
+            outcomes.append(outcome)
+            bar.update(max(outcome.counts["steps"], 1))
+            if outcome.problem is not None:
+                bar.write(told(outcome))
+            else:
+                outcome.log.clear()
+    return outcomes
+
+
+# Rows of the table: what they say, and the counts that they add up.
+ROWS = {
+    "lives": "lives",
+    "steps": "steps",
+    "windows": "window",
+    "turns answered, refused or failed at": "give",
+    "waits while all sequences wait for answers": "wait",
+    "calls told to end early": "halt",
+    "interrupts and failures decided upon": "break",
+    "requests begun": "begin",
+    "calls that go on": "goon",
+    "new parameters, or old ones again": "learn",
+    "sessions begun or left": "share",
+    "journals torn": "tear",
+    "came of it: calls that returned": "calls returned",
+    "calls interrupted": "calls interrupted",
+    "calls that failed": "calls failed",
+    "completions begun": "completions",
+    "completions told of as finished": "completions finished",
+    "completions carried over to other requests": "completions carried over",
+    "tokens sampled": "tokens",
+    "tokens resumed": "tokens resumed",
+    "drafts kept": "drafts kept",
+    "prompts prefilled": "prompts prefilled",
+    "completions started from entries in the batch": "prompts cloned",
+    "prompts found in a session": "prompts reused",
+    "prompts evicted": "prompts evicted",
+    "prompts dropped for new parameters": "prompts outdated",
+    "turns asked about": "turns asked about",
+    "of them, refused": "refusals",
+    "of them, failed at": "tool failures",
+    "answers put behind a row": "answers put behind a row",
+    "calls that went on with a journal": "journals gone on with",
+    "differences": "differences",
+}
+
+
+def rows_of(points: Sequence[Mapping[str, Any]]) -> tables.Table:
+    """Return header and rows: how often each event was, and what came of them."""
+    (point,) = points
+    return ("what", "number"), [(name, point[key]) for name, key in ROWS.items()]
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Run, print a table, write and return the record.
+
+    Raises:
+      SystemExit: something differed; the record says what.
+    """
+    if args.quick:
+        args = dataclasses.replace(args, steps=min(args.steps, 2000))
+    record = records.new_record("living", records.settings_of(args))
+    start, cpu_s = time.perf_counter(), time.process_time()
+    outcomes = run_all(args.steps, args.seed)
+    record["seconds"] = time.perf_counter() - start
+    record["cpu_s"] = time.process_time() - cpu_s
+    totals: collections.Counter[str] = collections.Counter(
+        dict.fromkeys(ROWS.values(), 0)
+    )
+    for outcome in outcomes:
+        totals.update(outcome.counts)
+    about = {"preset": "sum over a text", "rows": max(living.SLOTS), "dtype": "float64"}
+    record["points"] = [about | dict(totals)]
+    record["differences"] = [
+        {"seed": o.seed, "problem": o.problem, "events": [str(e) for e in o.log]}
+        for o in outcomes
+        if o.problem is not None
+    ]
+    records.save(records.results_dir(args.out, args.quick) / "living.json", record)
+    print(tables.text(rows_of(record["points"])))
+    print(summary(record))
+    if record["differences"]:
+        seeds = [found["seed"] for found in record["differences"]]
+        raise SystemExit(f"{len(seeds)} lives differ, seeds {seeds}; see above")
+    return record
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """Return a sentence about the run."""
+    (point,), settings = record["points"], record["settings"]
+    last = settings["seed"] + point["lives"] - 1
+    return (
+        f"Seeds {settings['seed']} to {last}: {point['steps']} steps in "
+        f"{record['seconds']:.0f} s, {record['cpu_s']:.0f} s of a core, compilation "
+        f"included; {point['differences']} lives differ."
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__, prog="python -m benchmarks.living"))

@@ -87,7 +87,9 @@ class Call:
         found = {} if self.journal is None else dict(self.journal.finished)
         if self.resume is not None:
             before = self.resume.finish_reason
-            found |= {s: c for s, c in self.ended.items() if c.finish_reason != before[s]}
+            found |= {
+                s: c for s, c in self.ended.items() if c.finish_reason != before[s]
+            }
         return found
 
 

@@ -51,19 +51,22 @@ class Sum:
     vocab_size: int = VOCAB_SIZE
 
     def init_cache(self, rows: int, length: int) -> Cache:
+        """Return the lines of no tokens, `[B, S, V]`."""
         return jnp.zeros((rows, length, self.vocab_size), jnp.float64)
 
     def forward(
         self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
+        """Return the logits `[B, T, V]` as what hidden states are."""
         pages, lines = jnp.asarray(params["pages"]), jnp.asarray(params["lines"])
         cache = kv_cache.write(cache, pages[tokens], positions)
-        places = jnp.arange(cache.shape[1], dtype=positions.dtype)
+        places = jnp.arange(cache.shape[1], dtype=positions.dtype)[None, None]
         age = (positions[..., None] - places).astype(jnp.float64)
         weight = jnp.where(age > 0, 0.9**age, 0.0)
         return jnp.einsum("bts,bsv->btv", weight, cache) + lines[tokens], cache
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Return the hidden states, which are the logits."""
         return hidden
 
 
@@ -131,9 +134,9 @@ class Text:
 class Row:
     """A completion's prompt and id, and what is known of it before the next call.
 
-    known: what must not be lost. is_vague: whether more may be there: in a journal whose
-    call failed, or of which a part is cut off. is_closed: whether it has ended in a
-    journal, from which it goes on under no limit.
+    known: what must not be lost. is_vague: whether more may be there: in a journal of a
+    call that failed, or of which a part is cut off. is_closed: whether it has ended in
+    a journal, and so goes on under no limit.
     answers: what was answered, by all tokens so far; the latest last.
     """
 
@@ -232,7 +235,9 @@ def walk(row: Row, terms: Terms, tokens: Sequence[int], token: Token) -> Walk:
         text = found[:at]
         reason = terms.turn_end(text, mask)
         if reason is not None and not terms.is_asked(text, mask):
-            require(at == len(found), f"{name}: {found} goes on behind {reason} at {at}")
+            require(
+                at == len(found), f"{name}: {found} goes on behind {reason} at {at}"
+            )
             return Walk(tuple(mask), tuple(logprobs), "over", reason)
         if at == len(found):
             state = OPEN if reason is None else "asked"
@@ -273,12 +278,13 @@ def check(row: Row, terms: Terms, found: Text, token: Token) -> None:
     off = np.abs(np.subtract(found.logprobs, wanted.logprobs))
     bad = off > LOGPROB_ERROR * (1 + np.abs(wanted.logprobs))
     require(not bad.any(), f"{name}: log-probabilities of {found}, not {wanted}")
-    reasons = {OPEN: [OPEN], "over": [wanted.reason]}.get(wanted.state)
-    if reasons is None:
+    reasons = [OPEN if wanted.state == OPEN else wanted.reason]
+    if wanted.state == "asked":
         given = row.answers.get(found.tokens, [])
         reasons = [OPEN] + [wanted.reason] * (None in given) + [TOOL] * (TOOL in given)
     require(
-        found.reason in reasons, f"{name}: {found} ends by {found.reason}, not {reasons}"
+        found.reason in reasons,
+        f"{name}: {found} ends by {found.reason}, not {reasons}",
     )
     if found.versions is None:
         return

@@ -168,13 +168,14 @@ class Begin:
 class GoOn:
     """The request goes on.
 
-    raised: by how many tokens the limit is. is_answered: whether turns are, now.
-    has_journal: whether with a journal: the one that it has, if the call may use it.
+    raised: by how many tokens the limit is.
+    is_answered: whether turns are, now. has_journal: whether it has a journal, the one
+    that there is if the call may go on with that. None: as before.
     """
 
     raised: int
-    is_answered: bool
-    has_journal: bool
+    is_answered: bool | None
+    has_journal: bool | None
     style: Style
 
 
@@ -217,7 +218,8 @@ class Point:
     rooms: of the turns that wait for an answer, tokens that it may have.
     can_halt: whether the call can be told to end early, and has not been.
     can_go_on: whether there is a request. is_over: whether all of its completions are.
-    has_journal: whether it has a journal.
+    has_journal: whether it has a journal. can_change: whether nothing has changed since
+    the last call.
     """
 
     kind: str
@@ -226,6 +228,7 @@ class Point:
     can_go_on: bool = False
     is_over: bool = False
     has_journal: bool = False
+    can_change: bool = False
 
 
 class Ended(BaseException):
@@ -240,7 +243,8 @@ class Failure(Exception):
 class Request:
     """What is asked for, over several calls.
 
-    rows: its completions, the n of a prompt adjacent. part: what the last call that
+    rows: its completions, the n of a prompt adjacent. limit, is_answered: of the
+    latest call. part: what the last call that
     returned anything gave. journal: its file. base, named: what a call must resume, and
     what else must be the same, to go on with that journal.
     versions: of the calls that wrote it.
@@ -249,6 +253,7 @@ class Request:
     begin: Begin
     rows: list[Row]
     limit: int
+    is_answered: bool
     part: Rollout | None = None
     journal: Path | None = None
     base: Rollout | None = None
@@ -273,7 +278,7 @@ class Running:
     told: dict[int, Text] = dataclasses.field(default_factory=dict)
     given: list[tuple[Row, tuple[int, ...]]] = dataclasses.field(default_factory=list)
     fresh: list[tuple[Row, tuple[int, ...]]] = dataclasses.field(default_factory=list)
-    asked: list[Any] = dataclasses.field(default_factory=list)
+    asked: list[tuple[Held, Any]] = dataclasses.field(default_factory=list)
     answer: Answer = None
     to_break: Break | None = None
     must_end: bool = False
@@ -370,8 +375,11 @@ class Life:
         """
         with contextlib.suppress(Ended), jax.enable_x64(True), self._placed():
             self._params = [sum_params(10 * self._seed + i) for i in range(NUM_PARAMS)]
-            while True:
-                self._between()
+            try:
+                while True:
+                    self._between()
+            finally:
+                self._note_evictions()
 
     @contextlib.contextmanager
     def _placed(self) -> Iterator[None]:
@@ -412,6 +420,7 @@ class Life:
                 can_go_on=request is not None,
                 is_over=is_over,
                 has_journal=has_journal,
+                can_change=not self.log or not isinstance(self.log[-1], Learn | Share),
             )
         )
         match event:
@@ -459,14 +468,14 @@ class Life:
             prompt = self._prompts[number % len(self._prompts)]
             groups.append([Row(prompt, self._new_id()) for _ in range(begin.n)])
         rows = [row for group in groups for row in group]
-        request = Request(begin, rows, begin.limit)
+        request = Request(begin, rows, begin.limit, begin.is_answered)
         if num_carried and before is not None and before.part is not None:
             prompts = [group[0].prompt for group in groups]
             ids = [row.sequence_id for row in rows]
             request.part = before.part.for_request(prompts, ids)
             self.counts["completions carried over"] += num_carried * begin.n
         self._request = request
-        self._sample(begin.has_journal, begin.is_answered, begin.style)
+        self._sample(begin.has_journal, begin.style)
 
     def _new_id(self) -> int:
         # Any order, and no number twice in a life.
@@ -474,10 +483,15 @@ class Life:
         return (self.counts["completions"] * 7919) % 65521
 
     def _go_on(self, event: GoOn) -> None:
-        assert self._request is not None
-        limit = self._request.limit + event.raised
-        self._request.limit = min(limit, MOST_NEW)
-        self._sample(event.has_journal, event.is_answered, event.style)
+        request = self._request
+        assert request is not None
+        request.limit = min(request.limit + event.raised, MOST_NEW)
+        if event.is_answered is not None:
+            request.is_answered = event.is_answered
+        has_journal = event.has_journal
+        if has_journal is None:
+            has_journal = request.journal is not None
+        self._sample(has_journal, event.style)
 
     def _tear(self, share: float) -> None:
         request = self._request
@@ -507,10 +521,11 @@ class Life:
         self.counts["journals gone on with"] += 1
         return request.base
 
-    def _sample(self, wants_journal: bool, is_answered: bool, style: Style) -> None:
+    def _sample(self, wants_journal: bool, style: Style) -> None:
         request, self._version = self._request, self._version + 1
         assert request is not None
         begin, version = request.begin, self._version
+        is_answered = request.is_answered
         named = (self._now, request.limit, is_answered)
         resume: Any = self._journal(request, wants_journal, named)
         request.versions = (*request.versions, version)
@@ -636,7 +651,7 @@ class Life:
             rooms = tuple(asked.turn.room for _, asked in call.asked)
             match event := self._next(Point(kind, rooms, can_halt)):
                 case Give(turn, answer):
-                    self._give(*call.asked.pop(turn % len(rooms)), answer)
+                    self._give(call.asked.pop(turn % len(rooms)), answer)
                 case Halt():
                     call.stop()
                 case Break(is_failure, at_finish) if at_finish:
@@ -669,8 +684,9 @@ class Life:
         """Have something happen while all sequences wait."""
         self._point("waiting")
 
-    def _give(self, calls: Held, asked: Any, answer: Answer) -> None:
+    def _give(self, waiting: tuple[Held, Any], answer: Answer) -> None:
         assert self._call is not None
+        calls, asked = waiting
         row = self._row(asked.sequence_id)
         text = tuple(asked.turn.completion_ids.tolist())
         row.answers.setdefault(text, []).append(answer)
@@ -702,7 +718,7 @@ class Life:
         is_known = (row, tokens) in [(r, t) for r, t in call.given + call.fresh]
         require(not is_known, f"{row}: asked twice in a call about {tokens}")
         require(found.state == "asked", f"{row}: asked about {tokens}, {found.state}")
-        start = len(tokens) - (found.mask[::-1] + (False,)).index(False)
+        start = len(tokens) - [*found.mask[::-1], False].index(False)
         wanted = (num_turns(found.mask) - 1, row.prompt, tokens[start:], found.reason)
         own = (
             turn.index, tuple(turn.prompt_ids.tolist()),

@@ -1,0 +1,248 @@
+"""Admissions, finishes, turns, interrupts, resumes and evictions in any order.
+
+Hypothesis decides, event by event, what becomes of a life of rollouts
+(`benchmarks/lib/living.py`), and makes what fails as short as it can. Everything that
+is seen is held to a reference that samples each sequence alone, token by token.
+
+    python -m benchmarks.living    # a million steps
+
+The life runs in a thread of its own and stops at every point where something may
+happen, until a rule of the machine says what. Programs are compiled without XLA's
+optimizer; they are shared by all lives.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import queue
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from benchmarks.lib import living
+from benchmarks.lib.known import (
+    TOOL,
+    VOCAB_SIZE,
+    answer_of,
+)
+
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
+BETWEEN, WINDOW, WAITING = "between", "window", "waiting"
+
+
+class Threaded:
+    """A life in a thread, which waits at every point for what happens there.
+
+    Attributes:
+      point: where it waits; None when it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.point: living.Point | None = None
+        self._points: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[living.Event] = queue.SimpleQueue()
+        self._folder = tempfile.TemporaryDirectory(prefix="er_jax_living_")
+        self.life = living.Life(self._decide, Path(self._folder.name))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._wait()
+
+    def _run(self) -> None:
+        try:
+            self.life.live()
+        except BaseException as error:
+            self._points.put(error)
+        else:
+            self._points.put(None)
+
+    def _decide(self, point: living.Point) -> living.Event:
+        self._points.put(point)
+        return self._events.get()
+
+    def _wait(self) -> None:
+        found = self._points.get()
+        self.point = found if isinstance(found, living.Point) else None
+        if isinstance(found, BaseException):
+            raise found
+
+    def do(self, event: living.Event) -> None:
+        """Have something happen, and wait for the next point."""
+        self._events.put(event)
+        self._wait()
+
+    def close(self) -> None:
+        """End the life, and wait for its thread."""
+        if self.point is not None:
+            self.do(living.End())
+        self._thread.join()
+        self._folder.cleanup()
+
+
+def at(*kinds: str, needs: str | None = None) -> Any:
+    """Return a precondition: the life is at one of these points, and may do that."""
+
+    def holds(machine: LivingMachine) -> bool:
+        point = machine.threaded.point
+        if point is None or point.kind not in kinds:
+            return False
+        return needs is None or bool(getattr(point, needs))
+
+    return precondition(holds)
+
+
+INDEX = st.integers(0, 23)
+NUMBERS = st.tuples(*[st.integers(0, VOCAB_SIZE - 1)] * 3)
+WINDOWS = st.builds(living.Window, INDEX, st.sampled_from((1, 1, 2, 3)))
+BREAKS = [living.Break(*how) for how in itertools.product((False, True), repeat=2)]
+STYLES = st.builds(
+    living.Style,
+    slots=st.sampled_from(living.SLOTS),
+    gammas=st.sampled_from((1, 0)),
+    draft=st.integers(0, living.NUM_PARAMS - 1),
+    is_stoppable=st.booleans(),
+    finished=st.sampled_from((None, None, None, 1, 3)),
+    groups=st.sampled_from((None, None, None, 1, 2)),
+    tokens=st.sampled_from((None, None, None, 5, 15)),
+    from_file=st.sampled_from((False, False, False, True)),
+    is_noted=st.booleans(),
+)
+REQUESTS = st.builds(
+    living.Begin,
+    prompts=st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
+    n=st.sampled_from((2, 1)),
+    key=st.integers(0, living.NUM_KEYS - 1),
+    temperature=st.sampled_from((0, 1, 2)),
+    stops=st.sampled_from((0, 1, 2)),
+    limit=st.integers(2, living.MOST_NEW).map(lambda x: living.MOST_NEW + 2 - x),
+    is_answered=st.booleans(),
+    turn_tokens=st.sampled_from((None, 2, 4)),
+    max_turns=st.sampled_from((None, None, 1, 3)),
+    carried=st.sampled_from((0, 1, 2)),
+    has_journal=st.booleans(),
+    style=STYLES,
+)
+CHANGES = st.one_of(
+    st.builds(living.Learn, st.integers(0, living.NUM_PARAMS - 1)),
+    st.builds(living.Share, st.sampled_from((*living.PROMPT_BYTES[::-1], None))),
+)
+
+
+class LivingMachine(RuleBasedStateMachine):
+    """What may happen to a life, wherever it is."""
+
+    totals: collections.Counter[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threaded = Threaded()
+
+    def teardown(self) -> None:
+        """End the life."""
+        with contextlib.suppress(Exception):
+            self.threaded.close()
+        self.totals.update(self.threaded.life.counts)
+
+    @at(WINDOW)
+    @rule(event=WINDOWS)
+    def a_window_runs(self, event: living.Event) -> None:
+        self.threaded.do(event)
+
+    @at(WINDOW, WAITING, needs="rooms")
+    @rule(turn=INDEX, numbers=NUMBERS)
+    def a_turn_is_answered(self, turn: int, numbers: tuple[int, ...]) -> None:
+        assert self.threaded.point is not None
+        rooms = self.threaded.point.rooms
+        turn %= len(rooms)
+        self.threaded.do(living.Give(turn, answer_of(numbers, rooms[turn])))
+
+    @at(WINDOW, WAITING, needs="rooms")
+    @rule(turn=INDEX, answer=st.sampled_from((None, None, TOOL)))
+    def a_turn_is_not_answered(self, turn: int, answer: str | None) -> None:
+        self.threaded.do(living.Give(turn, answer))
+
+    @at(WINDOW, WAITING, needs="can_halt")
+    @rule()
+    def the_call_is_told_to_end(self) -> None:
+        self.threaded.do(living.Halt())
+
+    @at(WINDOW)
+    @rule(window=WINDOWS, broken=st.sampled_from((None, None, None, *BREAKS)))
+    def a_window_runs_or_the_call_breaks(
+        self, window: living.Event, broken: living.Event | None
+    ) -> None:
+        self.threaded.do(broken or window)
+
+    @at(WAITING)
+    @rule(broken=st.sampled_from((None, None, None, *BREAKS)))
+    def nothing_happens_or_the_call_breaks(self, broken: living.Event | None) -> None:
+        self.threaded.do(broken or living.Wait())
+
+    @at(BETWEEN)
+    @rule(request=REQUESTS)
+    def a_request_begins(self, request: living.Begin) -> None:
+        self.threaded.do(request)
+
+    @at(BETWEEN, needs="can_go_on")
+    @rule(
+        raised=st.sampled_from((0, 0, 0, 2)),
+        is_answered=st.sampled_from((None, None, True, False)),
+        has_journal=st.sampled_from((None, None, True, False)),
+        style=STYLES,
+    )
+    def the_request_goes_on(self, **named: Any) -> None:
+        self.threaded.do(living.GoOn(**named))
+
+    @at(BETWEEN, needs="can_change")
+    @rule(event=CHANGES)
+    def something_changes_between_calls(self, event: living.Event) -> None:
+        self.threaded.do(event)
+
+    @at(BETWEEN, needs="has_journal")
+    @rule(share=st.floats(0, 1))
+    def the_journal_is_torn(self, share: float) -> None:
+        self.threaded.do(living.Tear(share))
+
+
+def run_machine(examples: int, steps: int) -> collections.Counter[str]:
+    """Run lives, always the same ones; return what happened in all of them."""
+    totals: collections.Counter[str] = collections.Counter()
+    machine = type("Machine", (LivingMachine,), {"totals": totals})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    return totals
+
+
+def test_some_hundred_events() -> None:
+    totals = run_machine(examples=12, steps=40)
+    print(totals)
+    assert totals["steps"] >= 200
+
+
+@pytest.mark.slow
+def test_ten_thousand_events() -> None:
+    totals = run_machine(examples=120, steps=100)
+    print(totals)
+    assert totals["steps"] >= 10_000
