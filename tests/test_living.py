@@ -19,11 +19,12 @@ import itertools
 import queue
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -32,6 +33,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from benchmarks import living as random_lives
 from benchmarks.lib import living
 from benchmarks.lib.known import (
     TOOL,
@@ -217,8 +219,15 @@ class LivingMachine(RuleBasedStateMachine):
         self.threaded.do(living.Tear(share))
 
 
-def run_machine(examples: int, steps: int) -> collections.Counter[str]:
-    """Run lives, always the same ones; return what happened in all of them."""
+def run_machine(
+    examples: int, steps: int, *, phases: Sequence[Phase] = tuple(Phase)
+) -> collections.Counter[str]:
+    """Run lives, always the same ones; return what happened in all of them.
+
+    Args:
+      examples: how many. steps: events of each, about.
+      phases: of hypothesis; without `Phase.shrink` a failure is found sooner.
+    """
     totals: collections.Counter[str] = collections.Counter()
     machine = type("Machine", (LivingMachine,), {"totals": totals})
     run_state_machine_as_test(
@@ -226,9 +235,11 @@ def run_machine(examples: int, steps: int) -> collections.Counter[str]:
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
+            phases=phases,
             derandomize=True,
             deadline=None,
             database=None,
+            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
     )
@@ -236,13 +247,24 @@ def run_machine(examples: int, steps: int) -> collections.Counter[str]:
 
 
 def test_some_hundred_events() -> None:
-    totals = run_machine(examples=12, steps=40)
+    totals = run_machine(12, 40, phases=[Phase.generate])
     print(totals)
-    assert totals["steps"] >= 200
+    assert totals["steps"] >= 300
+
+
+def test_lives_drawn_at_random() -> None:
+    """As the long run does: longer than those above, and with more turns."""
+    outcomes = random_lives.run_all(1000, seed=0)
+    assert [random_lives.told(o) for o in outcomes if o.problem is not None] == []
+    again = random_lives.run(1)
+    assert again.counts == outcomes[1].counts, "a seed says all"
 
 
 @pytest.mark.slow
 def test_ten_thousand_events() -> None:
-    totals = run_machine(examples=120, steps=100)
+    totals = run_machine(150, 100)
     print(totals)
     assert totals["steps"] >= 10_000
+    # All that a life may hold did happen.
+    never = [name for name in random_lives.ROWS.values() if not totals[name]]
+    assert never == ["lives", "differences"]

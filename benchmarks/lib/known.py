@@ -29,7 +29,7 @@ LOGPROB_ERROR = 1e-6
 VOCAB_SIZE = 6
 
 
-class Difference(Exception):
+class Difference(AssertionError):
     """A call did other than it has to."""
 
 
