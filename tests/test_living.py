@@ -254,9 +254,9 @@ def test_some_hundred_events() -> None:
 
 def test_lives_drawn_at_random() -> None:
     """As the long run does: longer than those above, and with more turns."""
-    outcomes = random_lives.run_all(1000, seed=0)
+    outcomes = random_lives.run_all(1000, seed=9)
     assert [random_lives.told(o) for o in outcomes if o.problem is not None] == []
-    again = random_lives.run(1)
+    again = random_lives.run(10)
     assert again.counts == outcomes[1].counts, "a seed says all"
 
 
