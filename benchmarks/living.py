@@ -28,7 +28,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from benchmarks.lib import living, records, tables
+from benchmarks.lib import events, living, records, tables
 from benchmarks.lib.known import TOOL, VOCAB_SIZE, Answer, answer_of
 
 LIFE_STEPS = 500
@@ -60,11 +60,11 @@ class Drawn:
     def __init__(self, seed: int, steps: int = LIFE_STEPS) -> None:
         self._random, self._left = random.Random(seed), steps
 
-    def __call__(self, point: living.Point) -> living.Event:
+    def __call__(self, point: events.Point) -> events.Event:
         """Return what happens at a point."""
         self._left -= 1
         if self._left < 0:
-            return living.End()
+            return events.End()
         return self._between(point) if point.kind == "between" else self._within(point)
 
     def _chance(self, share: float) -> bool:
@@ -73,49 +73,50 @@ class Drawn:
     def _pick(self, *values: Any) -> Any:
         return self._random.choice(values)
 
-    def _within(self, point: living.Point) -> living.Event:
+    def _within(self, point: events.Point) -> events.Event:
         if point.rooms and self._chance(0.45):
             turn = self._random.randrange(len(point.rooms))
-            return living.Give(turn, self._answer(point.rooms[turn]))
+            return events.Give(turn, self._answer(point.rooms[turn]))
         if point.can_halt and self._chance(0.03):
-            return living.Halt()
+            return events.Halt()
         if self._chance(0.02):
-            return living.Break(self._chance(0.4), self._chance(0.5))
+            return events.Break(self._chance(0.4), self._chance(0.5))
         if point.kind == "waiting":
-            return living.Wait()
-        return living.Window(self._random.randrange(24), self._pick(1, 1, 1, 2, 3))
+            return events.Wait()
+        return events.Window(self._random.randrange(24), self._pick(1, 1, 1, 2, 3))
 
     def _answer(self, room: int) -> Answer:
         if self._chance(0.15):
             return self._pick(None, None, None, TOOL)
         return answer_of([self._random.randrange(VOCAB_SIZE) for _ in range(3)], room)
 
-    def _between(self, point: living.Point) -> living.Event:
+    def _between(self, point: events.Point) -> events.Event:
         if point.has_journal and self._chance(0.1):
-            return living.Tear(self._random.random())
+            return events.Tear(self._random.random())
         if self._chance(0.12):
-            return living.Learn(self._random.randrange(living.NUM_PARAMS))
+            return events.Learn(self._random.randrange(events.NUM_PARAMS))
         if self._chance(0.08):
-            return living.Share(self._pick(None, *living.PROMPT_BYTES))
+            return events.Share(self._pick(None, *events.PROMPT_BYTES))
         if not point.can_go_on or self._chance(0.8 if point.is_over else 0.15):
             return self._begin()
-        return living.GoOn(
+        return events.GoOn(
             raised=self._pick(0, 0, 0, 2),
             is_answered=self._pick(None, None, None, True, False),
             has_journal=self._pick(None, None, None, True, False),
             style=self._style(),
         )
 
-    def _begin(self) -> living.Begin:
-        return living.Begin(
+    def _begin(self) -> events.Begin:
+        return events.Begin(
             prompts=tuple(
-                self._random.randrange(10) for _ in range(self._random.randint(1, 3))
+                self._random.randrange(events.NUM_PROMPTS)
+                for _ in range(self._random.randint(1, 3))
             ),
             n=self._pick(1, 2),
-            key=self._random.randrange(living.NUM_KEYS),
+            key=self._random.randrange(events.NUM_KEYS),
             temperature=self._pick(0, 0, 1, 2),
             stops=self._pick(0, 0, 1, 2),
-            limit=self._random.randint(2, living.MOST_NEW),
+            limit=self._random.randint(2, events.MOST_NEW),
             is_answered=self._chance(0.6),
             turn_tokens=self._pick(None, 2, 4),
             max_turns=self._pick(None, None, 1, 3),
@@ -124,11 +125,11 @@ class Drawn:
             style=self._style(),
         )
 
-    def _style(self) -> living.Style:
-        return living.Style(
-            slots=self._pick(*living.SLOTS),
+    def _style(self) -> events.Style:
+        return events.Style(
+            slots=self._pick(*events.SLOTS),
             gammas=self._pick(0, 1, 1),
-            draft=self._random.randrange(living.NUM_PARAMS),
+            draft=self._random.randrange(events.NUM_PARAMS),
             is_stoppable=self._chance(0.7),
             finished=self._pick(*[None] * 6, 1, 3),
             groups=self._pick(*[None] * 6, 1, 2),
@@ -148,7 +149,7 @@ class Outcome:
     seed: int
     counts: collections.Counter[str]
     problem: str | None
-    log: list[living.Event]
+    log: list[events.Event]
 
 
 def run(seed: int, steps: int = LIFE_STEPS) -> Outcome:
@@ -254,7 +255,7 @@ def main(args: Args) -> dict[str, Any]:
     )
     for outcome in outcomes:
         totals.update(outcome.counts)
-    about = {"preset": "sum over a text", "rows": max(living.SLOTS), "dtype": "float64"}
+    about = {"preset": "sum over a text", "rows": max(events.SLOTS), "dtype": "float64"}
     record["points"] = [about | dict(totals)]
     record["differences"] = [
         {"seed": o.seed, "problem": o.problem, "events": [str(e) for e in o.log]}

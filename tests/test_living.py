@@ -34,7 +34,7 @@ from hypothesis.stateful import (
 )
 
 from benchmarks import living as random_lives
-from benchmarks.lib import living
+from benchmarks.lib import events, living
 from benchmarks.lib.known import (
     TOOL,
     VOCAB_SIZE,
@@ -54,9 +54,9 @@ class Threaded:
     """
 
     def __init__(self) -> None:
-        self.point: living.Point | None = None
+        self.point: events.Point | None = None
         self._points: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._events: queue.SimpleQueue[living.Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[events.Event] = queue.SimpleQueue()
         self._folder = tempfile.TemporaryDirectory(prefix="er_jax_living_")
         self.life = living.Life(self._decide, Path(self._folder.name))
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -71,17 +71,17 @@ class Threaded:
         else:
             self._points.put(None)
 
-    def _decide(self, point: living.Point) -> living.Event:
+    def _decide(self, point: events.Point) -> events.Event:
         self._points.put(point)
         return self._events.get()
 
     def _wait(self) -> None:
         found = self._points.get()
-        self.point = found if isinstance(found, living.Point) else None
+        self.point = found if isinstance(found, events.Point) else None
         if isinstance(found, BaseException):
             raise found
 
-    def do(self, event: living.Event) -> None:
+    def do(self, event: events.Event) -> None:
         """Have something happen, and wait for the next point."""
         self._events.put(event)
         self._wait()
@@ -89,7 +89,7 @@ class Threaded:
     def close(self) -> None:
         """End the life, and wait for its thread."""
         if self.point is not None:
-            self.do(living.End())
+            self.do(events.End())
         self._thread.join()
         self._folder.cleanup()
 
@@ -108,13 +108,13 @@ def at(*kinds: str, needs: str | None = None) -> Any:
 
 INDEX = st.integers(0, 23)
 NUMBERS = st.tuples(*[st.integers(0, VOCAB_SIZE - 1)] * 3)
-WINDOWS = st.builds(living.Window, INDEX, st.sampled_from((1, 1, 2, 3)))
-BREAKS = [living.Break(*how) for how in itertools.product((False, True), repeat=2)]
+WINDOWS = st.builds(events.Window, INDEX, st.sampled_from((1, 1, 2, 3)))
+BREAKS = [events.Break(*how) for how in itertools.product((False, True), repeat=2)]
 STYLES = st.builds(
-    living.Style,
-    slots=st.sampled_from(living.SLOTS),
+    events.Style,
+    slots=st.sampled_from(events.SLOTS),
     gammas=st.sampled_from((1, 0)),
-    draft=st.integers(0, living.NUM_PARAMS - 1),
+    draft=st.integers(0, events.NUM_PARAMS - 1),
     is_stoppable=st.booleans(),
     finished=st.sampled_from((None, None, None, 1, 3)),
     groups=st.sampled_from((None, None, None, 1, 2)),
@@ -123,13 +123,13 @@ STYLES = st.builds(
     is_noted=st.booleans(),
 )
 REQUESTS = st.builds(
-    living.Begin,
+    events.Begin,
     prompts=st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
     n=st.sampled_from((2, 1)),
-    key=st.integers(0, living.NUM_KEYS - 1),
+    key=st.integers(0, events.NUM_KEYS - 1),
     temperature=st.sampled_from((0, 1, 2)),
     stops=st.sampled_from((0, 1, 2)),
-    limit=st.integers(2, living.MOST_NEW).map(lambda x: living.MOST_NEW + 2 - x),
+    limit=st.integers(2, events.MOST_NEW).map(lambda x: events.MOST_NEW + 2 - x),
     is_answered=st.booleans(),
     turn_tokens=st.sampled_from((None, 2, 4)),
     max_turns=st.sampled_from((None, None, 1, 3)),
@@ -138,8 +138,8 @@ REQUESTS = st.builds(
     style=STYLES,
 )
 CHANGES = st.one_of(
-    st.builds(living.Learn, st.integers(0, living.NUM_PARAMS - 1)),
-    st.builds(living.Share, st.sampled_from((*living.PROMPT_BYTES[::-1], None))),
+    st.builds(events.Learn, st.integers(0, events.NUM_PARAMS - 1)),
+    st.builds(events.Share, st.sampled_from((*events.PROMPT_BYTES[::-1], None))),
 )
 
 
@@ -160,7 +160,7 @@ class LivingMachine(RuleBasedStateMachine):
 
     @at(WINDOW)
     @rule(event=WINDOWS)
-    def a_window_runs(self, event: living.Event) -> None:
+    def a_window_runs(self, event: events.Event) -> None:
         self.threaded.do(event)
 
     @at(WINDOW, WAITING, needs="rooms")
@@ -169,33 +169,33 @@ class LivingMachine(RuleBasedStateMachine):
         assert self.threaded.point is not None
         rooms = self.threaded.point.rooms
         turn %= len(rooms)
-        self.threaded.do(living.Give(turn, answer_of(numbers, rooms[turn])))
+        self.threaded.do(events.Give(turn, answer_of(numbers, rooms[turn])))
 
     @at(WINDOW, WAITING, needs="rooms")
     @rule(turn=INDEX, answer=st.sampled_from((None, None, TOOL)))
     def a_turn_is_not_answered(self, turn: int, answer: str | None) -> None:
-        self.threaded.do(living.Give(turn, answer))
+        self.threaded.do(events.Give(turn, answer))
 
     @at(WINDOW, WAITING, needs="can_halt")
     @rule()
     def the_call_is_told_to_end(self) -> None:
-        self.threaded.do(living.Halt())
+        self.threaded.do(events.Halt())
 
     @at(WINDOW)
     @rule(window=WINDOWS, broken=st.sampled_from((None, None, None, *BREAKS)))
     def a_window_runs_or_the_call_breaks(
-        self, window: living.Event, broken: living.Event | None
+        self, window: events.Event, broken: events.Event | None
     ) -> None:
         self.threaded.do(broken or window)
 
     @at(WAITING)
     @rule(broken=st.sampled_from((None, None, None, *BREAKS)))
-    def nothing_happens_or_the_call_breaks(self, broken: living.Event | None) -> None:
-        self.threaded.do(broken or living.Wait())
+    def nothing_happens_or_the_call_breaks(self, broken: events.Event | None) -> None:
+        self.threaded.do(broken or events.Wait())
 
     @at(BETWEEN)
     @rule(request=REQUESTS)
-    def a_request_begins(self, request: living.Begin) -> None:
+    def a_request_begins(self, request: events.Begin) -> None:
         self.threaded.do(request)
 
     @at(BETWEEN, needs="can_go_on")
@@ -206,17 +206,17 @@ class LivingMachine(RuleBasedStateMachine):
         style=STYLES,
     )
     def the_request_goes_on(self, **named: Any) -> None:
-        self.threaded.do(living.GoOn(**named))
+        self.threaded.do(events.GoOn(**named))
 
     @at(BETWEEN, needs="can_change")
     @rule(event=CHANGES)
-    def something_changes_between_calls(self, event: living.Event) -> None:
+    def something_changes_between_calls(self, event: events.Event) -> None:
         self.threaded.do(event)
 
     @at(BETWEEN, needs="has_journal")
     @rule(share=st.floats(0, 1))
     def the_journal_is_torn(self, share: float) -> None:
-        self.threaded.do(living.Tear(share))
+        self.threaded.do(events.Tear(share))
 
 
 def run_machine(

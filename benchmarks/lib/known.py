@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from er_jax import Completion, kv_cache
+from er_jax import Completion, Rollout, kv_cache
 from er_jax.types import NONE, Cache, Params
 
 STOP, LENGTH, TOOL, OPEN = "stop", "length", "tool", "unfinished"
@@ -111,14 +111,26 @@ class Text:
     reason: str = OPEN
 
     @classmethod
-    def of(cls, found: Completion, versions: Any = None) -> Text:
-        """Return it of a completion as a rollout gives it."""
+    def of(cls, found: Completion) -> Text:
+        """Return it of a completion as `on_finish` gets it."""
         return cls(
             tuple(found.token_ids.tolist()),
             tuple(found.mask.tolist()),
             tuple(found.logprobs.tolist()),
-            versions,
+            None,
             found.finish_reason,
+        )
+
+    @classmethod
+    def of_row(cls, out: Rollout, number: int) -> Text:
+        """Return it of a row of a rollout."""
+        length = int(out.lengths[number])
+        return cls(
+            tuple(out.completion_ids[number, :length].tolist()),
+            tuple(out.completion_mask[number, :length].tolist()),
+            tuple(out.logprobs[number, :length].tolist()),
+            tuple(out.version[number, :length].tolist()),
+            str(out.finish_reason[number]),
         )
 
     def __len__(self) -> int:
