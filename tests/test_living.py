@@ -247,7 +247,7 @@ def run_machine(
 
 
 def test_some_hundred_events() -> None:
-    totals = run_machine(12, 40, phases=[Phase.generate])
+    totals = run_machine(10, 40, phases=[Phase.generate])
     print(totals)
     assert totals["steps"] >= 300
 
