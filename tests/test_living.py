@@ -35,11 +35,7 @@ from hypothesis.stateful import (
 
 from benchmarks import living as random_lives
 from benchmarks.lib import events, living
-from benchmarks.lib.known import (
-    TOOL,
-    VOCAB_SIZE,
-    answer_of,
-)
+from benchmarks.lib.known import TOOL, VOCAB_SIZE, answer_of
 
 pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
@@ -107,6 +103,7 @@ def at(*kinds: str, needs: str | None = None) -> Any:
 
 
 INDEX = st.integers(0, 23)
+PROMPT = st.integers(0, events.NUM_PROMPTS - 1)
 NUMBERS = st.tuples(*[st.integers(0, VOCAB_SIZE - 1)] * 3)
 WINDOWS = st.builds(events.Window, INDEX, st.sampled_from((1, 1, 2, 3)))
 BREAKS = [events.Break(*how) for how in itertools.product((False, True), repeat=2)]
@@ -124,7 +121,7 @@ STYLES = st.builds(
 )
 REQUESTS = st.builds(
     events.Begin,
-    prompts=st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
+    prompts=st.lists(PROMPT, min_size=1, max_size=3).map(tuple),
     n=st.sampled_from((2, 1)),
     key=st.integers(0, events.NUM_KEYS - 1),
     temperature=st.sampled_from((0, 1, 2)),
