@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import json
 import queue
 import tempfile
 import threading
@@ -34,7 +35,7 @@ from hypothesis.stateful import (
 )
 
 from benchmarks import living as random_lives
-from benchmarks.lib import events, living
+from benchmarks.lib import events, living, records
 from benchmarks.lib.known import TOOL, VOCAB_SIZE, answer_of
 
 pytestmark = pytest.mark.usefixtures("unoptimized_module")
@@ -255,6 +256,27 @@ def test_lives_drawn_at_random() -> None:
     assert [random_lives.told(o) for o in outcomes if o.problem is not None] == []
     again = random_lives.run(10)
     assert again.counts == outcomes[1].counts, "a seed says all"
+
+
+def test_a_difference_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(seed: int) -> random_lives.Outcome:
+        counts = collections.Counter(steps=500, lives=1, differences=int(seed == 4))
+        problem = "Difference: lost" if seed == 4 else None
+        return random_lives.Outcome(seed, counts, problem, [events.Wait()])
+
+    monkeypatch.setattr(random_lives, "run", run)
+    with pytest.raises(SystemExit, match=r"1 lives differ, seeds \[4\]"):
+        random_lives.main(random_lives.Args(steps=1200, seed=3, out=tmp_path))
+    assert "--seed 4 --steps 1" in capsys.readouterr().out
+    record = json.loads((tmp_path / "living.json").read_text())
+    assert records.problems(record) == []
+    assert record["differences"] == [
+        {"seed": 4, "problem": "Difference: lost", "events": ["Wait()"]}
+    ]
+    assert ("steps", 1500) in random_lives.rows_of(record["points"])[1]
+    assert "Seeds 3 to 5: 1500 steps" in random_lives.summary(record)
 
 
 @pytest.mark.slow
