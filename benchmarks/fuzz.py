@@ -39,7 +39,7 @@ from tqdm import tqdm
 import er_jax
 from benchmarks.lib import records, tables
 from benchmarks.lib.controllers import Restless
-from benchmarks.lib.reference import Found, Reference
+from benchmarks.lib.reference import Found, Reference, settings_of
 from benchmarks.lib.schedules import (
     FAMILIES,
     MAX_LENGTH,
@@ -52,11 +52,9 @@ from benchmarks.lib.schedules import (
     policy_of,
 )
 from er_jax.acceptance import ACCEPT_RULES
-from er_jax.config import LOGPROB_KINDS
 from er_jax.engine.kept import forget_engines
 from er_jax.scheduler import batch
 from er_jax.scheduler.options import Options
-from er_jax.types import NONE, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,20 +156,6 @@ def _run(schedule: Schedule) -> Outcome:
         outcome.compile_s += out.stats.seconds["compile"]
     outcome.counts["differences"] = len(outcome.problems)
     return outcome
-
-
-def settings_of(config: er_jax.RolloutConfig, key: jax.Array) -> Sampling:
-    """Return the traced settings of a configuration, as the reference needs them."""
-    stops = [*config.stop_token_ids, NONE]
-    return Sampling(
-        key=np.asarray(jax.random.key_data(key)),
-        temperature=np.float32(config.temperature),
-        top_k=np.int32(config.top_k),
-        top_p=np.float32(config.top_p),
-        min_p=np.float32(config.min_p),
-        stop_ids=np.array((stops * 2)[:4], np.int32),
-        logprob_kind=np.int32(LOGPROB_KINDS.index(config.logprobs)),
-    )
 
 
 def compare(

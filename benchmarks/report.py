@@ -27,6 +27,7 @@ from benchmarks import (
     imitation,
     journal,
     limits,
+    living,
     long_caches,
     partial,
     peers,
@@ -74,6 +75,7 @@ POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "host": host.rows_of,
     "imitation": imitation.rows_of,
     "journal": journal.rows_of,
+    "living": living.rows_of,
     "long_caches": long_caches.rows_of,
     "partial": partial.replay_rows,
     "peers": peers.rows_of,
@@ -200,6 +202,8 @@ def section(record: Record) -> str:
     parts = [f"### {name}", records.conditions(record) + "."]
     if name == "fuzz":
         parts.append(fuzz.summary(record))
+    if name == "living":
+        parts.append(living.summary(record))
     if name == "text":
         parts.append(text.summary(record))
     if name in POINT_TABLES:

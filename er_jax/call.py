@@ -76,6 +76,22 @@ class Call:
         params = self.params
         return params.policy if isinstance(params, PolicyParams) else params
 
+    @property
+    def told_at_once(self) -> dict[int, Completion]:
+        """Completions, by sequence, that have ended and that nobody was told of.
+
+        Those that a journal holds, because whoever was told of them before is gone; and
+        those that went on, and end without another token: at the limit of this call, or
+        at a turn that nobody answers now.
+        """
+        found = {} if self.journal is None else dict(self.journal.finished)
+        if self.resume is not None:
+            before = self.resume.finish_reason
+            found |= {
+                s: c for s, c in self.ended.items() if c.finish_reason != before[s]
+            }
+        return found
+
 
 def check_one_process(mesh: Mesh | None, name: str, remedy: str) -> None:
     """Refuse what knows only the rows of one process.
@@ -135,7 +151,8 @@ def prepare(
         journal.begin(named)
         earlier = journal.gone_on(arrays, ids, config, earlier)
     if earlier is not None:
-        ended, begun = completions_of(earlier, config)
+        over = () if journal is None else journal.finished.keys()
+        ended, begun = completions_of(earlier, config, over)
     limit = None if respond is None else respond.max_turn_tokens
     checks.check_turns(limit, config)
     turned: dict[int, str] = {}

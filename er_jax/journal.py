@@ -199,12 +199,14 @@ class Journal:
             completions[row] = known
             versions[row, : len(own)] = own
             self._noted[row] = len(own)
-            # What ended by length goes on where the limit is higher now.
-            goes_on = known.finish_reason == LENGTH and len(own) < limits[row]
-            if known.finish_reason != UNFINISHED and not goes_on:
-                self._ended.add(row)
-                if known is not before:
-                    self.finished[row] = known
+            if known.finish_reason == UNFINISHED:
+                continue
+            if known is not before:
+                # At the limits of this very request, or at a turn without an answer.
+                self.finished[row] = known
+            elif known.finish_reason == LENGTH and len(own) < limits[row]:
+                continue  # What ended by length goes on where the limit is higher now.
+            self._ended.add(row)
         if earlier is None and not pieces:
             return None
         found = assemble(

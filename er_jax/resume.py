@@ -7,8 +7,9 @@ position does not depend on where sampling began.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ def earlier_rollout(
 
 
 def completions_of(
-    earlier: Rollout, config: RolloutConfig
+    earlier: Rollout, config: RolloutConfig, over: Collection[int] = ()
 ) -> tuple[dict[int, Completion], dict[int, Completion]]:
     """Return the completions that have ended, and those that have begun.
 
@@ -95,6 +96,7 @@ def completions_of(
 
     Args:
       earlier: from `earlier_rollout`. config: of the request.
+      over: rows that have ended for this very request, whatever their reason.
     Returns:
       Two mappings from sequence (0 .. N-1) to completion.
     """
@@ -105,15 +107,18 @@ def completions_of(
     )
     for row, reason in enumerate(earlier.finish_reason.tolist()):
         length = int(earlier.lengths[row])
-        goes_on = reason in (LENGTH, UNFINISHED)
-        if goes_on and length == limits[row]:
-            goes_on, reason = False, LENGTH
+        is_open = reason in (LENGTH, UNFINISHED) and row not in over
+        goes_on = is_open and length < limits[row]
         completion = Completion(
             token_ids=earlier.completion_ids[row, :length].copy(),
             logprobs=earlier.logprobs[row, :length].copy(),
-            finish_reason=reason,
+            finish_reason=UNFINISHED if goes_on else reason,
             mask=earlier.completion_mask[row, :length].copy(),
         )
+        if completion.finish_reason == UNFINISHED and not goes_on:
+            # It ends as it would have under the limit of now.
+            reason = turn_end(completion, config, row, None) or LENGTH
+            completion = dataclasses.replace(completion, finish_reason=reason)
         if not goes_on:
             ended[row] = completion
         elif length:

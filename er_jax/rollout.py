@@ -250,8 +250,8 @@ def sample(
         stats.num_resumed = sum(len(found.token_ids) for found in earlier)
         # A failure from here on, even a warning raised as an error, loses nothing.
         with _interruption(call, assembled), keeping(lambda: completions, request):
-            if kept is not None and on_finish is not None:
-                for sequence, completion in kept.finished.items():
+            if on_finish is not None and engine.agreement.is_leader:
+                for sequence, completion in call.told_at_once.items():
                     on_finish(int(call.sequence_ids[sequence]), completion.copy())
             with controller.sampling(_setting(config)), profiled(profile):
                 completions = loop.run(
@@ -379,8 +379,9 @@ def _interruption(
     except KeyboardInterrupt as error:
         if hasattr(error, "unfinished") and not call.engine.agreement.is_spread:
             # A row that was about to start when it came is as far as it was before.
-            count = range(len(call.sequence_ids))
-            found = {s: call.begun.get(s, NOTHING) for s in count} | error.unfinished
+            # What had ended before the call, `assembled` knows.
+            waiting = call.request.waiting
+            found = {s: call.begun.get(s, NOTHING) for s in waiting} | error.unfinished
             error.rollout = assembled(found)  # type: ignore[attr-defined]
         raise
 

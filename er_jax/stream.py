@@ -137,11 +137,10 @@ class _Groups:
     def begin(self, call: Call) -> None:
         """Take the completions that had ended before the call.
 
-        What a journal holds is given out again, and so comes by `add`.
+        What ends as the call begins is given out, and so comes by `add`.
         """
         self.rows = {int(name): row for row, name in enumerate(call.sequence_ids)}
-        again = {} if call.journal is None else call.journal.finished
-        for row in call.ended.keys() - again.keys():
+        for row in call.ended.keys() - call.told_at_once.keys():
             completion = call.ended[row]
             self.members.setdefault(row // self.n, {})[row] = completion
 

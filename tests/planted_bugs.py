@@ -37,6 +37,8 @@ SCORED_TURNS = "test_scores_are_those_of_sampled_tokens_behind_appended_ones"
 CALLS = f"{TURNS}::test_tokens_are_those_of_calls_turn_by_turn"
 STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
 SESSION = "tests/test_session.py"
+LIVING = "tests/test_living.py::test_some_hundred_events"
+LIVES = "tests/test_living.py::test_lives_drawn_at_random"
 SETTINGS = "tests/test_settings.py"
 LOSSLESS_SETTINGS = "tests/test_lossless_settings.py"
 LOWERING = "tests/test_lowering.py"
@@ -540,6 +542,63 @@ BUGS: tuple[PlantedBug, ...] = (
         "np.where(old == NONE, versions[:, :known], old)",
         "versions[:, :known]",
         (f"{RESUME}::test_nothing_is_sampled_where_all_has_ended",),
+    ),
+    # -- lives of completions over many calls
+    PlantedBug(
+        "life: a resumed completion loses its last token",
+        "er_jax::request_of",
+        "np.concatenate([prompts[sequence // config.n], tokens])",
+        "np.concatenate([prompts[sequence // config.n], tokens[:-1]])",
+        (LIVING,),
+    ),
+    PlantedBug(
+        "life: Ctrl-C forgets what had ended in an earlier call",
+        "er_jax::_interruption",
+        "call.request.waiting",
+        "range(len(call.sequence_ids))",
+        (LIVING,),
+    ),
+    PlantedBug(
+        "life: what waits for a higher limit counts as ended",
+        "er_jax::completions_of",
+        "UNFINISHED if goes_on else reason",
+        "reason",
+        (LIVES,),
+    ),
+    PlantedBug(
+        "life: who ends without another token is not told of",
+        "er_jax::Call.told_at_once",
+        "c.finish_reason != before[s]",
+        "False",
+        (LIVING,),
+    ),
+    PlantedBug(
+        "life: an answer is behind the row of another sequence",
+        "er_jax::plan_going_on",
+        "slot[i], count[i] = row, len(appended)",
+        "slot[i], count[i] = held[max(held)], len(appended)",
+        (LIVES,),
+    ),
+    PlantedBug(
+        "life: what goes on has no token of this call",
+        "er_jax::Conversations.unfinished",
+        "{**self.turns.open, **super().unfinished()}",
+        "{**self.turns.open, **super().unfinished(), **self.begun}",
+        (LIVING,),
+    ),
+    PlantedBug(
+        "life: entries of earlier parameters used after new ones",
+        "er_jax::Owner.has",
+        "known is not None and known() is leaf",
+        "known is not None",
+        (LIVING,),
+    ),
+    PlantedBug(
+        "life: a turn refused at its limit goes on in a journal",
+        "er_jax::completions_of",
+        "row not in over",
+        "True",
+        (f"{TURNS}::test_a_turn_that_got_no_answer_is_the_last_in_a_journal_too",),
     ),
     # -- conversations
     PlantedBug(

@@ -26,6 +26,7 @@ from benchmarks import (
     imitation,
     journal,
     limits,
+    living,
     long_caches,
     partial,
     plans,
@@ -439,6 +440,17 @@ def test_schedules_are_told_by_their_record() -> None:
     assert rows[-1][header.index("differences")] == 0
     assert rows[-1][header.index("completions")] == fuzz.total(points, "completions")
     assert f"{fuzz.total(points, 'cloned')} completions" in fuzz.summary(record)
+
+
+def test_lives_are_told_by_their_record() -> None:
+    """No difference, and all that may happen did."""
+    record = json.loads((records.RESULTS / "living.json").read_text())
+    assert record["differences"] == []
+    (point,) = record["points"]
+    assert point["steps"] >= record["settings"]["steps"] >= 10_000
+    never = [name for name in living.ROWS.values() if not point[name]]
+    assert never == ["differences"]
+    assert f"{point['steps']} steps" in living.summary(record)
 
 
 @pytest.mark.slow

@@ -135,6 +135,52 @@ def test_a_completion_that_ended_by_length_goes_on_at_a_higher_limit(
 
 
 @pytest.mark.usefixtures("short_windows")
+def test_what_waits_for_a_higher_limit_is_unfinished(wanted: Rollout) -> None:
+    """Rather than ended by the limit of before."""
+    short = sample(dataclasses.replace(CONFIG, max_new_tokens=4, control="ar"))
+    config = dataclasses.replace(CONFIG, max_slots=1, control="ar")
+    part = sample(config, resume=short, until=Until(tokens=1))
+    waits = (part.lengths == short.lengths) & (short.finish_reason == "length")
+    assert waits.any()
+    assert set(part.finish_reason[waits].tolist()) == {"unfinished"}
+    assert is_prefix(part, wanted)
+
+
+def test_a_stop_at_the_limit_of_now_is_a_stop(x64: None) -> None:
+    """Of a turn that waited for an answer, when the limit was higher."""
+    config = dataclasses.replace(CONFIG, max_new_tokens=12, control="ar")
+    short = sample(config)
+    row = int(np.argmax(short.finish_reason == "stop"))
+    length = int(short.lengths[row])
+    finish = np.where(np.arange(8) == row, Finish.UNFINISHED, short.finish)
+    part = dataclasses.replace(short, finish=finish.astype(np.int32))
+    prompt, n = PROMPTS[row // 2], dataclasses.replace(config, n=1)
+    own = part.for_request([prompt], [row])
+    ended, begun = completions_of(own, dataclasses.replace(n, max_new_tokens=length))
+    assert (ended[0].finish_reason, begun) == ("stop", {})
+
+
+def test_who_ends_without_another_token_is_told_of(x64: None) -> None:
+    """Unfinished completions that have all that the limit of now allows."""
+    config = dataclasses.replace(CONFIG, max_new_tokens=12, control="ar")
+    short = sample(config)
+    is_open = short.finish_reason == "length"
+    assert is_open.any() and not is_open.all()
+    finish = np.where(is_open, Finish.UNFINISHED, short.finish).astype(np.int32)
+    part = dataclasses.replace(short, finish=finish)
+    seen: dict[int, Any] = {}
+    found = sample(config, resume=part, on_finish=seen.__setitem__)
+    assert_same(found, short)
+    assert sorted(seen) == np.flatnonzero(is_open).tolist()
+    assert {completion.finish_reason for completion in seen.values()} == {"length"}
+    with er_jax.stream(
+        POLICY, params(), PROMPTS, key=KEY, config=config, resume=part, by="group"
+    ) as items:
+        groups = sorted(prompt for prompt, _ in items)
+    assert groups == np.flatnonzero(is_open.reshape(4, 2).any(1)).tolist()
+
+
+@pytest.mark.usefixtures("short_windows")
 @pytest.mark.parametrize(
     ("until", "reached"),
     [
@@ -177,6 +223,25 @@ def test_ctrl_c_gives_everything_and_it_goes_on(wanted: Rollout) -> None:
     )
     controller = Restless("best", (0, 3), (4,), 0)
     assert_same(sample(resume=part, controller=controller), wanted)
+
+
+@pytest.mark.usefixtures("short_windows")
+def test_ctrl_c_keeps_what_had_ended_in_an_earlier_call(wanted: Rollout) -> None:
+    part = sample(until=Until(finished=2), controller=Ending(0, Stop()))
+    ended = np.flatnonzero(part.finish_reason != "unfinished")
+    assert 0 < len(ended) < len(part.lengths)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sample(resume=part, controller=Ending(2, interrupt))
+    later: Rollout = caught.value.rollout  # type: ignore[attr-defined]
+    assert (later.lengths >= part.lengths).all()
+    for name in ("completion_ids", "logprobs", "finish"):
+        was, now = getattr(part, name)[ended], getattr(later, name)[ended]
+        np.testing.assert_array_equal(now, was)
+    assert is_prefix(later, wanted)
 
 
 def test_nothing_is_sampled_where_all_has_ended(wanted: Rollout) -> None:

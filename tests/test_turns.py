@@ -499,6 +499,24 @@ def test_a_journal_goes_on(tmp_path: Path) -> None:
         sample(journal=path, respond=other)
 
 
+def test_a_turn_that_got_no_answer_is_the_last_in_a_journal_too(tmp_path: Path) -> None:
+    """Also where it has reached the limit of a turn, and its completion has not."""
+    path = tmp_path / "refused.journal"
+    wanted = sample(lambda sequence_id, turn: None, journal=path)
+    is_short = wanted.lengths < np.repeat(LIMITS, 2)
+    assert ((wanted.finish_reason == "length") & is_short).any()
+    asked: list[int] = []
+
+    def answer(sequence_id: int, turn: Turn) -> list[int]:
+        asked.append(sequence_id)
+        return [1]
+
+    again = sample(answer, journal=path)
+    assert asked == [] and not again.stats.timeline
+    for name in ("completion_ids", "lengths", "finish"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(wanted, name))
+
+
 def test_a_stream_gives_whole_conversations() -> None:
     with er_jax.stream(
         POLICY,

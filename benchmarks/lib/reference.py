@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from er_jax import sampling
+from er_jax import RolloutConfig, sampling
+from er_jax.config import LOGPROB_KINDS
 from er_jax.types import NONE, LogprobKind, Params, Policy, Sampling
 from tests.toy import oracle_logprobs
 
@@ -84,6 +85,20 @@ def _next(
     return logits, noised, noise
 
 
+def settings_of(config: RolloutConfig, key: jax.Array) -> Sampling:
+    """Return the traced settings of a configuration, as the reference needs them."""
+    stops = [*config.stop_token_ids, NONE]
+    return Sampling(
+        key=np.asarray(jax.random.key_data(key)),
+        temperature=np.float32(config.temperature),
+        top_k=np.int32(config.top_k),
+        top_p=np.float32(config.top_p),
+        min_p=np.float32(config.min_p),
+        stop_ids=np.array((stops * 2)[:4], np.int32),
+        logprob_kind=np.int32(LOGPROB_KINDS.index(config.logprobs)),
+    )
+
+
 def can_be_drawn(logits: np.ndarray) -> bool:
     """Whether logits `[V]` are a distribution: -inf may mask tokens, but not all."""
     has_bad = np.isnan(logits).any() or (logits == np.inf).any()
@@ -121,6 +136,28 @@ class Reference:
         padded[: len(tokens)] = tokens
         return padded, np.int32(len(tokens))
 
+    def _drawn(self, text: Sequence[int], sequence_id: int) -> list[np.ndarray]:
+        out = _next(
+            self.policy, self.params, *self._padded(text), self.settings,
+            np.int32(sequence_id),
+        )  # fmt: skip
+        return [np.asarray(x) for x in out]
+
+    def token(self, text: Sequence[int], sequence_id: int) -> tuple[int, float] | None:
+        """Return what follows a text, and its log-probability; None if nothing can.
+
+        As `completion`, where no tie is to be expected.
+
+        Args:
+          text: the prompt and all behind it. sequence_id: of the completion.
+        """
+        logits, noised, _ = self._drawn(text, sequence_id)
+        if not can_be_drawn(logits):
+            return None
+        token = int(np.argmax(noised))
+        sampled = [oracle_logprobs(logits, self.settings)]
+        return token, float(self._logprobs(logits, sampled)[0, token])
+
     def completion(
         self, prompt: Sequence[int], sequence_id: int, found: Sequence[int] = ()
     ) -> Expected:
@@ -136,11 +173,7 @@ class Reference:
         text, num_ties = [*prompt], 0
         made: list[int] = []
         while True:
-            out = _next(
-                self.policy, self.params, *self._padded(text), self.settings,
-                np.int32(sequence_id),
-            )  # fmt: skip
-            logits, noised, noise = (np.asarray(x) for x in out)
+            logits, noised, noise = self._drawn(text, sequence_id)
             if not can_be_drawn(logits):
                 reason = "nonfinite"
                 break
