@@ -250,6 +250,7 @@ def test_some_hundred_events() -> None:
     assert totals["steps"] >= 300
 
 
+@pytest.mark.slow
 def test_lives_drawn_at_random() -> None:
     """As the long run does: longer than those above, and with more turns."""
     outcomes = random_lives.run_all(1000, seed=9)

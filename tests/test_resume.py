@@ -91,6 +91,7 @@ def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_windows")
+@pytest.mark.slow
 def test_going_on_equals_never_having_stopped(wanted: Rollout, tmp_path: Path) -> None:
     """Stopped after some number of decisions, and gone on once or many times."""
     most = 0
