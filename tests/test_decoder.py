@@ -15,6 +15,8 @@ import er_jax
 from er_jax.drafter import TiedEmbedding
 from er_jax.types import Policy
 
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
+
 BASE: dict[str, Any] = {
     "vocab_size": 29,
     "dim": 16,

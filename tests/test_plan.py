@@ -14,6 +14,8 @@ import pytest
 import er_jax
 from er_jax.tools import hlo, plan, presets, traffic
 
+pytestmark = pytest.mark.usefixtures("as_users_compile")
+
 CONFIG = er_jax.DecoderConfig(
     vocab_size=512, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=128,
     dtype="bfloat16",
