@@ -118,7 +118,8 @@ class Peer:
         line = process.stdout.readline()
         if not line:
             raise RuntimeError(f"the process of an engine ended: {process.wait()}")
-        return dict(json.loads(line))
+        found: dict[str, Any] = json.loads(line)
+        return found
 
     def close(self) -> None:
         """End the process."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import gc
 import os
 import subprocess
@@ -36,18 +35,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Most of the time is XLA's. With its older emitters, and code in one part, it needs
 # half of it: many parts are for idle cores. Where XLA_FLAGS is set, be it to nothing,
 # it stays as it is. XLA ends a process for a flag that it does not know.
-QUICK_FLAGS: dict[str, Any] = {
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-_flags = " ".join(f"--{k}={str(v).lower()}" for k, v in QUICK_FLAGS.items())
+QUICK_FLAGS = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 if "XLA_FLAGS" not in os.environ:
-    _is_known = subprocess.run(
+    _known = subprocess.run(
         [sys.executable, "-c", "import jax; jax.devices()"],
-        env={**os.environ, "XLA_FLAGS": _flags},
+        env={**os.environ, "XLA_FLAGS": QUICK_FLAGS},
         capture_output=True,
     )
-    os.environ["XLA_FLAGS"] = "" if _is_known.returncode else _flags
+    os.environ["XLA_FLAGS"] = "" if _known.returncode else QUICK_FLAGS
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -85,63 +82,50 @@ def standard_promotion() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def quick_options() -> dict[str, Any]:
-    """Return those of the quick flags that this XLA knows, as options."""
-    known: dict[str, Any] = {}
-    for name, value in QUICK_FLAGS.items():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
-            known[name] = value
-    return known
-
-
-@contextlib.contextmanager
-def compiling_with(options: dict[str, Any]) -> Iterator[None]:
-    """Compile what is compiled ahead of time, as engines do, with more options."""
-    from er_jax.engine.kept import forget_engines
-
-    compile_ = jax.stages.Lowered.compile
-
-    def compile_so(
-        lowered: jax.stages.Lowered, compiler_options: Any = None, **rest: Any
-    ) -> jax.stages.Compiled:
-        return compile_(lowered, options | (compiler_options or {}), **rest)
-
-    forget_engines()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax.stages.Lowered, "compile", compile_so)
-            yield
-    finally:
-        forget_engines()
-
-
 @contextlib.contextmanager
 def without_optimizer() -> Iterator[None]:
     """Compile without XLA's optimizer, which is most of the time.
 
     For tests of what holds at either level, such as how many programs there are; what
-    programs compute, other tests show at the level that is XLA's default. Programs that
-    are compiled ahead of time, as those of engines are, get `quick_options` besides.
+    programs compute, other tests show at the level that is XLA's default.
     """
+    from er_jax.engine.kept import forget_engines
+
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
+    forget_engines()
     try:
-        with compiling_with(quick_options()):
-            yield
+        yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+        forget_engines()
 
 
 @pytest.fixture(scope="module")
 def as_users_compile() -> Iterator[None]:
-    """Have the module's engines compile as without `QUICK_FLAGS`, if these are set."""
-    options = {}
-    if os.environ["XLA_FLAGS"] == _flags:
-        options["xla_cpu_use_fusion_emitters"] = True
-    with compiling_with(options):
+    """Have the module's engines compile as without `QUICK_FLAGS`, if these are set.
+
+    But for a run without the optimizer, which is to be quick.
+    """
+    from er_jax.engine.kept import forget_engines
+
+    is_optimized = not jax.config.read("jax_disable_most_optimizations")
+    if not is_optimized or os.environ["XLA_FLAGS"] != QUICK_FLAGS:
         yield
+        return
+    compile_ = jax.stages.Lowered.compile
+
+    def compile_so(
+        lowered: jax.stages.Lowered, compiler_options: Any = None, **rest: Any
+    ) -> jax.stages.Compiled:
+        options = {"xla_cpu_use_fusion_emitters": True, **(compiler_options or {})}
+        return compile_(lowered, options, **rest)
+
+    forget_engines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", compile_so)
+        yield
+    forget_engines()
 
 
 @pytest.fixture

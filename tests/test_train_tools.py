@@ -107,8 +107,7 @@ def test_appended_tokens_are_not_learnt_from() -> None:
 
 @pytest.mark.slow
 def test_a_step_calls_the_tool_and_learns_from_sampled_tokens(tmp_path: Any) -> None:
-    grpo = dataclasses.replace(tiny.CONFIG.grpo, stream=False)
-    config = dataclasses.replace(tiny.CONFIG, tool=TOOL, out=tmp_path, grpo=grpo)
+    config = dataclasses.replace(tiny.CONFIG, tool=TOOL, out=tmp_path)
     trainer = Trainer.of(config)
     trainer.start_from(trainer.first_params())
     data = trainer.rollout_step()

@@ -26,7 +26,7 @@ class Tool(Protocol):
     """A function that a policy calls."""
 
     def __call__(self, text: str) -> str | None:
-        """Return what to append to a completion, None to end it."""
+        """Return what to append to a completion; None, or no text, to end it."""
         ...
 
 
