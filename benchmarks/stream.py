@@ -5,18 +5,21 @@
 
 Rewards of all completions together take a share of the seconds of a rollout. Three
 things are timed in turn: a rollout alone; a rollout, then the rewards; a stream, with
-the rewards in its loop. A reward waits, as for a judge elsewhere (it sleeps), or it
-computes (pure Python, which holds the interpreter's lock). The decoder runs on the
-cores that compute the rewards, or on a device elsewhere, which is imitated
-(`lib.elsewhere`). All sample the same tokens.
+the rewards in its loop. A reward waits, as for a judge elsewhere (it sleeps); or it
+computes (pure Python, which holds the interpreter's lock); or the loop hands it to
+another process, which computes it. The decoder runs on the cores that compute the
+rewards, or on a device elsewhere, which is imitated (`lib.elsewhere`). All sample the
+same tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +61,20 @@ def compute(seconds: float) -> None:
         sum(range(100))
 
 
-REWARDS: Mapping[str, Callable[[float], None]] = {
-    "waits": time.sleep,
-    "computes": compute,
-}
+REWARDS = ("waits", "computes", "computes in a process")
+
+Reward = Callable[[], Future[None] | None]
+"""Scores one completion, or has it scored."""
 
 
-def timed(runner: Runner, way: str, reward: Callable[[], None]) -> float:
+def reward_of(kind: str, seconds: float, pool: ProcessPoolExecutor) -> Reward:
+    """Return a reward that takes so long; `pool` is the other process."""
+    if kind == "computes in a process":
+        return functools.partial(pool.submit, compute, seconds)
+    return functools.partial({"waits": time.sleep, "computes": compute}[kind], seconds)
+
+
+def timed(runner: Runner, way: str, reward: Reward) -> float:
     """Return the seconds until the last reward is there.
 
     Args:
@@ -73,24 +83,27 @@ def timed(runner: Runner, way: str, reward: Callable[[], None]) -> float:
     """
     task = runner.task
     start = time.perf_counter()
+    scored = []
     if way == "stream":
         with er_jax.stream(
             task.policy, task.params, task.prompts, key=task.key, config=runner.config,
             controller=runner.controller,
         ) as items:  # fmt: skip
-            for _ in items:
-                reward()
+            scored = [reward() for _ in items]
         out = items.rollout
     else:
         out = runner.sample()
-        for _ in out.lengths if way == "after" else ():
-            reward()
+        if way == "after":
+            scored = [reward() for _ in out.lengths]
+    wait([each for each in scored if each is not None])
     seconds = time.perf_counter() - start
     runner.outs.append(out)
     return seconds
 
 
-def points_of(task: Task, where: str, args: Args) -> Iterator[dict[str, Any]]:
+def points_of(
+    task: Task, where: str, args: Args, pool: ProcessPoolExecutor
+) -> Iterator[dict[str, Any]]:
     """Yield a point for each kind of reward."""
     num = len(task.prompts)
     # Plain decoding, whose seconds depend on no decision.
@@ -99,8 +112,8 @@ def points_of(task: Task, where: str, args: Args) -> Iterator[dict[str, Any]]:
     alone = [timed(runner, "alone", lambda: None) for _ in range(3)]
     reward_s = args.share * float(np.median(alone)) / num
     cases = {"alone": functools.partial(timed, runner, "alone", lambda: None)}
-    for kind, spend in REWARDS.items():
-        reward = functools.partial(spend, reward_s)
+    for kind in REWARDS:
+        reward = reward_of(kind, reward_s, pool)
         for way in ("after", "stream"):
             cases[f"{kind}, {way}"] = functools.partial(timed, runner, way, reward)
     found = measure.interleave(cases, args.repeats, desc=f"{task.name}: stream")
@@ -128,18 +141,21 @@ def points_of(task: Task, where: str, args: Args) -> Iterator[dict[str, Any]]:
 def points(args: Args) -> Iterator[dict[str, Any]]:
     """Yield the points of the device elsewhere, then those of the cores."""
     count, slots, longest = (12, 4, 32) if args.quick else (128, 32, 512)
-    with elsewhere.rounds_of(args.round_s):
-        lengths = workloads.tail_lengths(count, longest).tolist()
-        task = planned_task("tiny", lengths, slots=slots, max_new_tokens=longest)
-        yield from points_of(task, "elsewhere", args)
-    for preset in args.presets:
-        forget_engines()
-        size = SIZES[preset]
-        lengths = workloads.tail_lengths(size.num, size.max_new_tokens).tolist()
-        task = planned_task(
-            preset, lengths, slots=size.slots, max_new_tokens=size.max_new_tokens
-        )
-        yield from points_of(task, "the same cores", args)
+    # No fork: this process has threads.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(compute, 0.0).result()  # It has started.
+        with elsewhere.rounds_of(args.round_s):
+            lengths = workloads.tail_lengths(count, longest).tolist()
+            task = planned_task("tiny", lengths, slots=slots, max_new_tokens=longest)
+            yield from points_of(task, "elsewhere", args, pool)
+        for preset in args.presets:
+            forget_engines()
+            size = SIZES[preset]
+            lengths = workloads.tail_lengths(size.num, size.max_new_tokens).tolist()
+            task = planned_task(
+                preset, lengths, slots=size.slots, max_new_tokens=size.max_new_tokens
+            )
+            yield from points_of(task, "the same cores", args, pool)
 
 
 def rows_of(found: Sequence[Mapping[str, Any]]) -> tables.Table:

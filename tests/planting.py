@@ -45,9 +45,11 @@ CRASHED = 70  # the exit status of a child that does not reach pytest's
 
 # Imported once, before the first fork. None of it may start a thread or a device.
 PRELOADED = (
-    "aqt.jax.v2.aqt_tensor", "chex", "flax.linen", "flax.nnx", "jax",
-    "matplotlib.pyplot", "optax", "orbax.checkpoint", "pytest", "safetensors",
-    "scipy.stats", "torch", "tqdm", "transformers", "tyro",
+    "aqt.jax.v2.aqt_quantizer", "aqt.jax.v2.aqt_tensor", "chex", "flax.linen",
+    "flax.nnx", "hypothesis.stateful", "jax", "jax.experimental.mesh_utils",
+    "jax.experimental.pallas.tpu", "jax.experimental.topologies", "matplotlib.pyplot",
+    "optax", "orbax.checkpoint", "pytest", "safetensors.numpy", "scipy.stats", "torch",
+    "tqdm", "transformers", "tyro",
 )  # fmt: skip
 
 STARTUP = """\
