@@ -425,7 +425,9 @@ def paths_of_one_machine(texts: Texts) -> list[str]:
 def checks_not_the_same(texts: Texts) -> list[str]:
     """The three check commands, as they stand in each place that names them."""
     found = {
-        ".ci/run": re.findall(r"^run ((?:ruff|mypy).*)$", texts[".ci/run"], re.M),
+        ".ci/run": re.findall(
+            r"^(?:run|beside \w+) ((?:ruff|mypy).*)$", texts[".ci/run"], re.M
+        ),
         ".pre-commit-config.yaml": re.findall(
             r"entry: (.*)", texts[".pre-commit-config.yaml"]
         ),
