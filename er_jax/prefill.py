@@ -4,7 +4,9 @@ A row is admitted with its prompt's entries for all but the last token, which th
 round feeds, so the prefill needs no vocabulary projection. Long prompts are prefilled
 in pieces: activations and scores are those of one piece.
 
-A prompt that begins as an earlier one did goes on from that one's entries (`extend`).
+A completion that goes on starts from its prompt, like any other, and its tokens so far
+are appended (`go_on`): completions of a prompt share its prefill. A prompt that begins
+as an earlier one did goes on from that one's entries (`extend`).
 
 Left out: which sequence starts in which row (`scheduler.admission`), and which entries
 are kept (`scheduler.prompts`).
@@ -122,8 +124,9 @@ def go_on(
     continuation: Continuation,
     *,
     chunk: int,
+    piece: int,
 ) -> DecodeState:
-    """Append tokens to rows that have ended, and have them go on.
+    """Append tokens to rows that have ended, or have just begun, and have them go on.
 
     Such a row holds the entries of all of its tokens but the last. So that one is fed,
     and the appended ones but the last.
@@ -131,7 +134,8 @@ def go_on(
     Args:
       policy, params: the target.
       state: rows in `continuation.slot` are live afterwards.
-      continuation: see `types.Continuation`. chunk: static; rows prefilled together.
+      continuation: see `types.Continuation`. chunk, piece: static; rows and tokens of
+        each that are prefilled together. The tokens are a multiple of `piece`.
     """
     offsets = jnp.arange(continuation.tokens.shape[1], dtype=jnp.int32)[None]
     # Unused entries of `slot` are B: their rows are the last one's, and are dropped.
@@ -148,8 +152,16 @@ def go_on(
         return lax.dynamic_slice_in_dim(x, i * chunk, chunk)
 
     def run(i: jax.Array, cache: kv_cache.Cache) -> kv_cache.Cache:
+        def run_piece(j: jax.Array, rows: kv_cache.Cache) -> kv_cache.Cache:
+            own, at = (
+                lax.dynamic_slice_in_dim(part(x, i), j * piece, piece, axis=1)
+                for x in (fed, positions)
+            )
+            return policy.forward(params, own, at, rows)[1]
+
         rows = kv_cache.take_rows(cache, part(index, i))
-        rows = policy.forward(params, part(fed, i), part(positions, i), rows)[1]
+        most = jnp.max(part(continuation.count, i))
+        rows = lax.fori_loop(0, (most + piece - 1) // piece, run_piece, rows)
         slot = part(continuation.slot, i)
         return jax.tree.map(
             lambda leaf, new: leaf.at[slot].set(new, mode="drop"), cache, rows

@@ -45,6 +45,9 @@ PREFILL_TOKENS_CPU = 64
 
 MIN_PROMPT_BUCKET = 16
 
+# Tokens that are appended to rows, with padding; more are as many as a row may have.
+APPEND_WIDTHS = (16, 64, 256)
+
 
 def power_of_two(size: int, least: int) -> int:
     """Return the least power of two >= `size`, but at least `least`."""
@@ -75,6 +78,7 @@ def request_of(
     prompt_of = np.repeat(
         [distinct.setdefault(p.tobytes(), len(distinct)) for p in prompts], config.n
     )
+    bare_prompt_of = prompt_of.copy()
     for sequence, tokens in begun.items():
         known = np.concatenate([prompts[sequence // config.n], tokens])
         data = known.astype(np.int32).tobytes()
@@ -100,6 +104,7 @@ def request_of(
     return Request(
         prompts=unique,
         prompt_of=prompt_of,
+        bare_prompt_of=bare_prompt_of,
         sequence_ids=sequence_ids,
         max_new_tokens=config.most_new_tokens,
         slots=-(-slots // num_shards) * num_shards,
@@ -120,6 +125,23 @@ def chunk_of(bucket: int) -> int:
     is_cpu = jax.default_backend() == "cpu"
     tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
     return min(max(tokens // bucket, 1), 16)
+
+
+def append_sizes(longest: int, cache_length: int) -> tuple[int, int, int]:
+    """Return the sizes in which tokens are appended to rows: few, for few programs.
+
+    Args:
+      longest: most tokens of a row. cache_length: no row has more.
+    Returns:
+      Tokens of a row with padding, rows of a chunk, tokens of a piece.
+    """
+    is_cpu = jax.default_backend() == "cpu"
+    tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
+    widths = [width for width in APPEND_WIDTHS if longest <= width]
+    if not widths:
+        widths = [-(-cache_length // tokens) * tokens]
+    piece = min(widths[0], tokens)
+    return widths[0], chunk_of(piece), piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +312,8 @@ class Request:
 
     prompts: the distinct prompts, int32 arrays; that of a sequence which goes on ends
       with its tokens so far.
-    prompt_of: int `[N]`, index into `prompts` for each sequence.
+    prompt_of: int `[N]`, index into `prompts` for each sequence. bare_prompt_of: the
+      same, of its prompt without tokens of its completion.
     sequence_ids: int `[N]`. max_new_tokens: limit of a completion in tokens.
     slots: rows of the full batch.
     cache_lengths: lengths the cache may have, ascending; the last holds any row.
@@ -309,6 +332,7 @@ class Request:
 
     prompts: Sequence[np.ndarray]
     prompt_of: np.ndarray
+    bare_prompt_of: np.ndarray
     sequence_ids: np.ndarray
     max_new_tokens: int
     slots: int
@@ -396,8 +420,31 @@ class Request:
         """Return the tokens that a sequence starts from."""
         return len(self.prompts[self.prompt_of[sequence]])
 
-    def starting(self, sequences: Iterable[int]) -> Request:
-        """Return the request in the sizes of an admission of some sequences."""
+    def is_begun(self, sequence: int) -> bool:
+        """Whether a sequence has tokens of its completion already."""
+        return self.num_begun.get(sequence, 0) > 0
+
+    @functools.cached_property
+    def _bare(self) -> Request:
+        """The request whose sequences start from their prompts alone."""
+        lengths = {len(self.prompts[p]) for p in self.bare_prompt_of[self.waiting]}
+        bucket = power_of_two(max(lengths, default=1), MIN_PROMPT_BUCKET)
+        return dataclasses.replace(
+            self,
+            prompt_of=self.bare_prompt_of,
+            num_begun=MappingProxyType({}),
+            prompt_bucket=bucket,
+            chunk=chunk_of(bucket),
+        )
+
+    def starting(self, sequences: Iterable[int], bare: bool) -> Request:
+        """Return the request in the sizes of an admission of some sequences.
+
+        Args:
+          sequences: to start. bare: from their prompts alone, and not from all tokens.
+        """
+        if bare and self.num_begun:
+            return self._bare
         bucket = self.bucket(map(self.start_length, sequences))
         if bucket == self.prompt_bucket:
             return self

@@ -371,6 +371,7 @@ def simulated(
     request = Request(
         prompts=[np.arange(16, dtype=np.int32)],
         prompt_of=np.zeros(48, int),
+        bare_prompt_of=np.zeros(48, int),
         sequence_ids=np.arange(48),
         max_new_tokens=512,
         slots=16,

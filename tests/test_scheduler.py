@@ -352,6 +352,7 @@ def make_request(
     return Request(
         prompts=PROMPTS,
         prompt_of=np.array(prompt_of),
+        bare_prompt_of=np.array(prompt_of),
         sequence_ids=np.array(range(count) if sequence_ids is None else sequence_ids),
         max_new_tokens=max_new_tokens,
         slots=slots,

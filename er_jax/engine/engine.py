@@ -263,9 +263,14 @@ class Engine:
         state: DecodeState,
         continuation: Continuation,
         chunk: int,
+        piece: int,
     ) -> DecodeState:
-        """Have rows that ended go on, `chunk` at a time. Donates `state`."""
-        shape = (state.rows, state.cache_length, *continuation.tokens.shape, chunk)
+        """Have rows go on, `chunk` of them at a time, by `piece` tokens.
+
+        Donates `state`.
+        """
+        sizes = (*continuation.tokens.shape, chunk, piece)
+        shape = (state.rows, state.cache_length, *sizes)
         program = self._program(
             ("go on", *shape),
             run_going_on,
@@ -275,6 +280,7 @@ class Engine:
                 self._abstract_state(state),
                 abstract(continuation),
                 chunk=chunk,
+                piece=piece,
             ),
         )
         return program.call(params.policy, state, continuation)

@@ -235,9 +235,19 @@ class EngineProtocol(Protocol):
         """Start sequences in free slots. Donates `state`."""
 
     def go_on(
-        self, params: PolicyParams, state: Any, continuation: Continuation, chunk: int
+        self,
+        params: PolicyParams,
+        state: Any,
+        continuation: Continuation,
+        chunk: int,
+        piece: int,
     ) -> Any:
-        """Have rows that ended go on behind appended tokens. Donates `state`."""
+        """Have rows go on behind appended tokens. Donates `state`.
+
+        Args:
+          params, state, continuation: see `prefill.go_on`.
+          chunk, piece: rows and tokens of each that are prefilled together.
+        """
 
     def has_take(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
         """Whether the move between states of two sizes (rows, length) is compiled."""

@@ -200,7 +200,7 @@ def run_admission(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("policy", "chunk"), donate_argnames=("state",)
+    jax.jit, static_argnames=("policy", "chunk", "piece"), donate_argnames=("state",)
 )
 def run_going_on(
     policy: Policy,
@@ -209,9 +209,10 @@ def run_going_on(
     continuation: Continuation,
     *,
     chunk: int,
+    piece: int,
 ) -> DecodeState:
     """Have rows of one device go on; see `prefill.go_on`. Donates `state`."""
-    return prefill.go_on(policy, params, state, continuation, chunk=chunk)
+    return prefill.go_on(policy, params, state, continuation, chunk=chunk, piece=piece)
 
 
 @functools.partial(jax.jit, static_argnames=("length",))

@@ -2,19 +2,21 @@
 
 `Rows` is the host's record of the batch. `plan_admission` assigns free rows: a prompt
 whose cache entries are still in the batch is cloned; any other is prefilled once and
-copied to all of its sequences. Where the policy keeps a window in rings, a row that has
-gone past one no longer holds its prompt.
+copied to all of its sequences. `plan_going_on` appends to rows what their sequences
+have beyond it: tokens of completions that go on, and answers. Where the policy keeps a
+window in rings, a row that has gone past one no longer holds its prompt.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
-from er_jax.request import Request
-from er_jax.types import NONE, RING_DRAFTS, Admission
+from er_jax.request import Request, append_sizes
+from er_jax.types import NONE, RING_DRAFTS, Admission, Continuation
 
 
 @dataclasses.dataclass
@@ -198,6 +200,46 @@ def plan_admission(
         clone_length=clone_length,
     )
     return admission, len(fresh)
+
+
+def plan_going_on(
+    request: Request, rows: Rows, row_of: Mapping[int, int]
+) -> tuple[Continuation, int, int]:
+    """Have sequences go on in rows that hold their first tokens.
+
+    Args:
+      request: of the sequences. rows: the batch; updated with those that go on.
+      row_of: row of each sequence; its length is that of what it holds.
+    Returns:
+      The rows and tokens to append; rows of a chunk; tokens of a piece.
+    """
+    new = {
+        sequence: request.prompts[request.prompt_of[sequence]][rows.length[row] :]
+        for sequence, row in row_of.items()
+    }
+    width, chunk, piece = append_sizes(
+        max(map(len, new.values())), request.cache_lengths[-1]
+    )
+    size = -(-len(rows) // chunk) * chunk
+    tokens = np.zeros((size, width), np.int32)
+    slot, count, limit = np.zeros((3, size), np.int32)
+    slot[:] = len(rows)
+    for i, (sequence, appended) in enumerate(new.items()):
+        row = row_of[sequence]
+        slot[i], count[i] = row, len(appended)
+        tokens[i, : len(appended)] = appended
+        limit[i] = request.limit(sequence)
+        rows.sequence[row], rows.held[row] = sequence, NONE
+        rows.length[row] += len(appended)
+        rows.limit[row] = limit[i]
+    continuation = Continuation(
+        slot=slot,
+        tokens=tokens,
+        count=count,
+        limit=limit,
+        num_chunks=np.int32(-(-len(new) // chunk)),
+    )
+    return continuation, chunk, piece
 
 
 def forget_replaced(request: Request, rows: Rows) -> None:

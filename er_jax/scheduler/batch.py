@@ -27,7 +27,7 @@ from er_jax.engine.protocol import WindowHandle
 from er_jax.journal import Journal
 from er_jax.request import Request
 from er_jax.result import NOTHING, Completion
-from er_jax.scheduler.admission import Rows, plan_admission
+from er_jax.scheduler.admission import Rows, plan_admission, plan_going_on
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import Shape, Topology
@@ -100,7 +100,8 @@ class Batch:
     Args:
       topology: the devices. request: the sequences. stats: filled in. settings: traced
         sampling settings.
-      begun: completions that go on, by sequence; their tokens are part of the prompt.
+      begun: completions that go on, by sequence; their tokens are part of the prompt,
+        or appended to the row that starts from it.
       journal: is told of what has been sampled; None keeps none.
       reuse: the prompts kept from call to call; None prefills all.
     Attributes:
@@ -128,6 +129,8 @@ class Batch:
         self.program: Program | None = None
         self.rows = Rows.empty(request.slots)
         self._options = Options(topology, request, settings)
+        # A ring may no longer hold a prompt's entries when what is behind it is fed.
+        self._starts_bare = topology.keeps_rows and request.ring_slots is None
         self._decided_ago_s = 0.0
         self._is_drafting = self._is_trial = False
         self._in_flight: InFlightWindow | None = None
@@ -224,7 +227,7 @@ class Batch:
         count = min(len(self.rows) - self.num_live, len(self.queue))
         free = self._free_rows(count)
         starting = [self.queue.popleft() for _ in range(count)]
-        request = self.request.starting(starting)
+        request = self.request.starting(starting, self._starts_bare)
         if self.reuse is not None:
             with self._timed("prefill"):
                 for found in self.reuse.found(request, self.rows, starting, free):
@@ -252,6 +255,21 @@ class Batch:
             self.state = engine.admit(params, self.state, admission)
             if self.reuse is not None:
                 self.reuse.keep(request, self.rows, starting, self.state)
+        if self._starts_bare:
+            row_of = {s: row for row, s in enumerate(self.rows.sequence.tolist())}
+            begun = [s for s in starting if self.request.is_begun(s)]
+            self._go_on({s: row_of[s] for s in begun})
+
+    def _go_on(self, row_of: Mapping[int, int]) -> None:
+        """Append to rows what their sequences have beyond what the rows hold."""
+        if not row_of:
+            return
+        continuation, *sizes = plan_going_on(self.request, self.rows, row_of)
+        self.stats.prefilled_tokens += int(continuation.count.sum())
+        with self._timed("prefill"):
+            self.state = self.topology.engine.go_on(
+                self.topology.params_of(False), self.state, continuation, *sizes
+            )
 
     def options(self, gammas: Sequence[int]) -> list[Program]:
         """Return the programs that can run now; see `Options.programs`."""

@@ -21,7 +21,7 @@ from er_jax.result import Completion
 from er_jax.resume import UNFINISHED
 from er_jax.scheduler.admission import Rows
 from er_jax.scheduler.batch import Batch
-from er_jax.scheduler.turns import Turns, plan_going_on
+from er_jax.scheduler.turns import Turns
 from er_jax.types import NONE, Finish, WindowInfo
 
 # Longest wait for answers before other reasons to end are looked at.
@@ -83,16 +83,12 @@ class Conversations(Batch):
             self._move((self._shape[0], length, self._shape[2]))
 
     def _go_on_in_place(self) -> None:
-        on, continuation, chunk = plan_going_on(self.request, self.rows, self.queue)
-        if not on:
-            return
-        self.queue = collections.deque(s for s in self.queue if s not in set(on))
+        held = self.rows.held.tolist()
+        row_of = {sequence: row for row, sequence in enumerate(held)}
+        on = {s: row_of[s] for s in self.queue if s in row_of}
+        self.queue = collections.deque(s for s in self.queue if s not in on)
         self.stats.num_kept += len(on)
-        self.stats.prefilled_tokens += int(continuation.count.sum())
-        with self._timed("prefill"):
-            self.state = self.topology.engine.go_on(
-                self.topology.params_of(False), self.state, continuation, chunk
-            )
+        self._go_on(on)
 
     def _with_held(self, rows: Rows, info: WindowInfo) -> Rows:
         has_ended = self.rows.is_live & ~rows.is_live

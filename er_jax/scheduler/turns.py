@@ -1,10 +1,10 @@
 """Conversations: sequences whose turn has ended, and that wait for an answer.
 
 A row whose turn has ended is free, like any that has ended. When its answer is there,
-the sequence goes back into the queue with all tokens so far as its prompt. If nothing
-else has taken the row, it goes on there (`plan_going_on`), and only what is new is
-prefilled; else all of it is. Noise depends on key, sequence id and position alone, so
-the tokens are those of a rollout of the whole text so far in any case.
+the sequence goes back into the queue with all tokens so far. If nothing else has taken
+the row, it goes on there, and only what is new is prefilled; else all behind its prompt
+is. Noise depends on key, sequence id and position alone, so the tokens are those of a
+rollout of the whole text so far in any case.
 
 Left out: threads (`respond`), the queue (`conversations`).
 """
@@ -12,22 +12,15 @@ Left out: threads (`respond`), the queue (`conversations`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from er_jax.request import Request, chunk_of, power_of_two
+from er_jax.request import Request
 from er_jax.respond import Calls, Respond, Turn, checked_answer
 from er_jax.result import Completion
 from er_jax.resume import LENGTH, STOP, UNFINISHED, turn_of
-from er_jax.scheduler.admission import Rows
 from er_jax.stats import RolloutStats
-from er_jax.types import FINISH_NAMES, NONE, Continuation, Finish
-
-# Most tokens that are appended to a row at once; longer answers are prefilled anew.
-MOST_APPENDED = 256
-LEAST_APPENDED = 16
+from er_jax.types import FINISH_NAMES, Finish
 
 TOOL = FINISH_NAMES[Finish.TOOL]
 
@@ -133,46 +126,3 @@ class Turns:
         if self._calls is not None:
             self._calls.close()
         self._calls = None
-
-
-def plan_going_on(
-    request: Request, rows: Rows, queue: Collection[int]
-) -> tuple[list[int], Continuation, int]:
-    """Have sequences that wait go on in the rows that hold them.
-
-    Args:
-      request: of the sequences. rows: the batch; updated with those that go on.
-      queue: sequences that wait.
-    Returns:
-      The sequences that go on; the rows and tokens; rows of a chunk.
-    """
-    held = {int(s): row for row, s in enumerate(rows.held) if s != NONE}
-    new: dict[int, np.ndarray] = {}
-    for sequence in queue:
-        if sequence in held:
-            known = request.prompts[request.prompt_of[sequence]]
-            new[sequence] = known[rows.length[held[sequence]] :]
-    new = {s: tokens for s, tokens in new.items() if len(tokens) <= MOST_APPENDED}
-    longest = max(map(len, new.values()), default=1)
-    width = power_of_two(longest, LEAST_APPENDED)
-    chunk = chunk_of(width)
-    size = -(-len(rows) // chunk) * chunk
-    tokens = np.zeros((size, width), np.int32)
-    slot, count, limit = np.zeros((3, size), np.int32)
-    slot[:] = len(rows)
-    for i, (sequence, appended) in enumerate(new.items()):
-        row = held[sequence]
-        slot[i], count[i] = row, len(appended)
-        tokens[i, : len(appended)] = appended
-        limit[i] = request.limit(sequence)
-        rows.sequence[row], rows.held[row] = sequence, NONE
-        rows.length[row] += len(appended)
-        rows.limit[row] = limit[i]
-    continuation = Continuation(
-        slot=slot,
-        tokens=tokens,
-        count=count,
-        limit=limit,
-        num_chunks=np.int32(-(-len(new) // chunk)),
-    )
-    return list(new), continuation, chunk
