@@ -1,8 +1,8 @@
 """Going on from an earlier rollout: what it holds, and whether it is of this request.
 
 A completion is a function of (params, prompt, key, sequence id), so its tokens so far
-are all that is needed to go on: they are prefilled like a prompt, and the noise of a
-position does not depend on where sampling began.
+are all that is needed to go on: they are prefilled behind its prompt, and the noise of
+a position does not depend on where sampling began.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ class RolloutStats:
       compiled: (program name, seconds) of everything this call compiled. The phase
         `compile` also has the time this call waited for another thread's compilation.
       num_prefilled: distinct prompts prefilled.
-      prefilled_tokens: prefilled in all, of prompts and of what `respond` appended.
+      prefilled_tokens: prefilled in all: of prompts, of completions that go on, and of
+        what `respond` appended.
       num_cloned: completions that started from cache entries still in the batch.
       num_reused: prompts that started from entries a session has kept. For those of
         which it knew the beginning, the rest was computed.

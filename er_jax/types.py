@@ -376,9 +376,10 @@ class Admission:
 
 @struct.dataclass
 class Continuation:
-    """Rows that have ended and go on behind tokens that are appended to them.
+    """Rows that go on behind tokens that are appended to them.
 
-    Laid out in chunks of C rows, like the prompts of an `Admission`.
+    They have ended, or have just been started. Laid out in chunks of C rows, like the
+    prompts of an `Admission`.
 
     slot: int32 `[A]`, the rows; B where unused. A is a multiple of C.
     tokens: int32 `[A, T]`, to append, right-padded. count: int32 `[A]`, how many.

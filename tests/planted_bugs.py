@@ -32,6 +32,7 @@ TUNIX = "tests/test_tunix.py"
 SPANS = "tests/test_spans.py"
 DRAFTS = "tests/test_several_drafts.py"
 RESUME = "tests/test_resume.py"
+SHARED_PREFILL = f"{RESUME}::test_completions_of_a_prompt_share_its_prefill"
 TURNS = "tests/test_turns.py"
 SCORED_TURNS = "test_scores_are_those_of_sampled_tokens_behind_appended_ones"
 CALLS = f"{TURNS}::test_tokens_are_those_of_calls_turn_by_turn"
@@ -528,6 +529,27 @@ BUGS: tuple[PlantedBug, ...] = (
         "known - self.num_begun.get(sequence, 0)",
         "known",
         (f"{RESUME}::test_what_has_begun_is_part_of_the_prompt",),
+    ),
+    PlantedBug(
+        "pieces of appended tokens that all begin at the first",
+        "er_jax::go_on",
+        "j * piece",
+        "0 * j",
+        (f"{SHARED_PREFILL}[pieces-8]",),
+    ),
+    PlantedBug(
+        "completions that go on from their prompts alone",
+        "er_jax::Batch.refill",
+        "self._go_on({s: row_of[s] for s in begun})",
+        "self._go_on({})",
+        (f"{SHARED_PREFILL}[at once-8]",),
+    ),
+    PlantedBug(
+        "prompts of completions that go on prefilled with what is behind them",
+        "er_jax::Request.starting",
+        "bare and self.num_begun",
+        "False",
+        (f"{SHARED_PREFILL}[at once-8]",),
     ),
     PlantedBug(
         "a completion without the tokens it began with",

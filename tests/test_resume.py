@@ -282,6 +282,49 @@ def some_rollout() -> Rollout:
     )
 
 
+def cut(whole: Rollout, lengths: Sequence[int]) -> Rollout:
+    """Return a rollout as if it had ended when completions had these lengths."""
+    is_token = np.arange(whole.completion_ids.shape[1]) < np.array(lengths)[:, None]
+    return dataclasses.replace(
+        whole,
+        completion_ids=np.where(is_token, whole.completion_ids, 0),
+        completion_mask=is_token,
+        logprobs=np.where(is_token, whole.logprobs, 0),
+        lengths=np.array(lengths),
+        finish=np.full(len(lengths), Finish.UNFINISHED, np.int32),
+        version=np.where(is_token, 0, -1),
+    )
+
+
+@pytest.mark.parametrize("slots", [8, 3])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param((0, 1, 16, 5, 2, 9, 3, 12), id="at once"),
+        pytest.param((0, 5, 17, 64, 65, 130, 16, 256), id="pieces"),
+        pytest.param((300, 5, 301, 64, 65, 128, 0, 290), id="as long as rows"),
+    ],
+)
+def test_completions_of_a_prompt_share_its_prefill(
+    lengths: Sequence[int], slots: int, x64: None
+) -> None:
+    """Each token of a prompt or of a completion is prefilled once."""
+    config = dataclasses.replace(
+        CONFIG, max_new_tokens=320, max_slots=slots, control="ar", stop_token_ids=()
+    )
+    whole = sample(config)
+    found = sample(config, resume=cut(whole, lengths))
+    assert_same(found, whole)
+    stats = found.stats
+    assert stats.num_resumed == sum(lengths)
+    wanted = [len(PROMPTS[i // CONFIG.n]) for i in range(len(lengths))]
+    if slots == 8:  # Rows are not used again.
+        assert stats.num_prefilled == len(PROMPTS)
+        wanted = [len(prompt) - 1 for prompt in PROMPTS]
+    assert stats.prefilled_tokens <= sum(wanted) + sum(lengths)
+    assert stats.prefilled_tokens >= sum(map(len, PROMPTS)) - 4 + sum(lengths)
+
+
 def test_a_file_holds_all_but_the_statistics(tmp_path: Path) -> None:
     path, wanted = tmp_path / "rollout.npz", some_rollout()
     wanted.save(path)
