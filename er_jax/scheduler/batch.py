@@ -129,8 +129,11 @@ class Batch:
         self.program: Program | None = None
         self.rows = Rows.empty(request.slots)
         self._options = Options(topology, request, settings)
-        # A ring may no longer hold a prompt's entries when what is behind it is fed.
-        self._starts_bare = topology.keeps_rows and request.ring_slots is None
+        # A ring may no longer hold a prompt's entries when what is behind it is fed, and
+        # a session keeps conversations whole.
+        keeps_whole = reuse is not None and request.turns is not None
+        has_rings = request.ring_slots is not None
+        self._starts_bare = topology.keeps_rows and not (has_rings or keeps_whole)
         self._decided_ago_s = 0.0
         self._is_drafting = self._is_trial = False
         self._in_flight: InFlightWindow | None = None
