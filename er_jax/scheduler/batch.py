@@ -129,8 +129,8 @@ class Batch:
         self.program: Program | None = None
         self.rows = Rows.empty(request.slots)
         self._options = Options(topology, request, settings)
-        # A ring may no longer hold a prompt's entries when what is behind it is fed, and
-        # a session keeps conversations whole.
+        # A ring may no longer hold a prompt's entries when what is behind it is fed.
+        # A session keeps conversations whole.
         keeps_whole = reuse is not None and request.turns is not None
         has_rings = request.ring_slots is not None
         self._starts_bare = topology.keeps_rows and not (has_rings or keeps_whole)
