@@ -134,8 +134,6 @@ class Conversations(Batch):
             return []
         on = {s: c for s, c in found.items() if c.finish_reason == UNFINISHED}
         ended = {s: c for s, c in found.items() if s not in on}
-        if self.journal is not None:
-            self.journal.note(found, sync=False)
         self.completions |= ended
         if on:
             known = {s: completion.token_ids for s, completion in on.items()}
@@ -146,6 +144,9 @@ class Conversations(Batch):
             self.queue.extendleft(reversed(on))
         self.turns.forget(found)
         self._release(ended)
+        if self.journal is not None:
+            # Last: what an interruption returns is never less than the journal has.
+            self.journal.note(found, sync=False)
         return list(ended)
 
     def wait_for_answers(self) -> list[int]:
