@@ -1,6 +1,6 @@
 """Rollouts whose process is killed, again and again, and gone on with elsewhere.
 
-    python -m benchmarks.killed                        # 400 processes
+    python -m benchmarks.killed                        # 360 processes
     python -m benchmarks.killed --seed 17 --chains 1   # one chain of them again
 
 A chain (`lib/chains.py`) is one rollout that several processes sample, one after
@@ -26,7 +26,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,9 @@ HANGS_S = 240.0
 
 WORKERS = 2
 
+# Chains that are sampled undisturbed by one process, before they run.
+AT_ONCE = 24
+
 COLUMNS = (*MOMENTS, AT_LIMIT)
 
 
@@ -72,7 +75,7 @@ class Args:
       out: where to write. quick: at most 12 processes.
     """
 
-    lives: int = 400
+    lives: int = 360
     seed: int = 0
     chains: int | None = None
     out: Path | None = None
@@ -116,16 +119,22 @@ class Runner:
         self._folder, self._store = folder, folder / "programs"
         self._store.mkdir()
 
-    def sample_undisturbed(self, chains: Sequence[Chain]) -> None:
+    def run(self, chains: Sequence[Chain]) -> Iterator[Outcome]:
+        """Run chains; yield what became of each, in the order in which they end."""
+        self._sample_undisturbed(chains)
+        with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+            running = [pool.submit(self._run_chain, chain) for chain in chains]
+            for future in concurrent.futures.as_completed(running):
+                yield future.result()
+
+    def _sample_undisturbed(self, chains: Sequence[Chain]) -> None:
         """Sample what the chains will be held to."""
         for dtype in ("float64", "float32"):
             workloads = [c.workload for c in chains if c.workload.dtype == dtype]
             if workloads:
-                self._run(
-                    life_process.undisturbed, self._folder, self._store, workloads
-                )
+                self._do(life_process.undisturbed, self._folder, self._store, workloads)
 
-    def _run(self, function: Any, *arguments: Any) -> None:
+    def _do(self, function: Any, *arguments: Any) -> None:
         process = self._processes.Process(target=function, args=arguments)
         process.start()
         process.join()
@@ -137,8 +146,7 @@ class Runner:
         if path.exists():
             raise Difference(f"a process failed:\n{path.read_text()}")
 
-    def run(self, chain: Chain) -> Outcome:
-        """Run a chain."""
+    def _run_chain(self, chain: Chain) -> Outcome:
         folder = self._folder / f"chain {chain.seed}"
         folder.mkdir()
         wanted = Rollout.load(self._folder / f"{chain.seed}.npz")
@@ -268,7 +276,7 @@ class Runner:
         """Return how many completions differ, all from a tie on."""
         assert found is not None
         arguments = (self._folder, self._store, chain.workload, found)
-        self._run(life_process.prove, *arguments)
+        self._do(life_process.prove, *arguments)
         self._raise_problem(found.parent)
         proof = json.loads((found.parent / "proof").read_text())
         if proof["unexplained"]:
@@ -276,39 +284,30 @@ class Runner:
         return int(proof["ties"])
 
 
-def chains_of(args: Args) -> list[Chain]:
-    """Return the chains that have as many lives as are asked for."""
-    found: list[Chain] = []
-    count = 0
-    while count < args.lives and (args.chains is None or len(found) < args.chains):
-        found.append(drawn(args.seed + len(found)))
-        count += len(found[-1].lives)
-    return found
-
-
-def run_all(chains: Sequence[Chain], *, progress: bool = True) -> list[Outcome]:
-    """Run chains; print each difference at once.
+def run_all(
+    lives: int, seed: int, *, chains: int | None = None, progress: bool = True
+) -> list[Outcome]:
+    """Run chains until there were enough processes; print each difference at once.
 
     Args:
-      chains: to run. progress: whether a bar shows it.
+      lives: at least so many processes. seed: of the first chain.
+      chains: at most so many; None is no limit. progress: whether a bar shows it.
     """
     os.environ[CACHE_VARIABLE] = ""
-    total = sum(len(chain.lives) for chain in chains)
+    outcomes: list[Outcome] = []
     with (
         tempfile.TemporaryDirectory(prefix="er_jax_killed_") as folder,
-        tqdm(total=total, unit="process", disable=not progress) as bar,
-        concurrent.futures.ThreadPoolExecutor(WORKERS) as pool,
+        tqdm(total=lives, unit="process", disable=not progress) as bar,
     ):
         runner = Runner(Path(folder))
-        runner.sample_undisturbed(chains)
-        outcomes = []
-        running = [pool.submit(runner.run, chain) for chain in chains]
-        for future in concurrent.futures.as_completed(running):
-            outcome = future.result()
-            outcomes.append(outcome)
-            bar.update(len(outcome.chain.lives))
-            if outcome.problem is not None:
-                bar.write(told_of(outcome))
+        while bar.n < lives and (chains is None or len(outcomes) < chains):
+            left = AT_ONCE if chains is None else min(AT_ONCE, chains - len(outcomes))
+            own = [drawn(seed + len(outcomes) + i) for i in range(left)]
+            for outcome in runner.run(own):
+                outcomes.append(outcome)
+                bar.update(outcome.counts["lives"])
+                if outcome.problem is not None:
+                    bar.write(told_of(outcome))
     return sorted(outcomes, key=lambda outcome: outcome.chain.seed)
 
 
@@ -341,19 +340,18 @@ def main(args: Args) -> dict[str, Any]:
     """
     if args.quick:
         args = dataclasses.replace(args, lives=min(args.lives, 12))
-    chains = chains_of(args)
     start = time.perf_counter()
-    outcomes = run_all(chains)
+    outcomes = run_all(args.lives, args.seed, chains=args.chains)
     seconds = time.perf_counter() - start
     record = records.new_record("killed", records.settings_of(args))
     record["seconds"] = seconds
     totals: collections.Counter[Any] = collections.Counter()
     for outcome in outcomes:
         totals.update(outcome.counts)
-    rows = max(life.way.slots for chain in chains for life in chain.lives)
+    ways = [life.way for outcome in outcomes for life in outcome.chain.lives]
     about = {
         "preset": "decoder of one layer",
-        "rows": rows,
+        "rows": max(way.slots for way in ways),
         "dtype": "float64, float32",
     }
     record["points"] = [

@@ -184,7 +184,7 @@ def drawn(
             number=number,
             seed=rng.randrange(2**31),
             way=way,
-            rounds=rng.randint(2, 5),
+            rounds=rng.randint(1, 4),
             every_s=rng.choice((0.0, 0.0, 5.0)),
             goes_on=rng.random() < 0.5,
             interrupt=None if number == count - 1 else _interrupt(rng, workload),
@@ -226,7 +226,7 @@ def _interrupt(rng: random.Random, workload: Workload) -> Interrupt:
     if kind == UNTIL:
         moments.append(AT_LIMIT)
     moment = rng.choice(moments)
-    most = {WINDOW: 12, JOURNAL: 8, TOOL: 5, FINISH: 4, PREFILL: 3}.get(moment, 1)
+    most = {WINDOW: 8, JOURNAL: 4, TOOL: 3, FINISH: 2, PREFILL: 2}.get(moment, 1)
     limit = None
     if moment == AT_LIMIT:
         name = rng.choice(LIMITS)
@@ -237,7 +237,7 @@ def _interrupt(rng: random.Random, workload: Workload) -> Interrupt:
         nth=rng.randint(1, most),
         is_before=rng.random() < 0.5,
         limit=limit,
-        delay_s=rng.uniform(0.2, 1.0),
+        delay_s=rng.uniform(0.1, 0.7),
     )
 
 

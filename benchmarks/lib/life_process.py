@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -24,6 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 import er_jax
 from benchmarks.lib import agreement, stored_programs
@@ -52,6 +55,9 @@ SIGNALS[KILL] = signal.SIGKILL
 NUM_DEVICES = 8
 HEAD = 2
 
+SLOTS = 4
+"""Of rollouts that nothing disturbs."""
+
 TOLD, OUT, ENDED, PROBLEM = "told", "out.npz", "ended", "problem"
 
 
@@ -67,17 +73,13 @@ def policy_of(dtype: str) -> er_jax.Decoder:
 
 def _params(dtype: str, store: Path) -> Params:
     """Return its parameters, made once and read from then on."""
-    path = store / f"{dtype}.npz"
-    policy = policy_of(dtype)
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    path = store / dtype
     if not path.exists():
-        leaves = jax.tree.leaves(policy.init(jax.random.key(0)))
-        part = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(part, *map(np.asarray, leaves))
+        params = policy_of(dtype).init(jax.random.key(0))
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(pickle.dumps(jax.tree.map(np.asarray, params)))
         part.replace(path)
-    with np.load(path) as file:
-        leaves = [jax.numpy.asarray(file[f"arr_{i}"]) for i in range(len(file.files))]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return jax.tree.map(jax.numpy.asarray, pickle.loads(path.read_bytes()))
 
 
 def key_of(workload: Workload) -> jax.Array:
@@ -87,14 +89,18 @@ def key_of(workload: Workload) -> jax.Array:
 
 
 @contextlib.contextmanager
-def _process(folder: Path, store: Path, dtype: str, about: str = "") -> Iterator[None]:
+def _process(
+    folder: Path, store: Path, dtype: str, mesh: object = None
+) -> Iterator[None]:
     """Run a block as all there is of this process, which ends with it."""
     try:
         jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
         jax.config.update("jax_enable_x64", dtype == "float64")
         # Most of the first runs is compilation.
         jax.config.update("jax_disable_most_optimizations", True)
-        stored_programs.use(store, f"{dtype} {about}")
+        stored_programs.use(store, f"{dtype} {mesh}")
+        # The usual one is a semaphore of the system, which a kill would leave behind.
+        tqdm.set_lock(threading.RLock())
         warnings.filterwarnings("ignore", "drafts were kept", RuntimeWarning)
         yield
     except BaseException:
@@ -109,14 +115,14 @@ def undisturbed(folder: Path, store: Path, workloads: Sequence[Workload]) -> Non
       folder: of the files. store: of programs.
     """
     dtype = workloads[0].dtype
-    with _process(folder, store, dtype, "undisturbed"):
+    with _process(folder, store, dtype):
         params = _params(dtype, store)
         for workload in workloads:
             moments = Moments(None, lambda: None)
             config = er_jax.RolloutConfig(
                 max_new_tokens=workload.max_new_tokens,
                 n=workload.n,
-                max_slots=workload.count,
+                max_slots=SLOTS,
                 stop_token_ids=workload.stops,
                 control="ar",
             )
@@ -163,7 +169,7 @@ def live(
       begun: is told when the batch is about to start.
     """
     with (
-        _process(folder, store, workload.dtype, str(life.way.mesh)),
+        _process(folder, store, workload.dtype, life.way.mesh),
         (folder / TOLD).open("ab", buffering=0) as file,
     ):
 

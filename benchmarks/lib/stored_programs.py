@@ -9,6 +9,7 @@ for one policy, and is told what else decides the programs.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pickle
@@ -56,16 +57,19 @@ def use(folder: Path, about: str) -> None:
             return found
         digest = hashlib.sha256(repr((about, key)).encode()).hexdigest()
         path = folder / digest
-        if path.exists():
-            loaded = CompiledProgram(_loaded(path), LOADED_S)
-            return engine._executables.program(key, lambda: (loaded, LOADED_S))
-        jax.config.update(LEAST_S, NEVER_S)
-        try:
-            found = compile_(engine, name, function, lower)
-        finally:
-            jax.config.update(LEAST_S, 0)
-        _store(path, found.call)
-        return found
+        with path.with_suffix(".lock").open("w") as lock:
+            # Only one process compiles it; a lock ends with its process.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                loaded = CompiledProgram(_loaded(path), LOADED_S)
+                return engine._executables.program(key, lambda: (loaded, LOADED_S))
+            jax.config.update(LEAST_S, NEVER_S)
+            try:
+                found = compile_(engine, name, function, lower)
+            finally:
+                jax.config.update(LEAST_S, 0)
+            _store(path, found.call)
+            return found
 
     Engine._program = program  # type: ignore[method-assign, assignment]
 
