@@ -72,12 +72,15 @@ class Args:
       lives: processes, at least. seed: of the first chain; every chain has the next
         one.
       chains: how many at most; None is as many as are needed.
+      programs: folder that keeps compiled programs from run to run, of one commit; None
+        is one of this run. To repeat a chain, most of the time is compilation.
       out: where to write. quick: at most 12 processes.
     """
 
     lives: int = 360
     seed: int = 0
     chains: int | None = None
+    programs: Path | None = None
     out: Path | None = None
     quick: bool = False
 
@@ -111,13 +114,13 @@ class Runner:
     """Runs chains, several at a time.
 
     Args:
-      folder: for all files.
+      folder: for all files. programs: folder of compiled ones; None is within that.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, programs: Path | None = None) -> None:
         self._processes = processes()
-        self._folder, self._store = folder, folder / "programs"
-        self._store.mkdir()
+        self._folder, self._store = folder, programs or folder / "programs"
+        self._store.mkdir(parents=True, exist_ok=True)
 
     def run(self, chains: Sequence[Chain]) -> Iterator[Outcome]:
         """Run chains; yield what became of each, in the order in which they end."""
@@ -285,21 +288,21 @@ class Runner:
 
 
 def run_all(
-    lives: int, seed: int, *, chains: int | None = None, progress: bool = True
+    lives: int, seed: int, *, chains: int | None = None, programs: Path | None = None
 ) -> list[Outcome]:
     """Run chains until there were enough processes; print each difference at once.
 
     Args:
       lives: at least so many processes. seed: of the first chain.
-      chains: at most so many; None is no limit. progress: whether a bar shows it.
+      chains: at most so many; None is no limit. programs: as for `Runner`.
     """
     os.environ[CACHE_VARIABLE] = ""
     outcomes: list[Outcome] = []
     with (
         tempfile.TemporaryDirectory(prefix="er_jax_killed_") as folder,
-        tqdm(total=lives, unit="process", disable=not progress) as bar,
+        tqdm(total=lives, unit="process") as bar,
     ):
-        runner = Runner(Path(folder))
+        runner = Runner(Path(folder), programs)
         while bar.n < lives and (chains is None or len(outcomes) < chains):
             left = AT_ONCE if chains is None else min(AT_ONCE, chains - len(outcomes))
             own = [drawn(seed + len(outcomes) + i) for i in range(left)]
@@ -341,10 +344,13 @@ def main(args: Args) -> dict[str, Any]:
     if args.quick:
         args = dataclasses.replace(args, lives=min(args.lives, 12))
     start = time.perf_counter()
-    outcomes = run_all(args.lives, args.seed, chains=args.chains)
+    num_known = 0 if args.programs is None else len(list(args.programs.glob("*.lock")))
+    outcomes = run_all(
+        args.lives, args.seed, chains=args.chains, programs=args.programs
+    )
     seconds = time.perf_counter() - start
-    record = records.new_record("killed", records.settings_of(args))
-    record["seconds"] = seconds
+    record = records.new_record("killed", records.settings_of(args, "programs"))
+    record["seconds"], record["programs known"] = seconds, num_known
     totals: collections.Counter[Any] = collections.Counter()
     for outcome in outcomes:
         totals.update(outcome.counts)
@@ -388,7 +394,8 @@ def summary(record: Mapping[str, Any]) -> str:
     found, seed = record["totals"], record["settings"]["seed"]
     return (
         f"Seeds {seed} to {seed + found['chains'] - 1}: {found['lives']} processes in "
-        f"{record['seconds']:.0f} s, {found['interrupts']} of them interrupted; "
+        f"{record['seconds']:.0f} s ({record['programs known']} programs had been "
+        f"compiled before), {found['interrupts']} of them interrupted; "
         f"{found['one device']} on one device, {found['2x2']} on a mesh of 2x2 and "
         f"{found['4x2']} of 4x2; {found['resumed from a file']} resumed what was "
         "returned, the others a journal. They found "

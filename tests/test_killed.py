@@ -258,7 +258,7 @@ def test_counts_and_journals_are_held(tmp_path: Path) -> None:
 def test_a_difference_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_all(lives: int, seed: int, *, chains: int | None) -> list[killed.Outcome]:
+    def run_all(lives: int, seed: int, **named: Any) -> list[killed.Outcome]:
         counts = collections.Counter(
             {"chains": 1, "lives": 4, "interrupts": 1, ("Ctrl-C", "tool"): 1}
         )

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import er_jax
 from benchmarks.lib import agreement, stored_programs
 from benchmarks.lib.chains import (
+    ANY,
     AT_LIMIT,
     CTRL_C,
     KILL,
@@ -252,6 +253,8 @@ def _until(interrupt: Interrupt | None, stop: er_jax.Stop) -> er_jax.Until:
     if interrupt is not None and interrupt.moment == AT_LIMIT:
         assert interrupt.limit is not None
         limits = dict([interrupt.limit])
+    elif interrupt is not None and (interrupt.kind, interrupt.moment) == (UNTIL, ANY):
+        limits = {"seconds": interrupt.delay_s}
     return er_jax.Until(stop=stop, **limits)
 
 
