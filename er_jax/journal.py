@@ -339,14 +339,10 @@ class _Writer:
         self._thread.start()
 
     def end(self) -> None:
-        """Write what is left, and end the thread; only a second Ctrl-C prevents it."""
+        """Write what is left, and end the thread; after an interruption, again."""
         self.items.put(None)
-        try:
-            # Not `join`: interrupted, it takes the thread for ended (Python 3.11).
-            self._is_over.wait()
-        except KeyboardInterrupt:
-            self._is_over.wait()
-            raise
+        # Not `join` alone: interrupted, it takes the thread for ended (Python 3.11).
+        self._is_over.wait()
         self._thread.join()
 
     def _run(self) -> None:
