@@ -634,20 +634,6 @@ BUGS: tuple[PlantedBug, ...] = (
         """,
         (f"{TURNS}::test_ctrl_c_while_answers_are_taken",),
     ),
-    PlantedBug(
-        "kill: a torn end is not cut",
-        "er_jax::Journal.confirm",
-        "os.ftruncate(self._descriptor, end)",
-        "None",
-        (KILLED,),
-    ),
-    PlantedBug(
-        "kill: the last note of a completion is sampled again",
-        "er_jax::Journal.gone_on",
-        "pieces.get(row, [])",
-        "pieces.get(row, [])[:-1]",
-        (KILLED,),
-    ),
     # -- conversations
     PlantedBug(
         "what a tool appended taken for sampled",
