@@ -26,6 +26,7 @@ from benchmarks import (
     host,
     imitation,
     journal,
+    killed,
     limits,
     living,
     long_caches,
@@ -75,6 +76,7 @@ POINT_TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "host": host.rows_of,
     "imitation": imitation.rows_of,
     "journal": journal.rows_of,
+    "killed": killed.rows_of,
     "living": living.rows_of,
     "long_caches": long_caches.rows_of,
     "partial": partial.replay_rows,
@@ -202,6 +204,8 @@ def section(record: Record) -> str:
     parts = [f"### {name}", records.conditions(record) + "."]
     if name == "fuzz":
         parts.append(fuzz.summary(record))
+    if name == "killed":
+        parts.append(killed.summary(record))
     if name == "living":
         parts.append(living.summary(record))
     if name == "text":

@@ -71,7 +71,7 @@ class Journal:
     """A journal that a call reads and goes on with; a context manager.
 
     Entering opens the file, or makes it, and locks it. Then, in this order: `begin`,
-    `gone_on`, `confirm`, and `note` as often as there is news.
+    `gone_on`, `confirm`, `note` as often as there is news, and `end`.
 
     Args:
       path: of the file. version: of the tokens that this call samples.
@@ -287,6 +287,11 @@ class Journal:
                 stacklevel=2,
             )
 
+    def end(self) -> None:
+        """Write what is left, and sync; nothing can be noted any more."""
+        if self._writer is not None:
+            self._writer.end()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -295,8 +300,7 @@ class Journal:
     ) -> None:
         """Write what is left, sync and close."""
         try:
-            if self._writer is not None:
-                self._writer.end()
+            self.end()
         finally:
             self._close()
         if error is None:
@@ -328,14 +332,17 @@ class _Writer:
         self.failure: OSError | None = None
         self._descriptor, self._end = descriptor, end
         self._is_synced = True
+        self._is_over = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="er_jax.journal", daemon=True
         )
         self._thread.start()
 
     def end(self) -> None:
-        """Write what is left, and end the thread."""
+        """Write what is left, and end the thread; after an interruption, again."""
         self.items.put(None)
+        # Not `join` alone: interrupted, it takes the thread for ended (Python 3.11).
+        self._is_over.wait()
         self._thread.join()
 
     def _run(self) -> None:
@@ -347,6 +354,7 @@ class _Writer:
                 continue
             if item is None:
                 self._sync()
+                self._is_over.set()
                 return
             pieces, sync = item
             self._append(b"".join(piece.to_bytes() for piece in pieces))

@@ -125,9 +125,9 @@ def rollout(
         journal is of another call, which it names, or written by another rollout.
       OSError: the journal cannot be written.
       RolloutError: anything later failed; it holds the completions finished before.
-      KeyboardInterrupt: Ctrl-C; its attribute `completions` holds them as well, and
-        `rollout` everything there is, as if the call had ended early (with one
-        process).
+      KeyboardInterrupt: Ctrl-C; once sampling has begun, its attribute `completions`
+        holds them as well, and `rollout` everything there is, as if the call had ended
+        early (with one process).
     Warns:
       RuntimeWarning: rows ended at a non-finite logit (it names their sequence ids), or
         drafts were kept far less often than expected: a stale or broken draft; or the
@@ -279,6 +279,8 @@ def sample(
             ]
             stats.seconds["compile"] = engine.compile_s - compiled_s
             out = assembled(completions)
+            if kept is not None:
+                kept.end()  # Here, where Ctrl-C still gives what there is.
             if len(controller.gammas) > 1:
                 store.save_costs(engine, params, controller.table)
             stats.seconds["host"] = time.perf_counter() - start_s - stats.total_s

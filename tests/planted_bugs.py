@@ -40,6 +40,7 @@ STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
 SESSION = "tests/test_session.py"
 LIVING = "tests/test_living.py::test_some_hundred_events"
 LIVES = "tests/test_living.py::test_lives_drawn_at_random"
+KILLED = "tests/test_killed.py::test_every_signal_loses_nothing"
 SETTINGS = "tests/test_settings.py"
 LOSSLESS_SETTINGS = "tests/test_lossless_settings.py"
 LOWERING = "tests/test_lowering.py"
@@ -621,6 +622,39 @@ BUGS: tuple[PlantedBug, ...] = (
         "row not in over",
         "True",
         (f"{TURNS}::test_a_turn_that_got_no_answer_is_the_last_in_a_journal_too",),
+    ),
+    # -- processes that end
+    PlantedBug(
+        "kill: Ctrl-C loses all rows while a program has the state",
+        "er_jax::Batch.unfinished",
+        "x.is_deleted()",
+        "False",
+        ("tests/test_resume.py::test_ctrl_c_while_a_program_has_the_state",),
+    ),
+    PlantedBug(
+        "kill: Ctrl-C in a window or a prefill gives nothing",
+        "er_jax::Batch.unfinished",
+        "self._last is None",
+        "True",
+        (KILLED,),
+    ),
+    PlantedBug(
+        "kill: Ctrl-C at the end closes the journal under its thread",
+        "er_jax::_Writer.end",
+        "self._is_over.wait()",
+        "None",
+        (f"{JOURNAL}::test_ctrl_c_at_the_end_waits_for_the_journal",),
+    ),
+    PlantedBug(
+        "kill: the journal has an answer that Ctrl-C does not give",
+        "er_jax::Conversations.take_answers",
+        "self.completions |= ended",
+        """
+        self.completions |= ended
+        if self.journal is not None:
+            self.journal.note(found, sync=False)
+        """,
+        (f"{TURNS}::test_ctrl_c_while_answers_are_taken",),
     ),
     # -- conversations
     PlantedBug(

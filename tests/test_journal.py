@@ -180,6 +180,38 @@ def test_ctrl_c_leaves_everything_in_it(wanted: Rollout, path: Path) -> None:
     assert_same(sample(path), wanted)  # Under another control, too.
 
 
+def test_ctrl_c_at_the_end_waits_for_the_journal(
+    wanted: Rollout, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written before the rollout is over and waits for it."""
+    waits, end, write = threading.Event(), Journal.end, journal._write
+
+    def ended(self: Journal) -> None:
+        waits.set()
+        end(self)
+
+    def written(descriptor: int, data: bytes) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            is_first = not contents_of(path.read_bytes()).pieces
+            assert waits.wait(60)
+            time.sleep(0.05 * is_first)
+            if is_first:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05 * is_first)
+        write(descriptor, data)
+
+    monkeypatch.setattr(Journal, "end", ended)
+    monkeypatch.setattr(journal, "_write", written)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sample(path)
+    monkeypatch.undo()
+    out = getattr(caught.value, "rollout", None)
+    assert out is not None
+    assert_same(out, wanted)
+    found = sum(len(p.token_ids) for p in contents_of(path.read_bytes()).pieces)
+    assert found == wanted.lengths.sum()
+
+
 def test_it_begins_where_what_is_resumed_ends(wanted: Rollout, path: Path) -> None:
     part = sample(None, until=Until(tokens=20))
     more = sample(path, resume=part, until=Until(tokens=20), version=1)

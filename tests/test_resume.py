@@ -20,6 +20,7 @@ import er_jax
 from benchmarks.lib.controllers import Restless
 from er_jax import Rollout, Stop, Until
 from er_jax.control.controller import Controller
+from er_jax.engine.engine import Engine
 from er_jax.request import request_of
 from er_jax.resume import completions_of, earlier_rollout
 from er_jax.scheduler import batch
@@ -243,6 +244,32 @@ def test_ctrl_c_keeps_what_had_ended_in_an_earlier_call(wanted: Rollout) -> None
         was, now = getattr(part, name)[ended], getattr(later, name)[ended]
         np.testing.assert_array_equal(now, was)
     assert is_prefix(later, wanted)
+
+
+@pytest.mark.usefixtures("short_windows")
+@pytest.mark.parametrize(("name", "calls"), [("admit", 1), ("start_window", 3)])
+def test_ctrl_c_while_a_program_has_the_state(
+    wanted: Rollout, name: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it gave is lost then; what the window before it gave is not."""
+    own, left = getattr(Engine, name), calls
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        result, left = own(*arguments, **named), left - 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, name, interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            sample(controller=Restless("best", (0, 3), (4,), 0))
+    part = getattr(caught.value, "rollout", None)
+    assert part is not None
+    assert is_prefix(part, wanted)
+    assert part.completion_mask.sum() == part.stats.num_tokens > 0
+    assert_same(sample(resume=part, controller=Controller("best", (0, 3))), wanted)
 
 
 def test_nothing_is_sampled_where_all_has_ended(wanted: Rollout) -> None:

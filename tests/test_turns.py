@@ -24,6 +24,7 @@ from benchmarks.lib.controllers import Restless
 from er_jax import Completion, Respond, Rollout, Stop, Turn, Until
 from er_jax.call import check_one_process
 from er_jax.journal_format import Piece, contents_of, joined, pieces_of
+from er_jax.request import Request
 from er_jax.respond import Calls, checked_answer
 from er_jax.result import NOTHING
 from er_jax.resume import turn_end, turn_of
@@ -475,6 +476,32 @@ def test_ctrl_c_gives_everything_and_it_goes_on() -> None:
     assert part.completion_mask.any()
     assert "unfinished" in part.finish_reason
     assert_turn_by_turn(sample(resume=part))
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_ctrl_c_while_answers_are_taken(
+    calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is returned is what the journal has."""
+    own, left, path = Request.going_on, calls, tmp_path / "turns.journal"
+
+    def interrupted(*arguments: Any) -> Request:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return own(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Request, "going_on", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            sample(journal=path)
+    part = getattr(caught.value, "rollout", None)
+    assert part is not None
+    pieces = contents_of(path.read_bytes()).pieces
+    assert sum(len(piece.token_ids) for piece in pieces) == part.lengths.sum() > 0
+    assert_turn_by_turn(sample(resume=part))
+    assert_turn_by_turn(sample(journal=path))
 
 
 def test_a_journal_goes_on(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ What is run:
 * `text_model`: a byte-level policy trained on it.
 * `subjects`: a policy with surveyed costs and measured acceptance.
 * `schedules`: random rollouts for the fuzzer.
+* `chains`: rollouts that several processes sample, one after another, and their ends.
+* `life_process`: what each of these processes does, and leaves behind.
+* `stored_programs`: compiled programs on a disk, for processes that live for a second.
 
 How often drafts are kept:
 
@@ -38,11 +41,13 @@ What stands in for a part of the library:
 
 * `simulated`: engines that need no device.
 * `controllers`: controllers and latency tables that do as a benchmark wants.
+* `moments`: an act at the n-th window, prefill, move, answer or write.
 * `rooflines`: costs of models on accelerators, by their data sheets or as published.
 
 What results are compared with:
 
 * `agreement`: two sets of completions, with ties told apart from wrong tokens.
 * `reference`: completions computed one token at a time.
+* `survival`: what an ended process has left, with what there was and must be.
 * `device_check`: tokens and logits of an accelerator against those of a CPU.
 """

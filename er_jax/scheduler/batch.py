@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -138,6 +139,8 @@ class Batch:
         self._is_drafting = self._is_trial = False
         self._in_flight: InFlightWindow | None = None
         self._finished: FinishedWindow | None = None
+        # The last window that is over, collected or not.
+        self._last: FinishedWindow | None = None
         self._shape: Shape = (request.slots, request.cache_lengths[-1], False)
         with self._timed("moves"):
             self.state = topology.engine.allocate(*self._shape[:2])
@@ -229,7 +232,7 @@ class Batch:
         """Start queued sequences in the free slots."""
         count = min(len(self.rows) - self.num_live, len(self.queue))
         free = self._free_rows(count)
-        starting = [self.queue.popleft() for _ in range(count)]
+        starting = list(itertools.islice(self.queue, count))
         request = self.request.starting(starting, self._starts_bare)
         if self.reuse is not None:
             with self._timed("prefill"):
@@ -262,6 +265,8 @@ class Batch:
             row_of = {s: row for row, s in enumerate(self.rows.sequence.tolist())}
             begun = [s for s in starting if self.request.is_begun(s)]
             self._go_on({s: row_of[s] for s in begun})
+        # Last, so that an interruption loses none of them.
+        self.queue = collections.deque(itertools.islice(self.queue, count, None))
 
     def _go_on(self, row_of: Mapping[int, int]) -> None:
         """Append to rows what their sequences have beyond what the rows hold."""
@@ -418,7 +423,8 @@ class Batch:
         )
         rows = self._with_held(rows, info)
         # Assigned together, last: after an interruption, it can be waited for again.
-        self._finished, self._in_flight, self.rows = finished, None, rows
+        self._finished = self._last = finished
+        self._in_flight, self.rows = None, rows
         self._decided_ago_s += seconds
         # A program's first run touches memory and packs weights for the first time, so
         # its seconds do not measure its rounds.
@@ -484,27 +490,49 @@ class Batch:
     def unfinished(self) -> dict[int, Completion]:
         """Return the completions of rows that still run, and of those that wait.
 
-        Called between windows. Each of several processes returns the rows on its own
-        devices, and the first process those that wait.
+        Called between windows, and after an interruption. Each of several processes
+        returns the rows on its own devices, and the first process those that wait.
         """
-        reason = FINISH_NAMES[Finish.UNFINISHED]
-        live = np.flatnonzero(self.rows.is_live)
-        rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        if len(live):
-            buffers = (self.state.tokens, self.state.logprobs)
-            rows = self.topology.engine.fetch_rows(buffers, live)
-        found = {
-            sequence: self._completion(
-                sequence, tokens[:length], logprobs[:length], reason
+        found: dict[int, Completion] = {}
+        if self.topology.engine.agreement.is_leader:
+            found = {s: self.begun.get(s, NOTHING) for s in self.queue}
+        buffers = (self.state.tokens, self.state.logprobs)
+        if not any(isinstance(x, jax.Array) and x.is_deleted() for x in buffers):
+            live = self.rows.sequence
+            return found | self._so_far(buffers, live, self.rows.length)
+        # An interruption came after a program took the state, and before anybody had
+        # what it gave: only with one process. The last window's copies are there.
+        live = self.rows.sequence[self.rows.is_live].tolist()
+        found |= {s: self.begun.get(s, NOTHING) for s in live}
+        if self._last is None:
+            return found
+        info, buffers, _, sequence, _ = self._last
+        return found | self._so_far(
+            buffers, np.where(info.live, sequence, NONE), info.length
+        )
+
+    def _so_far(
+        self, buffers: Any, sequence: np.ndarray, length: np.ndarray
+    ) -> dict[int, Completion]:
+        """Return the completions of rows that run.
+
+        Args:
+          buffers: tokens and log-probabilities.
+          sequence, length: int `[rows]`, of each row, `NONE` where none runs.
+        """
+        live = np.flatnonzero(sequence != NONE)
+        if not len(live):
+            return {}
+        rows = self.topology.engine.fetch_rows(buffers, live)
+        return {
+            int(sequence[slot]): self._completion(
+                int(sequence[slot]),
+                tokens[: length[slot]],
+                logprobs[: length[slot]],
+                FINISH_NAMES[Finish.UNFINISHED],
             )
             for slot, (tokens, logprobs) in rows.items()
-            for sequence, length in [
-                (int(self.rows.sequence[slot]), self.rows.length[slot])
-            ]
         }
-        if self.topology.engine.agreement.is_leader:
-            found |= {s: self.begun.get(s, NOTHING) for s in self.queue}
-        return found
 
     def is_reached(self, until: Until, began_s: float) -> bool:
         """Whether the rollout ends early now; the same in all processes.

@@ -86,9 +86,10 @@ class Conversations(Batch):
         held = self.rows.held.tolist()
         row_of = {sequence: row for row, sequence in enumerate(held)}
         on = {s: row_of[s] for s in self.queue if s in row_of}
-        self.queue = collections.deque(s for s in self.queue if s not in on)
-        self.stats.num_kept += len(on)
         self._go_on(on)
+        self.stats.num_kept += len(on)
+        # Last, so that an interruption loses none of them.
+        self.queue = collections.deque(s for s in self.queue if s not in on)
 
     def _with_held(self, rows: Rows, info: WindowInfo) -> Rows:
         has_ended = self.rows.is_live & ~rows.is_live
@@ -130,8 +131,6 @@ class Conversations(Batch):
             return []
         on = {s: c for s, c in found.items() if c.finish_reason == UNFINISHED}
         ended = {s: c for s, c in found.items() if s not in on}
-        if self.journal is not None:
-            self.journal.note(found, sync=False)
         self.completions |= ended
         if on:
             known = {s: completion.token_ids for s, completion in on.items()}
@@ -142,6 +141,9 @@ class Conversations(Batch):
             self.queue.extendleft(reversed(on))
         self.turns.forget(found)
         self._release(ended)
+        if self.journal is not None:
+            # Last: what an interruption returns is never less than the journal has.
+            self.journal.note(found, sync=False)
         return list(ended)
 
     def wait_for_answers(self) -> list[int]:
