@@ -27,6 +27,7 @@ from er_jax.engine.kept import engine_for
 from er_jax.journal import Journal, array_digest
 from er_jax.mesh import layout
 from er_jax.mesh.engine import MeshEngine, mesh_engines_for
+from er_jax.mesh.processes import Processes
 from er_jax.mesh.topology import DataShards
 from er_jax.request import Request, TurnSizes, request_of
 from er_jax.respond import Respond
@@ -93,20 +94,20 @@ class Call:
         return found
 
 
-def check_one_process(mesh: Mesh | None, name: str, remedy: str) -> None:
-    """Refuse what knows only the rows of one process.
+def journal_of(
+    path: str | os.PathLike[str], version: int, mesh: Mesh | None
+) -> Journal:
+    """Return the journal of a call; of several processes each has a file of its own.
 
     Args:
-      mesh: of the call. name: of the argument. remedy: what to do instead.
+      path: of the call. version: of its tokens. mesh: of the call.
     """
     if not isinstance(mesh, Mesh):
-        return  # None, or refused as a mesh.
-    processes = {device.process_index for device in mesh.devices.flat}
-    if len(processes) > 1:
-        raise ValueError(
-            f"{name}: the mesh has devices of {len(processes)} processes, and a "
-            f"{name} is of one; {remedy}"
-        )
+        return Journal(path, version)  # None, or refused as a mesh.
+    processes = Processes(mesh)
+    if processes.is_spread:
+        path = f"{os.fspath(path)}.{processes.rank}-of-{processes.count}"
+    return Journal(path, version, processes)
 
 
 def prepare(

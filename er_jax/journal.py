@@ -7,7 +7,10 @@ What a kill has torn at the end is cut when the file is next opened. Damage else
 found by checksums, and costs the tokens of its piece and of what follows it in the same
 completion: they are sampled again. The bytes are those of `journal_format`.
 
-Left out: several processes, each of which knows its own rows only.
+Several processes write one each, of the rows that each holds. When a call begins they
+tell each other what they have read. For every completion all take what one of the files
+holds, the furthest, and each writes its file anew with that before it goes on: so the
+files may have been cut in different places.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -29,14 +32,16 @@ from typing import Any
 import numpy as np
 
 from er_jax.config import RolloutConfig
-from er_jax.engine.protocol import OneProcess
+from er_jax.engine.protocol import Agreement, OneProcess
 from er_jax.journal_format import (
     MAGIC,
     REQUEST,
     Piece,
     contents_of,
     joined,
+    pieces_in,
     pieces_of,
+    pieces_with,
     record,
 )
 from er_jax.result import NOTHING, Completion, Rollout, assemble
@@ -75,13 +80,23 @@ class Journal:
 
     Args:
       path: of the file. version: of the tokens that this call samples.
+      agreement: of the processes that write one each, at paths of their own. What one
+        refuses all do. None is one process.
     Raises:
       ValueError: on entering: another rollout writes the file, or it is no journal.
       OSError: on entering: it cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], version: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        version: int,
+        agreement: Agreement | None = None,
+    ) -> None:
         self.path = Path(path)
+        self._agreement = OneProcess() if agreement is None else agreement
+        self._agreed: list[Piece] = []
+        self._descriptor: int | None = None
         self.finished: dict[int, Completion] = {}
         """Completions that the file holds whole, by row."""
         self._version = version
@@ -94,23 +109,8 @@ class Journal:
 
     def __enter__(self) -> Journal:
         """Open, lock and read the file."""
-        self._descriptor = os.open(self.path, FLAGS, 0o666)
         try:
-            self._lock()
-            size = os.fstat(self._descriptor).st_size
-            data = _read(self._descriptor, size)
-            try:
-                self._found = contents_of(data)
-            except ValueError as error:
-                raise ValueError(
-                    f"journal={self.path}: {error}; give another path, or delete it to "
-                    "begin anew"
-                ) from error
-            if self._found.request is None:
-                # Now, so that a full disk is told before anything is compiled.
-                os.ftruncate(self._descriptor, 0)
-                _write(self._descriptor, MAGIC)
-                self._is_new = True
+            self._together(self._open)
             if self._found.damaged:
                 warnings.warn(
                     f"journal={self.path} is damaged at bytes {self._found.damaged}: "
@@ -123,17 +123,52 @@ class Journal:
             raise
         return self
 
-    def _lock(self) -> None:
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do what may be refused, and refuse in all processes what one refuses."""
+        failure: Exception | None = None
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            failure = error
+        # The kind of an error is its first letter.
+        own = "" if failure is None else f"{type(failure).__name__[0]}{failure}"
+        told = self._agreement.gather_bytes(own.encode(errors="replace"))
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(told):
+            if text:
+                kind = ValueError if text.startswith(b"V") else OSError
+                raise kind(f"process {rank} of the mesh: {text[1:].decode()}")
+
+    def _open(self) -> None:
+        descriptor = os.open(self.path, FLAGS, 0o666)
+        self._descriptor = descriptor
+        self._lock(descriptor)
+        data = _read(descriptor, os.fstat(descriptor).st_size)
+        try:
+            self._found = contents_of(data)
+        except ValueError as error:
+            raise ValueError(
+                f"journal={self.path}: {error}; give another path, or delete it to "
+                "begin anew"
+            ) from error
+        if self._found.request is None:
+            # Now, so that a full disk is told before anything is compiled.
+            os.ftruncate(descriptor, 0)
+            _write(descriptor, MAGIC)
+            self._is_new = True
+
+    def _lock(self, descriptor: int) -> None:
         if fcntl is None:
             return
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_taken = False
         except OSError as error:
             # Any other error is of a file system without locks.
             is_taken = isinstance(error, BlockingIOError)
         # Another call may also have begun it, been refused, and removed it.
-        if is_taken or not os.fstat(self._descriptor).st_nlink:
+        if is_taken or not os.fstat(descriptor).st_nlink:
             raise ValueError(
                 f"journal={self.path} is being written by another rollout; wait for "
                 "it, or give another path"
@@ -148,7 +183,7 @@ class Journal:
           ValueError: the file is of another request; it says what differs.
         """
         self._request = json.loads(json.dumps(request, default=lambda x: x.item()))
-        self._compare(self._request)
+        self._together(lambda: self._compare(self._request))
 
     def _compare(self, request: Mapping[str, Any]) -> None:
         found = self._found.request
@@ -170,15 +205,13 @@ class Journal:
         config: RolloutConfig,
         earlier: Rollout | None,
     ) -> Rollout | None:
-        """Return how far the request has got: `earlier`, and what the file holds.
+        """Return how far the request has got: `earlier`, and what the files hold.
 
         Args:
           prompts, sequence_ids, config: of the request.
           earlier: what the call resumes, if anything.
         """
-        pieces: dict[int, list[Piece]] = {}
-        for piece in self._found.pieces:
-            pieces.setdefault(piece.row, []).append(piece)
+        held = self._pieces_of_all()
         count, width = len(sequence_ids), config.most_new_tokens
         limits = config.of_sequences("max_new_tokens", len(prompts))
         completions: dict[int, Completion] = {}
@@ -195,24 +228,49 @@ class Journal:
                     mask=earlier.completion_mask[row, :length],
                 )
             before = known
-            known, own = joined(known, own, pieces.get(row, []))
+            # Of one file all of it: no tokens of one stand behind those of another.
+            known, own = max(
+                (joined(before, own, pieces.get(row, [])) for pieces in held),
+                key=lambda found: (
+                    found[0].finish_reason != UNFINISHED,
+                    len(found[0].token_ids),
+                ),
+            )
+            is_longer = known is not before
+            if is_longer:
+                start = len(before.token_ids)
+                self._agreed += pieces_with(row, known, start, own)
             completions[row] = known
             versions[row, : len(own)] = own
             self._noted[row] = len(own)
             if known.finish_reason == UNFINISHED:
                 continue
-            if known is not before:
+            if is_longer:
                 # At the limits of this very request, or at a turn without an answer.
                 self.finished[row] = known
             elif known.finish_reason == LENGTH and len(own) < limits[row]:
                 continue  # What ended by length goes on where the limit is higher now.
             self._ended.add(row)
-        if earlier is None and not pieces:
+        if earlier is None and not any(held):
             return None
         found = assemble(
             prompts, completions, sequence_ids, config, RolloutStats(), OneProcess()
         )
         return dataclasses.replace(found, version=versions)
+
+    def _pieces_of_all(self) -> list[dict[int, list[Piece]]]:
+        """Return the pieces of each process's file, by row."""
+        own = self._found.pieces
+        files = [own]
+        if self._agreement.is_spread:
+            data = b"".join(piece.to_bytes() for piece in own)
+            files = [pieces_in(found) for found in self._agreement.gather_bytes(data)]
+        by_row: list[dict[int, list[Piece]]] = []
+        for file in files:
+            by_row.append({})
+            for piece in file:
+                by_row[-1].setdefault(piece.row, []).append(piece)
+        return by_row
 
     def confirm(self, params_digest: str) -> None:
         """Refuse a journal of other parameters; else make ready to write.
@@ -224,19 +282,45 @@ class Journal:
           OSError: the file cannot be written.
         """
         self._request["params"] = params_digest
-        self._compare({"params": params_digest})
-        end = self._found.end
-        if self._found.request is None:
-            data = record(REQUEST, json.dumps(self._request).encode())
-            _write(self._descriptor, data)
+        # Apart, so that no file is begun where another one is of other parameters.
+        self._together(lambda: self._compare({"params": params_digest}))
+        self._together(self._begin_file)
+
+    def _begin_file(self) -> None:
+        """Make ready to write behind what was agreed on."""
+        descriptor, end = self._descriptor, self._found.end
+        assert descriptor is not None, "it was entered"
+        data = record(REQUEST, json.dumps(self._request).encode())
+        if self._agreement.is_spread and self._agreed:
+            data = MAGIC + data + b"".join(piece.to_bytes() for piece in self._agreed)
+            descriptor, end = self._replace(data), len(data)
+        elif self._found.request is None:
+            _write(descriptor, data)
             end = len(MAGIC) + len(data)
-        os.ftruncate(self._descriptor, end)
-        os.fsync(self._descriptor)
+        os.ftruncate(descriptor, end)
+        os.fsync(descriptor)
         with contextlib.suppress(OSError):  # not on every system
             _sync_folder(self.path.parent)
         self._is_new = False
         self._noted_s = time.monotonic()
-        self._writer = _Writer(self._descriptor, end)
+        self._writer = _Writer(descriptor, end)
+
+    def _replace(self, data: bytes) -> int:
+        """Put a file of these bytes in the place of this one, at once; return it."""
+        beside = self.path.with_name(f"{self.path.name}.new")
+        new = os.open(beside, FLAGS | os.O_TRUNC, 0o666)
+        try:
+            self._lock(new)
+            _write(new, data)
+            os.fsync(new)
+            os.replace(beside, self.path)
+        except BaseException:
+            os.close(new)
+            raise
+        assert self._descriptor is not None, "it was entered"
+        os.close(self._descriptor)
+        self._descriptor = new
+        return new
 
     def is_due(self) -> bool:
         """Whether it is time to note those that run."""
@@ -307,6 +391,8 @@ class Journal:
             self._warn_of_failure()
 
     def _close(self) -> None:
+        if self._descriptor is None:
+            return
         with contextlib.suppress(OSError):
             if self._is_new:
                 self.path.unlink()  # A call that was refused leaves nothing.

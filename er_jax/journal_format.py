@@ -166,6 +166,11 @@ def _record_at(data: bytes, start: int) -> tuple[int, bytes] | None:
     return (kind, body) if _checksum(kind, body) == checksum else None
 
 
+def pieces_in(data: bytes) -> list[Piece]:
+    """Return the pieces of records that `Piece.to_bytes` made."""
+    return [Piece.of(read[1]) for _, read in _records(data, 0) if read is not None]
+
+
 def pieces_of(
     row: int, completion: Completion, start: int, version: int
 ) -> list[Piece]:
@@ -175,16 +180,27 @@ def pieces_of(
       row: of the rollout. start: index of the first token.
       version: of the call that sampled the tokens.
     """
-    mask = completion.mask
-    changes = np.flatnonzero(mask[start:][1:] != mask[start:][:-1]) + start + 1
-    cuts = [start, *changes.tolist(), len(mask)]
+    return pieces_with(row, completion, start, np.where(completion.mask, version, NONE))
+
+
+def pieces_with(
+    row: int, completion: Completion, start: int, versions: np.ndarray
+) -> list[Piece]:
+    """Return the pieces of a completion from a token on, one for each run of a version.
+
+    Args:
+      row: of the rollout. start: index of the first token.
+      versions: int `[length]`, of all tokens; `NONE` where they were appended.
+    """
+    changes = np.flatnonzero(versions[start:][1:] != versions[start:][:-1]) + start + 1
+    cuts = [start, *changes.tolist(), len(versions)]
     last = FINISH_NAMES.index(completion.finish_reason)
     return [
         Piece(
             row=row,
             start=begin,
-            version=version if mask[begin:end].all() else NONE,
-            finish=last if end == len(mask) else Finish.UNFINISHED,
+            version=int(versions[begin]) if end > begin else NONE,
+            finish=last if end == len(versions) else Finish.UNFINISHED,
             token_ids=completion.token_ids[begin:end],
             logprobs=completion.logprobs[begin:end],
         )

@@ -251,8 +251,7 @@ def assemble(
         several processes, each gives those it has.
       sequence_ids: int `[N]`. config: settings of the rollout. stats: passed through.
       agreement: of the processes.
-      version: of the tokens that were sampled now. earlier: has those of the others,
-        and says which of its tokens were appended.
+      version: of the tokens that were sampled now. earlier: has those of the others.
     """
     count = len(sequence_ids)
     prompt_ids, prompt_mask = left_padded(prompts, config.n, config.pad_id)
@@ -260,19 +259,13 @@ def assemble(
     completion_ids = np.zeros((count, longest), np.int32)
     logprobs = np.zeros((count, longest), np.float32)
     lengths, reasons = np.zeros((2, count), np.int32)
-    is_appended = np.zeros((count, longest), bool)
-    known = 0
-    if earlier is not None:
-        # Several processes append nothing, so what was appended is known to all.
-        known = min(longest, earlier.version.shape[1])
-        is_old = np.arange(known)[None] < earlier.lengths[:, None]
-        is_appended[:, :known] = is_old & ~earlier.completion_mask[:, :known]
     assert len(completions) == count or agreement.is_spread
     for row, completion in completions.items():
         length = len(completion.token_ids)
-        completion_ids[row, :length] = completion.token_ids
+        ids = completion.token_ids
+        # Below 0 those that were appended, so that one sum tells both.
+        completion_ids[row, :length] = np.where(completion.mask, ids, ~ids)
         logprobs[row, :length] = completion.logprobs
-        is_appended[row, :length] = ~completion.mask
         lengths[row] = length
         reasons[row] = FINISH_NAMES.index(completion.finish_reason)
     # Every process holds zeros where another one has the completion.
@@ -280,10 +273,13 @@ def assemble(
         agreement.sum, (completion_ids, logprobs, lengths, reasons)
     )
     is_token = np.arange(longest)[None] < lengths[:, None]
+    is_appended = completion_ids < 0
+    completion_ids = np.where(is_appended, ~completion_ids, completion_ids)
     completion_ids = np.where(is_token, completion_ids, np.int32(config.pad_id))
     completion_mask = is_token & ~is_appended
     versions = np.where(completion_mask, np.int32(version), np.int32(NONE))
     if earlier is not None:
+        known = min(longest, earlier.version.shape[1])
         old = earlier.version[:, :known]
         versions[:, :known] = np.where(old == NONE, versions[:, :known], old)
     return Rollout(

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from er_jax import checks
 from er_jax.call import (
     Call,
-    check_one_process,
+    journal_of,
     load_saved_costs,
     prepare,
     reuse_of,
@@ -38,7 +38,6 @@ from er_jax.control.explain import explain
 from er_jax.costs import store
 from er_jax.drafter import PolicyParams, attach_draft
 from er_jax.engine.digests import tree_digest
-from er_jax.journal import Journal
 from er_jax.request import Request, noise_key, row_buckets, sampling_of
 from er_jax.respond import Respond, RespondFunction, as_respond
 from er_jax.result import NOTHING, Completion, Rollout, assemble, keeping
@@ -111,11 +110,14 @@ def rollout(
         the tokens so far of the others. Where it exists, the same call goes on from it:
         after a kill or a power cut at most the last five seconds and a window are
         sampled again. `on_finish` is called for the completions that it holds as well.
-        For one process. See docs/living-rollouts.md.
+        Of N processes, number I writes `journal` with the suffix ".I-of-N". See
+        docs/living-rollouts.md.
       respond: makes completions conversations of turns: a function that is called with
         (sequence id, `Turn`) when a turn has ended at a stop, and returns tokens to
         append, such as a tool's result, or None to end; or a coroutine function; or a
-        `Respond` of one, with limits. Calls run in other threads. For one process.
+        `Respond` of one, with limits. Calls run in other threads. Of several processes
+        the first of the mesh calls it and tells the others what it has returned; all
+        give one.
       session: where engines, programs, controllers and prompts' cache entries are kept
         instead of in the process; see `Session`.
     Returns:
@@ -196,13 +198,9 @@ def sample(
         words = noise_key(key)
         checks.check_version(version, until)
         answering = as_respond(respond)
-        if answering is not None:
-            check_one_process(mesh, "respond", "give the turns to a rollout each")
         kept = None
         if journal is not None:
-            remedy = "leave it out, and save what until=er_jax.Until(...) returns"
-            check_one_process(mesh, "journal", remedy)
-            kept = stack.enter_context(Journal(journal, version))
+            kept = stack.enter_context(journal_of(journal, version, mesh))
         call = prepare(
             policy,
             params,

@@ -36,6 +36,7 @@ SHARED_PREFILL = f"{RESUME}::test_completions_of_a_prompt_share_its_prefill"
 TURNS = "tests/test_turns.py"
 SCORED_TURNS = "test_scores_are_those_of_sampled_tokens_behind_appended_ones"
 CALLS = f"{TURNS}::test_tokens_are_those_of_calls_turn_by_turn"
+EXCHANGE = "tests/test_exchange.py"
 STREAM, JOURNAL = "tests/test_stream.py", "tests/test_journal.py"
 SESSION = "tests/test_session.py"
 LIVING = "tests/test_living.py::test_some_hundred_events"
@@ -605,7 +606,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "life: what goes on has no token of this call",
         "er_jax::Conversations.unfinished",
-        "{**self.turns.open, **super().unfinished()}",
+        "{**(self.turns.open if is_mine else {}), **super().unfinished()}",
         "{**self.turns.open, **super().unfinished(), **self.begun}",
         (LIVING,),
     ),
@@ -667,8 +668,8 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "a turn answered by what another sequence was told",
         "er_jax::Turns.answered",
-        "found[sequence] = self._ended_or_gone_on(request, sequence, answer)",
-        "found[sequence] = self._ended_or_gone_on(request, sequence, answers[0][1])",
+        "self._ended_or_gone_on(request, sequence, told)",
+        "self._ended_or_gone_on(request, sequence, answers[0][1])",
         (f"{TURNS}::test_an_answer_goes_to_who_asked",),
     ),
     PlantedBug(
@@ -716,9 +717,37 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "appended tokens that a journal takes for sampled",
         "er_jax::pieces_of",
-        "version if mask[begin:end].all() else NONE",
-        "version",
+        "np.where(completion.mask, version, NONE)",
+        "np.full(len(completion.mask), version)",
         (f"{TURNS}::test_pieces_of_a_journal_tell_what_was_appended",),
+    ),
+    PlantedBug(
+        "answers that the other processes are not told",
+        "er_jax::answers_of_leader",
+        "not (count and agreement.is_spread)",
+        "not (count and agreement.is_leader)",
+        (f"{EXCHANGE}::test_all_are_told_what_the_leader_was_answered",),
+    ),
+    PlantedBug(
+        "a failure of one process that its next meeting does not hear of",
+        "er_jax::answers_of_leader",
+        "agreement.sync_or_raise([len(answers)], failure)",
+        "agreement.sync_or_raise([len(answers)])",
+        (f"{EXCHANGE}::test_a_failure_of_one_is_raised_in_all",),
+    ),
+    PlantedBug(
+        "tokens of another process told in the place of another row",
+        "er_jax::rows_of_all",
+        "slice(int(end - length), int(end))",
+        "slice(int(ends[0] - length), int(ends[0]))",
+        (f"{EXCHANGE}::test_all_are_told_the_tokens_of_rows_that_one_holds",),
+    ),
+    PlantedBug(
+        "what was appended not told with a completion",
+        "er_jax::assemble",
+        "np.where(completion.mask, ids, ~ids)",
+        "ids",
+        (f"{CALLS}[ar-8-2]",),
     ),
     # -- streams and journals
     PlantedBug(
@@ -782,6 +811,34 @@ BUGS: tuple[PlantedBug, ...] = (
         )[: info.length[slot]]
         """,
         (f"{JOURNAL}::test_what_is_noted_of_a_row_is_of_one_window",),
+    ),
+    PlantedBug(
+        "a process that goes on from its own journal alone",
+        "er_jax::Journal._pieces_of_all",
+        "self._agreement.is_spread",
+        "False",
+        (f"{EXCHANGE}::test_what_any_journal_holds_all_go_on_from",),
+    ),
+    PlantedBug(
+        "a finished completion that a journal as long does not hold finished",
+        "er_jax::Journal.gone_on",
+        "found[0].finish_reason != UNFINISHED",
+        "False",
+        (f"{EXCHANGE}::test_what_any_journal_holds_all_go_on_from",),
+    ),
+    PlantedBug(
+        "a journal that keeps what another one had further",
+        "er_jax::Journal._begin_file",
+        "self._agreement.is_spread and self._agreed",
+        "False",
+        (f"{EXCHANGE}::test_what_any_journal_holds_all_go_on_from",),
+    ),
+    PlantedBug(
+        "a process that goes on with a journal where another refuses its own",
+        "er_jax::Journal._together",
+        "self._agreement.gather_bytes(own.encode(errors='replace'))",
+        "[own.encode(errors='replace')]",
+        (f"{EXCHANGE}::test_what_one_journal_refuses_all_do",),
     ),
     PlantedBug(
         "what a journal holds not told to whoever is told of completions",

@@ -303,8 +303,8 @@ def test_the_picture_shows_the_imports_as_they_are() -> None:
     with PIL.Image.open(rooms.PICTURE) as picture:
         drawn = picture.info[rooms.NOTE]
     assert drawn == rooms.described(*rooms.rooms()), "run python docs/rooms.py"
-    parts = "admission, batch, conversations, loop, monitor, options, prompts, topology"
-    assert f"scheduler ({parts}, turns) -> " in drawn
+    parts = "admission, batch, conversations, exchange, loop, monitor, options, prompts"
+    assert f"scheduler ({parts}, topology, turns) -> " in drawn
 
 
 def test_arrows_that_others_imply_are_left_out() -> None:

@@ -54,7 +54,7 @@ ORDER = (
     ),
     *("result", "resume", "journal_format", "journal", "checks", "score"),
     *("scheduler.topology", "scheduler.admission", "scheduler.prompts"),
-    *("scheduler.options", "scheduler.turns", "scheduler.batch"),
+    *("scheduler.options", "scheduler.exchange", "scheduler.turns", "scheduler.batch"),
     *("scheduler.conversations", "scheduler.monitor", "scheduler.loop", "scheduler"),
     *(
         "mesh.rules",

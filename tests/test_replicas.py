@@ -76,6 +76,31 @@ def test_tokens_are_those_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.stats.num_prefilled == 9
 
 
+@pytest.mark.slow
+def test_replicas_have_turns_and_a_journal_each(tmp_path: Path) -> None:
+    def respond(sequence_id: int, turn: er_jax.Turn) -> list[int] | None:
+        return [20 + sequence_id] * 2 if turn.room > 2 and turn.index < 2 else None
+
+    config = config_of(max_new_tokens=20, control="ar", max_slots=4)
+    alone = er_jax.rollout(
+        POLICY, parameters(), prompts(), key=jax.random.key(3), config=config,
+        respond=respond,
+    )  # fmt: skip
+    mesh, path = mesh_of(data=2, model=4), tmp_path / "journal"
+    found = sample(respond=respond, journal=path, mesh=mesh)
+    test_mesh.assert_same(found, alone)
+    np.testing.assert_array_equal(found.completion_mask, alone.completion_mask)
+    assert found.stats.num_answers == alone.stats.num_answers > 5
+    assert len(list(tmp_path.iterdir())) == 2
+    again = sample(respond=respond, journal=path, mesh=mesh)
+    test_mesh.assert_same(again, alone)
+    assert not again.stats.timeline
+    with pytest.raises(ValueError, match="respond=3 must be a function"):
+        sample(respond=3)
+    with pytest.raises(ValueError, match="of another request"):
+        sample(journal=path, mesh=mesh)
+
+
 def test_a_replica_may_have_several_copies_of_the_weights() -> None:
     config = config_of(max_new_tokens=4, n=2, control="ar", max_slots=2)
     options = dict(prompts=prompts()[:3], config=config, mesh=mesh_of(data=8, model=1))

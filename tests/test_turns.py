@@ -8,11 +8,9 @@ import functools
 import itertools
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -22,7 +20,6 @@ from jax.sharding import Mesh
 import er_jax
 from benchmarks.lib.controllers import Restless
 from er_jax import Completion, Respond, Rollout, Stop, Turn, Until
-from er_jax.call import check_one_process
 from er_jax.journal_format import Piece, contents_of, joined, pieces_of
 from er_jax.request import Request
 from er_jax.respond import Calls, checked_answer
@@ -682,10 +679,3 @@ def test_calls_that_hang_are_replaced(is_async: bool) -> None:
 def test_wrong_arguments_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_several_processes_are_refused() -> None:
-    devices = np.array([types.SimpleNamespace(process_index=i) for i in range(2)])
-    mesh = mock.Mock(spec=Mesh, devices=devices)
-    with pytest.raises(ValueError, match="respond: the mesh has devices of 2 proc"):
-        check_one_process(mesh, "respond", "sample in one")

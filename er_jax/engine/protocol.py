@@ -153,6 +153,9 @@ class Agreement(Protocol):
     def broadcast_text(self, text: str | None) -> str | None:
         """Return the leader's text, in every process; None if that is None."""
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Return the bytes that each process gives, in every process."""
+
     def sum(self, own: np.ndarray) -> np.ndarray:
         """Return the sum of all processes' arrays, in every process.
 
@@ -179,6 +182,10 @@ class OneProcess:
     def broadcast_text(self, text: str | None) -> str | None:
         """Return the text."""
         return text
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Return the bytes alone."""
+        return [data]
 
     def sum(self, own: np.ndarray) -> np.ndarray:
         """Return the array."""

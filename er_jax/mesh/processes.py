@@ -20,6 +20,9 @@ from er_jax.engine.protocol import TokenBuffers
 # Bytes are padded to a multiple of this many, so that few programs are compiled.
 BLOCK_BYTES = 1 << 14
 
+# Of more, so many are sent at a time: each takes its place on every device.
+MOST_BYTES = 1 << 26
+
 
 class Processes:
     """The processes whose devices are on a mesh; see `engine.protocol.Agreement`.
@@ -32,7 +35,8 @@ class Processes:
         self._mesh = mesh
         self._devices: list[Any] = list(mesh.devices.flat)
         indices = [device.process_index for device in self._devices]
-        self.is_spread = len(set(indices)) > 1
+        self._ranks = sorted(set(indices))
+        self.is_spread = len(self._ranks) > 1
         self.is_leader = not self.is_spread or indices[0] == jax.process_index()
 
     @classmethod
@@ -81,6 +85,38 @@ class Processes:
         """Return the leader's text, in every process; None if it has none."""
         found = self.broadcast_bytes(None if text is None else text.encode())
         return None if found is None else found.decode()
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._ranks)
+
+    @property
+    def rank(self) -> int:
+        """The place of this process among them, from 0."""
+        return self._ranks.index(jax.process_index())
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Return the bytes that each process gives, in every process."""
+        if not self.is_spread:
+            return [data]
+        sizes = np.zeros(self.count, np.int32)
+        sizes[self.rank] = len(data)
+        sizes = self.sum(sizes)
+        ends = np.cumsum(sizes.astype(np.int64)).tolist()
+        start, parts = ends[self.rank] - len(data), []
+        for begin in range(0, ends[-1], MOST_BYTES):
+            count = min(MOST_BYTES, ends[-1] - begin)
+            blocks = np.zeros(-(-count // BLOCK_BYTES) * BLOCK_BYTES, np.uint8)
+            own = data[max(begin - start, 0) : max(begin + count - start, 0)]
+            place = max(start - begin, 0)
+            blocks[place : place + len(own)] = np.frombuffer(own, np.uint8)
+            parts.append(self.sum(blocks.view(np.int32)).tobytes()[:count])
+        whole = b"".join(parts)
+        return [
+            whole[end - size : end]
+            for end, size in zip(ends, sizes.tolist(), strict=True)
+        ]
 
     def sum(self, own: np.ndarray) -> np.ndarray:
         """Return the sum of all processes' arrays, in every process."""

@@ -37,6 +37,7 @@ from er_jax.drafter import PolicyParams
 from er_jax.mesh import layout
 from er_jax.mesh.engine import mesh_engines_for
 from er_jax.mesh.rules import DATA_AXIS
+from er_jax.respond import Respond, RespondFunction, as_respond
 from er_jax.result import Completion, Rollout, RolloutError, assemble
 from er_jax.rollout import profiled, rollout
 from er_jax.stats import RolloutStats
@@ -200,6 +201,8 @@ def rollout_replicas(
     on_finish: Callable[[int, Completion], None] | None = None,
     progress: bool = False,
     profile: str | os.PathLike[str] | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    respond: Respond | RespondFunction | None = None,
 ) -> Rollout:
     """Sample as `rollout` does, by replicas that do not wait for each other.
 
@@ -225,6 +228,11 @@ def rollout_replicas(
       progress: show a progress bar of the sequences of this process.
       profile: directory for a trace of this process with all its replicas; as for
         `rollout`.
+      journal: as for `rollout`; replica I writes a file of its own, with the suffix
+        ".replica-I". To go on from them, give the same `expected_lengths` again, which
+        decide which replica has which prompts.
+      respond: as for `rollout`; each replica asks for its own sequences, in threads of
+        its own.
     Returns:
       The whole `Rollout`, in every process. `stats` has the counts of this process's
       replicas, `stats.replica_s` the seconds of all, `stats.idle_share` the share of
@@ -242,6 +250,7 @@ def rollout_replicas(
     arrays = checks.checked_prompts(prompts, policy.vocab_size)
     ids = checks.checked_sequence_ids(sequence_ids, len(arrays) * config.n)
     checks.check_num_prompts(config, len(arrays))
+    answering = as_respond(respond)
     costs = _checked_lengths(expected_lengths, len(arrays))
     size = whole_mesh.shape[DATA_AXIS]
     num_replicas = size if num_replicas is None else num_replicas
@@ -296,6 +305,10 @@ def rollout_replicas(
             mesh=own[replica],
             on_finish=on_finish,
             until=until,
+            journal=None
+            if journal is None
+            else f"{os.fspath(journal)}.replica-{replica}",
+            respond=answering,
         )
 
     num_sequences = sum(config.n * len(dealt[replica]) for replica in own)

@@ -29,6 +29,7 @@ from er_jax.journal import Journal
 from er_jax.request import Request
 from er_jax.result import NOTHING, Completion
 from er_jax.scheduler.admission import Rows, plan_admission, plan_going_on
+from er_jax.scheduler.exchange import FetchedRows
 from er_jax.scheduler.options import Options
 from er_jax.scheduler.prompts import Reuse
 from er_jax.scheduler.topology import Shape, Topology
@@ -169,11 +170,11 @@ class Batch:
         """Ask for answers that an earlier call got none of: only in conversations."""
         return []
 
-    def take_answers(self) -> list[int]:
+    def take_answers(self, failure: Exception | None = None) -> list[int]:
         """Queue what was answered; return sequences that ended so: none."""
         return []
 
-    def wait_for_answers(self) -> list[int]:
+    def wait_for_answers(self, failure: Exception | None = None) -> list[int]:
         """Do `take_answers` a moment later; only conversations come to it."""
         return []
 
@@ -190,6 +191,16 @@ class Batch:
 
     def _with_held(self, rows: Rows, info: WindowInfo) -> Rows:
         """Return the rows after a window, with what those hold that ended in it."""
+        return rows
+
+    def _of_all(
+        self, rows: FetchedRows, ended: np.ndarray, length: np.ndarray
+    ) -> FetchedRows:
+        """Return what a batch needs of fetched rows: those of this process.
+
+        Args:
+          rows: of this process. ended: int, rows of all. length: int `[rows]`.
+        """
         return rows
 
     def _still_ended(self, ended: set[int], found: dict[int, Completion]) -> set[int]:
@@ -454,6 +465,9 @@ class Batch:
         wanted = np.flatnonzero((sequences != NONE) & (~info.live | is_due))
         engine = self.topology.engine
         rows = engine.fetch_rows(buffers, wanted) if len(wanted) else {}
+        own = {int(sequences[slot]) for slot in rows}
+        has_ended = np.flatnonzero((sequences != NONE) & ~info.live)
+        rows = self._of_all(rows, has_ended, info.length)
         found: dict[int, Completion] = {}
         for slot, (tokens, logprobs) in rows.items():
             sequence = int(sequences[slot])
@@ -466,6 +480,7 @@ class Batch:
             )
         ended = {int(sequences[slot]) for slot in rows if not info.live[slot]}
         ended = self._still_ended(ended, found)
+        found = {s: completion for s, completion in found.items() if s in own}
         self.completions |= {s: found[s] for s in found if s in ended}
         if self.journal is not None:
             self.stats.num_journalled += self.journal.note(found, sync=is_due)

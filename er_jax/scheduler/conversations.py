@@ -4,6 +4,9 @@ A row whose turn has ended is kept as it is until something else needs it. The b
 keeps as many rows as there are sequences that are live or wait for an answer: moving to
 fewer and back costs more than idle rows do.
 
+Of several processes each has all conversations. What has ended is returned by the one
+that held its row, or by the leader where an answer has ended it.
+
 Left out: what is asked, and what an answer means (`turns`, `respond`).
 """
 
@@ -21,6 +24,7 @@ from er_jax.result import Completion
 from er_jax.resume import UNFINISHED
 from er_jax.scheduler.admission import Rows
 from er_jax.scheduler.batch import Batch
+from er_jax.scheduler.exchange import FetchedRows, rows_of_all
 from er_jax.scheduler.turns import Turns
 from er_jax.types import NONE, Finish, WindowInfo
 
@@ -101,6 +105,14 @@ class Conversations(Batch):
         held = np.where(has_ended, self.rows.sequence, rows.held)
         return dataclasses.replace(rows, held=held)
 
+    def _of_all(
+        self, rows: FetchedRows, ended: np.ndarray, length: np.ndarray
+    ) -> FetchedRows:
+        agreement = self.turns.agreement
+        if not agreement.is_spread or self.turns.is_closed or not len(ended):
+            return rows
+        return rows | rows_of_all(agreement, rows, ended, length[ended])
+
     def _still_ended(self, ended: set[int], found: dict[int, Completion]) -> set[int]:
         on = {s for s in ended if self.turns.takes(self.request, s, found[s])}
         found.update({s: self.turns.open[s] for s in on})
@@ -116,22 +128,28 @@ class Conversations(Batch):
         """Ask for what was not answered before; return sequences that have ended."""
         for sequence, reason in self._turned.items():
             whole = dataclasses.replace(self.begun[sequence], finish_reason=reason)
-            if not self.turns.takes(self.request, sequence, whole):
+            if self.turns.takes(self.request, sequence, whole):
+                continue
+            if self.turns.agreement.is_leader:
                 self.completions[sequence] = whole
         return list(self.completions)
 
-    def take_answers(self, wait_s: float = 0.0) -> list[int]:
+    def take_answers(
+        self, failure: Exception | None = None, wait_s: float = 0.0
+    ) -> list[int]:
         """Queue the sequences that were answered; return those that have ended.
 
         Args:
-          wait_s: how long to wait for a first answer.
+          failure: as for `Turns.answered`. wait_s: how long to wait for a first answer.
         """
-        found = self.turns.answered(self.request, wait_s)
+        found = self.turns.answered(self.request, wait_s, failure)
         if not found:
             return []
         on = {s: c for s, c in found.items() if c.finish_reason == UNFINISHED}
         ended = {s: c for s, c in found.items() if s not in on}
-        self.completions |= ended
+        is_mine = self.turns.agreement.is_leader
+        if is_mine:
+            self.completions |= ended
         if on:
             known = {s: completion.token_ids for s, completion in on.items()}
             self.request = self.request.going_on(known)
@@ -141,17 +159,17 @@ class Conversations(Batch):
             self.queue.extendleft(reversed(on))
         self.turns.forget(found)
         self._release(ended)
-        if self.journal is not None:
+        if self.journal is not None and is_mine:
             # Last: what an interruption returns is never less than the journal has.
             self.journal.note(found, sync=False)
-        return list(ended)
+        return list(ended) if is_mine else []
 
-    def wait_for_answers(self) -> list[int]:
+    def wait_for_answers(self, failure: Exception | None = None) -> list[int]:
         """Wait a moment for an answer, while nothing can run; as `take_answers`."""
         if not self.turns.open:
             return []
         with self.stats.timed("answers", lambda: 0.0):
-            return self.take_answers(ANSWER_WAIT_S)
+            return self.take_answers(failure, ANSWER_WAIT_S)
 
     def close(self) -> None:
         """Ask for nothing more, and take no more answers."""
@@ -159,4 +177,5 @@ class Conversations(Batch):
 
     def unfinished(self) -> dict[int, Completion]:
         """Return what `Batch.unfinished` does, and what waits for an answer."""
-        return {**self.turns.open, **super().unfinished()}
+        is_mine = self.turns.agreement.is_leader
+        return {**(self.turns.open if is_mine else {}), **super().unfinished()}

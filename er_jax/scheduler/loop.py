@@ -67,7 +67,8 @@ def run(
       controller: chooses programs and learns from windows.
       stats: filled in. begun: completions that go on, by sequence.
       journal: is told of what has been sampled, now and then of rows that run.
-      respond: answers turns, so that a completion is a conversation; for one process.
+      respond: answers turns, so that a completion is a conversation; of several
+        processes the leader asks.
       turned: why turns of `begun` have ended, by sequence, of those not answered yet.
       reuse: the prompts kept from call to call; None prefills all.
       until: when to end early; then the completions of rows that run or wait are
@@ -81,14 +82,19 @@ def run(
       RolloutError: anything failed; it carries the finished completions.
       KeyboardInterrupt: its attribute `completions` holds them as well; see `keeping`.
     """
+    agreement = topology.engine.agreement
     arguments = (topology, request, stats, settings, begun, journal, reuse)
     if respond is None:
         batch = Batch(*arguments)
     else:
-        turns = Turns(respond, topology.engine.policy.vocab_size, stats)
+        turns = Turns(respond, topology.engine.policy.vocab_size, stats, agreement)
         batch = Conversations(turns, turned, *arguments)
 
-    def deliver(finished: list[int]) -> Exception | None:
+    def deliver(
+        finished: list[int], failure: Exception | None = None
+    ) -> Exception | None:
+        if failure is not None:
+            return failure  # It came before.
         for sequence in finished:
             monitor.finish(len(batch.completions[sequence].token_ids))
             if on_finish is None:
@@ -101,9 +107,12 @@ def run(
                 return error
         return None
 
-    def raise_of(failure: Exception | None) -> None:
-        if failure is not None:
+    def at_once(failure: Exception | None) -> Exception | None:
+        # Other processes would wait for this one where they meet next; there they are
+        # told.
+        if failure is not None and not agreement.is_spread:
             raise failure
+        return failure
 
     def finished() -> dict[int, Completion]:
         # One window may be over and not yet collected, and another may be running. If
@@ -122,12 +131,13 @@ def run(
         Monitor(len(request.waiting), progress, stats) as monitor,
         keeping(finished, request, batch.unfinished),
     ):
-        raise_of(deliver(batch.ask_again()))
+        failure = at_once(deliver(batch.ask_again()))
         while batch.is_going_on:
             if not (batch.queue or batch.num_live):
                 # All wait for answers, or will when the last window is collected.
-                raise_of(deliver(batch.collect()))
-                raise_of(deliver(batch.wait_for_answers()))
+                failure = at_once(deliver(batch.collect(), failure))
+                answered = batch.wait_for_answers(failure)
+                failure = at_once(deliver(answered, failure))
                 if until is not None and batch.is_reached(until, began_s):
                     break
                 continue
@@ -147,17 +157,20 @@ def run(
             with jax.profiler.StepTraceAnnotation("window", **program._asdict()):
                 batch.start_window(program, controller.table.round_seconds(program))
                 # While this window runs, completions of the one before are delivered.
-                failure = deliver(batch.collect())
+                failure = deliver(batch.collect(), failure)
                 monitor.show(program, batch.rows, request, len(batch.queue))
                 batch.end_window(controller, failure)
-            if until is not None and batch.num_open:
-                # Which of the rows that ended go on.
-                raise_of(deliver(batch.collect()))
-            raise_of(deliver(batch.take_answers()))
+            failure = None
+            if batch.num_open and (until is not None or agreement.is_spread):
+                # Which of the rows that ended go on. Several processes tell each other,
+                # and would wait for a window that runs.
+                failure = at_once(deliver(batch.collect()))
+            failure = at_once(deliver(batch.take_answers(failure), failure))
             if until is not None and batch.is_reached(until, began_s):
                 break
         batch.close()
-        agreement = topology.engine.agreement
-        _, failure = agreement.sync_or_raise([], deliver(batch.collect()))
-        raise_of(failure)
+        failure = deliver(batch.collect(), failure)
+        _, failure = agreement.sync_or_raise([], failure)
+        if failure is not None:
+            raise failure
         return batch.completions | batch.unfinished()

@@ -6,7 +6,10 @@ the row, it goes on there, and only what is new is prefilled; else all behind it
 is. Noise depends on key, sequence id and position alone, so the tokens are those of a
 rollout of the whole text so far in any case.
 
-Left out: threads (`respond`), the queue (`conversations`).
+Of several processes the first asks, and tells the others what was answered.
+
+Left out: threads (`respond`), the queue (`conversations`), how processes tell each
+other (`exchange`).
 """
 
 from __future__ import annotations
@@ -15,10 +18,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from er_jax.engine.protocol import Agreement
 from er_jax.request import Request
 from er_jax.respond import Calls, Respond, Turn, checked_answer
 from er_jax.result import Completion
 from er_jax.resume import LENGTH, STOP, UNFINISHED, turn_of
+from er_jax.scheduler.exchange import Told, answers_of_leader
 from er_jax.stats import RolloutStats
 from er_jax.types import FINISH_NAMES, Finish
 
@@ -31,14 +38,23 @@ class Turns:
     Args:
       respond: what answers, and the limits. vocab_size: of the policy.
       stats: is told of answers, and of failures to answer.
+      agreement: of the processes, which have the same turns; the leader alone asks.
     Attributes:
       open: sequence -> completion so far, "unfinished", of those that wait.
+      is_closed: whether answers are no longer taken.
     """
 
-    def __init__(self, respond: Respond, vocab_size: int, stats: RolloutStats) -> None:
+    def __init__(
+        self,
+        respond: Respond,
+        vocab_size: int,
+        stats: RolloutStats,
+        agreement: Agreement,
+    ) -> None:
         self.open: dict[int, Completion] = {}
+        self.agreement, self.is_closed = agreement, False
         self._respond, self._vocab_size, self._stats = respond, vocab_size, stats
-        self._calls: Calls | None = Calls(respond)
+        self._calls = Calls(respond) if agreement.is_leader else None
         self._room: dict[int, int] = {}
         self._reason: dict[int, str] = {}
         self._length: dict[int, int] = {}
@@ -75,40 +91,58 @@ class Turns:
         self._calls.ask(sequence, int(request.sequence_ids[sequence]), turn)
         return True
 
-    def answered(self, request: Request, wait_s: float) -> dict[int, Completion]:
+    def answered(
+        self, request: Request, wait_s: float, failure: Exception | None = None
+    ) -> dict[int, Completion]:
         """Return completions that go on ("unfinished"), and those that have ended.
 
-        They stay open until `forget`, so that an interruption loses none.
+        They stay open until `forget`, so that an interruption loses none. Several
+        processes meet here while a turn is open, and only then.
 
         Args:
           request: of the sequences. wait_s: how long to wait for a first answer.
+          failure: of this process; raised in all, if they meet.
         """
-        found: dict[int, Completion] = {}
-        answers = [] if self._calls is None else self._calls.answers(wait_s)
-        for sequence, answer in answers:
-            found[sequence] = self._ended_or_gone_on(request, sequence, answer)
-        return found
+        if self.is_closed or not self.open:
+            return {}
+        answers: list[tuple[int, Told]] = []
+        if self._calls is not None:
+            for sequence, answer in self._calls.answers(wait_s):
+                answers.append((sequence, self._told(sequence, answer)))
+        answers = answers_of_leader(self.agreement, answers, failure)
+        return {
+            sequence: self._ended_or_gone_on(request, sequence, told)
+            for sequence, told in answers
+        }
 
-    def _ended_or_gone_on(
-        self, request: Request, sequence: int, answer: Any
-    ) -> Completion:
-        completion = self.open[sequence]
+    def _told(self, sequence: int, answer: Any) -> Told:
+        """Return what an answer means, in a form that can be sent."""
         if answer is None:
-            reason = self._reason[sequence]
-            return dataclasses.replace(completion, finish_reason=reason)
-        room = self._room[sequence]
+            return None
         try:
             if isinstance(answer, BaseException):
                 raise ValueError(f"{type(answer).__name__}: {answer}")
-            tokens = checked_answer(answer, self._vocab_size, room)
+            room = self._room[sequence]
+            return checked_answer(answer, self._vocab_size, room).tolist()
         except ValueError as error:
+            return str(error)
+
+    def _ended_or_gone_on(
+        self, request: Request, sequence: int, told: Told
+    ) -> Completion:
+        completion = self.open[sequence]
+        if told is None:
+            reason = self._reason[sequence]
+            return dataclasses.replace(completion, finish_reason=reason)
+        if isinstance(told, str):
             name = int(request.sequence_ids[sequence])
             turn = len(completion.turns) - 1
-            self._stats.failed_turns[name] = f"turn {turn}: {error}"
+            self._stats.failed_turns[name] = f"turn {turn}: {told}"
             return dataclasses.replace(completion, finish_reason=TOOL)
         self._stats.num_answers += 1
-        reason = UNFINISHED if len(tokens) < room else LENGTH
-        return dataclasses.replace(completion.answered(tokens), finish_reason=reason)
+        reason = UNFINISHED if len(told) < self._room[sequence] else LENGTH
+        whole = completion.answered(np.array(told, np.int32))
+        return dataclasses.replace(whole, finish_reason=reason)
 
     @property
     def lengths(self) -> list[int]:
@@ -125,4 +159,4 @@ class Turns:
         """Ask for nothing more, and take no more answers; what is open stays so."""
         if self._calls is not None:
             self._calls.close()
-        self._calls = None
+        self._calls, self.is_closed = None, True
