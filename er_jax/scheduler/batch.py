@@ -511,6 +511,8 @@ class Batch:
         found: dict[int, Completion] = {}
         if self.topology.engine.agreement.is_leader:
             found = {s: self.begun.get(s, NOTHING) for s in self.queue}
+        if not self.num_live:
+            return found
         buffers = (self.state.tokens, self.state.logprobs)
         if not any(isinstance(x, jax.Array) and x.is_deleted() for x in buffers):
             live = self.rows.sequence
