@@ -25,6 +25,7 @@ from benchmarks import (
     host,
     imitation,
     journal,
+    killed,
     limits,
     living,
     long_caches,
@@ -47,6 +48,7 @@ from benchmarks.lib import (
     presets,
     records,
     rooflines,
+    survival,
     trained,
 )
 from benchmarks.lib.bandwidth import Device
@@ -451,6 +453,19 @@ def test_lives_are_told_by_their_record() -> None:
     never = [name for name in living.ROWS.values() if not point[name]]
     assert never == ["differences"]
     assert f"{point['steps']} steps" in living.summary(record)
+
+
+def test_kills_are_told_by_their_record() -> None:
+    """At least two hundred, by every signal and at every moment, and no difference."""
+    record = json.loads((records.RESULTS / "killed.json").read_text())
+    assert record["differences"] == [] and record["totals"]["differences"] == 0
+    _, rows = killed.rows_of(record["points"])
+    last = rows[-1]
+    assert last[-1] == record["totals"]["interrupts"] >= 200
+    assert all(number >= 10 for number in last[1:])
+    assert all(row[-1] >= 3 for row in rows)
+    assert record["totals"]["worst"] <= survival.LOGPROB_ERROR
+    assert f"{last[-1]} of them interrupted" in killed.summary(record)
 
 
 @pytest.mark.slow
