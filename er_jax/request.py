@@ -120,11 +120,14 @@ def request_of(
     )
 
 
+def _tokens_at_once() -> int:
+    is_cpu = jax.default_backend() == "cpu"
+    return PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
+
+
 def chunk_of(bucket: int) -> int:
     """Return how many prompts of a bucket are prefilled together."""
-    is_cpu = jax.default_backend() == "cpu"
-    tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
-    return min(max(tokens // bucket, 1), 16)
+    return min(max(_tokens_at_once() // bucket, 1), 16)
 
 
 def append_sizes(longest: int, cache_length: int) -> tuple[int, int, int]:
@@ -135,13 +138,11 @@ def append_sizes(longest: int, cache_length: int) -> tuple[int, int, int]:
     Returns:
       Tokens of a row with padding, rows of a chunk, tokens of a piece.
     """
-    is_cpu = jax.default_backend() == "cpu"
-    tokens = PREFILL_TOKENS_CPU if is_cpu else PREFILL_TOKENS
-    widths = [width for width in APPEND_WIDTHS if longest <= width]
-    if not widths:
-        widths = [-(-cache_length // tokens) * tokens]
-    piece = min(widths[0], tokens)
-    return widths[0], chunk_of(piece), piece
+    tokens = _tokens_at_once()
+    most = -(-cache_length // tokens) * tokens
+    width = next((width for width in APPEND_WIDTHS if longest <= width), most)
+    piece = min(width, tokens)
+    return width, chunk_of(piece), piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,10 +420,6 @@ class Request:
     def start_length(self, sequence: int) -> int:
         """Return the tokens that a sequence starts from."""
         return len(self.prompts[self.prompt_of[sequence]])
-
-    def is_begun(self, sequence: int) -> bool:
-        """Whether a sequence has tokens of its completion already."""
-        return self.num_begun.get(sequence, 0) > 0
 
     @functools.cached_property
     def _bare(self) -> Request:

@@ -542,7 +542,7 @@ BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         "completions that go on from their prompts alone",
         "er_jax::Batch.refill",
-        "self._go_on({s: row_of[s] for s in begun})",
+        "self._go_on({s: row for row, s in rows if s in begun})",
         "self._go_on({})",
         (f"{SHARED_PREFILL}[at once-8]",),
     ),

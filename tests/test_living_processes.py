@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,44 +14,19 @@ import er_jax
 from er_jax.journal_format import contents_of
 from er_jax.stats import RolloutStats
 from tests import test_turns
-from tests.test_processes import free_port
+from tests.test_processes import TIME_LIMIT_S, start, wait
 
 RANKS = (0, 1)
-TIME_LIMIT_S = 240
 
 
-def start(task: str, directory: Path) -> list[subprocess.Popen[bytes]]:
-    port, workers = free_port(), []
-    for rank in RANKS:
-        words = (rank, len(RANKS), port, directory, task)
-        with open(directory / f"{rank}.log", "wb") as log:
-            workers.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.living_worker", *map(str, words)],
-                    stdout=log, stderr=subprocess.STDOUT,
-                    cwd=Path(__file__).parents[1],
-                )
-            )  # fmt: skip
-    return workers
-
-
-def kill(workers: list[subprocess.Popen[bytes]]) -> None:
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.wait()
+def begin(task: str, directory: Path) -> list[subprocess.Popen[bytes]]:
+    words = (directory, task)
+    return start(len(RANKS), directory, *words, module="tests.living_worker")
 
 
 def run(task: str, directory: Path) -> list[Any]:
     """Return what the two processes found."""
-    workers = start(task, directory)
-    deadline = time.monotonic() + TIME_LIMIT_S
-    try:
-        for rank, worker in enumerate(workers):
-            worker.wait(max(deadline - time.monotonic(), 1))
-            assert worker.returncode == 0, (directory / f"{rank}.log").read_text()
-    finally:
-        kill(workers)
+    wait(begin(task, directory), directory)
     return [np.load(directory / f"{rank}.{task}.npz") for rank in RANKS]
 
 
@@ -119,7 +93,7 @@ def test_turns_are_those_of_calls_turn_by_turn(tmp_path: Path, x64: None) -> Non
 @pytest.mark.slow
 def test_killed_they_go_on_from_their_journals(tmp_path: Path, x64: None) -> None:
     """Also where these were cut in different places, and then share all they hold."""
-    workers = start("journal", tmp_path)
+    workers = begin("journal", tmp_path)
     deadline = time.monotonic() + TIME_LIMIT_S
     try:
         while not all((tmp_path / f"{rank}.ready").exists() for rank in RANKS):
@@ -129,7 +103,9 @@ def test_killed_they_go_on_from_their_journals(tmp_path: Path, x64: None) -> Non
             ]
             time.sleep(0.05)
     finally:
-        kill(workers)  # By SIGKILL.
+        for worker in workers:
+            worker.kill()  # By SIGKILL.
+            worker.wait()
     paths = [tmp_path / f"journal.{rank}-of-2" for rank in RANKS]
     for path, share in zip(paths, (0.9, 0.7), strict=True):
         data = path.read_bytes()

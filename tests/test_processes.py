@@ -32,16 +32,17 @@ def free_port() -> int:
 
 
 def start(
-    count: int, shape: str, directory: Path, *failing: int
+    count: int, directory: Path, *words: object, module: str = "tests.mesh_worker"
 ) -> list[subprocess.Popen[bytes]]:
+    """Start workers that are told their rank, `count`, a port and the words."""
     port = free_port()
     workers = []
     for rank in range(count):
-        words = (rank, count, port, shape, directory, *failing)
+        own = map(str, (rank, count, port, *words))
         with open(directory / f"{rank}.log", "wb") as log:
             workers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.mesh_worker", *map(str, words)],
+                    [sys.executable, "-m", module, *own],
                     stdout=log, stderr=subprocess.STDOUT,
                     cwd=Path(__file__).parents[1],
                 )
@@ -72,7 +73,7 @@ def wait(workers: list[subprocess.Popen[bytes]], directory: Path) -> None:
 def test_processes_sample_together_and_apart(
     count: int, shape: str, tmp_path: Path
 ) -> None:
-    wait(start(count, shape, tmp_path), tmp_path)
+    wait(start(count, tmp_path, shape, tmp_path), tmp_path)
     wanted = test_mesh.on_one_device()
     found = [np.load(tmp_path / f"{rank}.npz") for rank in range(count)]
     for rank, result in enumerate(found):
@@ -103,7 +104,7 @@ def test_processes_sample_together_and_apart(
 
 @pytest.mark.slow
 def test_what_fails_in_one_process_ends_the_call_in_all(tmp_path: Path) -> None:
-    wait(start(2, "4x2", tmp_path, 1), tmp_path)
+    wait(start(2, tmp_path, "4x2", tmp_path, 1), tmp_path)
     found = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
     for own, message in zip(found, ("another process", "disk full"), strict=True):
         together, apart = own["messages"]
@@ -120,7 +121,7 @@ def test_what_fails_in_one_process_ends_the_call_in_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
-    workers = start(2, "4x2", tmp_path)
+    workers = start(2, tmp_path, "4x2", tmp_path)
     deadline = time.monotonic() + TIME_LIMIT_S
     try:
         while not (tmp_path / "1.started").exists():

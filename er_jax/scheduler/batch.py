@@ -273,9 +273,9 @@ class Batch:
             if self.reuse is not None:
                 self.reuse.keep(request, self.rows, starting, self.state)
         if self._starts_bare:
-            row_of = {s: row for row, s in enumerate(self.rows.sequence.tolist())}
-            begun = [s for s in starting if self.request.is_begun(s)]
-            self._go_on({s: row_of[s] for s in begun})
+            begun = self.request.num_begun.keys() & starting
+            rows = enumerate(self.rows.sequence.tolist()) if begun else ()
+            self._go_on({s: row for row, s in rows if s in begun})
         # Last, so that an interruption loses none of them.
         self.queue = collections.deque(itertools.islice(self.queue, count, None))
 
